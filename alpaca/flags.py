@@ -1,0 +1,237 @@
+"""The command line: 2023's spellings translated, unknown flags refused with the closest known name, and what this
+machine cannot do replaced by what it can. Every change is one line for the log, old -> new."""
+
+import dataclasses
+import difflib
+import json
+import os
+from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from alpaca.errors import UsageError
+
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "no_cuda": "use_cpu",
+}
+DROPPED = {
+    "overwrite_output_dir": "an output directory is never cleared; resume or choose another one",
+    "save_safetensors": "checkpoints are always written as safetensors",
+    "fp16_backend": "torch's own mixed precision is used",
+    "half_precision_backend": "torch's own mixed precision is used",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR instead",
+}
+FSDP_WORDS = ("full_shard", "shard_grad_op", "no_shard", "auto_wrap", "offload")
+
+
+class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
+    """Defaults are shown; the description keeps its line breaks."""
+
+
+class FlagParser(transformers.HfArgumentParser):
+    """Errors are raised, not printed under pages of usage; abbreviated flags are not guessed."""
+
+    def __init__(self, dataclass_types: Sequence[type], description: str | None):
+        super().__init__(dataclass_types, prog="train.py", usage="train.py [flags]", description=description,
+                         formatter_class=HelpFormatter, allow_abbrev=False)  # fmt: skip
+
+    def error(self, message: str):
+        raise UsageError(message)
+
+    def known(self) -> list[str]:
+        names = [field.name for flags in self.dataclass_types for field in dataclasses.fields(flags) if field.init]
+        return ["help", *names, *(f"no_{name}" for name in names)]
+
+
+def parse(
+    argv: Sequence[str], dataclass_types: Sequence[type], description: str | None = None
+) -> tuple[tuple[Any, ...], list[str]]:
+    """One instance per dataclass, and the notes to print: 2023's flags translated, unknown ones refused before anything
+    loads, the rest fitted to this machine.
+
+    Raises:
+        UsageError: the message names the flag, what was got and what is expected.
+    """
+    parser = FlagParser(dataclass_types, description)
+    words, notes = translate_legacy_flags(list(argv))
+    refuse_unknown_flags(words, parser.known())
+    namespace = parser.parse_args(words)
+    notes += adapt_to_hardware(namespace)
+    try:
+        return parser.parse_dict(vars(namespace)), notes
+    except (ValueError, OSError, ImportError) as error:
+        raise UsageError(str(error)) from error
+
+
+def split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
+    """["--a-b=1", "--c", "x", "y"] -> [("a_b", ["1"]), ("c", ["x", "y"])]. A value such as -1 or -1e-4 is a value."""
+    flags: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            flags.append((name.replace("-", "_"), [value] if equals else []))
+        elif word == "-h":
+            flags.append(("help", []))
+        elif not flags:
+            raise UsageError(f"expected a flag such as --data_path, got {word!r}")
+        else:
+            flags[-1][1].append(word)
+    return flags
+
+
+def join_flags(flags: list[tuple[str, list[str]]]) -> list[str]:
+    """The inverse of `split_flags`. One value is joined by "=", so that a value may begin with a dash."""
+    words = []
+    for name, values in flags:
+        words += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
+    return words
+
+
+def translate_legacy_flags(argv: list[str]) -> tuple[list[str], list[str]]:
+    """2023's command line -> (today's command line, one note per translation).
+
+    Raises:
+        UsageError: a legacy value that has no meaning, such as --fsdp "half_shard".
+    """
+    kept: list[tuple[str, list[str]]] = []
+    notes: list[str] = []
+    fsdp_words: list[str] | None = None
+    fsdp_extra: dict[str, object] = {}
+    for name, values in split_flags(argv):
+        text = " ".join(values)
+        if name in RENAMED:
+            kept.append((RENAMED[name], values))
+            notes.append(f"--{name} {text} -> --{RENAMED[name]} {text}".replace("  ", " "))
+        elif name in DROPPED:
+            notes.append(f"--{name} {text} -> dropped: {DROPPED[name]}".replace("  ", " "))
+        elif name == "warmup_ratio":
+            kept.append(("warmup_steps", [_ratio(name, text)]))
+            notes.append(f"--warmup_ratio {text} -> --warmup_steps {kept[-1][1][0]} (a share of all steps)")
+        elif name in ("group_by_length", "adafactor"):
+            if text.lower() not in ("false", "0", "no"):
+                new = ("train_sampling_strategy", "group_by_length") if name == "group_by_length" else ("optim", name)
+                kept.append((new[0], [new[1]]))
+                notes.append(f"--{name} -> --{new[0]} {new[1]}")
+        elif name == "fsdp" and text.lower() not in ("", "true", "false"):
+            fsdp_words = _fsdp_words(text)
+        elif name in ("fsdp_transformer_layer_cls_to_wrap", "fsdp_min_num_params"):
+            fsdp_extra[name.removeprefix("fsdp_")] = text if name.endswith("wrap") else int(text)
+        elif name == "fsdp" and text.lower() == "false":
+            kept = [flag for flag in kept if flag[0] != "fsdp"]
+        else:
+            kept.append((name, values))
+    if fsdp_words is not None or fsdp_extra:
+        kept, note = _translate_fsdp(kept, fsdp_words, fsdp_extra)
+        notes.append(note)
+    return join_flags(kept), notes
+
+
+def _ratio(name: str, text: str) -> str:
+    try:
+        ratio = float(text)
+    except ValueError:
+        ratio = -1.0
+    if not 0 <= ratio < 1:
+        raise UsageError(f"--{name} {text}: expected a share, 0 <= ratio < 1; for a number use --warmup_steps")
+    return text
+
+
+def _fsdp_words(text: str) -> list[str]:
+    words = text.lower().replace(",", " ").split()
+    if "hybrid_shard" in words:
+        raise UsageError(f'--fsdp "{text}": hybrid_shard is not supported; use full_shard, which spans all ranks')
+    if unknown := [word for word in words if word not in FSDP_WORDS]:
+        raise UsageError(f'--fsdp "{text}": unknown word {unknown[0]!r}; expected some of: {" ".join(FSDP_WORDS)}')
+    if sum(word in words for word in FSDP_WORDS[:3]) != 1:
+        raise UsageError(f'--fsdp "{text}": expected exactly one of full_shard, shard_grad_op and no_shard')
+    return words
+
+
+def _translate_fsdp(
+    flags: list[tuple[str, list[str]]], words: list[str] | None, extra: dict[str, object]
+) -> tuple[list[tuple[str, list[str]]], str]:
+    """Fold --fsdp "full_shard auto_wrap" and its companion flags into --fsdp True --fsdp_config '{...}'."""
+    old = f'--fsdp "{" ".join(words)}"' if words is not None else ""
+    old = " ".join([old, *(f"--fsdp_{name} {value}" for name, value in extra.items())]).strip()
+    if words is None and not any(name == "fsdp" and values != [""] for name, values in flags):
+        return flags, f"{old} -> dropped: there is no --fsdp"
+    if words is not None and "no_shard" in words:
+        return [flag for flag in flags if flag[0] != "fsdp_config"], f"{old} -> every rank holds the whole model (DDP)"
+    given = [values[0] for name, values in flags if name == "fsdp_config" and values]
+    config = read_fsdp_config(given[-1]) if given else {}
+    if words is not None:
+        config["reshard_after_forward"] = "full_shard" in words
+        config["auto_wrap_policy"] = "TRANSFORMER_BASED_WRAP" if "auto_wrap" in words else "NO_WRAP"
+        config["cpu_offload"] = "offload" in words
+        flags = [flag for flag in flags if flag[0] != "fsdp"] + [("fsdp", ["True"])]
+    if "min_num_params" in extra and "transformer_layer_cls_to_wrap" not in extra:
+        config["auto_wrap_policy"] = "SIZE_BASED_WRAP"
+    config.update(extra)
+    flags = [flag for flag in flags if flag[0] != "fsdp_config"] + [("fsdp_config", [json.dumps(config)])]
+    return flags, f"{old} -> --fsdp True --fsdp_config '{json.dumps(config)}'"
+
+
+def read_fsdp_config(text: str) -> dict[str, object]:
+    """--fsdp_config: a JSON object or the path of one; the prefix `fsdp_` of 2023's keys is removed."""
+    try:
+        config = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise UsageError(f"--fsdp_config {text}: cannot be read as JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"--fsdp_config {text}: expected a JSON object, got {type(config).__name__}")
+    return {name.removeprefix("fsdp_"): value for name, value in config.items()}
+
+
+def refuse_unknown_flags(argv: list[str], known: list[str]) -> None:
+    """Raise UsageError for the first flag whose name is not in `known`, with the closest name that is."""
+    for name, _ in split_flags(argv):
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"; did you mean --{close[0]}?" if close else "; --help lists all"
+            raise UsageError(f"unknown flag --{name}{hint}")
+
+
+def adapt_to_hardware(flags: Namespace) -> list[str]:
+    """Replace in place what this machine cannot do, before TrainingArguments would refuse it; one note per change.
+
+    No GPU: CPU with tf32 off, bf16 as CPU autocast. Before Ampere: tf32 off, bf16 -> fp16. One process where sharding
+    needs several: no FSDP.
+    """
+    import torch
+
+    notes = []
+    if not flags.use_cpu and not torch.accelerator.is_available():
+        flags.use_cpu = True
+        notes.append("no GPU found -> training on the CPU")
+    if flags.use_cpu:
+        notes += _disable(flags, "tf32", "there is no tf32 on a CPU; matrix products stay float32")
+        notes += _disable(flags, "fp16", "the CPU trains in float32; --bf16 gives CPU autocast")
+        if flags.bf16:
+            notes.append("--bf16 -> bfloat16 arithmetic on the CPU, float32 weights")
+    elif torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        name = torch.cuda.get_device_name()
+        if capability < (8, 0):
+            notes += _disable(flags, "tf32", f"{name} is older than Ampere and has no tf32")
+            if flags.bf16:
+                flags.bf16, flags.fp16 = False, True
+                notes.append(f"--bf16 -> --fp16: {name} is older than Ampere and has no bfloat16")
+    launched = "LOCAL_RANK" in os.environ
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if flags.fsdp and (not launched or (flags.use_cpu and world_size == 1)):
+        flags.fsdp = None
+        notes.append("--fsdp -> off: one process has nobody to shard with; start with torchrun --nproc_per_node=N")
+    return notes
+
+
+def _disable(flags: Namespace, name: str, reason: str) -> list[str]:
+    wanted = getattr(flags, name)
+    if wanted:
+        setattr(flags, name, None if name == "tf32" else False)
+    return [f"--{name} -> off: {reason}"] if wanted else []

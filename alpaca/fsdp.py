@@ -1,0 +1,126 @@
+"""Fully sharded training (FSDP2): loading without a full copy per rank, sharding on CPU ranks, saving whole tensors."""
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from alpaca.errors import UsageError
+from alpaca.flags import read_fsdp_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+
+
+def configure_fsdp(args: "TrainingArguments") -> None:
+    """Complete `args.fsdp_config` before TrainingArguments turns it into accelerate's plugin arguments.
+
+    Weights are broadcast from rank 0, the optimizer is saved in shards (weights whole, see `full_state_dict`), and
+    gradients stay sharded between micro-batches: holding them whole would take 4 bytes a parameter on every GPU.
+    """
+    given = args.fsdp_config or {}
+    config = args.fsdp_config = read_fsdp_config(given) if isinstance(given, str) else dict(given)
+    args.fsdp = True
+    if int(config.get("version", 2)) != 2:
+        raise UsageError("--fsdp_config version 1: only FSDP2 (version 2, the default) is supported")
+    config["cpu_ram_efficient_loading"] = True
+    config["state_dict_type"] = "FULL_STATE_DICT" if args.save_only_model else "SHARDED_STATE_DICT"
+    if args.accelerator_config is None:
+        args.accelerator_config = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    # accelerate reads these two when it opens the process group: clipping offloaded gradients reduces on the CPU,
+    # which NCCL alone cannot do.
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    os.environ["FSDP_OFFLOAD_PARAMS"] = str(bool(config.get("cpu_offload"))).lower()
+
+
+def mixed_precision_policy(mixed_precision: str) -> dict[str, torch.dtype] | None:
+    """Arithmetic in `mixed_precision`, gradients reduced in float32 (accelerate's default would reduce in bf16)."""
+    if mixed_precision == "no":
+        return None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
+    return {"param_dtype": dtype, "reduce_dtype": torch.float32, "output_dtype": dtype}
+
+
+def shard_on_cpu(trainer: "Trainer") -> None:
+    """Make `--fsdp` shard on CPU ranks too: accelerate 1.15 would train them with DDP, a full copy each. FSDP2 itself
+    runs on gloo; only accelerate's state has to say so, before the Trainer reads it. Not for GPUs."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+
+    accelerator, state = trainer.accelerator, trainer.accelerator.state
+    assert accelerator.device.type == "cpu", accelerator.device
+    plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+    offload = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
+    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
+    trainer.is_fsdp_enabled = True
+    prepare = accelerator.prepare
+
+    def prepare_and_check(*objects, **kwargs):
+        prepared = prepare(*objects, **kwargs)
+        for module in (x for x in objects if isinstance(x, nn.Module)):  # FSDP2 shards a module in place
+            assert all(isinstance(weight, DTensor) for weight in module.parameters()), "a parameter is not sharded"
+        return prepared
+
+    accelerator.prepare = prepare_and_check
+
+
+def empty_model(config: "PreTrainedConfig", **kwargs) -> "PreTrainedModel":
+    """The model of `config` in float32 with parameters on the meta device, for ranks that receive their shards from
+    rank 0. Buffers that no checkpoint holds (rotary frequencies) are real, since nobody sends them."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kwargs)
+
+
+def materialize(model: "PreTrainedModel") -> None:
+    """Give meta parameters addresses, in place. accelerate tells parameters apart by address when it rebuilds the
+    optimizer. The pages are never written, so they take no memory; accelerate drops them and sends the shards."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                storage = torch.empty_like(parameter, device="cpu")
+                setattr(module, name, nn.Parameter(storage, requires_grad=parameter.requires_grad))
+    model.tie_weights()
+
+
+def resolve_wrap_classes(args: "TrainingArguments", config: "PreTrainedConfig") -> None:
+    """Correct the spelling of transformer_layer_cls_to_wrap (`LLaMADecoderLayer` of early 2023), in place.
+
+    Raises:
+        UsageError: the model has no such layer; the message lists those it has.
+    """
+    names = args.fsdp_config.get("transformer_layer_cls_to_wrap") or []
+    names = [name for name in (names.split(",") if isinstance(names, str) else names)]
+    if not names:
+        return  # accelerate takes the model's own _no_split_modules
+    model = empty_model(config)
+    layers = {type(module).__name__: 0 for module in model.modules() if not isinstance(module, nn.ModuleList)}
+    by_lower = {name.lower(): name for name in layers}
+    for i, name in enumerate(names):
+        if name.lower() not in by_lower:
+            own = ", ".join(sorted(model._no_split_modules or []))
+            raise UsageError(
+                f"--fsdp_transformer_layer_cls_to_wrap {name}: {type(model).__name__} has no such module; its decoder "
+                f"layer is {own}. All its modules: {', '.join(sorted(layers))}"
+            )
+        names[i] = by_lower[name.lower()]
+    args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(names)
+
+
+def full_state_dict(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
+    """Gather every sharded tensor on the CPU, one at a time. Collective: all ranks call it; those with `keep=False`
+    hold no more than one whole tensor and return {}. Tied weights stay one tensor."""
+    state: dict[str, torch.Tensor] = {}
+    gathered: dict[int, torch.Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in gathered:
+            whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+            gathered[id(value)] = whole.cpu() if keep else torch.empty(0)
+        if keep:
+            state[name] = gathered[id(value)]
+    return state
