@@ -1,0 +1,414 @@
+"""Supervised fine-tuning of a causal language model on instructions: the Stanford Alpaca recipe.
+
+Four GPUs, parameters, gradients and optimizer sharded over them:
+
+    torchrun --nproc_per_node=4 --master_port=29500 train.py \
+        --model_name_or_path <llama_7b_hf> --data_path ./alpaca_data.json --output_dir <out> --bf16 True --tf32 True \
+        --num_train_epochs 3 --per_device_train_batch_size 4 --gradient_accumulation_steps 8 \
+        --evaluation_strategy "no" --save_strategy "steps" --save_steps 2000 --save_total_limit 1 \
+        --learning_rate 2e-5 --weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type "cosine" --logging_steps 1 \
+        --fsdp "full_shard auto_wrap" --fsdp_transformer_layer_cls_to_wrap 'LlamaDecoderLayer'
+
+One process (a GPU or a laptop): python train.py --model_name_or_path ... --data_path ... --output_dir ...
+Go on after an interruption: the same command with --resume_from_checkpoint True.
+"""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from alpaca import flags, fsdp
+from alpaca.console import hide_progress_bars, plot_loss, say
+from alpaca.data import fingerprint, load_rows
+from alpaca.errors import UsageError, fail
+from alpaca.prompts import PROMPT_DICT, format_prompt, load_prompt_template
+from alpaca.run import check_lengths, find_checkpoint, warn_about_steps
+from alpaca.tokens import IGNORE_INDEX, cached_tokens, describe, mask
+from alpaca.trainer import AlpacaTrainer
+
+DEFAULT_PAD_TOKEN = "[PAD]"
+DEFAULT_EOS_TOKEN = "</s>"
+DEFAULT_BOS_TOKEN = "<s>"
+DEFAULT_UNK_TOKEN = "<unk>"
+
+
+# ---- flags ----
+
+
+@dataclass
+class ModelArguments:
+    _argument_group_name = "model"
+    model_name_or_path: str | None = field(
+        default="facebook/opt-125m", metadata={"help": "A local folder or a hub id with weights and tokenizer."}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ...; by default the model's own choice."}
+    )
+    pad_token: str | None = field(
+        default=None,
+        metadata={
+            "help": "An existing token to pad with, instead of adding [PAD] where the tokenizer has no pad token."
+        },
+    )
+
+
+@dataclass
+class DataArguments:
+    _argument_group_name = "data"
+    data_path: str = field(
+        default=None,
+        metadata={"help": "Rows to train on: Alpaca .json, .jsonl, .csv, .parquet, seed_tasks.jsonl, or a hub id."},
+    )
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "Rows to evaluate on when --eval_strategy is steps or epoch."}
+    )
+    data_split: str = field(default="train", metadata={"help": "Split of a hub dataset, e.g. train or train[:1000]."})
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "JSON with prompt_input and prompt_no_input; by default Alpaca's two prompts."}
+    )
+    prompt_boundary: str = field(
+        default="stanford",
+        metadata={
+            "help": "stanford: prompt and answer are tokenized as one text; an answer whose first character merges "
+            "with the prompt's last token loses it to the mask. split: tokenized apart, as generation sees them.",
+            "choices": ["stanford", "split"],
+        },
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    _argument_group_name = "training (ours first, then every flag of transformers.TrainingArguments)"
+    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and tokenized data are kept."})
+    optim: str = field(default="adamw_torch", metadata={"help": "The optimizer; names as in transformers."})
+    model_max_length: int = field(
+        default=512, metadata={"help": "Maximum sequence length in tokens. Longer rows are cut on the right."}
+    )
+    save_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "Of the final model. bfloat16 halves it, right before publishing. Checkpoints stay float32.",
+            "choices": ["float32", "bfloat16", "float16"],
+        },
+    )
+    loss_normalization: str = field(
+        default="token",
+        metadata={
+            "help": "token: mean over all target tokens of the optimizer step. microbatch: 2023's mean over the means "
+            "of the micro-batches.",
+            "choices": ["token", "microbatch"],
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Train from the start in a folder that already holds a run."}
+    )
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
+
+    def __post_init__(self):
+        if self.model_max_length < 1:
+            raise UsageError(f"--model_max_length {self.model_max_length}: expected a positive number of tokens")
+        if not self.average_tokens_across_devices:
+            raise UsageError(
+                "--average_tokens_across_devices False: use --loss_normalization microbatch for 2023's loss"
+            )
+        if self.fsdp:
+            fsdp.configure_fsdp(self)
+        if self.use_cpu and "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=self.ddp_timeout_delta)  # transformers drops it on CPU
+        super().__post_init__()
+        if self.fsdp and (policy := fsdp.mixed_precision_policy(self.mixed_precision)):
+            self.fsdp_plugin_args["mixed_precision_policy"] = policy
+
+
+def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
+    """The three dataclasses from a command line of 2023 or of today; see alpaca/flags.py."""
+    (model_args, data_args, training_args), notes = flags.parse(
+        argv, (ModelArguments, DataArguments, TrainingArguments), description=__doc__
+    )
+    if not data_args.data_path:
+        raise UsageError("--data_path is missing: a file of rows (./alpaca_data.json) or a hub id (tatsu-lab/alpaca)")
+    if training_args.n_gpu > 1:
+        training_args._n_gpu = 1
+        notes.append("several GPUs, one process -> the first GPU is used; torchrun --nproc_per_node=N takes N")
+    for note in notes:
+        say(f"flag: {note}", training_args.process_index)
+    return model_args, data_args, training_args
+
+
+# ---- tokens and labels ----
+
+
+def _tokenize_fn(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, **kwargs) -> list[list[int]]:
+    """Token ids of each string, as long as they come. Text such as "</s>" stays text: it never becomes the token."""
+    ids: list[list[int]] = []
+    for start in tqdm(
+        range(0, len(strings), 1000), desc="tokenizing", unit="k rows", disable=True if len(strings) < 5000 else None
+    ):
+        batch = list(strings[start : start + 1000])
+        ids += tokenizer(batch, split_special_tokens=True, return_attention_mask=False, verbose=False, **kwargs)[
+            "input_ids"
+        ]
+    return ids
+
+
+def preprocess(
+    sources: Sequence[str],
+    targets: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_boundary: str = "stanford",
+) -> dict[str, Any]:
+    """Tokenize prompts (`sources`) with their answers (`targets`) and mask the prompts in the labels.
+
+    As in 2023, a row is the tokens of prompt + answer as one string, cut on the right at `model_max_length`, and its
+    first N labels are IGNORE_INDEX, where N is the number of tokens of the prompt alone:
+
+        ids     1  835  2799  4290 29901   450  1234    2       "### Response:" + "The answer" + "</s>"
+        labels  -  -    -     -    -       450  1234    2       - is IGNORE_INDEX
+
+    A target that ends with the text of `eos_token` ends with that token, appended by id; anywhere else the text of a
+    control token is plain text (2023 parsed it).
+
+    Returns:
+        input_ids, labels: lists of (length,) int64 tensors. problems: row numbers per name of `alpaca.tokens.PROBLEMS`.
+    """
+    eos, limit = tokenizer.eos_token, tokenizer.model_max_length
+    ends = [target.endswith(eos) for target in targets]
+    answers = [target.removesuffix(eos) for target in targets]
+    prompt_ids = _tokenize_fn(sources, tokenizer)
+    if prompt_boundary == "split":
+        answer_ids = _tokenize_fn(answers, tokenizer, add_special_tokens=False)
+        row_ids = [prompt + answer for prompt, answer in zip(prompt_ids, answer_ids)]
+    else:
+        row_ids = _tokenize_fn([source + answer for source, answer in zip(sources, answers)], tokenizer)
+
+    input_ids, labels = [], []
+    problems: dict[str, list[int]] = {
+        name: [] for name in ("truncated", "no_eos", "nothing_to_learn", "merged_boundary", "control_text")
+    }
+    control = [token for token in tokenizer.all_special_tokens if token]
+    for i, (prompt, row, end) in enumerate(zip(prompt_ids, row_ids, ends)):
+        whole = row + [tokenizer.eos_token_id] * end
+        input_ids.append(torch.tensor(whole[:limit]))
+        labels.append(mask(input_ids[-1], min(len(prompt), limit)))
+        noticed = {
+            "truncated": len(whole) > limit,
+            "no_eos": end and len(whole) > limit,
+            "nothing_to_learn": bool((labels[-1][1:] == IGNORE_INDEX).all()),
+            "merged_boundary": row[: len(prompt)] != prompt,
+            "control_text": any(token in sources[i] or token in answers[i] for token in control),
+        }
+        for name in problems:
+            if noticed[name]:
+                problems[name].append(i)
+    return dict(input_ids=input_ids, labels=labels, problems=problems)
+
+
+class SupervisedDataset(Dataset):
+    """Rows of `data_path` as token ids and labels, tokenized once and cached (see alpaca/tokens.py)."""
+
+    def __init__(
+        self,
+        data_path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        templates: Mapping[str, str] = PROMPT_DICT,
+        prompt_boundary: str = "stanford",
+        split: str = "train",
+        cache_dir: str | None = None,
+    ):
+        rows = load_rows(data_path, split, cache_dir)
+        sources = [format_prompt(row, templates) for row in rows]
+        targets = [f"{row['output']}{tokenizer.eos_token}" for row in rows]
+        key = fingerprint(sources, targets, prompt_boundary, _tokenizer_identity(tokenizer), transformers.__version__)
+        tokens = cached_tokens(key, lambda: preprocess(sources, targets, tokenizer, prompt_boundary), cache_dir)
+        self.input_ids, self.labels = tokens["input_ids"], tokens["labels"]
+        self.description = describe(tokens, data_path)
+        if len(tokens["problems"]["nothing_to_learn"]) == len(rows):
+            raise UsageError(
+                f"--data_path {data_path}: no row has an answer left to learn within --model_max_length "
+                f"{tokenizer.model_max_length}\n{self.description}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return dict(input_ids=self.input_ids[i], labels=self.labels[i])
+
+
+def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """All of a tokenizer that decides the ids of a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return [state, tokenizer.special_tokens_map, tokenizer.model_max_length, type(tokenizer).__name__]
+
+
+@dataclass
+class DataCollatorForSupervisedDataset:
+    """Pads rows on the right to the longest:
+
+        input_ids       [[5, 6, 7], [8]]  ->  [[5, 6, 7], [8, pad, pad]]
+        labels          [[-, 6, 7], [8]]  ->  [[-, 6, 7], [8, -, -]]         - is IGNORE_INDEX
+        attention_mask                        [[1, 1, 1], [1, 0, 0]]
+
+    The mask comes from lengths, not from `input_ids != pad`: with pad == eos that would hide the end of every answer.
+    No rows at all (a rank that has none left in the last step) give one token without a target.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, instances: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+        pad, pad_id = torch.nn.utils.rnn.pad_sequence, self.tokenizer.pad_token_id
+        if not instances:
+            instances = [dict(input_ids=torch.tensor([pad_id]), labels=torch.tensor([IGNORE_INDEX]))]
+        input_ids = [torch.as_tensor(instance["input_ids"]) for instance in instances]
+        labels = [torch.as_tensor(instance["labels"]) for instance in instances]
+        return dict(
+            input_ids=pad(input_ids, batch_first=True, padding_value=pad_id),
+            labels=pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            attention_mask=pad([torch.ones_like(ids) for ids in input_ids], batch_first=True, padding_value=0),
+        )
+
+
+def make_supervised_data_module(
+    tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, cache_dir: str | None = None
+) -> dict[str, Any]:
+    """train_dataset, eval_dataset (None without --eval_data_path) and data_collator, as the Trainer takes them."""
+    templates = load_prompt_template(data_args.prompt_template)
+
+    def dataset(path: str | None, split: str = "train") -> SupervisedDataset | None:
+        options = dict(templates=templates, prompt_boundary=data_args.prompt_boundary, split=split, cache_dir=cache_dir)
+        return SupervisedDataset(path, tokenizer, **options) if path else None
+
+    return dict(
+        train_dataset=dataset(data_args.data_path, data_args.data_split),
+        eval_dataset=dataset(data_args.eval_data_path),
+        data_collator=DataCollatorForSupervisedDataset(tokenizer),
+    )
+
+
+# ---- tokenizer and model ----
+
+
+def smart_tokenizer_and_embedding_resize(
+    special_tokens_dict: dict[str, str], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
+) -> None:
+    """Add special tokens to `tokenizer` and make `model` fit, as in 2023."""
+    num_new_tokens = tokenizer.add_special_tokens(special_tokens_dict)
+    resize_embeddings(model, num_new_tokens, len(tokenizer))
+
+
+def resize_embeddings(model: PreTrainedModel, num_new_tokens: int, vocab_size: int) -> None:
+    """Give input and output embeddings `vocab_size` rows, the last `num_new_tokens` of them the mean of the others.
+
+    As in 2023, a model with more rows than the tokenizer has tokens (OPT: 50272 and 50265) loses the rows in excess.
+    """
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    if num_new_tokens > 0:
+        with torch.no_grad():
+            for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+                weight = embeddings.weight  # (vocab_size, hidden_size), one tensor where they are tied
+                weight[-num_new_tokens:] = weight[:-num_new_tokens].mean(dim=0, keepdim=True)
+
+
+def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer with pad, eos, bos and unk tokens, and how many tokens had to be added for that. A token that is ""
+    counts as missing (the first LLaMA conversions had such)."""
+    name = model_args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            cache_dir=training_args.cache_dir,
+            model_max_length=training_args.model_max_length,
+            padding_side="right",
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model_name_or_path {name}: no tokenizer could be loaded: {error}") from error
+    missing = {}
+    if model_args.pad_token is not None:
+        if model_args.pad_token not in tokenizer.get_vocab():
+            raise UsageError(f"--pad_token {model_args.pad_token!r}: not a token of {name}")
+        tokenizer.pad_token = model_args.pad_token
+    for token, default in (
+        ("pad_token", DEFAULT_PAD_TOKEN),
+        ("eos_token", DEFAULT_EOS_TOKEN),
+        ("bos_token", DEFAULT_BOS_TOKEN),
+        ("unk_token", DEFAULT_UNK_TOKEN),
+    ):
+        if not getattr(tokenizer, token):
+            missing[token] = default
+    return tokenizer, tokenizer.add_special_tokens(missing)
+
+
+def load_model(
+    model_args: ModelArguments, training_args: TrainingArguments, checkpoint: str | None = None
+) -> PreTrainedModel:
+    """The model in float32, whatever the dtype on disk: in bfloat16 most updates of size 2e-5 would round to nothing.
+
+    Under FSDP only rank 0 reads the weights; the others get a model of the same shape on the meta device.
+    """
+    name = checkpoint or model_args.model_name_or_path
+    options = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+    try:
+        config = AutoConfig.from_pretrained(name, cache_dir=training_args.cache_dir)
+        if training_args.fsdp:
+            fsdp.resolve_wrap_classes(training_args, config)
+            if training_args.process_index != 0:
+                return fsdp.empty_model(config, **options)
+        return AutoModelForCausalLM.from_pretrained(
+            name, cache_dir=training_args.cache_dir, dtype=torch.float32, **options
+        )
+    except UsageError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"--model_name_or_path {name}: the model could not be loaded: {error}") from error
+
+
+# ---- the run ----
+
+
+def train(argv: Sequence[str] | None = None) -> None:
+    """Run the command line `argv` (default: this process's)."""
+    model_args, data_args, training_args = parse_flags(sys.argv[1:] if argv is None else argv)
+    hide_progress_bars(training_args)
+    transformers.set_seed(training_args.seed)
+    checkpoint = find_checkpoint(training_args)
+
+    tokenizer, num_new_tokens = load_tokenizer(model_args, training_args)
+    data_module = make_supervised_data_module(tokenizer, data_args, training_args.cache_dir)
+    for dataset in filter(None, (data_module["train_dataset"], data_module["eval_dataset"])):
+        say(dataset.description, training_args.process_index)
+    warn_about_steps(training_args, len(data_module["train_dataset"]))
+
+    model = load_model(model_args, training_args, checkpoint)
+    check_lengths(model, data_module)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    resize_embeddings(model, 0 if checkpoint else num_new_tokens, len(tokenizer))
+    if training_args.fsdp:
+        fsdp.materialize(model)
+
+    trainer = AlpacaTrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()
+    trainer.save_final_model(getattr(torch, training_args.save_dtype))
+    if trainer.is_world_process_zero():
+        plot_loss(trainer.state.log_history, Path(training_args.output_dir) / "loss.png")
+        say(f"saved to {training_args.output_dir}", 0)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        train()
+    except UsageError as error:
+        fail(str(error), program="train.py")
