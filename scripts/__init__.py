@@ -1,0 +1,1 @@
+"""Commands around the three root ones: `python -m scripts.<name> --help`."""

@@ -1,0 +1,135 @@
+"""Make a tiny base model with random weights and a tokenizer trained on our own text: for smoke tests.
+
+    python -m scripts.make_tiny_model --output_dir tiny_llama                  # LLaMA architecture, sentencepiece BPE
+    python -m scripts.make_tiny_model --output_dir tiny_opt --architecture opt # byte-level BPE, vocabulary > tokenizer
+
+It loads like a real one (AutoTokenizer, AutoModelForCausalLM) and trains in seconds on a CPU, so it shows whether a
+command line, a data file and a cluster work before a real model is tried.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ARCHITECTURES = ("llama", "opt", "gpt2")
+
+
+def own_text() -> list[str]:
+    """The text of this repository's seed tasks and README: what the tokenizer is trained on."""
+    from alpaca.data import load_rows
+    from alpaca.prompts import format_prompt
+
+    rows = load_rows(str(ROOT / "seed_tasks.jsonl"))
+    return [format_prompt(row) + row["output"] for row in rows] + (ROOT / "README.md").read_text("utf-8").splitlines()
+
+
+def sentencepiece_tokenizer(texts: Iterable[str], vocab_size: int, output_dir: Path) -> None:
+    """A `tokenizer.model` like LLaMA's: BPE, byte fallback, digits apart, no normalization, no pad token."""
+    import sentencepiece
+
+    with tempfile.TemporaryDirectory() as folder:
+        prefix = Path(folder) / "tokenizer"
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([line for text in texts for line in text.split("\n") if line]),
+            model_prefix=str(prefix),
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        (output_dir / "tokenizer.model").write_bytes(prefix.with_suffix(".model").read_bytes())
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "model_max_length": 2048,
+    }
+    (output_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def byte_level_tokenizer(texts: Iterable[str], vocab_size: int, output_dir: Path, architecture: str) -> None:
+    """A byte-level BPE's `vocab.json` and `merges.txt`. OPT's starts with </s> and has a pad token; GPT-2's neither."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    if architecture == "opt":
+        special, extra = ["<s>", "<pad>", "</s>", "<unk>"], {"pad_token": "<pad>", "add_bos_token": True}
+        extra |= {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>"}
+    else:
+        special, extra = ["<|endoftext|>"], {}
+        extra |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    tokenizer.save_model(str(output_dir))
+    config = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": 2048, "errors": "replace", **extra}
+    (output_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def make_tiny_model(
+    output_dir: str | Path,
+    architecture: str = "llama",
+    hidden_size: int = 64,
+    num_hidden_layers: int = 2,
+    vocab_size: int = 1000,
+    seed: int = 0,
+    texts: Iterable[str] | None = None,
+) -> Path:
+    """Write tokenizer, config and float32 weights to `output_dir` and return it. Equal arguments, equal files."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    texts = list(own_text() if texts is None else texts)
+    if architecture == "llama":
+        sentencepiece_tokenizer(texts, vocab_size, output_dir)
+    else:
+        byte_level_tokenizer(texts, vocab_size, output_dir, architecture)
+    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+    heads = max(hidden_size // 32, 2)
+    sizes = {
+        "llama": dict(intermediate_size=hidden_size * 3, num_key_value_heads=heads, tie_word_embeddings=False,
+                      max_position_embeddings=2048, bos_token_id=1, eos_token_id=2),
+        "opt": dict(ffn_dim=hidden_size * 4, word_embed_proj_dim=hidden_size, max_position_embeddings=2048),
+        "gpt2": dict(n_positions=1024, bos_token_id=0, eos_token_id=0),
+    }  # fmt: skip
+    config = AutoConfig.for_model(
+        architecture,
+        vocab_size=len(tokenizer) + (7 if architecture == "opt" else 0),  # as OPT, whose 50272 rows hold 50265 tokens
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=heads,
+        initializer_range=hidden_size**-0.5,  # 0.02 is for wide models; at this width it learns many times slower
+        **sizes[architecture],
+    )
+    torch.manual_seed(seed)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(output_dir)
+    return output_dir
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="llama")
+    parser.add_argument("--hidden_size", type=int, default=64)
+    parser.add_argument("--num_hidden_layers", type=int, default=2)
+    parser.add_argument("--vocab_size", type=int, default=1000, help="at most; a small text gives fewer tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    path = make_tiny_model(**vars(args))
+    print(f"wrote a {args.architecture} model with random weights to {path}")
+
+
+if __name__ == "__main__":
+    main()
