@@ -25,7 +25,7 @@ import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca import flags, fsdp
 from alpaca.console import hide_progress_bars, plot_loss, say
@@ -33,13 +33,11 @@ from alpaca.data import fingerprint, load_rows
 from alpaca.errors import UsageError, fail
 from alpaca.prompts import PROMPT_DICT, format_prompt, load_prompt_template
 from alpaca.run import check_lengths, find_checkpoint, warn_about_steps
+from alpaca.tokenizer import SPECIAL_TOKENS, open_tokenizer
 from alpaca.tokens import IGNORE_INDEX, cached_tokens, describe, mask
 from alpaca.trainer import AlpacaTrainer
 
-DEFAULT_PAD_TOKEN = "[PAD]"
-DEFAULT_EOS_TOKEN = "</s>"
-DEFAULT_BOS_TOKEN = "<s>"
-DEFAULT_UNK_TOKEN = "<unk>"
+DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = SPECIAL_TOKENS.values()
 
 
 # ---- flags ----
@@ -321,31 +319,20 @@ def resize_embeddings(model: PreTrainedModel, num_new_tokens: int, vocab_size: i
 
 
 def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> tuple[PreTrainedTokenizerBase, int]:
-    """The tokenizer with pad, eos, bos and unk tokens, and how many tokens had to be added for that. A token that is ""
-    counts as missing (the first LLaMA conversions had such)."""
+    """The tokenizer with pad, eos, bos and unk tokens, and how many tokens had to be added for that, as in 2023. A token
+    that is "" counts as missing."""
     name = model_args.model_name_or_path
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name,
-            cache_dir=training_args.cache_dir,
-            model_max_length=training_args.model_max_length,
-            padding_side="right",
+        tokenizer = open_tokenizer(
+            name, training_args.cache_dir, model_max_length=training_args.model_max_length, padding_side="right"
         )
     except (OSError, ValueError) as error:
         raise UsageError(f"--model_name_or_path {name}: no tokenizer could be loaded: {error}") from error
-    missing = {}
     if model_args.pad_token is not None:
         if model_args.pad_token not in tokenizer.get_vocab():
             raise UsageError(f"--pad_token {model_args.pad_token!r}: not a token of {name}")
         tokenizer.pad_token = model_args.pad_token
-    for token, default in (
-        ("pad_token", DEFAULT_PAD_TOKEN),
-        ("eos_token", DEFAULT_EOS_TOKEN),
-        ("bos_token", DEFAULT_BOS_TOKEN),
-        ("unk_token", DEFAULT_UNK_TOKEN),
-    ):
-        if not getattr(tokenizer, token):
-            missing[token] = default
+    missing = {token: default for token, default in SPECIAL_TOKENS.items() if not getattr(tokenizer, token)}
     return tokenizer, tokenizer.add_special_tokens(missing)
 
 

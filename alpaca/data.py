@@ -4,6 +4,7 @@ A row is a dict with `instruction`, `output` and an optional `input`, all str. R
 into the file's list does.
 """
 
+import csv
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
@@ -77,17 +78,19 @@ def _parse_jsonl(text: str, path: Path) -> Iterator[Row]:
 
 
 def _read_table(path: Path) -> list[Row]:
-    """CSV cells stay the text they are: "007", "NA" and "" are not turned into numbers or nulls."""
-    import datasets
-
+    """CSV through the standard library: "007", "NA" and "" stay the text they are."""
     try:
         if path.suffix.lower() == ".parquet":
-            return datasets.Dataset.from_parquet(str(path)).to_list()
-        separator = "\t" if path.suffix.lower() == ".tsv" else ","
-        return datasets.Dataset.from_csv(str(path), sep=separator, dtype=str, keep_default_na=False).to_list()
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error
-        raise UsageError(f"--data_path {path}: cannot be read as {path.suffix[1:]} ({cause})") from error
+            import datasets
+
+            return datasets.Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
+        csv.field_size_limit(2**31 - 1)
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            return list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
+    except (OSError, ValueError, RuntimeError, csv.Error) as error:  # datasets' own errors are RuntimeErrors
+        raise UsageError(
+            f"--data_path {path}: cannot be read as {path.suffix[1:]} ({error.__cause__ or error})"
+        ) from error
 
 
 def _read_dataset(name: str, split: str, cache_dir: str | None) -> list[Row]:

@@ -192,7 +192,7 @@ def refuse_unknown_flags(argv: list[str], known: list[str]) -> None:
     """Raise UsageError for the first flag whose name is not in `known`, with the closest name that is."""
     for name, _ in split_flags(argv):
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+            close = [flag for flag in known if flag.startswith(name)] or difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean --{close[0]}?" if close else "; --help lists all"
             raise UsageError(f"unknown flag --{name}{hint}")
 

@@ -8,8 +8,8 @@ command line, a data file and a cluster work before a real model is tried.
 """
 
 import argparse
+import io
 import json
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,23 +30,22 @@ def sentencepiece_tokenizer(texts: Iterable[str], vocab_size: int, output_dir: P
     """A `tokenizer.model` like LLaMA's: BPE, byte fallback, digits apart, no normalization, no pad token."""
     import sentencepiece
 
-    with tempfile.TemporaryDirectory() as folder:
-        prefix = Path(folder) / "tokenizer"
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter([line for text in texts for line in text.split("\n") if line]),
-            model_prefix=str(prefix),
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            split_digits=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            hard_vocab_limit=False,
-            minloglevel=2,
-        )
-        (output_dir / "tokenizer.model").write_bytes(prefix.with_suffix(".model").read_bytes())
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([line for text in texts for line in text.split("\n") if line]),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        split_digits=True,
+        character_coverage=0.9995,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (output_dir / "tokenizer.model").write_bytes(model.getvalue())
     config = {
         "tokenizer_class": "LlamaTokenizer",
         "bos_token": "<s>",

@@ -1,0 +1,26 @@
+"""Opening a tokenizer, those of the first LLaMA conversions of March 2023 included."""
+
+from typing import Any
+
+from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+SPECIAL_TOKENS = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+
+
+def open_tokenizer(name: str, cache_dir: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
+    """AutoTokenizer.from_pretrained, with three faults that transformers 5 has with old LLaMA folders mended.
+
+    Their class may be spelt LLaMATokenizer, which it no longer knows; they may not say add_bos_token, which it then
+    takes for False (2023: True); and bos, eos and unk may be "", over which it recurses without end. Such tokens are
+    those of the sentencepiece model.
+    """
+    config = get_tokenizer_config(name, cache_dir=cache_dir)
+    for token, default in SPECIAL_TOKENS.items():
+        if config.get(token) in ("", {"content": ""}):
+            kwargs[token] = None if token == "pad_token" else default
+    class_name = config.get("tokenizer_class") or ""
+    if class_name.lower().startswith("llamatokenizer") and "add_bos_token" not in config:
+        kwargs["add_bos_token"] = True
+    opener = LlamaTokenizer if class_name == "LLaMATokenizer" else AutoTokenizer
+    return opener.from_pretrained(name, cache_dir=cache_dir, **kwargs)

@@ -1,0 +1,102 @@
+"""Real parts for tests: tiny models with tokenizers built on the spot, and torchrun on CPU ranks."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).resolve().parent / "golden"
+SHARED = ROOT.parent / "shared" / "data"  # real Alpaca rows, not part of the repository
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated_caches(tmp_path_factory):
+    """Token caches of the tests do not mix with the user's."""
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf_home"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """tiny("llama" | "opt" | "gpt2") -> the folder of a model with random weights, made once per session."""
+    from scripts.make_tiny_model import make_tiny_model
+
+    made = {}
+
+    def make(architecture: str) -> str:
+        if architecture not in made:
+            folder = tmp_path_factory.mktemp(f"tiny_{architecture}")
+            made[architecture] = str(make_tiny_model(folder, architecture, hidden_size=32, num_hidden_layers=2))
+        return made[architecture]
+
+    return make
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def run(command, check=True, cwd=ROOT, env=None, timeout=300):
+    """Run and return the CompletedProcess with text output; on failure show it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    result = subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True,
+                            timeout=timeout)  # fmt: skip
+    if check and result.returncode != 0:
+        pytest.fail(f"{command} -> {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}")
+    return result
+
+
+def launcher(processes: int) -> list[str]:
+    if processes == 0:
+        return [sys.executable]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={processes}",
+        f"--master_port={free_port()}",
+    ]
+
+
+def train(flags: dict, processes: int = 0, **kwargs):
+    """Run train.py with `flags`, as python (processes=0) or under torchrun."""
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    return run([*launcher(processes), "train.py", *words], **kwargs)
+
+
+def history(output_dir) -> list[dict]:
+    """The logged training steps of a run."""
+    entries = json.loads((Path(output_dir) / "trainer_state.json").read_text())["log_history"]
+    return [entry for entry in entries if "loss" in entry]
+
+
+def weights(folder) -> dict:
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def largest_difference(a, b) -> float:
+    """Largest absolute difference between the weights of two checkpoints, which must have the same tensors."""
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    return max((a[name].float() - b[name].float()).abs().max().item() for name in a)
+
+
+def write_rows(path, number: int, **extra) -> str:
+    """A small data file of `number` distinct Alpaca rows of different lengths."""
+    rows = [
+        {"instruction": f"Count to {i % 7 + 1}.", "input": "aloud" if i % 3 == 0 else "",
+         "output": f"Row {i}: " + ", ".join(str(n + 1) for n in range(i % 7 + 1)), **extra}
+        for i in range(number)
+    ]  # fmt: skip
+    Path(path).write_text(json.dumps(rows))
+    return str(path)

@@ -1,0 +1,87 @@
+"""The shape of the repository: who imports whom, what an import costs, that nothing grows out of hand."""
+
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+FILES = sorted(path for folder in (".", "alpaca", "scripts") for path in (ROOT / folder).glob("*.py"))
+COMMANDS = {"train", "generate_instruction", "weight_diff"}
+
+
+def group(path) -> str:
+    return path.parent.name if path.parent != ROOT else path.stem
+
+
+def imports(path):
+    """(imported top-level module, whether at module level) for every import of ours in `path`."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        for name in names:
+            if (top := name.split(".")[0]) in COMMANDS | {"utils", "alpaca", "scripts"}:
+                yield top, node in tree.body
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_form_a_dag(path):
+    for name, at_top in imports(path):
+        if group(path) == "alpaca":
+            assert name == "alpaca"
+        elif group(path) == "utils":
+            assert name == "alpaca" and not at_top, "utils imports alpaca only inside functions"
+        elif group(path) in COMMANDS:
+            assert name in ("utils", "alpaca")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_and_functions_stay_small(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= (420 if path.name == "train.py" else 400)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            assert node.end_lineno - node.lineno < 60, node.name
+        assert not isinstance(node, ast.ExceptHandler) or node.type is not None, "bare except"
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys, json; print(json.dumps(list(sys.modules)))"
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return set(json.loads(output.splitlines()[-1]))
+
+
+def test_importing_utils_costs_nothing():
+    assert not {"torch", "openai", "transformers", "numpy"} & loaded_by("import utils")
+
+
+def test_importing_train_starts_nothing():
+    assert "openai" not in loaded_by("import train")
+
+
+def test_templates_are_written_once():
+    found = [str(path.relative_to(ROOT)) for path in FILES if "appropriately completes the request" in path.read_text()]
+    assert found == ["alpaca/prompts.py"]
+
+
+def test_public_names_of_2023_stay_where_they_were():
+    import train
+    import utils
+
+    for name in (
+        "IGNORE_INDEX DEFAULT_PAD_TOKEN DEFAULT_EOS_TOKEN DEFAULT_BOS_TOKEN DEFAULT_UNK_TOKEN PROMPT_DICT ModelArguments "
+        "DataArguments TrainingArguments smart_tokenizer_and_embedding_resize preprocess SupervisedDataset "
+        "DataCollatorForSupervisedDataset make_supervised_data_module train"
+    ).split():
+        assert hasattr(train, name), name
+    assert utils.jload and utils.jdump
+
+
+def test_readme_names_every_file_of_the_tree():
+    readme = (ROOT / "README.md").read_text()
+    for path in FILES:
+        if path.name != "__init__.py":
+            assert path.name in readme, f"{path.relative_to(ROOT)} is not in the README's tree"

@@ -1,0 +1,177 @@
+"""Token ids and labels are those of the 2023 code; what is deliberately different is tested as such."""
+
+import json
+
+import pytest
+import torch
+from conftest import GOLDEN, SHARED
+from transformers import AutoTokenizer
+
+import train
+from alpaca.prompts import PROMPT_DICT, format_prompt
+from train import IGNORE_INDEX, DataCollatorForSupervisedDataset, SupervisedDataset, preprocess
+
+
+def golden_tokenizer(name: str, max_length: int = 512):
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN / "labels" / name, model_max_length=max_length)
+    if tokenizer.pad_token is None:
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    return tokenizer
+
+
+def texts_of(rows, tokenizer):
+    return [format_prompt(row) for row in rows], [row["output"] + tokenizer.eos_token for row in rows]
+
+
+def as_in_2023(sources, targets, tokenizer):
+    """The 2023 algorithm, written anew: tokenize source + target and source alone, mask as many labels."""
+    for source, target in zip(sources, targets):
+        ids, prompt = (tokenizer(text, truncation=True)["input_ids"] for text in (source + target, source))
+        yield ids, [IGNORE_INDEX] * len(prompt) + ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("max_length", [512, 96])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_ids_and_labels_equal_the_golden_ones(name, max_length):
+    tokenizer = golden_tokenizer(name, max_length)
+    golden = json.loads((GOLDEN / "labels" / f"labels_{name}_{max_length}.json").read_text())
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (golden["pad_token_id"], golden["eos_token_id"])
+    rows = json.loads((GOLDEN / "labels" / "examples.json").read_text())
+    result = preprocess(*texts_of(rows, tokenizer), tokenizer)
+    assert len(result["input_ids"]) == len(golden["rows"]) == 40
+    for ids, labels, expected in zip(result["input_ids"], result["labels"], golden["rows"]):
+        first = expected["first_label"]
+        assert ids.tolist() == expected["input_ids"]
+        assert labels.tolist() == [IGNORE_INDEX] * first + expected["input_ids"][first:]
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_ids_and_labels_equal_2023_on_real_rows(name):
+    files = [SHARED / "alpaca_data_1k.json", SHARED / "alpaca_en_demo.json"]
+    if not files[0].exists():
+        pytest.skip("the real Alpaca rows are not here")
+    tokenizer = golden_tokenizer(name)
+    rows = [row for file in files for row in json.loads(file.read_text())]
+    rows = [row for row in rows if not any(token in str(row) for token in tokenizer.all_special_tokens)]
+    sources, targets = texts_of(rows, tokenizer)
+    result = preprocess(sources, targets, tokenizer)
+    for i, (ids, labels) in enumerate(as_in_2023(sources, targets, tokenizer)):
+        assert (result["input_ids"][i].tolist(), result["labels"][i].tolist()) == (ids, labels), rows[i]
+
+
+def test_control_text_is_plain_text_and_eos_is_the_token():
+    tokenizer = golden_tokenizer("llama")
+    rows = [{"instruction": "Print </s> twice.", "output": "</s></s> [PAD] <s>"}, {"instruction": "a", "output": "b"}]
+    result = preprocess(*texts_of(rows, tokenizer), tokenizer)
+    ids = result["input_ids"][0].tolist()
+    assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+    assert ids.count(tokenizer.bos_token_id) == 1 and tokenizer.pad_token_id not in ids
+    assert "</s></s> [PAD] <s>" in tokenizer.decode(ids[:-1])
+    assert result["problems"]["control_text"] == [0]
+
+
+def test_a_target_without_eos_gets_none():
+    tokenizer = golden_tokenizer("llama")
+    result = preprocess(["p:"], ["answer"], tokenizer)
+    assert tokenizer.eos_token_id not in result["input_ids"][0]
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_split_boundary_keeps_the_prompt_that_generation_sees(name):
+    tokenizer = golden_tokenizer(name)
+    rows = [{"instruction": "Quote it.", "output": '"Harbour" is quoted.'}, {"instruction": "x", "output": ":) y"}]
+    sources, targets = texts_of(rows, tokenizer)
+    result = preprocess(sources, targets, tokenizer, prompt_boundary="split")
+    for i, row in enumerate(rows):
+        prompt = tokenizer(sources[i])["input_ids"]
+        answer = tokenizer(row["output"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        assert result["input_ids"][i].tolist() == prompt + answer
+        assert result["labels"][i].tolist() == [IGNORE_INDEX] * len(prompt) + answer
+    assert result["problems"]["merged_boundary"] == []
+
+
+def test_problems_name_their_rows():
+    tokenizer = golden_tokenizer("llama", max_length=80)
+    long = "word " * 100
+    rows = [
+        {"instruction": "short", "output": "fine"},
+        {"instruction": long, "output": "never seen"},
+        {"instruction": "s", "output": long},
+    ]
+    problems = preprocess(*texts_of(rows, tokenizer), tokenizer)["problems"]
+    assert problems["truncated"] == problems["no_eos"] == [1, 2]
+    assert problems["nothing_to_learn"] == [1]
+
+
+def test_merged_boundary_is_noticed():
+    """A tokenizer in which ':' and '"' merge: the answer's quote is masked with the prompt, as in 2023."""
+    from scripts.make_tiny_model import sentencepiece_tokenizer
+
+    rows = [{"instruction": "i", "output": '"x" y'}, {"instruction": "i", "output": "x y"}]
+    texts = [format_prompt(rows[0]) + '"x"'] * 40 + ["abc def"] * 40
+
+    def check(folder):
+        sentencepiece_tokenizer(texts, 420, folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=512)
+        result = preprocess(*texts_of(rows, tokenizer), tokenizer)
+        assert result["problems"]["merged_boundary"] == [0]
+
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        check(Path(folder))
+
+
+def test_collator_masks_by_length_where_pad_is_eos():
+    tokenizer = golden_tokenizer("llama")
+    tokenizer.pad_token = tokenizer.eos_token
+    rows = [dict(input_ids=torch.tensor([5, 6, 2]), labels=torch.tensor([-100, 6, 2])),
+            dict(input_ids=torch.tensor([7]), labels=torch.tensor([7]))]  # fmt: skip
+    batch = DataCollatorForSupervisedDataset(tokenizer)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 2], [7, 2, 2]]
+    assert batch["labels"].tolist() == [[-100, 6, 2], [7, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_collator_of_no_rows_has_no_target():
+    batch = DataCollatorForSupervisedDataset(golden_tokenizer("llama"))([])
+    assert batch["labels"].tolist() == [[IGNORE_INDEX]] and batch["attention_mask"].tolist() == [[1]]
+
+
+def test_dataset_is_tokenized_once(tmp_path, monkeypatch):
+    from conftest import write_rows
+
+    path, tokenizer = write_rows(tmp_path / "rows.json", 20), golden_tokenizer("llama")
+    first = SupervisedDataset(path, tokenizer, cache_dir=str(tmp_path))
+    calls = []
+    monkeypatch.setattr(train, "preprocess", lambda *a: calls.append(a) or preprocess(*a))
+    again = SupervisedDataset(path, tokenizer, cache_dir=str(tmp_path))
+    assert not calls
+    assert all(torch.equal(a, b) for a, b in zip(first.input_ids, again.input_ids))
+    assert all(torch.equal(a, b) for a, b in zip(first.labels, again.labels))
+    assert first.description == again.description
+    SupervisedDataset(path, golden_tokenizer("llama", 40), cache_dir=str(tmp_path))  # another length: not the same
+    SupervisedDataset(path, tokenizer, prompt_boundary="split", cache_dir=str(tmp_path))
+    assert len(calls) == 2
+    for file in tmp_path.glob("alpaca_tokens/*.npz"):  # a torn file is no reason to fail
+        file.write_bytes(file.read_bytes()[:100])
+    SupervisedDataset(path, tokenizer, cache_dir=str(tmp_path))
+    assert len(calls) == 3
+
+
+def test_templates_are_byte_for_byte_alpacas():
+    """The golden ids were made by the 2023 code: decoded, they hold its templates."""
+    assert train.PROMPT_DICT is PROMPT_DICT
+    golden = json.loads((GOLDEN / "labels" / "labels_llama_512.json").read_text())["rows"]
+    examples = json.loads((GOLDEN / "labels" / "examples.json").read_text())
+    for row, example in list(zip(golden, examples))[:2]:  # one without input, one with
+        text = golden_tokenizer("llama").decode(row["input_ids"], skip_special_tokens=True)
+        assert text == format_prompt(example) + example["output"]
+
+
+@pytest.mark.parametrize("value", [None, "", "missing"])
+def test_input_missing_null_or_empty_selects_the_short_prompt(value):
+    row = {"instruction": "Say hi."} if value == "missing" else {"instruction": "Say hi.", "input": value}
+    assert "### Input:" not in format_prompt(row)
+    assert "### Input:\n   \n" in format_prompt({"instruction": "Say hi.", "input": "   "})
