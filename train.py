@@ -319,8 +319,8 @@ def resize_embeddings(model: PreTrainedModel, num_new_tokens: int, vocab_size: i
 
 
 def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> tuple[PreTrainedTokenizerBase, int]:
-    """The tokenizer with pad, eos, bos and unk tokens, and how many tokens had to be added for that, as in 2023. A token
-    that is "" counts as missing."""
+    """The tokenizer with pad, eos, bos and unk tokens, and how many tokens had to be added for that, as in 2023.
+    A token that is "" counts as missing."""
     name = model_args.model_name_or_path
     try:
         tokenizer = open_tokenizer(

@@ -155,7 +155,8 @@ def test_readme_command_parses_here(tmp_path):
          "--per_device_eval_batch_size", "4", "--gradient_accumulation_steps", "8", "--evaluation_strategy", "no",
          "--save_strategy", "steps", "--save_steps", "2000", "--save_total_limit", "1", "--learning_rate", "2e-5",
          "--weight_decay", "0.", "--warmup_ratio", "0.03", "--lr_scheduler_type", "cosine", "--logging_steps", "1",
-         "--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer", "--tf32", "True"]
+         "--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer",
+         "--tf32", "True"]
     )  # fmt: skip
     assert training.get_warmup_steps(1000) == 30 and training.save_total_limit == 1 and training.bf16
     assert (training.optim, training.model_max_length, model.model_name_or_path) == ("adamw_torch", 512, "x")
