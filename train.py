@@ -32,7 +32,7 @@ from alpaca.console import hide_progress_bars, plot_loss, say
 from alpaca.data import fingerprint, load_rows
 from alpaca.errors import UsageError, fail
 from alpaca.prompts import PROMPT_DICT, format_prompt, load_prompt_template
-from alpaca.run import check_lengths, find_checkpoint, warn_about_steps
+from alpaca.run import check_evaluation, check_lengths, check_output_dir, find_checkpoint, warn_about_steps
 from alpaca.tokenizer import SPECIAL_TOKENS, open_tokenizer
 from alpaca.tokens import IGNORE_INDEX, cached_tokens, describe, mask
 from alpaca.trainer import AlpacaTrainer
@@ -368,6 +368,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     model_args, data_args, training_args = parse_flags(sys.argv[1:] if argv is None else argv)
     hide_progress_bars(training_args)
     transformers.set_seed(training_args.seed)
+    check_evaluation(training_args, data_args.eval_data_path)
     checkpoint = find_checkpoint(training_args)
 
     tokenizer, num_new_tokens = load_tokenizer(model_args, training_args)
@@ -375,6 +376,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     for dataset in filter(None, (data_module["train_dataset"], data_module["eval_dataset"])):
         say(dataset.description, training_args.process_index)
     warn_about_steps(training_args, len(data_module["train_dataset"]))
+    check_output_dir(training_args)
 
     model = load_model(model_args, training_args, checkpoint)
     check_lengths(model, data_module)

@@ -21,7 +21,6 @@ RENAMED = {
     "no_cuda": "use_cpu",
 }
 DROPPED = {
-    "overwrite_output_dir": "an output directory is never cleared; resume or choose another one",
     "save_safetensors": "checkpoints are always written as safetensors",
     "fp16_backend": "torch's own mixed precision is used",
     "half_precision_backend": "torch's own mixed precision is used",

@@ -1,6 +1,7 @@
 """Checks around a run: where it continues, whether it would overwrite another, how many steps it has."""
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,25 @@ def find_checkpoint(args: "TrainingArguments") -> str | None:
             "choose another folder, or pass --overwrite_output_dir True"
         )
     return None
+
+
+def check_output_dir(args: "TrainingArguments") -> None:
+    """Raise UsageError where nothing could be saved, before anything expensive happens."""
+    try:
+        os.makedirs(args.output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.output_dir) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise UsageError(f"--output_dir {args.output_dir}: cannot be written ({error.strerror})") from error
+
+
+def check_evaluation(args: "TrainingArguments", eval_data_path: str | None) -> None:
+    """Raise UsageError where --eval_data_path and --eval_strategy are not given together."""
+    wanted = args.eval_strategy != "no"
+    if wanted and not eval_data_path:
+        raise UsageError(f"--eval_strategy {args.eval_strategy.value}: needs rows to evaluate on, --eval_data_path")
+    if eval_data_path and not wanted:
+        raise UsageError(f"--eval_data_path {eval_data_path}: is never used; add --eval_strategy steps or epoch")
 
 
 def warn_about_steps(args: "TrainingArguments", num_rows: int) -> None:

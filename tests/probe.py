@@ -1,0 +1,46 @@
+"""Run by torchrun in test_sharding.py: train.py with a callback that prints, per rank, what it holds before step 1."""
+
+import json
+import os
+import resource
+import sys
+
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+import train
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Probe(TrainerCallback):
+    after_imports = peak_bytes()
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        parameters = list(model.parameters())
+        held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        report = {
+            "rank": int(os.environ["RANK"]),
+            "dtensors": sum(isinstance(parameter, DTensor) for parameter in parameters),
+            "parameters": len(parameters),
+            "in_optimizer": sum(parameter in held for parameter in parameters),
+            "local": sum(p.to_local().numel() for p in parameters if isinstance(p, DTensor)),
+            "full": sum(p.numel() for p in parameters),
+            "groups": sum(type(module).__name__.startswith("FSDP") for module in model.modules()),
+            "grew": peak_bytes() - self.after_imports,
+        }
+        print("PROBE " + json.dumps(report), flush=True)
+
+
+initialize = train.AlpacaTrainer.__init__
+
+
+def initialize_with_probe(self, *args, **kwargs):
+    initialize(self, *args, **kwargs)
+    self.add_callback(Probe)
+
+
+train.AlpacaTrainer.__init__ = initialize_with_probe
+train.train(sys.argv[1:])

@@ -1,0 +1,127 @@
+"""What a user gets wrong ends in one clear message and a non-zero exit, and nothing is overwritten."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from conftest import run, train, write_rows
+
+import train as train_module
+from alpaca.errors import UsageError
+
+
+def mistake(tmp_path, tiny, **changed):
+    flags = dict(model_name_or_path=tiny("llama"), data_path=tmp_path / "rows.json", output_dir=tmp_path / "out",
+                 use_cpu=True, save_strategy="no", max_steps=1)  # fmt: skip
+    if not (tmp_path / "rows.json").exists():
+        write_rows(tmp_path / "rows.json", 4)
+    flags.update(changed)
+    words = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    with pytest.raises(UsageError) as caught:
+        train_module.train(words)
+    return str(caught.value)
+
+
+BAD_FLAGS = {
+    "misspelt flag": (dict(lerning_rate="1"), "--lerning_rate; did you mean --learning_rate"),
+    "not a number": (dict(learning_rate="fast"), "--learning_rate/--learning-rate: invalid float value: 'fast'"),
+    "not a choice": (dict(save_dtype="int8"), "invalid choice: 'int8'"),
+    "unknown boundary": (dict(prompt_boundary="middle"), "invalid choice: 'middle'"),
+    "unknown scheduler": (dict(lr_scheduler_type="cosinus"), "cosinus"),
+    "unknown optimizer": (dict(optim="adamw_2023"), "adamw_2023"),
+    "fsdp word": (dict(fsdp="fully_shard"), "unknown word 'fully_shard'"),
+    "warmup ratio": (dict(warmup_ratio="1.5"), "0 <= ratio < 1"),
+    "no data": (dict(data_path=None), "--data_path is missing"),
+    "missing data file": (dict(data_path="./alpaca_data.json"), "tatsu-lab/alpaca"),
+    "missing model": (dict(model_name_or_path="/nowhere/llama"), "--model_name_or_path /nowhere/llama"),
+    "length zero": (dict(model_max_length="0"), "--model_max_length 0"),
+    "too short to learn": (dict(model_max_length="8"), "no row has an answer left to learn"),
+    "longer than the model": (dict(model_max_length="4000", data_path="long"), "2048 positions"),
+    "pad token": (dict(pad_token="nope"), "--pad_token 'nope'"),
+    "template file": (dict(prompt_template="/nowhere.json"), "--prompt_template /nowhere.json"),
+    "resume from nothing": (dict(resume_from_checkpoint="True"), "no checkpoint-N folder in --output_dir"),
+    "resume from a wrong folder": (dict(resume_from_checkpoint="/tmp"), "trainer_state.json is missing"),
+    "legacy loss": (dict(average_tokens_across_devices="False"), "--loss_normalization microbatch"),
+    "eval without data": (dict(eval_strategy="steps"), "--eval_data_path"),
+    "evaluation data for nothing": (dict(eval_data_path="rows.json"), "is never used; add --eval_strategy"),
+    "unwritable output": (dict(output_dir="/proc/out"), "--output_dir /proc/out"),
+    "output is a file": (dict(output_dir="file"), "File exists"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags(tmp_path, tiny, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changed, message = BAD_FLAGS[name]
+    if changed.get("data_path") == "long":
+        rows = [{"instruction": "i", "output": "many words " * 1000}]
+        (tmp_path / "long").mkdir()
+        (tmp_path / "long" / "rows.json").write_text(json.dumps(rows))
+        changed = {**changed, "data_path": tmp_path / "long" / "rows.json"}
+    if changed.get("output_dir") == "file":
+        (tmp_path / "file").write_text("mine")
+    assert message in mistake(tmp_path, tiny, **changed)
+    assert not (tmp_path / "out").exists() or not os.listdir(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "expected a JSON object, got list"),
+        ('{"prompt_input": "{instruction} {input}"}', "'prompt_no_input'"),
+        ('{"prompt_input": "{instruction} {input}", "prompt_no_input": "{instruction} {x}"}', "may use only"),
+        ('{"prompt_input": "{instruction}", "prompt_no_input": "{instruction}"}', "never uses {input}"),
+    ],
+)
+def test_bad_templates(tmp_path, tiny, template, message):
+    (tmp_path / "t.json").write_text(template)
+    assert message in mistake(tmp_path, tiny, prompt_template=tmp_path / "t.json")
+
+
+def test_a_model_folder_without_weights(tmp_path, tiny):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
+        (folder / name).write_bytes((Path(tiny("llama")) / name).read_bytes())
+    assert "the model could not be loaded" in mistake(tmp_path, tiny, model_name_or_path=folder)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_not_overwritten(tmp_path, tiny):
+    flags = dict(model_name_or_path=tiny("llama"), data_path=write_rows(tmp_path / "rows.json", 4), max_steps=1,
+                 output_dir=tmp_path / "out", save_strategy="no")  # fmt: skip
+    train(flags)
+    before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+    refused = train(flags, check=False)
+    assert refused.returncode == 2 and "already holds a run" in refused.stderr and "Traceback" not in refused.stderr
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
+    train({**flags, "overwrite_output_dir": True})
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns > before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(learning_rat="1"), "did you mean --learning_rate"),
+        (dict(fsdp="full_shard auto_wrap", fsdp_transformer_layer_cls_to_wrap="BertLayer"), "is LlamaDecoderLayer"),
+    ],
+)
+def test_under_torchrun_rank_0_speaks_once(tmp_path, tiny, changed, message):
+    flags = dict(model_name_or_path=tiny("llama"), data_path=write_rows(tmp_path / "rows.json", 4),
+                 output_dir=tmp_path / "out", **changed)  # fmt: skip
+    result = train(flags, processes=2, check=False)
+    assert result.returncode != 0 and not list((tmp_path / "out").glob("*"))
+    assert result.stderr.count(message) == 1
+    assert 'File "' not in result.stderr.split("train.py: error:")[0], "no traceback before the message"
+
+
+def test_help_reads_well():
+    import sys
+
+    text = run([sys.executable, "train.py", "--help"]).stdout
+    assert "torchrun --nproc_per_node=4" in text
+    for flag in ("--data_path", "--prompt_boundary", "--loss_normalization", "--save_dtype", "--fsdp"):
+        assert flag in text

@@ -1,0 +1,83 @@
+"""FSDP is real on CPU ranks: DTensor shards, no full copy per rank, and the results of one process."""
+
+import json
+
+import pytest
+import torch
+from conftest import history, largest_difference, launcher, run, train, write_rows
+
+pytestmark = pytest.mark.slow
+
+FLAGS = dict(per_device_train_batch_size=2, learning_rate=1e-3, num_train_epochs=2, logging_steps=1, save_strategy="no",
+             max_grad_norm=0.5, weight_decay=0.01)  # fmt: skip
+
+
+def probe(tmp_path, **flags):
+    words = [f"--{name}={value}" for name, value in dict(output_dir=tmp_path / "probe", max_steps=1, **flags).items()]
+    output = run([*launcher(2), "tests/probe.py", *words], env={"PYTHONPATH": "."}).stdout
+    reports = [json.loads(line.split("PROBE ")[1]) for line in output.splitlines() if "PROBE " in line]
+    return sorted(reports, key=lambda report: report["rank"])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt"])
+def test_parameters_are_dtensor_shards(tiny, tmp_path, architecture):
+    reports = probe(tmp_path, model_name_or_path=tiny(architecture), fsdp="full_shard auto_wrap",
+                    data_path=write_rows(tmp_path / "rows.json", 8))  # fmt: skip
+    assert [report["rank"] for report in reports] == [0, 1]
+    for report in reports:
+        assert report["dtensors"] == report["parameters"] == report["in_optimizer"] > 0
+        assert report["local"] < 0.55 * report["full"]
+        assert report["groups"] >= 3, "each decoder layer is a group of its own"
+    assert sum(report["local"] for report in reports) >= reports[0]["full"]
+
+
+def test_no_rank_but_the_first_holds_a_full_copy(tiny, tmp_path):
+    """Peak memory of a model of 400 MB: rank 0 reads it whole; both need about 0.4 of it for late imports."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(tiny("llama"))
+    config.update(dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8,
+                       num_key_value_heads=8, head_dim=128))  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
+    for file in ("tokenizer.model", "tokenizer_config.json"):
+        (tmp_path / "model" / file).write_bytes(open(f"{tiny('llama')}/{file}", "rb").read())
+    reports = probe(tmp_path, model_name_or_path=tmp_path / "model", fsdp="full_shard auto_wrap", save_strategy="no",
+                    data_path=write_rows(tmp_path / "rows.json", 4))  # fmt: skip
+    whole = reports[0]["full"] * 4
+    assert whole > 380e6
+    rank_0, rank_1 = (report["grew"] / whole for report in reports)
+    assert rank_0 > 1 and rank_0 - rank_1 > 0.8, f"grew by {rank_0:.2f} and {rank_1:.2f} times the model"
+
+
+@pytest.mark.parametrize("rows, fp_steps", [(32, 8), (27, 8)])
+def test_one_process_ddp_fsdp_and_offload_agree(tiny, tmp_path, rows, fp_steps):
+    """Float32, the same global batch of 8; with 27 rows the last step of an epoch has 3, so one rank has fewer."""
+    data = write_rows(tmp_path / "rows.json", rows)
+    common = dict(model_name_or_path=tiny("llama"), data_path=data, **FLAGS)
+    runs = {
+        "one": (0, dict(gradient_accumulation_steps=4)),
+        "ddp": (2, dict(gradient_accumulation_steps=2)),
+        "fsdp": (2, dict(gradient_accumulation_steps=2, fsdp="full_shard auto_wrap")),
+        "offload": (2, dict(gradient_accumulation_steps=2, fsdp="full_shard auto_wrap offload")),
+    }
+    for name, (processes, flags) in runs.items():
+        train(dict(output_dir=tmp_path / name, **common, **flags), processes)
+    reference = history(tmp_path / "one")
+    assert len(reference) == fp_steps
+    for name in ("ddp", "fsdp", "offload"):
+        for ours, expected in zip(history(tmp_path / name), reference, strict=True):
+            assert ours["loss"] == pytest.approx(expected["loss"], abs=2e-5), name
+            assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3), name
+        assert largest_difference(tmp_path / name, tmp_path / "one") < 2e-5, name
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gpt2"])
+def test_tied_embeddings_train_alike_sharded_and_not(tiny, tmp_path, architecture):
+    """Dropout is on, with the same random numbers on both. SGD: Adam would blow up the noise of zero gradients."""
+    data = write_rows(tmp_path / "rows.json", 12)
+    flags = dict(model_name_or_path=tiny(architecture), data_path=data, **FLAGS) | dict(optim="sgd", learning_rate=0.5)
+    train(dict(output_dir=tmp_path / "ddp", **flags), 2)
+    train(dict(output_dir=tmp_path / "fsdp", fsdp="full_shard auto_wrap", **flags), 2)
+    assert largest_difference(tmp_path / "ddp", tmp_path / "fsdp") < 2e-6
+    losses = [entry["loss"] for entry in history(tmp_path / "fsdp")]
+    assert losses[-1] < losses[0] - 0.01, "it trained"

@@ -1,0 +1,305 @@
+"""train.py from the command line: the README's commands, saving, resuming, evaluating, logging."""
+
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SHARED, history, largest_difference, run, train, weights, write_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from scripts.quickstart import README_FLAGS
+from train import TrainingArguments
+
+pytestmark = pytest.mark.slow
+
+SMALL = dict(per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1, save_strategy="no")
+
+
+def readme_command(**changed):
+    flags = {name.removeprefix("--"): value for name, value in README_FLAGS.items() if name != "--nproc_per_node"}
+    return {**flags, **changed}
+
+
+@pytest.mark.parametrize(
+    "architecture, layer, fsdp",
+    [
+        ("llama", "LlamaDecoderLayer", "full_shard auto_wrap"),
+        ("llama", "LLaMADecoderLayer", "full_shard auto_wrap offload"),
+        ("opt", "OPTDecoderLayer", "full_shard auto_wrap"),
+    ],
+)
+def test_readme_command(tiny, tmp_path, architecture, layer, fsdp):
+    out = tmp_path / "out"
+    flags = readme_command(
+        model_name_or_path=tiny(architecture),
+        data_path=str(ROOT / "seed_tasks.jsonl"),
+        output_dir=out,
+        fsdp_transformer_layer_cls_to_wrap=layer,
+        fsdp=fsdp,
+        num_train_epochs=1,
+    )
+    result = train(flags, processes=2)
+    assert [entry["step"] for entry in history(out)] == [1, 2, 3]
+    assert result.stdout.count("--evaluation_strategy no -> --eval_strategy no") == 1, "noted once, by rank 0"
+    assert "--save_steps 2000 exceeds the 3 steps" in result.stdout
+    assert not list(out.glob("checkpoint-*"))
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert model.dtype == torch.float32 and model.config.use_cache
+    assert type(model).__name__ == {"llama": "LlamaForCausalLM", "opt": "OPTForCausalLM"}[architecture]
+    assert model.config.architectures == [type(model).__name__]
+    rows = {
+        len(tokenizer),
+        model.config.vocab_size,
+        *(t.shape[0] for n, t in weights(out).items() if "embed_tokens" in n),
+    }
+    assert len(rows) == 1, "vocabulary of tokenizer, config and weights"
+    assert model.config.pad_token_id == tokenizer.pad_token_id is not None
+    assert tokenizer("x")["input_ids"] == AutoTokenizer.from_pretrained(tiny(architecture))("x")["input_ids"]
+
+
+def test_plain_line_per_step(tiny, tmp_path):
+    result = train(
+        dict(
+            model_name_or_path=tiny("llama"),
+            data_path=write_rows(tmp_path / "r.json", 6),
+            output_dir=tmp_path / "out",
+            num_train_epochs=1,
+            **SMALL,
+        )
+    )
+    line = next(line for line in result.stdout.splitlines() if line.startswith("step 2/3"))
+    for part in ("epoch 0.67", "loss ", "lr ", "grad norm ", "tokens/s", "ETA 0:00:0"):
+        assert part in line
+    assert "it/s" not in result.stderr, "no progress bars in a log file"
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="the real Alpaca rows are not here")
+def test_an_epoch_of_real_alpaca_rows(tiny, tmp_path):
+    train(
+        dict(
+            model_name_or_path=tiny("llama"),
+            data_path=SHARED / "alpaca_data_1k.json",
+            output_dir=tmp_path / "out",
+            num_train_epochs=1,
+            **{**SMALL, "per_device_train_batch_size": 8},
+        )
+    )
+    losses = [entry["loss"] for entry in history(tmp_path / "out")]
+    assert len(losses) == math.ceil(1000 / 8) and sum(losses[-5:]) < 0.8 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("processes, fsdp", [(0, ""), (2, ""), (2, "full_shard auto_wrap")])
+def test_resuming_ends_with_the_same_weights(tiny, tmp_path, processes, fsdp):
+    """From the middle of the second epoch, bit for bit, dropout included (OPT), through a copied output folder."""
+    data = write_rows(tmp_path / "rows.json", 22)
+    flags = dict(model_name_or_path=tiny("opt"), data_path=data, fsdp=fsdp, **SMALL, num_train_epochs=3)
+    flags |= dict(save_strategy="steps", save_steps=4, save_total_limit=2, gradient_accumulation_steps=2)
+    train(dict(output_dir=tmp_path / "whole", **flags), processes)
+    steps = len(history(tmp_path / "whole"))
+    kept = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "whole").glob("checkpoint-*"))
+    assert kept == [steps // 4 * 4 - 4, steps // 4 * 4], "save_total_limit"
+    first = tmp_path / "whole" / f"checkpoint-{kept[0]}"
+    AutoModelForCausalLM.from_pretrained(first)  # a checkpoint is a model
+    shutil.copytree(first, tmp_path / "again" / first.name)
+    train(dict(output_dir=tmp_path / "again", resume_from_checkpoint="True", **flags), processes)
+    assert largest_difference(tmp_path / "again", tmp_path / "whole") == 0
+    assert [e["loss"] for e in history(tmp_path / "again")] == [e["loss"] for e in history(tmp_path / "whole")]
+
+
+def test_resuming_from_a_named_checkpoint_into_another_folder(tiny, tmp_path):
+    data = write_rows(tmp_path / "rows.json", 8)
+    flags = dict(
+        model_name_or_path=tiny("llama"), data_path=data, **{**SMALL, "save_strategy": "epoch"}, num_train_epochs=2
+    )
+    train(dict(output_dir=tmp_path / "a", **flags))
+    train(dict(output_dir=tmp_path / "b", resume_from_checkpoint=tmp_path / "a" / "checkpoint-4", **flags))
+    assert largest_difference(tmp_path / "a", tmp_path / "b") == 0
+
+
+@pytest.mark.parametrize("processes, fsdp", [(0, ""), (2, "full_shard auto_wrap")])
+def test_save_dtype_is_for_the_final_model_only(tiny, tmp_path, processes, fsdp):
+    out = tmp_path / "out"
+    train(
+        dict(
+            model_name_or_path=tiny("llama"),
+            data_path=write_rows(tmp_path / "r.json", 8),
+            output_dir=out,
+            fsdp=fsdp,
+            save_dtype="bfloat16",
+            max_steps=2,
+            **{**SMALL, "save_strategy": "steps"},
+            save_steps=2,
+        ),
+        processes,
+    )
+    assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
+    assert {tensor.dtype for tensor in weights(out / "checkpoint-2").values()} == {torch.float32}
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+    for name, tensor in weights(out / "checkpoint-2").items():
+        assert torch.equal(tensor.bfloat16(), weights(out)[name])
+
+
+@pytest.mark.parametrize("processes, fsdp", [(0, ""), (2, "full_shard auto_wrap")])
+def test_evaluation_loss_is_the_mean_over_target_tokens(tiny, tmp_path, processes, fsdp):
+    data, out = write_rows(tmp_path / "rows.json", 7), tmp_path / "out"
+    train(
+        dict(
+            model_name_or_path=tiny("llama"),
+            data_path=data,
+            eval_data_path=data,
+            output_dir=out,
+            fsdp=fsdp,
+            evaluation_strategy="steps",
+            eval_steps=1,
+            max_steps=1,
+            per_device_eval_batch_size=2,
+            **SMALL,
+        ),
+        processes,
+    )
+    entries = json.loads((out / "trainer_state.json").read_text())["log_history"]
+    logged = next(entry["eval_loss"] for entry in entries if "eval_loss" in entry)
+
+    from train import SupervisedDataset
+
+    tokenizer = AutoTokenizer.from_pretrained(out, model_max_length=512)
+    model, dataset = AutoModelForCausalLM.from_pretrained(out), SupervisedDataset(data, tokenizer)
+    total, targets = 0.0, 0
+    for row in dataset:
+        with torch.no_grad():
+            logits = model(input_ids=row["input_ids"][None]).logits[0, :-1]
+        total += torch.nn.functional.cross_entropy(logits, row["labels"][1:], reduction="sum").item()
+        targets += int((row["labels"][1:] != -100).sum())
+    assert logged == pytest.approx(total / targets, rel=1e-5)
+
+
+def test_tensorboard_and_wandb_offline(tiny, tmp_path):
+    train(
+        dict(
+            model_name_or_path=tiny("llama"),
+            data_path=write_rows(tmp_path / "r.json", 4),
+            num_train_epochs=1,
+            output_dir=tmp_path / "out",
+            **SMALL,
+        )
+        | {"report_to": "tensorboard"},
+        env={"TENSORBOARD_LOGGING_DIR": str(tmp_path / "tb")},
+    )
+    assert any(path.stat().st_size > 500 for path in (tmp_path / "tb").rglob("events.out.tfevents.*"))
+    train(
+        dict(
+            model_name_or_path=tiny("llama"),
+            data_path=tmp_path / "r.json",
+            num_train_epochs=1,
+            output_dir=tmp_path / "out2",
+            **SMALL,
+        )
+        | {"report_to": "wandb"},
+        env={"WANDB_DIR": str(tmp_path), "WANDB_MODE": "offline"},
+    )
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_bf16_on_a_cpu_is_close_to_float32(tiny, tmp_path):
+    for name, bf16 in (("bf16", True), ("fp32", False)):
+        train(
+            dict(
+                model_name_or_path=tiny("llama"),
+                data_path=write_rows(tmp_path / "r.json", 8),
+                bf16=bf16,
+                output_dir=tmp_path / name,
+                num_train_epochs=1,
+                **SMALL,
+            )
+        )
+    a, b = ([entry["loss"] for entry in history(tmp_path / name)] for name in ("bf16", "fp32"))
+    assert a != b and a == pytest.approx(b, abs=0.02)
+    assert {tensor.dtype for tensor in weights(tmp_path / "bf16").values()} == {torch.float32}
+
+
+def test_own_prompt_template(tiny, tmp_path):
+    template = {"prompt_input": "Q {instruction} {input} A ", "prompt_no_input": "Q {instruction} A "}
+    (tmp_path / "t.json").write_text(json.dumps(template))
+    data = write_rows(tmp_path / "r.json", 4)
+    short, usual = (
+        train(
+            dict(
+                model_name_or_path=tiny("llama"),
+                data_path=data,
+                output_dir=tmp_path / name,
+                max_steps=1,
+                **SMALL,
+                **flags,
+            )
+        ).stdout
+        for name, flags in (("a", {"prompt_template": tmp_path / "t.json"}), ("b", {}))
+    )
+
+    def tokens(output):
+        return int(output.split(" rows, ")[1].split(" tokens")[0])
+
+    assert tokens(short) < tokens(usual) / 2
+
+
+RECIPES = {
+    "llama_7b": ("llama", "2e-05", 3, 512),
+    "llama_13b": ("llama", "1e-05", 5, 512),
+    "opt_6.7b": ("opt", "2e-05", 3, 512),
+    "llama2_7b_alpaca_cleaned": ("llama", "2e-05", 3, 512),
+    "claude2_alpaca_7b": ("llama", "1e-05", 5, 2048),
+    "claude2_alpaca_13b": ("llama", "1e-05", 5, 2048),
+}
+
+
+def test_every_recipe_is_tested():
+    assert {path.stem for path in (ROOT / "recipes").glob("*.sh")} == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
+    """Its own flags, a tiny model, one step of 128 rows on 2 ranks; the published values are read back from the run."""
+    from conftest import free_port
+
+    architecture, learning_rate, epochs, length = RECIPES[name]
+    env = dict(
+        MODEL=tiny(architecture),
+        DATA=write_rows(tmp_path / "r.json", 130),
+        OUTPUT=str(tmp_path / "out"),
+        NPROC="2",
+        PORT=str(free_port()),
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
+    result = run(["bash", ROOT / "recipes" / f"{name}.sh", "--max_steps", "1"], env=env)
+    assert "128 a step" in result.stdout
+    monkeypatch.setattr(sys.modules["__main__"], "TrainingArguments", TrainingArguments, raising=False)
+    args = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
+    assert (args.learning_rate, args.num_train_epochs, args.model_max_length) == (float(learning_rate), epochs, length)
+    assert (args.weight_decay, args.get_warmup_steps(100), args.lr_scheduler_type.value) == (0, 3, "cosine")
+    assert args.bf16 and args.fsdp
+
+
+def test_quickstart_twice(tmp_path):
+    """The whole story, and again in the folder it made; somebody else's folder is left alone."""
+    for epochs in (10, 10):
+        result = run(
+            [
+                sys.executable,
+                "-m",
+                "scripts.quickstart",
+                "--folder",
+                tmp_path / "q",
+                "--num_train_epochs",
+                epochs,
+            ]
+        )
+        assert "of 5 answers are word for word" in result.stdout and "--learning_rate" in result.stdout
+    (tmp_path / "q" / ".made-by-quickstart").unlink()
+    refused = run([sys.executable, "-m", "scripts.quickstart", "--folder", tmp_path / "q"], check=False)
+    assert refused.returncode != 0 and "was not made by quickstart" in refused.stderr
+    assert (tmp_path / "q" / "tuned" / "model.safetensors").exists()
