@@ -46,7 +46,7 @@ def test_no_rank_but_the_first_holds_a_full_copy(tiny, tmp_path):
     whole = reports[0]["full"] * 4
     assert whole > 380e6
     rank_0, rank_1 = (report["grew"] / whole for report in reports)
-    assert rank_0 > 1 and rank_0 - rank_1 > 0.8, f"grew by {rank_0:.2f} and {rank_1:.2f} times the model"
+    assert rank_0 > 1 > rank_1 and rank_0 - rank_1 > 0.6, f"grew by {rank_0:.2f} and {rank_1:.2f} times the model"
 
 
 @pytest.mark.parametrize("rows, fp_steps", [(32, 8), (27, 8)])
