@@ -284,22 +284,16 @@ def test_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
     assert args.bf16 and args.fsdp
 
 
-def test_quickstart_twice(tmp_path):
-    """The whole story, and again in the folder it made; somebody else's folder is left alone."""
-    for epochs in (10, 10):
-        result = run(
-            [
-                sys.executable,
-                "-m",
-                "scripts.quickstart",
-                "--folder",
-                tmp_path / "q",
-                "--num_train_epochs",
-                epochs,
-            ]
-        )
-        assert "of 5 answers are word for word" in result.stdout and "--learning_rate" in result.stdout
-    (tmp_path / "q" / ".made-by-quickstart").unlink()
-    refused = run([sys.executable, "-m", "scripts.quickstart", "--folder", tmp_path / "q"], check=False)
+def test_quickstart_in_the_folder_of_an_earlier_one(tmp_path):
+    """The whole story; a folder that quickstart did not make is left alone."""
+    folder = tmp_path / "q"
+    (folder / "tuned").mkdir(parents=True)
+    (folder / "tuned" / "mine.txt").write_text("precious")
+    command = [sys.executable, "-m", "scripts.quickstart", "--folder", folder]
+    refused = run(command, check=False)
     assert refused.returncode != 0 and "was not made by quickstart" in refused.stderr
-    assert (tmp_path / "q" / "tuned" / "model.safetensors").exists()
+    assert (folder / "tuned" / "mine.txt").exists()
+    (folder / ".made-by-quickstart").touch()
+    result = run(command)
+    assert "of 5 answers are word for word" in result.stdout and "2e-5 -> 1e-3" in result.stdout
+    assert not (folder / "tuned" / "mine.txt").exists()
