@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a causal language model on instructions: the Stanford Alpaca recipe.
+r"""Supervised fine-tuning of a causal language model on instructions: the Stanford Alpaca recipe.
 
 Four GPUs, parameters, gradients and optimizer sharded over them:
 

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import json
 import os
-from argparse import ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,14 @@ FSDP_WORDS = ("full_shard", "shard_grad_op", "no_shard", "auto_wrap", "offload")
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """Defaults are shown; the description keeps its line breaks."""
+    """The description keeps its line breaks; a flag is shown in one spelling, its default only where it has one."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        values = "" if action.nargs == 0 else " " + self._format_args(action, "VALUE")
+        return (action.option_strings[-1] if action.dest == "help" else action.option_strings[0]) + values
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class FlagParser(transformers.HfArgumentParser):
@@ -39,6 +46,9 @@ class FlagParser(transformers.HfArgumentParser):
     def __init__(self, dataclass_types: Sequence[type], description: str | None):
         super().__init__(dataclass_types, prog="train.py", usage="train.py [flags]", description=description,
                          formatter_class=HelpFormatter, allow_abbrev=False)  # fmt: skip
+        inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+        for group in self._action_groups:  # for --help: our own flags before the hundred of transformers
+            group._group_actions.sort(key=lambda action: action.dest in inherited)
 
     def error(self, message: str):
         raise UsageError(message)
