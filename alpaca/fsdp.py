@@ -25,6 +25,10 @@ def configure_fsdp(args: "TrainingArguments") -> None:
     args.fsdp = True
     if int(config.get("version", 2)) != 2:
         raise UsageError("--fsdp_config version 1: only FSDP2 (version 2, the default) is supported")
+    for name in ("gradient_checkpointing", "activation_checkpointing"):  # FSDP's own kind gathers no weights twice
+        if getattr(args, name, None):
+            config["activation_checkpointing"] = True
+            args.activation_checkpointing = args.gradient_checkpointing = False
     config["cpu_ram_efficient_loading"] = True
     config["state_dict_type"] = "FULL_STATE_DICT" if args.save_only_model else "SHARDED_STATE_DICT"
     if args.accelerator_config is None:

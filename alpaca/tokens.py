@@ -43,7 +43,9 @@ def cached_tokens(key: str, build: Callable[[], Tokens], cache_dir: str | None =
     if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
         torch.distributed.barrier(group=patient)
-    return tokens if tokens is not None else _read(path)
+    if tokens is None and (tokens := _read(path)) is None:
+        raise UsageError(f"the token cache {path}, written by the first process of this machine, cannot be read")
+    return tokens
 
 
 def _cache_folder(cache_dir: str | None) -> Path:
