@@ -43,7 +43,7 @@ class AlpacaTrainer(Trainer):
         self.add_callback(ConsoleCallback)
         self.add_callback(SaveOnlyWhenAsked)
         self._tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)
-        self._last_log = (0, time.time())
+        self._last_log: tuple[int, float] | None = None  # tokens seen and time, from the first step on
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -96,6 +96,7 @@ class AlpacaTrainer(Trainer):
     ) -> tuple[list, Tensor]:
         """The micro-batches of one optimizer step and what their losses are divided by, summed over all ranks:
         targets (`token`) or micro-batches that have one (`microbatch`). One small reduction a step, no host sync."""
+        self._last_log = self._last_log or (0, time.time())
         batches = list(islice(epoch_iterator, num_batches))
         targets = [int(target_mask(batch["labels"]).sum()) for batch in batches]
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)

@@ -152,7 +152,7 @@ def main() -> None:
 
 
 NEXT_STEPS = """
-Next, a real model, on one GPU or more (see README.md for memory and times):
+Next, a real model, on one GPU or more:
 
     source .venv/bin/activate
     MODEL=<folder or hub id of LLaMA-7B> DATA=tatsu-lab/alpaca OUTPUT=output/alpaca-7b NPROC=4 recipes/llama_7b.sh
