@@ -1,6 +1,7 @@
 """Every row once per epoch, the same steps as the stock sampler, equally many micro-batches on every rank."""
 
 import pytest
+import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from torch.utils.data import BatchSampler
 
@@ -41,3 +42,49 @@ def test_without_seed_rows_stay_in_order_and_drop_last_drops_the_short_step():
         [10, 11],
     ]
     assert len(StepSampler(5, 2, accumulation=3, drop_last=True)) == 0
+
+
+class RecordingCollator:
+    """Remembers which rows it was asked for: every row has one token of its own."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, rows):
+        ids = torch.stack([row["input_ids"] for row in rows])
+        self.seen += ids[:, 0].tolist()
+        return dict(input_ids=ids, labels=ids.clone(), attention_mask=torch.ones_like(ids))
+
+
+class OneTokenRows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, i):
+        return dict(input_ids=torch.tensor([i, 1, 2]), labels=torch.tensor([i, 1, 2]))
+
+
+def test_the_trainer_reshuffles_each_epoch_and_resumes_in_the_middle(tiny, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from alpaca.trainer import AlpacaTrainer
+    from train import TrainingArguments
+
+    def rows_of_a_run(output_dir, **kwargs):
+        args = TrainingArguments(output_dir=str(output_dir), use_cpu=True, num_train_epochs=3, save_steps=4, seed=7,
+                                 per_device_train_batch_size=2, gradient_accumulation_steps=1, report_to="none",
+                                 logging_steps=100)  # fmt: skip
+        collator = RecordingCollator()
+        model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+        AlpacaTrainer(model=model, args=args, train_dataset=OneTokenRows(), data_collator=collator).train(**kwargs)
+        return collator.seen
+
+    order = []
+    for epoch in range(3):
+        sampler = StepSampler(10, 2, seed=7)
+        sampler.set_epoch(epoch)
+        order += sampler.order()
+    assert order[:10] != order[10:20]
+    assert rows_of_a_run(tmp_path) == order
+    resumed = rows_of_a_run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert resumed == order[16:], "step 8 is the third of the second epoch"
