@@ -32,11 +32,21 @@ from alpaca.console import hide_progress_bars, plot_loss, say
 from alpaca.data import fingerprint, load_rows
 from alpaca.errors import UsageError, fail
 from alpaca.prompts import PROMPT_DICT, format_prompt, load_prompt_template
-from alpaca.run import check_evaluation, check_lengths, check_output_dir, find_checkpoint, warn_about_steps
+from alpaca.run import (
+    check_combinations,
+    check_evaluation,
+    check_lengths,
+    check_output_dir,
+    find_checkpoint,
+    repair_generation_config,
+    warn_about_steps,
+)
 from alpaca.tokenizer import SPECIAL_TOKENS, open_tokenizer
 from alpaca.tokens import IGNORE_INDEX, cached_tokens, describe, mask
 from alpaca.trainer import AlpacaTrainer
+from alpaca.waiting import wait_for_all_ranks
 
+TOKENS_VERSION = 1  # raise it when `preprocess` changes, so that no old cache is read
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = SPECIAL_TOKENS.values()
 
 
@@ -115,6 +125,7 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         if self.model_max_length < 1:
             raise UsageError(f"--model_max_length {self.model_max_length}: expected a positive number of tokens")
+        check_combinations(self)
         if not self.average_tokens_across_devices:
             raise UsageError(
                 "--average_tokens_across_devices False: use --loss_normalization microbatch for 2023's loss"
@@ -226,7 +237,8 @@ class SupervisedDataset(Dataset):
         rows = load_rows(data_path, split, cache_dir)
         sources = [format_prompt(row, templates) for row in rows]
         targets = [f"{row['output']}{tokenizer.eos_token}" for row in rows]
-        key = fingerprint(sources, targets, prompt_boundary, _tokenizer_identity(tokenizer), transformers.__version__)
+        identity = [_tokenizer_identity(tokenizer), transformers.__version__, TOKENS_VERSION]
+        key = fingerprint(sources, targets, prompt_boundary, identity)
         tokens = cached_tokens(key, lambda: preprocess(sources, targets, tokenizer, prompt_boundary), cache_dir)
         self.input_ids, self.labels = tokens["input_ids"], tokens["labels"]
         self.description = describe(tokens, data_path)
@@ -379,10 +391,13 @@ def train(argv: Sequence[str] | None = None) -> None:
     check_output_dir(training_args)
 
     model = load_model(model_args, training_args, checkpoint)
+    wait_for_all_ranks()
     check_lengths(model, data_module)
+    repair_generation_config(model, training_args.process_index)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
     resize_embeddings(model, 0 if checkpoint else num_new_tokens, len(tokenizer))
     if training_args.fsdp:
+        fsdp.check_dropout(training_args, model)
         fsdp.materialize(model)
 
     trainer = AlpacaTrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)

@@ -15,6 +15,7 @@ from alpaca.errors import UsageError
 
 Row = dict[str, Any]
 
+DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 ALPACA_DATA_HINT = (
     "Stanford's 52k rows are on the hub: pass --data_path tatsu-lab/alpaca, or download alpaca_data.json from the "
     "stanford_alpaca repository and pass its path"
@@ -33,7 +34,9 @@ def load_rows(data_path: str, split: str = "train", cache_dir: str | None = None
     path = Path(data_path)
     if path.is_file():
         rows = list(_read_file(path))
-    elif path.is_dir() or (path.suffix == "" and data_path.count("/") <= 1 and not data_path.startswith((".", "/"))):
+    elif path.is_dir() or (
+        path.suffix not in DATA_SUFFIXES and data_path.count("/") <= 1 and not data_path.startswith((".", "/"))
+    ):
         rows = _read_dataset(data_path, split, cache_dir)
     else:
         hint = f"\n{ALPACA_DATA_HINT}" if "alpaca" in path.name else ""
@@ -50,7 +53,10 @@ def _read_file(path: Path) -> Iterator[Row]:
     """JSON and JSONL are told apart by content, so a JSON list under any name works."""
     if path.suffix.lower() in (".csv", ".tsv", ".parquet"):
         return iter(_read_table(path))
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--data_path {path}: is not UTF-8 (byte {error.start}); convert it first") from error
     if text.startswith("version https://git-lfs"):
         raise UsageError(f"--data_path {path}: is a git-lfs pointer, not the data; run `git lfs pull`")
     return iter(_parse_json(text, path) if text.lstrip()[:1] == "[" else _parse_jsonl(text, path))

@@ -11,13 +11,14 @@ class UsageError(ValueError):
 
 
 def fail(message: str, program: str) -> NoReturn:
-    """End the process with `message` on stderr, once per torchrun launch.
+    """End the process with `message` on stderr, once per torchrun launch where all ranks make the same mistake.
 
-    The other ranks leave quietly and late: torchrun kills all of them when one exits, and must not kill the one that
-    is speaking.
+    The other ranks wait before they speak: torchrun kills all of them when the first exits, and if that was rank 0 it
+    has said the same.
     """
-    if int(os.environ.get("RANK", 0)) != 0:
+    rank = int(os.environ.get("RANK", 0))
+    if rank != 0:
         time.sleep(15)
-    else:
-        print(f"\n{program}: error: {message}\n", file=sys.stderr, flush=True)
+        program = f"[rank {rank}] {program}"
+    print(f"\n{program}: error: {message}\n", file=sys.stderr, flush=True)
     sys.exit(2)

@@ -130,6 +130,8 @@ def translate_legacy_flags(argv: list[str]) -> tuple[list[str], list[str]]:
         elif name == "fsdp" and text.lower() not in ("", "true", "false"):
             fsdp_words = _fsdp_words(text)
         elif name in ("fsdp_transformer_layer_cls_to_wrap", "fsdp_min_num_params"):
+            if name == "fsdp_min_num_params" and not text.isdigit():
+                raise UsageError(f"--{name} {text}: expected a number of parameters")
             fsdp_extra[name.removeprefix("fsdp_")] = text if name.endswith("wrap") else int(text)
         elif name == "fsdp" and text.lower() == "false":
             kept = [flag for flag in kept if flag[0] != "fsdp"]
@@ -188,13 +190,19 @@ def _translate_fsdp(
 
 def read_fsdp_config(text: str) -> dict[str, object]:
     """--fsdp_config: a JSON object or the path of one; the prefix `fsdp_` of 2023's keys is removed."""
+    config = read_config(text, "--fsdp_config")
+    return {name.removeprefix("fsdp_"): value for name, value in config.items()}
+
+
+def read_config(text: str, flag: str) -> dict[str, Any]:
+    """A JSON object given on the command line, itself or the path of its file."""
     try:
         config = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise UsageError(f"--fsdp_config {text}: cannot be read as JSON ({error})") from error
+        raise UsageError(f"{flag} {text}: cannot be read as JSON ({error})") from error
     if not isinstance(config, dict):
-        raise UsageError(f"--fsdp_config {text}: expected a JSON object, got {type(config).__name__}")
-    return {name.removeprefix("fsdp_"): value for name, value in config.items()}
+        raise UsageError(f"{flag} {text}: expected a JSON object, got {type(config).__name__}")
+    return config
 
 
 def refuse_unknown_flags(argv: list[str], known: list[str]) -> None:
@@ -232,7 +240,15 @@ def adapt_to_hardware(flags: Namespace) -> list[str]:
                 flags.bf16, flags.fp16 = False, True
                 notes.append(f"--bf16 -> --fp16: {name} is older than Ampere and has no bfloat16")
     launched = "LOCAL_RANK" in os.environ
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size, local = (int(os.environ.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if not flags.use_cpu and torch.cuda.is_available() and local > torch.cuda.device_count():
+        raise UsageError(
+            f"--nproc_per_node={local}: this machine has {torch.cuda.device_count()} GPUs, one process each"
+        )
+    if flags.use_cpu and flags.fsdp and torch.cuda.is_available():
+        raise UsageError("--use_cpu with --fsdp: hide the GPUs from torch too, with CUDA_VISIBLE_DEVICES= (empty)")
+    if flags.fsdp_config and not flags.fsdp:
+        raise UsageError("--fsdp_config: has no effect without --fsdp")
     if flags.fsdp and (not launched or (flags.use_cpu and world_size == 1)):
         flags.fsdp = None
         notes.append("--fsdp -> off: one process has nobody to shard with; start with torchrun --nproc_per_node=N")

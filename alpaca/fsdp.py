@@ -8,10 +8,21 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from alpaca.errors import UsageError
-from alpaca.flags import read_fsdp_config
+from alpaca.flags import read_config, read_fsdp_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+
+
+FSDP_KEYS = {
+    "version",
+    "reshard_after_forward",
+    "cpu_offload",
+    "auto_wrap_policy",
+    "transformer_layer_cls_to_wrap",
+    "min_num_params",
+    "activation_checkpointing",
+}
 
 
 def configure_fsdp(args: "TrainingArguments") -> None:
@@ -23,16 +34,21 @@ def configure_fsdp(args: "TrainingArguments") -> None:
     given = args.fsdp_config or {}
     config = args.fsdp_config = read_fsdp_config(given) if isinstance(given, str) else dict(given)
     args.fsdp = True
+    if unknown := sorted(config.keys() - FSDP_KEYS):
+        raise UsageError(f"--fsdp_config: unknown key {unknown[0]!r}; known are {', '.join(sorted(FSDP_KEYS))}")
     if int(config.get("version", 2)) != 2:
         raise UsageError("--fsdp_config version 1: only FSDP2 (version 2, the default) is supported")
-    for name in ("gradient_checkpointing", "activation_checkpointing"):  # FSDP's own kind gathers no weights twice
-        if getattr(args, name, None):
-            config["activation_checkpointing"] = True
-            args.activation_checkpointing = args.gradient_checkpointing = False
+    if args.load_best_model_at_end:
+        raise UsageError(
+            "--load_best_model_at_end: not with --fsdp; every checkpoint is a plain model, take the best one"
+        )
     config["cpu_ram_efficient_loading"] = True
     config["state_dict_type"] = "FULL_STATE_DICT" if args.save_only_model else "SHARDED_STATE_DICT"
-    if args.accelerator_config is None:
-        args.accelerator_config = {"gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    accelerator_config = args.accelerator_config or {}
+    if isinstance(accelerator_config, str):
+        accelerator_config = read_config(accelerator_config, "--accelerator_config")
+    accelerator_config.setdefault("gradient_accumulation_kwargs", {"sync_each_batch": True})
+    args.accelerator_config = accelerator_config
     # accelerate reads these two when it opens the process group: clipping offloaded gradients reduces on the CPU,
     # which NCCL alone cannot do.
     os.environ["ACCELERATE_USE_FSDP"] = "true"
@@ -116,6 +132,18 @@ def resolve_wrap_classes(args: "TrainingArguments", config: "PreTrainedConfig") 
     args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(names)
 
 
+def check_dropout(args: "TrainingArguments", model: nn.Module) -> None:
+    """Raise UsageError where recomputed layers would draw other dropout masks than the forward pass did: accelerate's
+    checkpointing under FSDP does not restore the random state, and the gradients would be wrong."""
+    rates = {name: rate for name, rate in model.config.to_dict().items() if "drop" in name and isinstance(rate, float)}
+    active = [f"{name}={rate}" for name, rate in rates.items() if rate > 0]
+    if args.fsdp_config.get("activation_checkpointing") and active:
+        raise UsageError(
+            f"--fsdp_config activation_checkpointing: gives wrong gradients with dropout ({', '.join(active)}); use "
+            "--gradient_checkpointing True, which restores the random state"
+        )
+
+
 def full_state_dict(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
     """Gather every sharded tensor on the CPU, one at a time. Collective: all ranks call it; those with `keep=False`
     hold no more than one whole tensor and return {}. Tied weights stay one tensor."""
@@ -126,5 +154,5 @@ def full_state_dict(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
             whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
             gathered[id(value)] = whole.cpu() if keep else torch.empty(0)
         if keep:
-            state[name] = gathered[id(value)]
+            state[name.replace("_orig_mod.", "")] = gathered[id(value)]  # torch.compile's prefix is not for files
     return state

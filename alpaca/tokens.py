@@ -3,7 +3,6 @@
 import os
 import zipfile
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from alpaca.errors import UsageError
 from alpaca.files import atomic_write
+from alpaca.waiting import wait_for_all_ranks
 
 Tokens = dict[str, Any]  # input_ids and labels: lists of (length,) int64 tensors; problems: {name: row numbers}
 IGNORE_INDEX = -100
@@ -32,17 +32,14 @@ PROBLEMS = {  # name in `problems`: (what it means, what to do)
 def cached_tokens(key: str, build: Callable[[], Tokens], cache_dir: str | None = None) -> Tokens:
     """`build()` once per machine and key; later runs, and the other local ranks, read the file.
 
-    The other ranks wait on a process group of their own with a day's patience, so that tokenizing may take longer than
-    --ddp_timeout.
+    The other ranks wait, however long it takes.
     """
     path = _cache_folder(cache_dir) / f"{key}.npz"
     tokens = None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and (tokens := _read(path)) is None:
         tokens = build()
         _write(path, tokens)
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        patient = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
-        torch.distributed.barrier(group=patient)
+    wait_for_all_ranks()
     if tokens is None and (tokens := _read(path)) is None:
         raise UsageError(f"the token cache {path}, written by the first process of this machine, cannot be read")
     return tokens

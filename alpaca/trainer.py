@@ -17,7 +17,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_utils import speed_metrics
 
 from alpaca.batching import StepLoader, StepSampler
-from alpaca.console import ConsoleCallback
+from alpaca.console import ConsoleCallback, say
+from alpaca.errors import UsageError
 from alpaca.fsdp import full_state_dict, shard_on_cpu
 from alpaca.tokens import IGNORE_INDEX
 
@@ -55,7 +56,9 @@ class AlpacaTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         args = self.args
         if args.train_sampling_strategy not in ("random", "sequential"):
-            return super().get_train_dataloader()  # the stock samplers, which repeat rows to fill the last batch
+            note = f"note: {args.train_sampling_strategy} trains some rows twice in an epoch, to fill the last batch"
+            say(note, args.process_index)
+            return super().get_train_dataloader()
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler = StepSampler(
             num_rows=len(self.train_dataset),
@@ -67,7 +70,7 @@ class AlpacaTrainer(Trainer):
             drop_last=args.dataloader_drop_last,
         )
         if len(sampler) == 0:
-            raise ValueError(
+            raise UsageError(
                 f"--dataloader_drop_last: {sampler.num_rows} rows are fewer than one step of {sampler.rows_per_step}"
             )
         return self._loader(self.train_dataset, sampler)
@@ -87,6 +90,8 @@ class AlpacaTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
+            in_order=args.dataloader_in_order if args.dataloader_num_workers else True,
+            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         )
 
     # ---- loss ----

@@ -9,6 +9,7 @@ processes, epochs, batch and learning rate. Everything is written to ./quickstar
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import socket
@@ -131,7 +132,14 @@ def main() -> None:
     show_differences(changed)
     command = torchrun_command({**README_FLAGS, **changed})
     print(f"\n$ {shlex.join(command)}\n", flush=True)
-    if status := subprocess.run(command, cwd=ROOT).returncode:
+    import torch
+
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if 0 < torch.cuda.device_count() < args.nproc_per_node else {}
+    if hidden:
+        print(
+            f"(on the CPU: {args.nproc_per_node} processes need as many GPUs; --nproc_per_node 1 takes one)", flush=True
+        )
+    if status := subprocess.run(command, cwd=ROOT, env={**os.environ, **hidden}).returncode:
         raise SystemExit(f"quickstart: training failed with exit status {status}; its output is above")
     first, last = check_loss_fell(folder / "tuned")
     print(f"\nThe loss fell from {first:.2f} to {last:.2f}; the curve is {folder / 'tuned' / 'loss.png'}")

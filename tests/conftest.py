@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks on CPU, whatever the machine has
 
 import pytest
 

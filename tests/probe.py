@@ -5,6 +5,7 @@ import os
 import resource
 import sys
 
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
@@ -13,6 +14,13 @@ import train
 
 def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _policy(module) -> str:
+    group = module._get_fsdp_state()._fsdp_param_group
+    if group is None:
+        return ""
+    return f"{group.mp_policy.param_dtype} {group.mp_policy.reduce_dtype} {type(group.offload_policy).__name__}"
 
 
 class Probe(TrainerCallback):
@@ -29,6 +37,7 @@ class Probe(TrainerCallback):
             "local": sum(p.to_local().numel() for p in parameters if isinstance(p, DTensor)),
             "full": sum(p.numel() for p in parameters),
             "groups": sum(type(module).__name__.startswith("FSDP") for module in model.modules()),
+            "policies": sorted({_policy(module) for module in model.modules() if isinstance(module, FSDPModule)}),
             "grew": peak_bytes() - self.after_imports,
         }
         print("PROBE " + json.dumps(report), flush=True)

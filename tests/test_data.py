@@ -108,6 +108,12 @@ def test_bad_files_are_located(tmp_path, name, content, message):
     assert str(path) in str(caught.value)
 
 
+def test_a_file_in_another_encoding(tmp_path):
+    (tmp_path / "a.json").write_bytes('[{"instruction": "Grüße", "output": "x"}]'.encode("latin-1"))
+    with pytest.raises(UsageError, match="is not UTF-8"):
+        load_rows(str(tmp_path / "a.json"))
+
+
 def test_a_missing_file_says_where_alpacas_data_is():
     with pytest.raises(UsageError, match="no such file.*\n.*tatsu-lab/alpaca"):
         load_rows("./alpaca_data.json")
@@ -116,5 +122,6 @@ def test_a_missing_file_says_where_alpacas_data_is():
 
 
 def test_an_unreachable_hub_id_says_what_failed():
-    with pytest.raises(UsageError, match="nobody/nothing.*split 'train'"):
-        load_rows("nobody/nothing")
+    for name in ("nobody/nothing", "nobody/nothing-2.5"):
+        with pytest.raises(UsageError, match=f"{name}.*split 'train'"):
+            load_rows(name)

@@ -84,11 +84,42 @@ def test_no_shard_is_ddp():
         (["--warmup_ratio", "many"], "warmup_ratio many"),
         (["data.json"], "expected a flag"),
         (["--fsdp", "full_shard", "--fsdp_config", "/nowhere.json"], "/nowhere.json"),
+        (["--fsdp", "full_shard auto_wrap", "--fsdp_min_num_params", "many"], "--fsdp_min_num_params many"),
     ],
 )
 def test_values_without_meaning_are_refused(words, message):
     with pytest.raises(UsageError, match=message):
         flags.translate_legacy_flags(words)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"offload_params": True}, "unknown key 'offload_params'.*cpu_offload"),
+        ({"version": 1}, "only FSDP2"),
+        ({}, "--load_best_model_at_end: not with --fsdp"),
+    ],
+)
+def test_fsdp_configurations_that_are_refused(config, message):
+    from alpaca.fsdp import configure_fsdp
+
+    args = Namespace(fsdp="True", fsdp_config=config, load_best_model_at_end=not config, save_only_model=False)
+    with pytest.raises(UsageError, match=message):
+        configure_fsdp(args)
+
+
+def test_gradients_stay_sharded_between_micro_batches(monkeypatch):
+    from alpaca.fsdp import configure_fsdp
+
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS"):
+        monkeypatch.setenv(name, "")
+    args = Namespace(fsdp="True", fsdp_config='{"cpu_offload": true}', load_best_model_at_end=False,
+                     save_only_model=False, accelerator_config='{"non_blocking": true}')  # fmt: skip
+    configure_fsdp(args)
+    assert args.accelerator_config == {"non_blocking": True, "gradient_accumulation_kwargs": {"sync_each_batch": True}}
+    import os
+
+    assert os.environ["FSDP_OFFLOAD_PARAMS"] == "true", "accelerate opens a gloo group beside NCCL"
 
 
 @pytest.mark.parametrize(
@@ -110,12 +141,15 @@ def test_an_unknown_flag_is_refused_with_the_closest_known_one(flag, guess):
 def simulated_gpu(monkeypatch, capability):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100")
 
 
 def adapted(**given):
-    namespace = Namespace(**{**dict(use_cpu=False, bf16=False, fp16=False, tf32=None, fsdp=None), **given})
+    namespace = Namespace(
+        **{**dict(use_cpu=False, bf16=False, fp16=False, tf32=None, fsdp=None, fsdp_config=None), **given}
+    )
     notes = flags.adapt_to_hardware(namespace)
     return namespace, "\n".join(notes)
 
@@ -139,6 +173,21 @@ def test_fsdp_without_anybody_to_shard_with(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     got, notes = adapted(fsdp="True")
     assert got.fsdp is None and "torchrun" in notes
+
+
+@pytest.mark.parametrize(
+    "given, ranks, message",
+    [
+        (dict(), "8", "--nproc_per_node=8: this machine has 4 GPUs"),
+        (dict(use_cpu=True, fsdp="True"), "2", "CUDA_VISIBLE_DEVICES="),
+        (dict(fsdp_config="{}"), "1", "--fsdp_config: has no effect without --fsdp"),
+    ],
+)
+def test_combinations_that_cannot_work_here(monkeypatch, given, ranks, message):
+    simulated_gpu(monkeypatch, (9, 0))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    with pytest.raises(UsageError, match=message):
+        adapted(**given)
 
 
 def test_on_a_cpu(monkeypatch):

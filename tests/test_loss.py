@@ -65,6 +65,19 @@ def test_gradient_of_a_step(tiny, tmp_path, normalization, processes):
     assert history(output)[0]["loss"] == pytest.approx(loss, abs=1e-5)
 
 
+def test_the_loss_of_bf16_logits_is_computed_in_float32():
+    from argparse import Namespace
+
+    from alpaca.trainer import AlpacaTrainer
+
+    torch.manual_seed(0)
+    logits, labels = torch.randn(2, 50, 997).bfloat16() * 5, torch.randint(0, 997, (2, 50))
+    trainer = Namespace(args=Namespace(label_smoothing_factor=0.0))
+    ours = AlpacaTrainer._summed_loss(trainer, logits, labels)
+    exact = F.cross_entropy(logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    assert ours.dtype == torch.float32 and ours.item() == pytest.approx(exact.item(), rel=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("option", [dict(prompt_boundary="split"), dict(label_smoothing_factor=0.1)])
 def test_gradient_with_options(tiny, tmp_path, option):

@@ -76,6 +76,20 @@ def test_master_weights_are_float32_whatever_the_checkpoint(tiny, tmp_path, dtyp
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
+def test_sampling_values_without_do_sample_can_be_saved(tiny, tmp_path, capsys):
+    from alpaca.run import repair_generation_config
+
+    model = load_model(*arguments(tmp_path, tiny("llama")))
+    model.generation_config.temperature, model.generation_config.top_p = 0.9, 0.6
+    with pytest.raises(ValueError):
+        model.save_pretrained(tmp_path / "saved")
+    repair_generation_config(model, 0)
+    model.save_pretrained(tmp_path / "saved")
+    assert model.generation_config.temperature == 0.9 and "do_sample" in capsys.readouterr().out
+    repair_generation_config(model, 0)
+    assert not capsys.readouterr().out
+
+
 def test_attn_implementation_reaches_the_model(tiny, tmp_path):
     model = load_model(*arguments(tmp_path, tiny("llama"), attn_implementation="eager"))
     assert model.config._attn_implementation == "eager"

@@ -31,6 +31,22 @@ def test_parameters_are_dtensor_shards(tiny, tmp_path, architecture):
     assert sum(report["local"] for report in reports) >= reports[0]["full"]
 
 
+def test_arithmetic_in_bf16_reduction_in_float32_and_offload_reach_fsdp(tiny, tmp_path):
+    common = dict(model_name_or_path=tiny("llama"), data_path=write_rows(tmp_path / "rows.json", 8))
+    offloaded = probe(tmp_path, bf16=True, fsdp="full_shard auto_wrap offload", **common)[0]["policies"]
+    assert [policy for policy in offloaded if policy] == ["torch.bfloat16 torch.float32 CPUOffloadPolicy"]
+    plain = probe(tmp_path, fsdp="full_shard auto_wrap", **common)[0]["policies"]
+    assert [policy for policy in plain if policy] == ["None None OffloadPolicy"]
+
+
+def test_checkpointing_that_forgets_dropout_masks_is_refused(tiny, tmp_path):
+    flags = dict(data_path=write_rows(tmp_path / "rows.json", 8), fsdp="full_shard auto_wrap", max_steps=1, **FLAGS)
+    config = '{"activation_checkpointing": true}'
+    refused = train(dict(model_name_or_path=tiny("opt"), output_dir=tmp_path / "a", fsdp_config=config, **flags), 2,
+                    check=False)  # fmt: skip
+    assert refused.returncode != 0 and "wrong gradients with dropout (dropout=0.1)" in refused.stderr
+
+
 def test_no_rank_but_the_first_holds_a_full_copy(tiny, tmp_path):
     """Peak memory of a model of 400 MB: rank 0 reads it whole; both need about 0.4 of it for late imports."""
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -147,10 +147,11 @@ def test_save_dtype_is_for_the_final_model_only(tiny, tmp_path, processes, fsdp)
 
 @pytest.mark.parametrize("processes, fsdp", [(0, ""), (2, "full_shard auto_wrap")])
 def test_evaluation_loss_is_the_mean_over_target_tokens(tiny, tmp_path, processes, fsdp):
+    """Without the dropout and the label smoothing of training."""
     data, out = write_rows(tmp_path / "rows.json", 7), tmp_path / "out"
     train(
         dict(
-            model_name_or_path=tiny("llama"),
+            model_name_or_path=tiny("opt"),
             data_path=data,
             eval_data_path=data,
             output_dir=out,
@@ -158,6 +159,7 @@ def test_evaluation_loss_is_the_mean_over_target_tokens(tiny, tmp_path, processe
             evaluation_strategy="steps",
             eval_steps=1,
             max_steps=1,
+            label_smoothing_factor=0.1,
             per_device_eval_batch_size=2,
             **SMALL,
         ),
