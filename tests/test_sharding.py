@@ -1,6 +1,7 @@
 """FSDP is real on CPU ranks: DTensor shards, no full copy per rank, and the results of one process."""
 
 import json
+import tempfile
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ FLAGS = dict(per_device_train_batch_size=2, learning_rate=1e-3, num_train_epochs
 
 
 def probe(tmp_path, **flags):
-    words = [f"--{name}={value}" for name, value in dict(output_dir=tmp_path / "probe", max_steps=1, **flags).items()]
+    words = [
+        f"--{name}={value}"
+        for name, value in dict(output_dir=tempfile.mkdtemp(dir=tmp_path), max_steps=1, **flags).items()
+    ]
     output = run([*launcher(2), "tests/probe.py", *words], env={"PYTHONPATH": "."}).stdout
     reports = [json.loads(line.split("PROBE ")[1]) for line in output.splitlines() if "PROBE " in line]
     return sorted(reports, key=lambda report: report["rank"])
