@@ -175,7 +175,7 @@ def _translate_fsdp(
     if words is not None and "no_shard" in words:
         return [flag for flag in flags if flag[0] != "fsdp_config"], f"{old} -> every rank holds the whole model (DDP)"
     given = [values[0] for name, values in flags if name == "fsdp_config" and values]
-    config = read_fsdp_config(given[-1]) if given else {}
+    config = without_prefix(read_config(given[-1], "--fsdp_config")) if given else {}
     if words is not None:
         config["reshard_after_forward"] = "full_shard" in words
         config["auto_wrap_policy"] = "TRANSFORMER_BASED_WRAP" if "auto_wrap" in words else "NO_WRAP"
@@ -188,10 +188,9 @@ def _translate_fsdp(
     return flags, f"{old} -> --fsdp True --fsdp_config '{json.dumps(config)}'"
 
 
-def read_fsdp_config(text: str) -> dict[str, object]:
-    """--fsdp_config: a JSON object or the path of one; the prefix `fsdp_` of 2023's keys is removed."""
-    config = read_config(text, "--fsdp_config")
-    return {name.removeprefix("fsdp_"): value for name, value in config.items()}
+def without_prefix(fsdp_config: dict[str, Any]) -> dict[str, Any]:
+    """A copy whose keys lack the `fsdp_` that they began with in 2023."""
+    return {name.removeprefix("fsdp_"): value for name, value in fsdp_config.items()}
 
 
 def read_config(text: str, flag: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from alpaca.errors import UsageError
-from alpaca.flags import read_config, read_fsdp_config
+from alpaca.flags import read_config, without_prefix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
@@ -32,7 +32,8 @@ def configure_fsdp(args: "TrainingArguments") -> None:
     gradients stay sharded between micro-batches: holding them whole would take 4 bytes a parameter on every GPU.
     """
     given = args.fsdp_config or {}
-    config = args.fsdp_config = read_fsdp_config(given) if isinstance(given, str) else dict(given)
+    given = read_config(given, "--fsdp_config") if isinstance(given, str) else given
+    config = args.fsdp_config = without_prefix(given)
     args.fsdp = True
     if unknown := sorted(config.keys() - FSDP_KEYS):
         raise UsageError(f"--fsdp_config: unknown key {unknown[0]!r}; known are {', '.join(sorted(FSDP_KEYS))}")
@@ -115,11 +116,11 @@ def resolve_wrap_classes(args: "TrainingArguments", config: "PreTrainedConfig") 
         UsageError: the model has no such layer; the message lists those it has.
     """
     names = args.fsdp_config.get("transformer_layer_cls_to_wrap") or []
-    names = [name for name in (names.split(",") if isinstance(names, str) else names)]
+    names = names.split(",") if isinstance(names, str) else list(names)
     if not names:
         return  # accelerate takes the model's own _no_split_modules
     model = empty_model(config)
-    layers = {type(module).__name__: 0 for module in model.modules() if not isinstance(module, nn.ModuleList)}
+    layers = {type(module).__name__ for module in model.modules() if not isinstance(module, nn.ModuleList)}
     by_lower = {name.lower(): name for name in layers}
     for i, name in enumerate(names):
         if name.lower() not in by_lower:

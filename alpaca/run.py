@@ -90,7 +90,7 @@ def check_evaluation(args: "TrainingArguments", eval_data_path: str | None) -> N
 def warn_about_steps(args: "TrainingArguments", num_rows: int) -> None:
     """One line where the run is shorter than --save_steps, so that only its end is saved."""
     rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    per_epoch = -(-num_rows // rows_per_step)
+    per_epoch = num_rows // rows_per_step if args.dataloader_drop_last else -(-num_rows // rows_per_step)
     steps = args.max_steps if args.max_steps > 0 else int(-(-per_epoch * args.num_train_epochs // 1))
     say(f"{num_rows:,} rows, {rows_per_step} a step: {steps:,} optimizer steps", args.process_index)
     if args.save_strategy == "steps" and args.save_steps > steps:

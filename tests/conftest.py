@@ -1,26 +1,27 @@
 """Real parts for tests: tiny models with tokenizers built on the spot, and torchrun on CPU ranks."""
 
+import atexit
 import json
 import os
-import socket
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_MODE": "offline"}
+if "alpaca-tests-" not in os.environ.get("HF_HOME", ""):  # xdist's workers inherit the folder
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="alpaca-tests-")  # huggingface_hub reads it once, at its import
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks on CPU, whatever the machine has
 
 import pytest
 
+from scripts.quickstart import free_port
+
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).resolve().parent / "golden"
 SHARED = ROOT.parent / "shared" / "data"  # real Alpaca rows, not part of the repository
-
-
-@pytest.fixture(scope="session", autouse=True)
-def isolated_caches(tmp_path_factory):
-    """Token caches of the tests do not mix with the user's."""
-    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf_home"))
 
 
 @pytest.fixture(scope="session")
@@ -37,12 +38,6 @@ def tiny(tmp_path_factory):
         return made[architecture]
 
     return make
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
 
 
 def run(command, check=True, cwd=ROOT, env=None, timeout=300):

@@ -108,6 +108,17 @@ def test_fsdp_configurations_that_are_refused(config, message):
         configure_fsdp(args)
 
 
+def test_a_configuration_from_python_may_have_the_prefix_of_2023(monkeypatch):
+    from alpaca.fsdp import configure_fsdp
+
+    for name in ("ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS"):
+        monkeypatch.setenv(name, "")
+    args = Namespace(fsdp=True, fsdp_config={"fsdp_transformer_layer_cls_to_wrap": "A"}, load_best_model_at_end=False,
+                     save_only_model=False, accelerator_config=None)  # fmt: skip
+    configure_fsdp(args)
+    assert args.fsdp_config["transformer_layer_cls_to_wrap"] == "A"
+
+
 def test_gradients_stay_sharded_between_micro_batches(monkeypatch):
     from alpaca.fsdp import configure_fsdp
 

@@ -139,6 +139,14 @@ def test_collator_of_no_rows_has_no_target():
     assert batch["labels"].tolist() == [[IGNORE_INDEX]] and batch["attention_mask"].tolist() == [[1]]
 
 
+def test_these_tests_do_not_write_into_the_users_cache():
+    import os
+
+    from alpaca.tokens import _cache_folder
+
+    assert "alpaca-tests-" in os.environ["HF_HOME"] and str(_cache_folder(None)).startswith(os.environ["HF_HOME"])
+
+
 def test_dataset_is_tokenized_once(tmp_path, monkeypatch):
     from conftest import write_rows
 
