@@ -1,9 +1,12 @@
-"""Run by torchrun in test_sharding.py: train.py with a callback that prints, per rank, what it holds before step 1."""
+"""Run by torchrun in test_sharding.py: train.py with a callback that writes down what each rank holds before step 1.
+
+A file per rank, in the folder PROBE: lines that two ranks print at the same time can end up as one."""
 
 import json
 import os
 import resource
 import sys
+from pathlib import Path
 
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -40,7 +43,7 @@ class Probe(TrainerCallback):
             "policies": sorted({_policy(module) for module in model.modules() if isinstance(module, FSDPModule)}),
             "grew": peak_bytes() - self.after_imports,
         }
-        print("PROBE " + json.dumps(report), flush=True)
+        Path(os.environ["PROBE"], f"rank-{report['rank']}.json").write_text(json.dumps(report))
 
 
 initialize = train.AlpacaTrainer.__init__

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,13 +15,10 @@ FLAGS = dict(per_device_train_batch_size=2, learning_rate=1e-3, num_train_epochs
 
 
 def probe(tmp_path, **flags):
-    words = [
-        f"--{name}={value}"
-        for name, value in dict(output_dir=tempfile.mkdtemp(dir=tmp_path), max_steps=1, **flags).items()
-    ]
-    output = run([*launcher(2), "tests/probe.py", *words], env={"PYTHONPATH": "."}).stdout
-    reports = [json.loads(line.split("PROBE ")[1]) for line in output.splitlines() if "PROBE " in line]
-    return sorted(reports, key=lambda report: report["rank"])
+    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+    words = [f"--{name}={value}" for name, value in dict(output_dir=folder / "out", max_steps=1, **flags).items()]
+    run([*launcher(2), "tests/probe.py", *words], env={"PYTHONPATH": ".", "PROBE": str(folder)})
+    return [json.loads(file.read_text()) for file in sorted(folder.glob("rank-*.json"))]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
