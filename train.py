@@ -25,28 +25,23 @@ import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca import flags, fsdp
+from alpaca.checkpoints import find_checkpoint
 from alpaca.console import hide_progress_bars, plot_loss, say
+from alpaca.contract import already_finished, begin, check_contract, describe_run, finish
 from alpaca.data import fingerprint, load_rows
 from alpaca.errors import UsageError, fail
 from alpaca.prompts import PROMPT_DICT, format_prompt, load_prompt_template
-from alpaca.run import (
-    check_combinations,
-    check_evaluation,
-    check_lengths,
-    check_output_dir,
-    find_checkpoint,
-    repair_generation_config,
-    warn_about_steps,
-)
-from alpaca.tokenizer import SPECIAL_TOKENS, open_tokenizer
-from alpaca.tokens import IGNORE_INDEX, cached_tokens, describe, mask
+from alpaca.report import report, text_problems
+from alpaca.run import check_before_loading, check_combinations, check_evaluation, repair_generation_config
+from alpaca.tokenizer import SPECIAL_TOKENS, identity, open_tokenizer
+from alpaca.tokens import IGNORE_INDEX, cached_tokens, mask
 from alpaca.trainer import AlpacaTrainer
-from alpaca.waiting import wait_for_all_ranks
+from alpaca.waiting import leave, wait_for_all_ranks
 
-TOKENS_VERSION = 1  # raise it when `preprocess` changes, so that no old cache is read
+TOKENS_VERSION = 2  # raise it when `preprocess` changes, so that no old cache is read
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = SPECIAL_TOKENS.values()
 
 
@@ -188,7 +183,7 @@ def preprocess(
     control token is plain text (2023 parsed it).
 
     Returns:
-        input_ids, labels: lists of (length,) int64 tensors. problems: row numbers per name of `alpaca.tokens.PROBLEMS`.
+        input_ids, labels: lists of (length,) int64 tensors. problems: row numbers per name in alpaca/report.py.
     """
     eos, limit = tokenizer.eos_token, tokenizer.model_max_length
     ends = [target.endswith(eos) for target in targets]
@@ -201,11 +196,9 @@ def preprocess(
         row_ids = _tokenize_fn([source + answer for source, answer in zip(sources, answers)], tokenizer)
 
     input_ids, labels = [], []
-    problems: dict[str, list[int]] = {
-        name: [] for name in ("truncated", "no_eos", "nothing_to_learn", "merged_boundary", "control_text")
-    }
-    control = [token for token in tokenizer.all_special_tokens if token]
-    for i, (prompt, row, end) in enumerate(zip(prompt_ids, row_ids, ends)):
+    names = ("truncated", "no_eos", "nothing_to_learn", "merged_boundary")
+    problems: dict[str, list[int]] = {name: [] for name in names}
+    for number, (prompt, row, end) in enumerate(zip(prompt_ids, row_ids, ends)):
         whole = row + [tokenizer.eos_token_id] * end
         input_ids.append(torch.tensor(whole[:limit]))
         labels.append(mask(input_ids[-1], min(len(prompt), limit)))
@@ -214,16 +207,15 @@ def preprocess(
             "no_eos": end and len(whole) > limit,
             "nothing_to_learn": bool((labels[-1][1:] == IGNORE_INDEX).all()),
             "merged_boundary": row[: len(prompt)] != prompt,
-            "control_text": any(token in sources[i] or token in answers[i] for token in control),
         }
-        for name in problems:
+        for name in names:
             if noticed[name]:
-                problems[name].append(i)
+                problems[name].append(number)
     return dict(input_ids=input_ids, labels=labels, problems=problems)
 
 
 class SupervisedDataset(Dataset):
-    """Rows of `data_path` as token ids and labels, tokenized once and cached (see alpaca/tokens.py)."""
+    """Rows of `data_path` as token ids and labels, tokenized once and cached (alpaca/tokens.py), with a report."""
 
     def __init__(
         self,
@@ -237,15 +229,16 @@ class SupervisedDataset(Dataset):
         rows = load_rows(data_path, split, cache_dir)
         sources = [format_prompt(row, templates) for row in rows]
         targets = [f"{row['output']}{tokenizer.eos_token}" for row in rows]
-        identity = [_tokenizer_identity(tokenizer), transformers.__version__, TOKENS_VERSION]
-        key = fingerprint(sources, targets, prompt_boundary, identity)
+        key = fingerprint(sources, targets, prompt_boundary, identity(tokenizer), TOKENS_VERSION)
         tokens = cached_tokens(key, lambda: preprocess(sources, targets, tokenizer, prompt_boundary), cache_dir)
         self.input_ids, self.labels = tokens["input_ids"], tokens["labels"]
-        self.description = describe(tokens, data_path)
+        self.data_fingerprint = fingerprint([(row["instruction"], row.get("input"), row["output"]) for row in rows])
+        self.template_fingerprint = fingerprint(templates)
+        self.report = report(data_path, tokens, text_problems(rows, templates, tokenizer.all_special_tokens))
         if len(tokens["problems"]["nothing_to_learn"]) == len(rows):
             raise UsageError(
                 f"--data_path {data_path}: no row has an answer left to learn within --model_max_length "
-                f"{tokenizer.model_max_length}\n{self.description}"
+                f"{tokenizer.model_max_length}\n{self.report}"
             )
 
     def __len__(self) -> int:
@@ -253,13 +246,6 @@ class SupervisedDataset(Dataset):
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
         return dict(input_ids=self.input_ids[i], labels=self.labels[i])
-
-
-def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """All of a tokenizer that decides the ids of a text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return [state, tokenizer.special_tokens_map, tokenizer.model_max_length, type(tokenizer).__name__]
 
 
 @dataclass
@@ -348,6 +334,16 @@ def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments)
     return tokenizer, tokenizer.add_special_tokens(missing)
 
 
+def load_config(
+    model_args: ModelArguments, training_args: TrainingArguments, checkpoint: str | None = None
+) -> PreTrainedConfig:
+    name = checkpoint or model_args.model_name_or_path
+    try:
+        return AutoConfig.from_pretrained(name, cache_dir=training_args.cache_dir)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model_name_or_path {name}: the model could not be loaded: {error}") from error
+
+
 def load_model(
     model_args: ModelArguments, training_args: TrainingArguments, checkpoint: str | None = None
 ) -> PreTrainedModel:
@@ -355,10 +351,9 @@ def load_model(
 
     Under FSDP only rank 0 reads the weights; the others get a model of the same shape on the meta device.
     """
-    name = checkpoint or model_args.model_name_or_path
+    name, config = checkpoint or model_args.model_name_or_path, load_config(model_args, training_args, checkpoint)
     options = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
     try:
-        config = AutoConfig.from_pretrained(name, cache_dir=training_args.cache_dir)
         if training_args.fsdp:
             fsdp.resolve_wrap_classes(training_args, config)
             if training_args.process_index != 0:
@@ -386,29 +381,36 @@ def train(argv: Sequence[str] | None = None) -> None:
     tokenizer, num_new_tokens = load_tokenizer(model_args, training_args)
     data_module = make_supervised_data_module(tokenizer, data_args, training_args.cache_dir)
     for dataset in filter(None, (data_module["train_dataset"], data_module["eval_dataset"])):
-        say(dataset.description, training_args.process_index)
-    warn_about_steps(training_args, len(data_module["train_dataset"]))
-    check_output_dir(training_args)
+        say(str(dataset.report), training_args.process_index)
+
+    contract = describe_run(training_args, model_args, data_args, data_module["train_dataset"], tokenizer)
+    if already_finished(training_args, contract, checkpoint):
+        return leave()
+    check_contract(training_args, contract, checkpoint)
+
+    config = load_config(model_args, training_args, checkpoint)
+    check_before_loading(training_args, config, data_module, checkpoint)
 
     model = load_model(model_args, training_args, checkpoint)
     wait_for_all_ranks()
-    check_lengths(model, data_module)
-    repair_generation_config(model, training_args.process_index)
-    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    repair_generation_config(model, tokenizer.pad_token_id, training_args.process_index)
     resize_embeddings(model, 0 if checkpoint else num_new_tokens, len(tokenizer))
     if training_args.fsdp:
         fsdp.check_dropout(training_args, model)
         fsdp.materialize(model)
 
-    trainer = AlpacaTrainer(model=model, processing_class=tokenizer, args=training_args, **data_module)
+    trainer = AlpacaTrainer(
+        model=model, processing_class=tokenizer, args=training_args, contract=contract, **data_module
+    )
+    begin(training_args, contract)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     trainer.save_final_model(getattr(torch, training_args.save_dtype))
     if trainer.is_world_process_zero():
         plot_loss(trainer.state.log_history, Path(training_args.output_dir) / "loss.png")
         say(f"saved to {training_args.output_dir}", 0)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    finish(training_args, contract)
+    leave()
 
 
 if __name__ == "__main__":

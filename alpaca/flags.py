@@ -43,8 +43,8 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 class FlagParser(transformers.HfArgumentParser):
     """Errors are raised, not printed under pages of usage; abbreviated flags are not guessed."""
 
-    def __init__(self, dataclass_types: Sequence[type], description: str | None):
-        super().__init__(dataclass_types, prog="train.py", usage="train.py [flags]", description=description,
+    def __init__(self, dataclass_types: Sequence[type], description: str | None, program: str):
+        super().__init__(dataclass_types, prog=program, usage=f"{program} [flags]", description=description,
                          formatter_class=HelpFormatter, allow_abbrev=False)  # fmt: skip
         inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
         for group in self._action_groups:  # for --help: our own flags before the hundred of transformers
@@ -59,7 +59,7 @@ class FlagParser(transformers.HfArgumentParser):
 
 
 def parse(
-    argv: Sequence[str], dataclass_types: Sequence[type], description: str | None = None
+    argv: Sequence[str], dataclass_types: Sequence[type], description: str | None = None, program: str = "train.py"
 ) -> tuple[tuple[Any, ...], list[str]]:
     """One instance per dataclass, and the notes to print: 2023's flags translated, unknown ones refused before anything
     loads, the rest fitted to this machine.
@@ -67,11 +67,12 @@ def parse(
     Raises:
         UsageError: the message names the flag, what was got and what is expected.
     """
-    parser = FlagParser(dataclass_types, description)
+    parser = FlagParser(dataclass_types, description, program)
     words, notes = translate_legacy_flags(list(argv))
     refuse_unknown_flags(words, parser.known())
     namespace = parser.parse_args(words)
-    notes += adapt_to_hardware(namespace)
+    if issubclass(dataclass_types[-1], transformers.TrainingArguments):
+        notes += adapt_to_hardware(namespace)
     try:
         return parser.parse_dict(vars(namespace)), notes
     except (ValueError, OSError, ImportError) as error:

@@ -1,59 +1,18 @@
-"""Checks around a run: where it continues, whether it would overwrite another, how many steps it has."""
+"""Checks before a run: values that would fail only after hours, how many steps it has, where it can be saved."""
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alpaca import contract, forecast
 from alpaca.console import say
 from alpaca.errors import UsageError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainingArguments
-
-
-def find_checkpoint(args: "TrainingArguments") -> str | None:
-    """The checkpoint --resume_from_checkpoint names (True: the last complete one in --output_dir), or None.
-
-    Raises:
-        UsageError: there is no such checkpoint, it lacks a file, or a fresh run would overwrite an old one.
-    """
-    asked, output = str(args.resume_from_checkpoint or "False"), Path(args.output_dir)
-    found = sorted(output.glob("checkpoint-*"), key=lambda path: int("0" + path.name.rpartition("-")[2]), reverse=True)
-    if asked.lower() in ("true", "1", "yes"):
-        for folder in found:
-            if not (missing := missing_from_checkpoint(folder, bool(args.fsdp))):
-                return str(folder)
-            say(f"note: {folder.name} is incomplete (no {', no '.join(missing)}) and skipped", args.process_index)
-        raise UsageError(f"--resume_from_checkpoint {asked}: no complete checkpoint-N folder in --output_dir {output}")
-    if asked.lower() not in ("false", "0", "no"):
-        if missing := missing_from_checkpoint(Path(asked), bool(args.fsdp)):
-            raise UsageError(
-                f"--resume_from_checkpoint {asked}: is not a complete checkpoint (no {', no '.join(missing)})"
-            )
-        return asked
-    if found and args.overwrite_output_dir:
-        raise UsageError(
-            f"--overwrite_output_dir: {output} holds {found[0].name}, which a later --resume_from_checkpoint True "
-            "would take for one of the new run; move it away first"
-        )
-    if (found or (output / "trainer_state.json").exists()) and not args.overwrite_output_dir:
-        raise UsageError(
-            f"--output_dir {output} already holds a run; continue it with --resume_from_checkpoint True, "
-            "choose another folder, or pass --overwrite_output_dir True"
-        )
-    return None
-
-
-def missing_from_checkpoint(folder: Path, fsdp: bool) -> list[str]:
-    """What a run needs to continue and `folder` lacks. trainer_state.json is written last."""
-    optimizer = "optimizer_0/.metadata" if fsdp else "optimizer.pt"
-    missing = [name for name in (optimizer, "scheduler.pt", "trainer_state.json") if not (folder / name).is_file()]
-    if not any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json")):
-        missing.insert(0, "model.safetensors")
-    return missing
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 
 def check_combinations(args: "TrainingArguments") -> None:
@@ -87,20 +46,45 @@ def check_evaluation(args: "TrainingArguments", eval_data_path: str | None) -> N
         raise UsageError(f"--eval_data_path {eval_data_path}: is never used; add --eval_strategy steps or epoch")
 
 
-def warn_about_steps(args: "TrainingArguments", num_rows: int) -> None:
-    """One line where the run is shorter than --save_steps, so that only its end is saved."""
-    rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+def check_before_loading(
+    args: "TrainingArguments", config: "PreTrainedConfig", data_module: Mapping[str, Any], checkpoint: str | None
+) -> None:
+    """Everything that can be known before the model is read: steps, room on the disk, memory.
+
+    Raises:
+        UsageError: rows are longer than the model's positions, nothing can be saved, or the disk is too small.
+    """
+    check_lengths(config, data_module)
+    dataset = data_module["train_dataset"]
+    steps, per_epoch = plan_steps(args, len(dataset))
+    check_output_dir(args)
+    if args.process_index != 0:
+        return
+    model = forecast.forecast_memory(args, config, longest=max(map(len, dataset.input_ids)))
+    if model is not None:
+        checkpoints = forecast.checkpoints_to_come(args, steps, per_epoch, checkpoint)
+        forecast.check_room(args, model.parameters, checkpoints)
+
+
+def plan_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, int]:
+    """(optimizer steps of the run, of an epoch), as the Trainer will count them. Says them, and warns where the run is
+    shorter than --save_steps, so that only its end is saved."""
+    rows_per_step = contract.rows_per_step(args)
     per_epoch = num_rows // rows_per_step if args.dataloader_drop_last else -(-num_rows // rows_per_step)
-    steps = args.max_steps if args.max_steps > 0 else int(-(-per_epoch * args.num_train_epochs // 1))
+    if per_epoch == 0:
+        raise UsageError(f"--dataloader_drop_last: {num_rows} rows are fewer than one step of {rows_per_step}")
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     say(f"{num_rows:,} rows, {rows_per_step} a step: {steps:,} optimizer steps", args.process_index)
     if args.save_strategy == "steps" and args.save_steps > steps:
         say(f"note: --save_steps {args.save_steps} exceeds the {steps} steps of this run; only its end is saved",
             args.process_index)  # fmt: skip
+    return steps, per_epoch
 
 
-def repair_generation_config(model: "PreTrainedModel", rank: int) -> None:
-    """Early Llama-2 folders set a temperature without do_sample. transformers 5 refuses to save such a model, and would
-    say so only after the training."""
+def repair_generation_config(model: "PreTrainedModel", pad_token_id: int, rank: int) -> None:
+    """The pad token is the tokenizer's. And early Llama-2 folders set a temperature without do_sample: transformers 5
+    refuses to save such a model, and would say so only after the training."""
+    model.config.pad_token_id = model.generation_config.pad_token_id = pad_token_id
     try:
         model.generation_config.validate(strict=True)
     except ValueError:
@@ -109,9 +93,9 @@ def repair_generation_config(model: "PreTrainedModel", rank: int) -> None:
         say("note: generation_config.json has sampling values without do_sample -> saved with do_sample: true", rank)
 
 
-def check_lengths(model: "PreTrainedModel", data_module: Mapping[str, Any]) -> None:
+def check_lengths(config: "PreTrainedConfig", data_module: Mapping[str, Any]) -> None:
     """Raise UsageError where a row has more tokens than the model has positions."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
     for dataset in (data_module["train_dataset"], data_module["eval_dataset"]):
         longest = max(map(len, dataset.input_ids)) if dataset else 0
         if limit and longest > limit:

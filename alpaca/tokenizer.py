@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import transformers
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
@@ -24,3 +25,11 @@ def open_tokenizer(name: str, cache_dir: str | None = None, **kwargs: Any) -> Pr
         kwargs["add_bos_token"] = True
     opener = LlamaTokenizer if class_name == "LLaMATokenizer" else AutoTokenizer
     return opener.from_pretrained(name, cache_dir=cache_dir, **kwargs)
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """All that decides the ids of a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    special = tokenizer.special_tokens_map
+    return [state, special, tokenizer.model_max_length, type(tokenizer).__name__, transformers.__version__]

@@ -1,4 +1,4 @@
-"""Tokenized rows: kept on disk between runs, and what was noticed about them while tokenizing."""
+"""Tokenized rows, kept on disk between runs together with what was noticed about them while tokenizing."""
 
 import os
 import zipfile
@@ -16,17 +16,6 @@ from alpaca.waiting import wait_for_all_ranks
 
 Tokens = dict[str, Any]  # input_ids and labels: lists of (length,) int64 tensors; problems: {name: row numbers}
 IGNORE_INDEX = -100
-
-PROBLEMS = {  # name in `problems`: (what it means, what to do)
-    "truncated": ("cut at --model_max_length", "raise it if the answers matter to their end"),
-    "no_eos": ("cut so that the end-of-text token is lost", "the model does not learn to stop from them"),
-    "nothing_to_learn": ("have no target left", "their prompt fills --model_max_length"),
-    "merged_boundary": (
-        "begin with a character that merges with the prompt's last token and is masked with it, as in 2023",
-        "--prompt_boundary split tokenizes prompt and answer apart",
-    ),
-    "control_text": ("hold the text of a control token such as </s>", "it is taken as plain text, never as the token"),
-}
 
 
 def cached_tokens(key: str, build: Callable[[], Tokens], cache_dir: str | None = None) -> Tokens:
@@ -84,19 +73,3 @@ def mask(input_ids: Tensor, num_masked: int) -> Tensor:
     labels = input_ids.clone()
     labels[:num_masked] = IGNORE_INDEX
     return labels
-
-
-def describe(tokens: Tokens, name: str) -> str:
-    """The lines printed before training: sizes, and every problem with its count and first row numbers (from 0)."""
-    total = sum(map(len, tokens["input_ids"]))
-    targets = sum(int((labels != IGNORE_INDEX).sum()) for labels in tokens["labels"])
-    longest = max(map(len, tokens["input_ids"]))
-    lines = [
-        f"{name}: {len(tokens['labels']):,} rows, {total:,} tokens ({targets / total:.0%} to learn), longest {longest}"
-    ]
-    for problem, rows in tokens["problems"].items():
-        if rows:
-            meaning, advice = PROBLEMS[problem]
-            first = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
-            lines.append(f"  {len(rows):,} rows {meaning} (rows {first}): {advice}")
-    return "\n".join(lines)

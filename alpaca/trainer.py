@@ -1,12 +1,13 @@
-"""Hugging Face's Trainer with four things of our own: rows are never repeated to fill a batch, the loss can be
-normalized as in 2023 or as today, FSDP shards on CPU ranks too, and what is saved is always a plain checkpoint that
-`from_pretrained` reads."""
+"""Hugging Face's Trainer with five things of our own: rows are never repeated to fill a batch, the loss can be
+normalized as in 2023 or as today, a loss that is not finite stops the run, FSDP shards on CPU ranks too, and what is
+saved is always a plain checkpoint that `from_pretrained` reads, whole or not there."""
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +18,9 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer_utils import speed_metrics
 
 from alpaca.batching import StepLoader, StepSampler
+from alpaca.blackbox import BlackBox, NumberedRows, numbered
+from alpaca.checkpoints import delete_old_checkpoints, load_optimizer_of_other_layout, write_patiently, written_whole
 from alpaca.console import ConsoleCallback, say
-from alpaca.errors import UsageError
 from alpaca.fsdp import full_state_dict, shard_on_cpu
 from alpaca.tokens import IGNORE_INDEX
 
@@ -37,10 +39,13 @@ class AlpacaTrainer(Trainer):
     A micro-batch without a target (2023: NaN) counts in neither.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, contract: dict[str, Any] | None = None, **kwargs):
+        """`contract` (alpaca/contract.py) is kept with every checkpoint."""
         super().__init__(compute_loss_func=self.step_loss, **kwargs)
+        self.contract, self.black_box = contract or {}, BlackBox(self.processing_class)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
+        self.add_callback(self.black_box)
         self.add_callback(ConsoleCallback)
         self.add_callback(SaveOnlyWhenAsked)
         self._tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)
@@ -69,23 +74,19 @@ class AlpacaTrainer(Trainer):
             seed=seed if args.train_sampling_strategy == "random" else None,
             drop_last=args.dataloader_drop_last,
         )
-        if len(sampler) == 0:
-            raise UsageError(
-                f"--dataloader_drop_last: {sampler.num_rows} rows are fewer than one step of {sampler.rows_per_step}"
-            )
-        return self._loader(self.train_dataset, sampler)
+        return self._loader(NumberedRows(self.train_dataset), sampler, numbered(self.data_collator))
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         args, dataset = self.args, self.eval_dataset if eval_dataset is None else eval_dataset
         sampler = StepSampler(len(dataset), args.eval_batch_size, 1, args.world_size, args.process_index)
-        return self._loader(dataset, sampler)
+        return self._loader(dataset, sampler, self.data_collator)
 
-    def _loader(self, dataset: Dataset, sampler: StepSampler) -> DataLoader:
+    def _loader(self, dataset: Dataset, sampler: StepSampler, collate: Callable) -> DataLoader:
         args = self.args
         return StepLoader(
             dataset,
             batch_sampler=sampler,
-            collate_fn=self.data_collator,
+            collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
@@ -103,6 +104,7 @@ class AlpacaTrainer(Trainer):
         targets (`token`) or micro-batches that have one (`microbatch`). One small reduction a step, no host sync."""
         self._last_log = self._last_log or (0, time.time())
         batches = list(islice(epoch_iterator, num_batches))
+        self.black_box.begin_step(batches)
         targets = [int(target_mask(batch["labels"]).sum()) for batch in batches]
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
         counts = torch.tensor([sum(targets), sum(n > 0 for n in targets), tokens]).to(device)
@@ -111,6 +113,15 @@ class AlpacaTrainer(Trainer):
         self._tokens_seen += counts[2]
         divisor = counts[0] if self.args.loss_normalization == "token" else counts[1]
         return batches, divisor.clamp(min=1)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.black_box.losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        self.black_box.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.black_box.grad_norm
 
     def step_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
         """This micro-batch's share of the step's loss: `outputs.logits` (B, T, V), `labels` (B, T) -> scalar.
@@ -175,11 +186,39 @@ class AlpacaTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As the Trainer does, but what is called checkpoint-N is whole, and older ones go only then."""
+        args, state, output = self.args, self.state, Path(self.args.output_dir)
+        self.store_flos()
+        if state.best_global_step:
+            state.best_model_checkpoint = str(output / f"checkpoint-{state.best_global_step}")
+        with written_whole(output, state.global_step, self.contract, args.process_index) as folder:
+            self.save_model(folder, _internal_call=True)
+            if not args.save_only_model:
+                self._save_optimizer_and_scheduler(folder)
+                self._save_scaler(folder)
+                self._save_rng_state(folder)
+            if args.should_save:
+                state.save_to_json(os.path.join(folder, "trainer_state.json"))
+        if args.push_to_hub:
+            self._push_from_checkpoint(str(output / f"checkpoint-{state.global_step}"))
+        if args.should_save:
+            keep = {f"checkpoint-{state.global_step}", Path(state.best_model_checkpoint or "").name}
+            delete_old_checkpoints(output, args.save_total_limit, keep)
+
     def save_final_model(self, dtype: torch.dtype) -> None:
         """Write the trained model to `output_dir` in `dtype`. Last act: the float32 weights are cast in place."""
         if dtype != torch.float32:
             self.model.to(dtype)
         self.save_model()
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The final model waits for room on the disk: after days of training it is not given up for a full one."""
+        if output_dir is None or Path(output_dir) == Path(self.args.output_dir):
+            return write_patiently(
+                lambda: super(AlpacaTrainer, self)._save(output_dir, state_dict), self.args.output_dir
+            )
+        return super()._save(output_dir, state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Under FSDP only the optimizer is saved in shards: the weights already stand beside it, whole."""
@@ -191,6 +230,14 @@ class AlpacaTrainer(Trainer):
         save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Also an optimizer saved by FSDP where there is none now, and the other way round."""
+        if checkpoint is None or self.is_fsdp_enabled == os.path.isdir(os.path.join(checkpoint, "optimizer_0")):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer_of_other_layout(self.model, self.optimizer.optimizer, checkpoint)
+        scheduler = torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True)
+        self.lr_scheduler.load_state_dict(scheduler)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing to do: train.py has already read the weights of the checkpoint instead of the base model's."""

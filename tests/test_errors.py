@@ -40,10 +40,9 @@ BAD_FLAGS = {
     "longer than the model": (dict(model_max_length="4000", data_path="long"), "2048 positions"),
     "pad token": (dict(pad_token="nope"), "--pad_token 'nope'"),
     "template file": (dict(prompt_template="/nowhere.json"), "--prompt_template /nowhere.json"),
-    "resume from nothing": (dict(resume_from_checkpoint="True"), "no complete checkpoint-N folder in --output_dir"),
     "resume from a wrong folder": (
         dict(resume_from_checkpoint="/tmp"),
-        "is not a complete checkpoint (no model.safetensors, no optimizer.pt",
+        "is not a complete checkpoint (no readable alpaca_checkpoint.json",
     ),
     "legacy loss": (dict(average_tokens_across_devices="False"), "--loss_normalization microbatch"),
     "accumulation zero": (dict(gradient_accumulation_steps="0"), "--gradient_accumulation_steps 0"),
@@ -94,48 +93,6 @@ def test_a_model_folder_without_weights(tmp_path, tiny):
     for name in ("config.json", "tokenizer.model", "tokenizer_config.json"):
         (folder / name).write_bytes((Path(tiny("llama")) / name).read_bytes())
     assert "the model could not be loaded" in mistake(tmp_path, tiny, model_name_or_path=folder)
-
-
-def test_incomplete_checkpoints_are_skipped_by_name(tmp_path, capsys):
-    from argparse import Namespace
-
-    from alpaca.run import find_checkpoint
-
-    def checkpoint(step, *files):
-        for file in files:
-            path = tmp_path / f"checkpoint-{step}" / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.touch()
-
-    whole = ("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json")
-    checkpoint(8, *whole)
-    checkpoint(9, *whole)
-    checkpoint(10, *whole[:3])
-    checkpoint(100, "model.safetensors", "optimizer_0/.metadata", "scheduler.pt", "trainer_state.json")
-    args = Namespace(resume_from_checkpoint="True", output_dir=str(tmp_path), fsdp=None, process_index=0)
-    assert find_checkpoint(args) == str(tmp_path / "checkpoint-9")
-    printed = capsys.readouterr().out
-    assert (
-        "checkpoint-100 is incomplete (no optimizer.pt)" in printed and "checkpoint-10 is incomplete (no tr" in printed
-    )
-    args.fsdp = True
-    assert find_checkpoint(args) == str(tmp_path / "checkpoint-100")
-    args.resume_from_checkpoint, args.overwrite_output_dir = None, True
-    with pytest.raises(UsageError, match="holds checkpoint-100, which a later"):
-        find_checkpoint(args)
-
-
-@pytest.mark.slow
-def test_a_finished_run_is_not_overwritten(tmp_path, tiny):
-    flags = dict(model_name_or_path=tiny("llama"), data_path=write_rows(tmp_path / "rows.json", 4), max_steps=1,
-                 output_dir=tmp_path / "out", save_strategy="no")  # fmt: skip
-    train(flags)
-    before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
-    refused = train(flags, check=False)
-    assert refused.returncode == 2 and "already holds a run" in refused.stderr and "Traceback" not in refused.stderr
-    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns == before
-    train({**flags, "overwrite_output_dir": True})
-    assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns > before
 
 
 @pytest.mark.slow

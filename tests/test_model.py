@@ -83,10 +83,10 @@ def test_sampling_values_without_do_sample_can_be_saved(tiny, tmp_path, capsys):
     model.generation_config.temperature, model.generation_config.top_p = 0.9, 0.6
     with pytest.raises(ValueError):
         model.save_pretrained(tmp_path / "saved")
-    repair_generation_config(model, 0)
+    repair_generation_config(model, 0, 0)
     model.save_pretrained(tmp_path / "saved")
     assert model.generation_config.temperature == 0.9 and "do_sample" in capsys.readouterr().out
-    repair_generation_config(model, 0)
+    repair_generation_config(model, 0, 0)
     assert not capsys.readouterr().out
 
 

@@ -1,0 +1,271 @@
+"""Checkpoints that are whole or not there: where a run continues, how one is written, what makes one unfit.
+
+A checkpoint is written as saving-checkpoint-N, every rank its part. When all are done, rank 0 lists the files and their
+sizes in a manifest, flushes them to the disk and renames the folder to checkpoint-N; only then do older ones go. A kill
+at any moment, or a full disk, leaves the previous checkpoint as it was.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alpaca.console import say
+from alpaca.errors import UsageError
+from alpaca.files import atomic_write
+from alpaca.waiting import wait_for_all_ranks
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, TrainingArguments
+
+MANIFEST = "alpaca_checkpoint.json"  # in every checkpoint: its files, and the contract of the run (alpaca/contract.py)
+RECORD = "alpaca_run.json"  # in --output_dir: the contract of the run, and whether it is finished
+OPTIMIZERS = ("optimizer.pt", "optimizer_0/.metadata")  # one process or DDP; FSDP
+
+
+# ---- finding one ----
+
+
+def find_checkpoint(args: "TrainingArguments") -> str | None:
+    """The checkpoint --resume_from_checkpoint names (True: the last complete one in --output_dir), or None to start
+    from the beginning: not asked for, or the run was stopped before its first checkpoint.
+
+    Raises:
+        UsageError: the named checkpoint is not complete, or a fresh run would overwrite an old one.
+    """
+    asked, output = str(args.resume_from_checkpoint or "False"), Path(args.output_dir)
+    if asked.lower() in ("true", "1", "yes"):
+        return _last_complete(output, args.process_index)
+    if asked.lower() not in ("false", "0", "no"):
+        if wrong := defects(Path(asked)):
+            raise UsageError(f"--resume_from_checkpoint {asked}: is not a complete checkpoint ({', '.join(wrong)})")
+        return asked
+    found = _numbered(output)
+    if found and args.overwrite_output_dir:
+        raise UsageError(
+            f"--overwrite_output_dir: {output} holds {found[0].name}, which a later --resume_from_checkpoint True "
+            "would take for one of the new run; move it away first"
+        )
+    record = read_record(output)
+    unfinished = found and not (record and record["finished"])
+    if (unfinished or (record is None and _holds_a_model(output))) and not args.overwrite_output_dir:
+        raise UsageError(
+            f"--output_dir {output} already holds a run; continue it with --resume_from_checkpoint True, "
+            "choose another folder, or pass --overwrite_output_dir True"
+        )
+    return None
+
+
+def _last_complete(output: Path, rank: int) -> str | None:
+    for folder in _numbered(output):
+        if not (wrong := defects(folder)):
+            return str(folder)
+        say(f"note: {folder.name} is incomplete ({', '.join(wrong)}) and skipped", rank)
+    if read_record(output) is None and _holds_a_model(output):
+        raise UsageError(
+            f"--resume_from_checkpoint True: --output_dir {output} holds a model but no complete checkpoint to "
+            "continue from; choose another folder, or train from the start with --overwrite_output_dir True alone"
+        )
+    say(f"note: --resume_from_checkpoint True: no complete checkpoint in {output} -> from the beginning", rank)
+    return None
+
+
+def _numbered(output: Path) -> list[Path]:
+    """The folders checkpoint-N, the highest N first."""
+    found = [folder for folder in output.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
+
+
+def _holds_a_model(output: Path) -> bool:
+    return any((output / name).exists() for name in ("trainer_state.json", "config.json", "adapter_config.json"))
+
+
+def defects(folder: Path) -> list[str]:
+    """Why a run cannot continue from `folder`; [] for a complete checkpoint."""
+    if (manifest := _read_json(folder / MANIFEST)) is None:
+        return [f"no readable {MANIFEST}, which is written last"]
+    wrong = []
+    for name, size in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            wrong.append(f"no {name}")
+        elif file.stat().st_size != size:
+            wrong.append(f"{name} has {file.stat().st_size:,} of {size:,} bytes")
+    if not wrong and not any(name in manifest["files"] for name in OPTIMIZERS):
+        wrong.append("no optimizer: it was saved with --save_only_model")
+    return wrong
+
+
+def read_manifest(checkpoint: str) -> dict[str, Any]:
+    manifest = _read_json(Path(checkpoint) / MANIFEST)
+    assert manifest is not None, checkpoint  # find_checkpoint has looked
+    return manifest
+
+
+def read_record(output: Path) -> dict[str, Any] | None:
+    return _read_json(output / RECORD)
+
+
+def write_record(output: Path, contract: dict[str, Any], finished: bool) -> None:
+    with atomic_write(output / RECORD) as file:
+        json.dump({"finished": finished, "contract": contract}, file, indent=1)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    """None where there is no file, or a torn one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+# ---- writing one ----
+
+
+@contextmanager
+def written_whole(output: Path, step: int, contract: dict[str, Any], rank: int) -> Iterator[str]:
+    """The folder to write a checkpoint into; it becomes checkpoint-`step` when all ranks have left the block.
+
+    Raises:
+        UsageError: it could not be written (a full disk, a quota); what was written of it is removed.
+    """
+    folder = output / f"saving-checkpoint-{step}"
+    if rank == 0:
+        for leftover in output.glob("saving-checkpoint-*"):  # of a run that was killed while saving
+            shutil.rmtree(leftover)
+        folder.mkdir(parents=True)
+    wait_for_all_ranks()
+    try:
+        yield str(folder)
+        wait_for_all_ranks()
+        if rank == 0:
+            _write_manifest(folder, step, contract)
+            _rename(folder, output / f"checkpoint-{step}")
+    except Exception as error:  # safetensors, torch and the distributed writer all raise errors of their own
+        if not _is_about_space(error):
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+        kept = [found.name for found in _numbered(output) if not defects(found)]
+        hint = f"{kept[0]} is untouched" if kept else "there is no earlier checkpoint"
+        room = human(free_bytes(output))
+        raise UsageError(
+            f"checkpoint-{step} could not be saved in {output}: {_reason(error)} ({room} are free); "
+            f"{hint}. Make room, then run the same command with --resume_from_checkpoint True"
+        ) from error
+    wait_for_all_ranks()
+
+
+def _write_manifest(folder: Path, step: int, contract: dict[str, Any]) -> None:
+    files = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        files[str(file.relative_to(folder))] = file.stat().st_size
+    with atomic_write(folder / MANIFEST) as file:
+        json.dump({"step": step, "contract": contract, "files": files}, file, indent=1)
+
+
+def _rename(folder: Path, target: Path) -> None:
+    """Over an earlier checkpoint of the same step too, which stays whole until then."""
+    replaced = folder.with_name(f"{folder.name}-replaced")
+    if target.exists():
+        os.rename(target, replaced)
+    os.rename(folder, target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def delete_old_checkpoints(output: Path, limit: int | None, keep: set[str]) -> None:
+    """Leave `limit` checkpoints (None, 0: all), those named in `keep` (the newest, the best) among them."""
+    found = _numbered(output)[::-1]
+    surplus = len(found) - limit if limit and limit > 0 else 0
+    for folder in [folder for folder in found if folder.name not in keep][: max(surplus, 0)]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_patiently(write: Callable[[], None], output_dir: str, tries: int = 60, pause: float = 60.0) -> None:
+    """`write()`, again after `pause` seconds while the disk is full: time to make room.
+
+    Raises:
+        UsageError: it was full for all of `tries`.
+    """
+    for number in range(1, tries + 1):
+        try:
+            return write()
+        except Exception as error:  # safetensors raises its own
+            if not _is_about_space(error):
+                raise
+            problem = f"the model cannot be written to {output_dir}: {_reason(error)}"
+            if number == tries:
+                raise UsageError(
+                    f"{problem}; --resume_from_checkpoint True continues from the last checkpoint"
+                ) from error
+            print(f"{problem}; make room, it is tried again every {pause:.0f} s ({number}/{tries})", flush=True)
+            time.sleep(pause)
+
+
+SPACE_ERRORS = ("no space left", "file too large", "disk quota", "disk full", "enforce fail", "failed writing file")
+
+
+def _is_about_space(error: BaseException) -> bool:
+    return any(text in str(part).lower() for part in _causes(error) for text in SPACE_ERRORS)
+
+
+def _reason(error: BaseException) -> str:
+    lines = [str(part).strip().splitlines() for part in _causes(error) if str(part).strip()]
+    return next((line[-1] for line in lines if _is_about_space(Exception(line[-1]))), lines[0][0])
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, what it was raised from, and what other ranks reported through it."""
+    while error is not None:
+        yield error
+        for inner in getattr(error, "failures", {}).values():
+            yield inner[0] if isinstance(inner, tuple) else inner
+        error = error.__cause__ or error.__context__
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space on the disk of `folder`, or of its first parent that exists."""
+    folder = folder.resolve()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def human(size: float) -> str:
+    """Bytes as "1.3 GB" (10^9) or, where smaller, "0.9 MB"."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
+# ---- an optimizer saved by FSDP, continued without, and the other way round ----
+
+
+def load_optimizer_of_other_layout(model: "PreTrainedModel", optimizer: "torch.optim.Optimizer", folder: str) -> None:
+    """Fill `optimizer` from a checkpoint that was saved in shards and is now needed whole, or saved whole and now
+    needed in shards. Parameters are matched by name. Collective under torch.distributed."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    shards = Path(folder) / "optimizer_0"
+    if shards.is_dir():
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.load(state, storage_reader=dcp.FileSystemReader(shards))
+        return set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    whole = torch.load(Path(folder) / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    groups = [{**group, "params": [order[i] for i in group["params"]]} for group in whole["param_groups"]]
+    named = {"state": {order[i]: values for i, values in whole["state"].items()}, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, named, options=StateDictOptions(full_state_dict=True))

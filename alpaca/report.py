@@ -1,0 +1,121 @@
+"""The data gate: what is known of the rows before anything expensive happens. Sizes, and every way in which a row loses
+something or is not what it seems, with its count and first row numbers (from 0, as an index into the file's list)."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
+
+import torch
+
+from alpaca.data import Row
+from alpaca.tokens import IGNORE_INDEX, Tokens
+
+
+@dataclass(frozen=True)
+class Problem:
+    meaning: str
+    advice: str
+    tolerated: float = 1.0  # share of the rows beyond which training would be spoiled: exit code 1 of inspect_data
+
+
+PROBLEMS = {
+    "truncated": Problem("cut at --model_max_length", "raise it if their ends matter"),
+    "no_eos": Problem("the end-of-text token is cut off", "the model does not learn to stop from them", 0.01),
+    "nothing_to_learn": Problem("no target is left", "the prompt alone fills --model_max_length", 0.0),
+    "merged_boundary": Problem(
+        "the answer's first character merges with the prompt's last token and is masked with it, as in 2023",
+        "--prompt_boundary split tokenizes the two apart",
+    ),
+    "empty_answer": Problem("the answer is empty", "the model learns to say nothing", 0.01),
+    "control_text": Problem("text of a control token such as </s> in a field", "it is taken as plain text", 0.01),
+    "template_text": Problem(
+        "text of the prompt template such as ### Response: in a field",
+        "the model learns to write it; often several tasks in one row",
+        0.01,
+    ),
+    "duplicate": Problem("an earlier row word for word", "they count twice", 0.05),
+    "repeated_prompt": Problem("an earlier prompt with another answer", "fine if meant so"),
+}
+
+
+@dataclass
+class DataReport:
+    """Sizes in tokens; `problems`: row numbers per name of PROBLEMS."""
+
+    name: str
+    lengths: list[int]
+    num_targets: int
+    problems: dict[str, list[int]]
+
+    def __str__(self) -> str:
+        lengths, total = sorted(self.lengths), sum(self.lengths)
+        prompt = total - self.num_targets
+        median, p90 = lengths[len(lengths) // 2], lengths[len(lengths) * 9 // 10]
+        lines = [
+            f"{self.name}: {len(lengths):,} rows, {total:,} tokens: {prompt:,} of prompts ({prompt / total:.0%}), "
+            f"{self.num_targets:,} to learn ({self.num_targets / total:.0%}); a row has {total / len(lengths):.0f} on "
+            f"average, median {median}, 90% at most {p90}, longest {lengths[-1]}"
+        ]
+        for name, rows in self.problems.items():
+            if rows:
+                first = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+                problem = PROBLEMS[name]
+                lines.append(f"  {name}: {_rows(len(rows))} ({first}): {problem.meaning}; {problem.advice}")
+        return "\n".join(lines)
+
+    def spoiled_by(self) -> list[str]:
+        """One line per problem that more rows have than is tolerated."""
+        return [
+            f"{name}: {_rows(len(rows))} of {len(self.lengths):,} ({len(rows) / len(self.lengths):.1%}), "
+            f"tolerated are {PROBLEMS[name].tolerated:.0%}: {PROBLEMS[name].advice}"
+            for name, rows in self.problems.items()
+            if len(rows) > PROBLEMS[name].tolerated * len(self.lengths)
+        ]
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row" + "s" * (count != 1)
+
+
+def report(name: str, tokens: Tokens, texts: Mapping[str, list[int]]) -> DataReport:
+    """From the tokenized rows, and from the `text_problems` of the same rows."""
+    lengths = list(map(len, tokens["input_ids"]))
+    num_targets = int((torch.cat(tokens["labels"]) != IGNORE_INDEX).sum())
+    found = {**tokens["problems"], **texts}
+    return DataReport(name, lengths, num_targets, {problem: found[problem] for problem in PROBLEMS})
+
+
+def text_problems(
+    rows: Sequence[Row], templates: Mapping[str, str], control_tokens: Sequence[str]
+) -> dict[str, list[int]]:
+    """The problems that can be seen without a tokenizer: row numbers per name."""
+    headings = _headings(templates)
+    in_template = any(token in template for token in control_tokens for template in templates.values())
+    seen: dict[tuple[str, str], set[str]] = {}
+    names = ("empty_answer", "control_text", "template_text", "duplicate", "repeated_prompt")
+    problems: dict[str, list[int]] = {name: [] for name in names}
+    for number, row in enumerate(rows):
+        prompt, answer = (row["instruction"], row.get("input") or ""), row["output"]
+        text = "\0".join((*prompt, answer))
+        answers = seen.setdefault(prompt, set())
+        noticed = {
+            "empty_answer": not answer.strip(),
+            "control_text": in_template or any(token in text for token in control_tokens),
+            "template_text": any(heading in text for heading in headings),
+            "duplicate": answer in answers,
+            "repeated_prompt": bool(answers) and answer not in answers,
+        }
+        answers.add(answer)
+        for name in names:
+            if noticed[name]:
+                problems[name].append(number)
+    return problems
+
+
+def _headings(templates: Mapping[str, str]) -> set[str]:
+    """The fixed lines of the templates, which a row should not hold: "### Response:" and the like. Lines of a few
+    characters or without a letter could stand anywhere."""
+    fixed = [text for template in templates.values() for text, *_ in Formatter().parse(template)]
+    lines = {line.strip() for text in fixed for line in text.split("\n")}
+    return {line for line in lines if len(line) >= 6 and re.search(r"\w", line)}

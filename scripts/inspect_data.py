@@ -1,0 +1,108 @@
+r"""Look at training data the way train.py will see it: the report it prints, and chosen rows token by token.
+
+    python -m scripts.inspect_data --model_name_or_path <model> --data_path alpaca_data.json
+    python -m scripts.inspect_data --model_name_or_path <model> --data_path rows.jsonl --rows 0 17 --problem no_eos
+
+Needs the tokenizer of the model only, and shares the token cache with train.py. In colour on a terminal: dim tokens are
+masked (label -100), green ones are learned, control tokens are reversed; elsewhere the two parts have a line each.
+
+Exit code: 0, or 1 where something would spoil training (more rows with a problem than is tolerated), or 2 where the
+data cannot be read at all.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from alpaca import flags
+from alpaca.errors import UsageError, fail
+from alpaca.prompts import load_prompt_template
+from alpaca.report import PROBLEMS
+from alpaca.tokens import IGNORE_INDEX
+from train import DataArguments, ModelArguments, SupervisedDataset, load_tokenizer
+
+DIM, GREEN, REVERSED, RESET = "\033[2m", "\033[32m", "\033[7m", "\033[0m"
+
+
+@dataclass
+class InspectArguments:
+    _argument_group_name = "inspection"
+    rows: list[int] = field(default_factory=list, metadata={"help": "Numbers of rows to show, from 0."})
+    problem: str | None = field(
+        default=None, metadata={"help": "Show the first rows with this problem.", "choices": [None, *PROBLEMS]}
+    )
+    limit: int = field(default=5, metadata={"help": "How many rows --problem shows."})
+    model_max_length: int = field(default=512, metadata={"help": "As for train.py."})
+    cache_dir: str | None = field(default=None, metadata={"help": "As for train.py."})
+    color: str = field(default="auto", metadata={"help": "When to colour.", "choices": ["auto", "always", "never"]})
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the report and the rows of the command line `argv`; returns the exit code."""
+    classes = (ModelArguments, DataArguments, InspectArguments)
+    argv = sys.argv[1:] if argv is None else argv
+    (model_args, data_args, options), notes = flags.parse(argv, classes, __doc__, program="scripts.inspect_data")
+    if not data_args.data_path:
+        raise UsageError("--data_path is missing: a file of rows (./alpaca_data.json) or a hub id (tatsu-lab/alpaca)")
+    tokenizer, _ = load_tokenizer(model_args, options)
+    templates = load_prompt_template(data_args.prompt_template)
+    spoiled = []
+    for path in filter(None, (data_args.data_path, data_args.eval_data_path)):
+        split = data_args.data_split if path == data_args.data_path else "train"
+        dataset = SupervisedDataset(path, tokenizer, templates, data_args.prompt_boundary, split, options.cache_dir)
+        print(dataset.report)
+        if path == data_args.data_path:
+            show_rows(dataset, tokenizer, options)
+        spoiled += dataset.report.spoiled_by()
+    for line in spoiled:
+        print(f"would spoil training: {line}")
+    return 1 if spoiled else 0
+
+
+def show_rows(dataset: SupervisedDataset, tokenizer: PreTrainedTokenizerBase, options: InspectArguments) -> None:
+    """The rows asked for, every token with its label."""
+    numbers = list(options.rows)
+    if wrong := [number for number in numbers if not 0 <= number < len(dataset)]:
+        raise UsageError(f"--rows {wrong[0]}: the data has rows 0 to {len(dataset) - 1}")
+    if options.problem:
+        numbers += dataset.report.problems[options.problem][: options.limit]
+    colored = options.color == "always" or (
+        options.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    )
+    for number in numbers:
+        problems = [name for name, rows in dataset.report.problems.items() if number in rows]
+        ids, labels = dataset.input_ids[number].tolist(), dataset.labels[number].tolist()
+        learned = sum(label != IGNORE_INDEX for label in labels)
+        print(f"\nrow {number}: {len(ids)} tokens, {learned} to learn" + (f" | {', '.join(problems)}" * bool(problems)))
+        print(colored_row(ids, labels, tokenizer) if colored else plain_row(ids, labels, tokenizer))
+
+
+def pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The vocabulary's own spelling, which shows spaces and bytes: "▁The", "<0x0A>"."""
+    return tokenizer.convert_ids_to_tokens(list(ids))
+
+
+def colored_row(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    control = set(tokenizer.all_special_ids)
+    parts = []
+    for id, label, piece in zip(ids, labels, pieces(ids, tokenizer)):
+        color = (DIM if label == IGNORE_INDEX else GREEN) + REVERSED * (id in control)
+        parts.append(f"{color}{piece}{RESET}")
+    return " ".join(parts)
+
+
+def plain_row(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    masked = sum(label == IGNORE_INDEX for label in labels)  # always the beginning of the row
+    return (
+        f"  masked: {' '.join(pieces(ids[:masked], tokenizer))}\n  learned: {' '.join(pieces(ids[masked:], tokenizer))}"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except UsageError as error:
+        fail(str(error), program="scripts.inspect_data")

@@ -1,0 +1,297 @@
+"""A run that was killed, however and whenever, ends where an undisturbed one does; a changed one is refused."""
+
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, history, largest_difference, launcher, run, train, write_rows
+
+from alpaca.checkpoints import MANIFEST, RECORD, defects
+
+SMALL = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3, num_train_epochs=3,
+             logging_steps=1, save_strategy="steps", save_steps=4, save_total_limit=1)  # fmt: skip
+FSDP = "full_shard auto_wrap"
+
+
+def flags_for(model, tmp_path, rows=22, **changed):
+    data = tmp_path / "rows.json"
+    if not data.exists():
+        write_rows(data, rows)
+    return {**SMALL, "model_name_or_path": model, "data_path": data, **changed}
+
+
+def checkpoints(folder) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def same_run(a, b):
+    assert largest_difference(a, b) == 0
+    assert [entry["loss"] for entry in history(a)] == [entry["loss"] for entry in history(b)]
+
+
+LONG = [pytest.mark.slow, pytest.mark.stress]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "where, left",
+    [
+        ("optimizer", 4),
+        pytest.param("manifest", 4, marks=LONG),
+        pytest.param("rename", 8, marks=LONG),
+        pytest.param("final", 16, marks=LONG),
+    ],
+)
+def test_killed_while_saving(tiny, tmp_path, where, left):
+    """17 steps, with dropout (OPT). Whatever the moment, one complete checkpoint is there, and going on from it ends
+    with the weights and losses of a run that was never stopped."""
+    flags = flags_for(tiny("opt"), tmp_path)
+    train(dict(output_dir=tmp_path / "whole", **flags))
+    words = [f"--{name}={value}" for name, value in dict(output_dir=tmp_path / "out", **flags).items()]
+    killed = run([sys.executable, "tests/killed.py", *words], check=False,
+                 env={"KILL": f"{where}:0", "PYTHONPATH": "."})  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL
+    assert [name for name in checkpoints(tmp_path / "out") if not defects(tmp_path / "out" / name)][-1] == (
+        f"checkpoint-{left}"
+    )
+    assert not json.loads((tmp_path / "out" / RECORD).read_text())["finished"]
+    train(dict(output_dir=tmp_path / "out", resume_from_checkpoint=True, **flags))
+    same_run(tmp_path / "out", tmp_path / "whole")
+    assert checkpoints(tmp_path / "out") == ["checkpoint-16"] and not list((tmp_path / "out").glob("saving-*"))
+
+
+@pytest.mark.slow
+def test_two_sharded_ranks_one_killed_while_saving(tiny, tmp_path):
+    flags = flags_for(tiny("opt"), tmp_path, fsdp=FSDP, gradient_accumulation_steps=1)
+    train(dict(output_dir=tmp_path / "whole", **flags), 2)
+    words = [f"--{name}={value}" for name, value in dict(output_dir=tmp_path / "out", **flags).items()]
+    killed = run([*launcher(2), "tests/killed.py", *words], check=False,
+                 env={"KILL": "optimizer:1", "PYTHONPATH": "."})  # fmt: skip
+    assert killed.returncode != 0 and "Signal 9" in killed.stderr
+    assert checkpoints(tmp_path / "out") == ["checkpoint-4"]
+    assert list((tmp_path / "out").glob("saving-checkpoint-8/*"))
+    train(dict(output_dir=tmp_path / "out", resume_from_checkpoint=True, **flags), 2)
+    same_run(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.stress
+@pytest.mark.parametrize("processes, trials", [(0, 30), (2, 10)])
+def test_killed_at_random_moments(tiny, tmp_path, processes, trials):
+    """The whole launch is killed at a random moment of its training, half of the time as soon as a save begins."""
+    flags = flags_for(tiny("opt"), tmp_path, rows=60, save_steps=2)
+    if processes:
+        flags |= dict(fsdp=FSDP, gradient_accumulation_steps=1)
+    start = time.time()
+    train(dict(output_dir=tmp_path / "whole", **flags), processes)
+    took, chance = time.time() - start, random.Random(0)
+    print(f"undisturbed: {took:.1f} s")
+    for trial in range(trials):
+        out = tmp_path / f"out-{trial}"
+        command = [*launcher(processes), "train.py", f"--output_dir={out}", "--resume_from_checkpoint=True",
+                   *(f"--{name}={value}" for name, value in flags.items())]  # fmt: skip
+        for kill in range(2):
+            moment = kill_once(command, out, took, chance, at_a_save=chance.random() < 0.5)
+            print(f"trial {trial}.{kill}: killed {moment}; {checkpoints(out)}", flush=True)
+        run(command, env={"OMP_NUM_THREADS": "1"})
+        same_run(out, tmp_path / "whole")
+        shutil.rmtree(out)
+
+
+def kill_once(command, out, took, chance, at_a_save) -> str:
+    """Start `command` and kill its process group; says when."""
+    process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    start, seen = time.time(), {path.name for path in out.glob("*")}
+    wait = chance.uniform(0.4, 1.0) * took
+    while process.poll() is None and time.time() - start < wait:
+        time.sleep(0.001)
+        if at_a_save and (new := {path.name for path in out.glob("saving-*")} - seen):
+            time.sleep(chance.uniform(0, 0.05))
+            wait, moment = 0, f"in {new}"
+            break
+    else:
+        moment = f"after {time.time() - start:.1f} s"
+    subprocess.run(["pkill", "-KILL", "-s", str(process.pid)])  # torchrun and its ranks share the session
+    process.wait()
+    return moment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(0, 2), (2, 0), pytest.param(2, "ddp", marks=LONG)])
+def test_another_number_of_processes_at_the_same_global_batch(tiny, tmp_path, before, after):
+    """0 and "ddp" keep the optimizer whole, 2 ranks of FSDP keep it in shards: each continues from the other."""
+
+    def launch(processes, **more):
+        sharing = dict(fsdp=FSDP) if processes == 2 else {}
+        ranks = 2 if processes == "ddp" else processes
+        flags = flags_for(tiny("llama"), tmp_path, gradient_accumulation_steps=1 if ranks else 2)
+        return train({**flags, **sharing, **more}, ranks)
+
+    launch(before, output_dir=tmp_path / "whole", save_total_limit=9)
+    shutil.copytree(tmp_path / "whole" / "checkpoint-8", tmp_path / "out" / "checkpoint-8")
+    output = launch(after, output_dir=tmp_path / "out", resume_from_checkpoint=True).stdout
+    if after != "ddp":
+        assert "not bit for bit" in output and "the number of processes: " in output
+    assert largest_difference(tmp_path / "out", tmp_path / "whole") < 2e-5
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny, tmp_path_factory):
+    """A run of 9 steps stopped after 5, with checkpoint-4: its folder and flags."""
+    folder = tmp_path_factory.mktemp("stopped")
+    flags = flags_for(tiny("llama"), folder, rows=12, seed=7, max_steps=5)
+    train(dict(output_dir=folder / "out", **flags))
+    (folder / "out" / RECORD).unlink()
+    for path in (folder / "out").glob("*.json"):
+        path.unlink()  # the final model: as if killed after checkpoint-4
+    return folder / "out", flags
+
+
+def resume(stopped, tmp_path, **changed):
+    """Resume a copy in this process; returns the refusal."""
+    import train as train_module
+    from alpaca.errors import UsageError
+
+    out, flags = stopped
+    shutil.copytree(out, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    flags = {**flags, "output_dir": tmp_path / "out", "resume_from_checkpoint": True, **changed}
+    with pytest.raises(UsageError) as refused:
+        train_module.train([f"--{name}={value}" for name, value in flags.items()])
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}, "something was written"
+    return str(refused.value)
+
+
+CHANGED = {
+    "seed": (dict(seed=8), "--seed: 7 then, 8 now"),
+    "data seed": (dict(data_seed=8), "--data_seed: None then, 8 now"),
+    "batch": (dict(per_device_train_batch_size=4), "per device x accumulation x processes): 4 then, 8 now"),
+    "accumulation": (dict(gradient_accumulation_steps=1), "x accumulation x processes): 4 then, 2 now"),
+    "length": (dict(model_max_length=64), "--model_max_length: 512 then, 64 now"),
+    "boundary": (dict(prompt_boundary="split"), "--prompt_boundary: stanford then, split now"),
+    "loss": (dict(loss_normalization="microbatch"), "--loss_normalization: token then, microbatch now"),
+    "learning rate": (dict(learning_rate=2e-3), "--learning_rate: 0.001 then, 0.002 now"),
+    "schedule": (dict(lr_scheduler_type="cosine"), "--lr_scheduler_type: linear then, cosine now"),
+    "warmup": (dict(warmup_ratio=0.5), "--warmup_steps: 0 then, 0.5 now"),
+    "optimizer": (dict(optim="adafactor"), "--optim: adamw_torch then, adafactor now"),
+    "weight decay": (dict(weight_decay=0.1), "--weight_decay: 0.0 then, 0.1 now"),
+    "order": (dict(train_sampling_strategy="sequential"), "--train_sampling_strategy: random then, sequential now"),
+    "last step": (dict(dataloader_drop_last=True), "--dataloader_drop_last: False then, True now"),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CHANGED)
+def test_what_changed_since_the_checkpoint_is_named(stopped, tmp_path, name):
+    changed, message = CHANGED[name]
+    refusal = resume(stopped, tmp_path, **changed)
+    assert message in refusal and "changed since" in refusal and refusal.count(" then, ") == 1
+
+
+@pytest.mark.slow
+def test_changed_rows_template_or_tokenizer_are_named(stopped, tiny, tmp_path):
+    rows = json.loads((stopped[0].parent / "rows.json").read_text())
+    rows[3]["output"] += "!"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert "the data (--data_path): 12 rows " in resume(stopped, tmp_path, data_path=tmp_path / "rows.json")
+    shutil.rmtree(tmp_path / "out")
+    (tmp_path / "rows.json").write_text(json.dumps(rows[:-1]))
+    refusal = resume(stopped, tmp_path, data_path=tmp_path / "rows.json")
+    assert "12 rows " in refusal and ", 11 rows " in refusal
+    shutil.rmtree(tmp_path / "out")
+
+    template = {"prompt_input": "{instruction}\n{input}\n", "prompt_no_input": "{instruction}\n"}
+    (tmp_path / "t.json").write_text(json.dumps(template))
+    refusal = resume(stopped, tmp_path, prompt_template=tmp_path / "t.json")
+    assert "--prompt_template: " in refusal and "the data" not in refusal
+    shutil.rmtree(tmp_path / "out")
+
+    from scripts.make_tiny_model import make_tiny_model
+
+    make_tiny_model(tmp_path / "other", "llama", vocab_size=700)
+    assert "the tokenizer (of --model_name_or_path): " in resume(
+        stopped, tmp_path, model_name_or_path=tmp_path / "other"
+    )
+
+
+def tear(folder, name, keep):
+    path = folder / name
+    path.write_bytes(path.read_bytes()[:keep])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / "optimizer.pt").unlink(), "no optimizer.pt"),
+        (lambda folder: tear(folder, "model.safetensors", 1000), "model.safetensors has 1,000 of "),
+        (lambda folder: tear(folder, "trainer_state.json", 10), "trainer_state.json has 10 of "),
+        (lambda folder: (folder / "rng_state.pth").unlink(), "no rng_state.pth"),
+        (lambda folder: (folder / MANIFEST).unlink(), f"no readable {MANIFEST}"),
+        (lambda folder: tear(folder, MANIFEST, 50), f"no readable {MANIFEST}"),
+    ],
+)
+def test_a_damaged_checkpoint_is_skipped_by_name_and_refused_if_named(stopped, tmp_path, capsys, damage, message):
+    from argparse import Namespace
+
+    from alpaca.checkpoints import find_checkpoint
+    from alpaca.errors import UsageError
+
+    for step in (2, 10):
+        shutil.copytree(stopped[0] / "checkpoint-4", tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-notes").mkdir()  # somebody else's
+    damage(tmp_path / "checkpoint-10")
+    args = Namespace(output_dir=str(tmp_path), process_index=0, overwrite_output_dir=False)
+    args.resume_from_checkpoint = "True"
+    assert find_checkpoint(args) == str(tmp_path / "checkpoint-2")
+    assert f"note: checkpoint-10 is incomplete ({message}" in capsys.readouterr().out
+    args.resume_from_checkpoint = str(tmp_path / "checkpoint-10")
+    with pytest.raises(UsageError, match="is not a complete checkpoint") as refused:
+        find_checkpoint(args)
+    assert message in str(refused.value)
+    args.resume_from_checkpoint, args.overwrite_output_dir = None, True
+    with pytest.raises(UsageError, match="holds checkpoint-10, which a later"):
+        find_checkpoint(args)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_optimizer_cannot_be_continued(tiny, tmp_path):
+    flags = flags_for(tiny("llama"), tmp_path, max_steps=4, save_only_model=True)
+    train(dict(output_dir=tmp_path / "out", **flags))
+    assert defects(tmp_path / "out" / "checkpoint-4") == ["no optimizer: it was saved with --save_only_model"]
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny, tmp_path):
+    flags = flags_for(tiny("llama"), tmp_path, max_steps=2, output_dir=tmp_path / "out", resume_from_checkpoint=True)
+    output = train(flags).stdout
+    assert "no complete checkpoint in" in output and "from the beginning" in output and "step 2/2" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_finished_run_started_again_says_so(tiny, tmp_path, processes):
+    flags = flags_for(tiny("llama"), tmp_path, max_steps=4, output_dir=tmp_path / "out")
+    train(flags, processes)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    for more in ({}, {"resume_from_checkpoint": True}):
+        output = train({**flags, **more}, processes).stdout
+        assert output.count("this run is finished") == 1 and "step 1/" not in output
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    refused = train({**flags, "seed": 3}, processes, check=False)
+    assert refused.returncode != 0 and refused.stderr.count("already holds a finished run") == 1
+    assert "--seed: 42 then, 3 now" in refused.stderr
+    if not processes:
+        longer = train({**flags, "max_steps": 6, "resume_from_checkpoint": True}).stdout
+        assert "--max_steps: 4 then, 6 now" in longer and "step 6/6" in longer and "step 4/6" not in longer
+        before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns
+        refused = train({**flags, "overwrite_output_dir": True}, check=False)
+        assert refused.returncode == 2 and "holds checkpoint-4, which a later" in refused.stderr
+        shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+        train({**flags, "overwrite_output_dir": True})
+        assert (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns > before
