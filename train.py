@@ -32,7 +32,7 @@ from alpaca.checkpoints import find_checkpoint
 from alpaca.console import hide_progress_bars, plot_loss, say
 from alpaca.contract import already_finished, begin, check_contract, describe_run, finish
 from alpaca.data import fingerprint, load_rows
-from alpaca.errors import UsageError, fail
+from alpaca.errors import UsageError, reported
 from alpaca.prompts import PROMPT_DICT, format_prompt, load_prompt_template
 from alpaca.report import report, text_problems
 from alpaca.run import check_before_loading, check_combinations, check_evaluation, repair_generation_config
@@ -232,7 +232,9 @@ class SupervisedDataset(Dataset):
         key = fingerprint(sources, targets, prompt_boundary, identity(tokenizer), TOKENS_VERSION)
         tokens = cached_tokens(key, lambda: preprocess(sources, targets, tokenizer, prompt_boundary), cache_dir)
         self.input_ids, self.labels = tokens["input_ids"], tokens["labels"]
-        self.data_fingerprint = fingerprint([(row["instruction"], row.get("input"), row["output"]) for row in rows])
+        self.data_fingerprint = fingerprint(
+            [(row["instruction"], row.get("input") or "", row["output"]) for row in rows]
+        )
         self.template_fingerprint = fingerprint(templates)
         self.report = report(data_path, tokens, text_problems(rows, templates, tokenizer.all_special_tokens))
         if len(tokens["problems"]["nothing_to_learn"]) == len(rows):
@@ -414,7 +416,5 @@ def train(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with reported("train.py"):
         train()
-    except UsageError as error:
-        fail(str(error), program="train.py")

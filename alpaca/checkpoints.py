@@ -147,7 +147,7 @@ def written_whole(output: Path, step: int, contract: dict[str, Any], rank: int) 
         if rank == 0:
             _write_manifest(folder, step, contract)
             _rename(folder, output / f"checkpoint-{step}")
-    except Exception as error:  # safetensors, torch and the distributed writer all raise errors of their own
+    except BaseException as error:  # safetensors, torch, and CheckpointException, which is no Exception
         if not _is_about_space(error):
             raise
         shutil.rmtree(folder, ignore_errors=True)
@@ -210,7 +210,13 @@ def write_patiently(write: Callable[[], None], output_dir: str, tries: int = 60,
             time.sleep(pause)
 
 
-SPACE_ERRORS = ("no space left", "file too large", "disk quota", "disk full", "enforce fail", "failed writing file")
+SPACE_ERRORS = (
+    "no space left",
+    "disk quota",
+    "file too large",
+    "failed writing file",
+    "enforce fail at inline_container",
+)
 
 
 def _is_about_space(error: BaseException) -> bool:
@@ -218,8 +224,10 @@ def _is_about_space(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    lines = [str(part).strip().splitlines() for part in _causes(error) if str(part).strip()]
-    return next((line[-1] for line in lines if _is_about_space(Exception(line[-1]))), lines[0][0])
+    """The system's own words, where the libraries have passed them on."""
+    lines = [line.strip() for part in _causes(error) for line in str(part).splitlines()]
+    told = [line for text in SPACE_ERRORS[:3] for line in lines if text in line.lower()]
+    return told[0] if told else "a file could not be written to its end"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -73,40 +73,15 @@ def changes(old: Contract, new: Contract, kind: str) -> list[str]:
     return lines
 
 
-def check_contract(args: "TrainingArguments", contract: Contract, checkpoint: str | None) -> None:
-    """Raise UsageError where a resumed run would not be the one that was saved, naming what changed; say what may
-    change and did. Collective: all ranks must have found the same checkpoint and the same data."""
-    for rank, (other_checkpoint, other) in enumerate(gather_from_all_ranks((checkpoint, contract))):
-        if other_checkpoint != checkpoint:
-            raise UsageError(
-                f"--output_dir {args.output_dir}: rank {rank} would continue from {other_checkpoint}, this one from "
-                f"{checkpoint}; all nodes must see the same folder"
-            )
-        if different := changes(other, contract, "fixed"):
-            raise UsageError(
-                f"rank {rank} has another {different[0].replace(' then', ' there').replace(' now', ' here')}"
-            )
-    if checkpoint is None:
-        return
-    saved = read_manifest(checkpoint)["contract"]
-    if changed := changes(saved, contract, "fixed"):
-        raise UsageError(
-            f"--resume_from_checkpoint: changed since {checkpoint} was saved:\n  " + "\n  ".join(changed) + "\nRestore "
-            "it to continue that run. For a new run from these weights: --model_name_or_path <that checkpoint> and "
-            "another --output_dir, without --resume_from_checkpoint"
-        )
-    if changed := changes(saved, contract, "free"):
-        note = f"note: changed since {Path(checkpoint).name}, so the end is not bit for bit that of an undisturbed run"
-        say(f"{note}: {'; '.join(changed)}", args.process_index)
-
-
 def already_finished(args: "TrainingArguments", contract: Contract, checkpoint: str | None) -> bool:
-    """Whether --output_dir holds this very run, finished; says so.
+    """Whether --output_dir holds this very run, finished; says so. Collective.
 
     Raises:
-        UsageError: it holds another finished run, which would be overwritten.
+        UsageError: it holds another finished run, which would be overwritten; or not all processes have the same rows,
+            or see the same folder.
     """
     record = read_record(Path(args.output_dir))
+    _check_that_all_agree(args, contract, {"checkpoint": checkpoint, "finished": record and record["finished"]})
     if record is None or not record["finished"] or args.overwrite_output_dir:
         return False
     fixed, free = (changes(record["contract"], contract, kind) for kind in ("fixed", "free"))
@@ -116,10 +91,41 @@ def already_finished(args: "TrainingArguments", contract: Contract, checkpoint: 
         return True
     if checkpoint and not fixed:
         return False  # a longer run, say, that goes on from there
+    listed = "\n  ".join(fixed + other)
     raise UsageError(
-        f"--output_dir {args.output_dir} already holds a finished run, and this one is another:\n  "
-        + "\n  ".join(fixed + other) + "\nChoose another folder, or pass --overwrite_output_dir True"
-    )  # fmt: skip
+        f"--output_dir {args.output_dir} already holds a finished run, and this one is another:\n  {listed}\n"
+        "Choose another folder, or pass --overwrite_output_dir True"
+    )
+
+
+def _check_that_all_agree(args: "TrainingArguments", contract: Contract, seen: dict[str, Any]) -> None:
+    for rank, (other_seen, other) in enumerate(gather_from_all_ranks((seen, contract))):
+        if other_seen != seen:
+            raise UsageError(
+                f"--output_dir {args.output_dir}: rank {rank} sees {other_seen} there, this one {seen}; it must be one "
+                "folder that all nodes share"
+            )
+        if different := changes(other, contract, "fixed"):
+            there_and_here = different[0].replace(" then,", f" on rank {rank},").replace(" now", " on this one")
+            raise UsageError(f"not all processes have the same: {there_and_here}")
+
+
+def check_contract(args: "TrainingArguments", contract: Contract, checkpoint: str | None) -> None:
+    """Raise UsageError where a resumed run would not be the one that was saved, naming what changed; say what may
+    change and did."""
+    if checkpoint is None:
+        return
+    saved = read_manifest(checkpoint)["contract"]
+    if changed := changes(saved, contract, "fixed"):
+        listed = "\n  ".join(changed)
+        raise UsageError(
+            f"--resume_from_checkpoint: changed since {checkpoint} was saved:\n  {listed}\nRestore it to continue that "
+            "run. For a new run from these weights: --model_name_or_path <that checkpoint> and another --output_dir, "
+            "without --resume_from_checkpoint"
+        )
+    if changed := changes(saved, contract, "free"):
+        note = f"note: changed since {Path(checkpoint).name}, so the end is not bit for bit that of an undisturbed run"
+        say(f"{note}: {'; '.join(changed)}", args.process_index)
 
 
 def begin(args: "TrainingArguments", contract: Contract) -> None:

@@ -26,7 +26,7 @@ DROPPED = {
     "half_precision_backend": "torch's own mixed precision is used",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR instead",
 }
-FSDP_WORDS = ("full_shard", "shard_grad_op", "no_shard", "auto_wrap", "offload")
+FSDP_WORDS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "auto_wrap", "offload")
 
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
@@ -156,12 +156,10 @@ def _ratio(name: str, text: str) -> str:
 
 def _fsdp_words(text: str) -> list[str]:
     words = text.lower().replace(",", " ").split()
-    if "hybrid_shard" in words:
-        raise UsageError(f'--fsdp "{text}": hybrid_shard is not supported; use full_shard, which spans all ranks')
     if unknown := [word for word in words if word not in FSDP_WORDS]:
         raise UsageError(f'--fsdp "{text}": unknown word {unknown[0]!r}; expected some of: {" ".join(FSDP_WORDS)}')
-    if sum(word in words for word in FSDP_WORDS[:3]) != 1:
-        raise UsageError(f'--fsdp "{text}": expected exactly one of full_shard, shard_grad_op and no_shard')
+    if sum(word in words for word in FSDP_WORDS[:4]) != 1:
+        raise UsageError(f'--fsdp "{text}": expected exactly one of {", ".join(FSDP_WORDS[:4])}')
     return words
 
 
@@ -178,7 +176,9 @@ def _translate_fsdp(
     given = [values[0] for name, values in flags if name == "fsdp_config" and values]
     config = without_prefix(read_config(given[-1], "--fsdp_config")) if given else {}
     if words is not None:
-        config["reshard_after_forward"] = "full_shard" in words
+        config["reshard_after_forward"] = "shard_grad_op" not in words
+        if "hybrid_shard" in words:
+            config["hybrid_shard"] = True
         config["auto_wrap_policy"] = "TRANSFORMER_BASED_WRAP" if "auto_wrap" in words else "NO_WRAP"
         config["cpu_offload"] = "offload" in words
         flags = [flag for flag in flags if flag[0] != "fsdp"] + [("fsdp", ["True"])]

@@ -49,6 +49,7 @@ class Plan:
 
     world_size: int
     sharded: bool
+    group: int  # ranks that share one copy of the parameters if sharded: all, or those of a node under hybrid_shard
     offload: bool
     checkpointing: bool
     half: bool  # bfloat16 or float16 arithmetic
@@ -89,7 +90,7 @@ def measure(config: "PreTrainedConfig", rows: int, tokens: int, half: bool) -> M
 
 def memory(model: Model, plan: Plan) -> dict[str, float]:
     """Bytes per process and part, on the device that does the arithmetic. `host`: on the CPU, under offload."""
-    shards = plan.world_size if plan.sharded else 1
+    shards = plan.group if plan.sharded else 1
     static = {"weights": 4.0, "gradients": 4.0, "optimizer": plan.optimizer_bytes}
     static = {name: size * model.parameters / shards for name, size in static.items()}
     item = 2 if plan.half else 4
@@ -150,6 +151,7 @@ def plan_of(args: "TrainingArguments") -> Plan:
     return Plan(
         world_size=args.world_size,
         sharded=bool(args.fsdp),
+        group=args.parallelism_config.dp_shard_size if args.parallelism_config else args.world_size,
         offload=bool(fsdp_config.get("cpu_offload")),
         checkpointing=bool(
             args.gradient_checkpointing or (args.fsdp and args.fsdp_config.get("activation_checkpointing"))

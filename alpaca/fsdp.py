@@ -7,15 +7,18 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from alpaca.console import say
 from alpaca.errors import UsageError
 from alpaca.flags import read_config, without_prefix
 
 if TYPE_CHECKING:
+    from accelerate.parallelism_config import ParallelismConfig
     from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 
 FSDP_KEYS = {
     "version",
+    "hybrid_shard",
     "reshard_after_forward",
     "cpu_offload",
     "auto_wrap_policy",
@@ -43,6 +46,8 @@ def configure_fsdp(args: "TrainingArguments") -> None:
         raise UsageError(
             "--load_best_model_at_end: not with --fsdp; every checkpoint is a plain model, take the best one"
         )
+    if config.pop("hybrid_shard", False):
+        args.parallelism_config = hybrid_mesh()
     config["cpu_ram_efficient_loading"] = True
     config["state_dict_type"] = "FULL_STATE_DICT" if args.save_only_model else "SHARDED_STATE_DICT"
     accelerator_config = args.accelerator_config or {}
@@ -56,6 +61,24 @@ def configure_fsdp(args: "TrainingArguments") -> None:
     os.environ["FSDP_OFFLOAD_PARAMS"] = str(bool(config.get("cpu_offload"))).lower()
 
 
+def hybrid_mesh() -> "ParallelismConfig | None":
+    """Parameters sharded over the processes of a node and replicated over the nodes, so that only gradients travel
+    between nodes. None on a single node, where that is full_shard.
+
+    Raises:
+        UsageError: the nodes have one process each, so that there is nothing to shard over.
+    """
+    from accelerate.parallelism_config import ParallelismConfig
+
+    world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if world == local:
+        say('flag: --fsdp "hybrid_shard" -> full_shard: there is one node', int(os.environ["RANK"]))
+        return None
+    if local == 1:
+        raise UsageError('--fsdp "hybrid_shard": shards inside a node, but a node has one process here; use full_shard')
+    return ParallelismConfig(dp_replicate_size=world // local, dp_shard_size=local)
+
+
 def mixed_precision_policy(mixed_precision: str) -> dict[str, torch.dtype] | None:
     """Arithmetic in `mixed_precision`, gradients reduced in float32 (accelerate's default would reduce in bf16)."""
     if mixed_precision == "no":
@@ -64,7 +87,7 @@ def mixed_precision_policy(mixed_precision: str) -> dict[str, torch.dtype] | Non
     return {"param_dtype": dtype, "reduce_dtype": torch.float32, "output_dtype": dtype}
 
 
-def shard_on_cpu(trainer: "Trainer") -> None:
+def shard_on_cpu(trainer: "Trainer", mesh: "ParallelismConfig | None" = None) -> None:
     """Make `--fsdp` shard on CPU ranks too: accelerate 1.15 would train them with DDP, a full copy each. FSDP2 itself
     runs on gloo; only accelerate's state has to say so, before the Trainer reads it. Not for GPUs."""
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -77,6 +100,8 @@ def shard_on_cpu(trainer: "Trainer") -> None:
     plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False) if offload else OffloadPolicy()
     state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, plugin
     trainer.is_fsdp_enabled = True
+    if mesh:
+        state.parallelism_config, state.device_mesh = mesh, mesh.get_device_mesh("cpu")
     prepare = accelerator.prepare
 
     def prepare_and_check(*objects, **kwargs):

@@ -3,6 +3,7 @@
 import math
 import os
 import tempfile
+import weakref
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,11 @@ from typing import TYPE_CHECKING, Any
 from alpaca import contract, forecast
 from alpaca.console import say
 from alpaca.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
@@ -28,13 +34,23 @@ def check_combinations(args: "TrainingArguments") -> None:
 
 
 def check_output_dir(args: "TrainingArguments") -> None:
-    """Raise UsageError where nothing could be saved, before anything expensive happens."""
+    """Raise UsageError where nothing could be saved, or another run saves, before anything expensive happens. The lock
+    is rank 0's, and ends with it."""
     try:
         os.makedirs(args.output_dir, exist_ok=True)
         with tempfile.TemporaryFile(dir=args.output_dir) as file:
             file.write(b"x")
     except OSError as error:
         raise UsageError(f"--output_dir {args.output_dir}: cannot be written ({error.strerror})") from error
+    if args.process_index == 0 and fcntl is not None:
+        folder = os.open(args.output_dir, os.O_RDONLY)
+        weakref.finalize(args, os.close, folder)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"--output_dir {args.output_dir}: another process is training in this folder") from error
+        except OSError:
+            say(f"note: the file system of {args.output_dir} has no locks: do not start two runs in it", 0)
 
 
 def check_evaluation(args: "TrainingArguments", eval_data_path: str | None) -> None:

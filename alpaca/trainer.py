@@ -52,9 +52,11 @@ class AlpacaTrainer(Trainer):
         self._last_log: tuple[int, float] | None = None  # tokens seen and time, from the first step on
 
     def create_accelerator_and_postprocess(self) -> None:
+        if not (self.args.fsdp and self.args.device.type == "cpu"):
+            return super().create_accelerator_and_postprocess()
+        mesh, self.args.parallelism_config = self.args.parallelism_config, None  # accelerate refuses it on a CPU
         super().create_accelerator_and_postprocess()
-        if self.args.fsdp and self.args.device.type == "cpu":
-            shard_on_cpu(self)
+        shard_on_cpu(self, mesh)
 
     # ---- rows ----
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from alpaca import flags
-from alpaca.errors import UsageError, fail
+from alpaca.errors import UsageError, reported
 from alpaca.prompts import load_prompt_template
 from alpaca.report import PROBLEMS
 from alpaca.tokens import IGNORE_INDEX
@@ -102,7 +102,5 @@ def plain_row(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTo
 
 
 if __name__ == "__main__":
-    try:
+    with reported("scripts.inspect_data"):
         sys.exit(main())
-    except UsageError as error:
-        fail(str(error), program="scripts.inspect_data")

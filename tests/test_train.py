@@ -268,7 +268,7 @@ RECIPES = {
 
 
 def test_every_recipe_is_tested():
-    assert {path.stem for path in (ROOT / "recipes").glob("*.sh")} == set(RECIPES)
+    assert {path.stem for path in (ROOT / "recipes").glob("*.sh")} == {*RECIPES, "llama_7b_2x8"}  # test_multinode.py
 
 
 @pytest.mark.parametrize("name", RECIPES)

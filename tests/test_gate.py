@@ -1,0 +1,315 @@
+"""What is said before training: counts of the rows that lose something, memory, disk; and what is refused for it."""
+
+import json
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+from conftest import GOLDEN, SHARED, run, train, write_rows
+from test_tokens import golden_tokenizer, texts_of
+
+from alpaca import forecast
+from alpaca.errors import UsageError
+from alpaca.prompts import PROMPT_DICT
+from alpaca.report import PROBLEMS, text_problems
+from train import SupervisedDataset
+
+ROW = {"instruction": "Name a colour.", "input": "", "output": "Blue."}
+
+
+# ---- the report ----
+
+
+def test_text_problems_are_found_and_numbered():
+    rows = [
+        ROW,
+        {**ROW, "input": "of the sky"},
+        {**ROW, "output": "Red."},
+        {**ROW, "input": None},  # the first once more
+        {**ROW, "instruction": "Say </s>.", "output": " "},
+        {**ROW, "instruction": "Go on.", "output": "Yes.\n\n### Instruction:\nAnother one"},
+        {**ROW, "input": "### Response", "output": "a heading without its colon is fine"},
+    ]
+    assert text_problems(rows, PROMPT_DICT, ["<s>", "</s>"]) == {
+        "empty_answer": [4],
+        "control_text": [4],
+        "template_text": [5],
+        "duplicate": [3],
+        "repeated_prompt": [2],
+    }
+
+
+def test_headings_are_those_of_the_template_in_use():
+    own = {
+        "prompt_input": "Frage: {instruction}\n{input}\nAntwort: ",
+        "prompt_no_input": "Frage: {instruction}\nAntwort: ",
+    }
+    rows = [{**ROW, "output": "Antwort: Blau"}, {**ROW, "output": "### Response:"}]
+    assert text_problems(rows, own, [])["template_text"] == [0]
+    own["prompt_input"] += "</s>"
+    assert text_problems(rows, own, ["</s>"])["control_text"] == [0, 1], (
+        "the template's own control text is in all rows"
+    )
+
+
+@pytest.mark.parametrize("file", ["alpaca_data_1k.json", "alpaca_en_demo.json"])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_counts_on_real_rows(file, name, tmp_path):
+    """Against the plainest possible recount: one row at a time, through the tokenizer's own truncation."""
+    if not (SHARED / file).exists():
+        pytest.skip("the real Alpaca rows are not here")
+    rows, tokenizer, limit = json.loads((SHARED / file).read_text()), golden_tokenizer(name, 512), 512
+    report = SupervisedDataset(str(SHARED / file), tokenizer, cache_dir=str(tmp_path)).report
+    expected = {problem: [] for problem in PROBLEMS}
+    total = targets = 0
+    for i, (row, source, target) in enumerate(zip(rows, *texts_of(rows, tokenizer))):
+        whole, prompt = tokenizer(source + target)["input_ids"], tokenizer(source)["input_ids"]
+        total, targets = total + min(len(whole), limit), targets + max(min(len(whole), limit) - len(prompt), 0)
+        earlier = rows[:i]
+        same_prompt = [e for e in earlier if (e["instruction"], e["input"]) == (row["instruction"], row["input"])]
+        conditions = {
+            "truncated": len(whole) > limit,
+            "no_eos": whole[:limit][-1] != tokenizer.eos_token_id,
+            "nothing_to_learn": len(prompt) >= limit,
+            "merged_boundary": whole[: len(prompt)] != prompt,
+            "empty_answer": row["output"].strip() == "",
+            "control_text": any(token in text for token in tokenizer.all_special_tokens for text in row.values()),
+            "template_text": any(h in text for h in ("### Instruction:", "### Input:", "### Response:")
+                                 for text in row.values()),
+            "duplicate": row in earlier,
+            "repeated_prompt": bool(same_prompt) and row not in earlier,
+        }  # fmt: skip
+        for problem, found in conditions.items():
+            expected[problem] += [i] * found
+    assert report.problems == expected
+    assert (sum(report.lengths), report.num_targets) == (total, targets)
+    if file == "alpaca_en_demo.json":
+        assert len(expected["duplicate"]) == 14 and expected["no_eos"]
+
+
+def test_the_report_reads_well(tmp_path):
+    rows = [ROW, {**ROW, "output": "word " * 600}, {**ROW, "instruction": "word " * 600}] + [ROW] * 6
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    dataset = SupervisedDataset(str(tmp_path / "rows.json"), golden_tokenizer("llama"), cache_dir=str(tmp_path))
+    lines = str(dataset.report).splitlines()
+    assert lines[0].startswith(f"{tmp_path / 'rows.json'}: 9 rows, ") and " of prompts (" in lines[0]
+    assert lines[1] == "  truncated: 2 rows (1, 2): cut at --model_max_length; raise it if their ends matter"
+    assert lines[3] == "  nothing_to_learn: 1 row (2): no target is left; the prompt alone fills --model_max_length"
+    assert "  duplicate: 6 rows (3, 4, 5, 6, 7, ...): " in lines[4]
+    assert [line.split(":")[0] for line in dataset.report.spoiled_by()] == ["no_eos", "nothing_to_learn", "duplicate"]
+
+
+# ---- scripts.inspect_data ----
+
+
+def inspect(tmp_path, capsys, *words, rows=None):
+    from scripts.inspect_data import main
+
+    if rows is not None:
+        (tmp_path / "rows.json").write_text(json.dumps(rows))
+    model = GOLDEN / "labels" / "llama"
+    code = main(["--model_name_or_path", str(model), "--data_path", str(tmp_path / "rows.json"), *words])
+    return code, capsys.readouterr().out
+
+
+def test_inspecting_rows(tmp_path, capsys):
+    write_rows(tmp_path / "rows.json", 20)
+    code, output = inspect(tmp_path, capsys, "--rows", "0", "3")
+    assert code == 0 and "20 rows" in output and "row 0: " in output and "row 3: " in output
+    masked, learned = output.split("row 3: ")[1].splitlines()[1:3]
+    assert masked.startswith("  masked: <s> ▁Below") and masked.endswith("▁Response :")
+    assert learned.startswith("  learned: ") and learned.endswith("</s>")
+    code, output = inspect(tmp_path, capsys, "--rows=3", "--color=always")
+    assert "\033[2m▁Below\033[0m" in output and "\033[32m\033[7m</s>\033[0m" in output
+    with pytest.raises(UsageError, match="--rows 20: the data has rows 0 to 19"):
+        inspect(tmp_path, capsys, "--rows", "20")
+    with pytest.raises(UsageError, match="unknown flag --row; did you mean --rows"):
+        inspect(tmp_path, capsys, "--row", "1")
+
+
+def test_inspection_shows_rows_of_a_problem_and_fails_where_training_would_be_spoiled(tmp_path, capsys):
+    rows = [{**ROW, "output": f"Blue {i}."} for i in range(9)] + [{**ROW, "output": "word " * 600}]
+    code, output = inspect(tmp_path, capsys, "--problem", "no_eos", rows=rows)
+    assert code == 1 and "\nrow 9: 512 tokens, " in output and "| truncated, no_eos" in output
+    assert "would spoil training: no_eos: 1 row of 10 (10.0%), tolerated are 1%" in output
+    code, output = inspect(tmp_path, capsys, "--model_max_length", "2000")
+    assert code == 0 and "would spoil" not in output
+
+
+@pytest.mark.slow
+def test_inspection_from_the_command_line(tmp_path):
+    write_rows(tmp_path / "rows.json", 3)
+    words = ["--model_name_or_path", GOLDEN / "labels" / "llama", "--data_path", tmp_path / "rows.json"]
+    command = [sys.executable, "-m", "scripts.inspect_data", *words]
+    assert "3 rows" in run(command).stdout
+    (tmp_path / "rows.json").write_text('[{"instruction": "a"}]')
+    broken = run(command, check=False)
+    assert broken.returncode == 2 and "row 0: no field 'output'" in broken.stderr and "Traceback" not in broken.stderr
+
+
+# ---- memory ----
+
+
+def llama_7b():
+    from transformers import LlamaConfig
+
+    return LlamaConfig(vocab_size=32001, max_position_embeddings=2048)
+
+
+def test_memory_of_7b_on_known_machines():
+    """The README's command (4 rows of 512, bf16) fits 4 x 80 GB; 4 x 40 GB need offload, or less at a time; a card of
+    24 GB cannot hold the optimizer."""
+    model = forecast.measure(llama_7b(), rows=4, tokens=512, half=True)
+    assert model.parameters == 6_738_423_808 and model.layers == 32
+    plan = forecast.Plan(world_size=4, sharded=True, group=4, offload=False, checkpointing=False, half=True,
+                         optimizer_bytes=8, rows=4, on_gpu=True)  # fmt: skip
+    on_80 = forecast.memory(model, plan)
+    assert on_80["weights"] == on_80["gradients"] == model.parameters and on_80["optimizer"] == 2 * model.parameters
+    assert 40e9 < forecast.total(on_80) < 60e9
+    assert "--per_device_train_batch_size 2" in forecast.what_fits(model, plan, 38e9)
+    from dataclasses import replace
+
+    offloaded = forecast.memory(model, replace(plan, offload=True))
+    assert forecast.total(offloaded) < 24e9 and offloaded["host"] >= 4 * model.parameters
+    assert "offload" in forecast.what_fits(model, plan, 17e9)
+    one = replace(plan, world_size=1, group=1, sharded=False, rows=1)
+    assert forecast.total(forecast.memory(model, one)) > 16 * model.parameters
+    assert forecast.what_fits(model, one, 23e9).startswith("torchrun --nproc_per_node=1 --fsdp")
+    assert forecast.what_fits(model, replace(one, on_gpu=False), 23e9) is None
+    copies = replace(plan, sharded=False)
+    assert forecast.what_fits(model, copies, 79e9).startswith('--fsdp "full_shard auto_wrap"')
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
+def test_activations_are_counted_as_a_real_forward_pass_keeps_them(tiny, architecture):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(tiny(architecture))
+    counted = forecast.measure(config, rows=3, tokens=40, half=False)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    kept = {}
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor) is None or tensor, lambda x: x
+    ):
+        model(input_ids=torch.ones(3, 40, dtype=torch.long), use_cache=False)
+    real = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in weights)
+    assert counted.activations == pytest.approx(real, rel=0.1)  # fake tensors cannot tell that no mask is needed
+    assert counted.parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_model_too_large_for_this_machine_is_said_with_a_way_out(tmp_path, capsys, monkeypatch):
+    args = Namespace(process_index=0, world_size=4, fsdp=True, fsdp_config={}, parallelism_config=None, bf16=True,
+                     fp16=False, optim="adamw_torch", gradient_checkpointing=False, per_device_train_batch_size=4,
+                     device=torch.device("cuda"))  # fmt: skip
+    monkeypatch.setattr(forecast, "available_memory", lambda device: (40e9, 500e9))
+    model = forecast.forecast_memory(args, llama_7b(), longest=512)
+    output = capsys.readouterr().out
+    assert model.parameters == 6_738_423_808
+    assert (
+        "memory per GPU (4 rows of 512 tokens), forecast: weights 6.7 GB + gradients 6.7 GB + optimizer 13.5 GB"
+        in output
+    )
+    assert "does not fit; this would: --per_device_train_batch_size 2 --gradient_accumulation_steps <2 x>" in output
+    args.fsdp_config = {"cpu_offload": True}
+    monkeypatch.setattr(forecast, "available_memory", lambda device: (40e9, 20e9))
+    forecast.forecast_memory(args, llama_7b(), longest=512)
+    output = capsys.readouterr().out
+    assert "does not fit" not in output and "offloading takes 27.0 GB of CPU memory a process, available 20.0" in output
+
+
+# ---- disk ----
+
+
+@pytest.mark.parametrize(
+    "strategy, save_steps, limit, done, expected",
+    [
+        ("no", 10, None, 0, 0),
+        ("steps", 2000, 1, 0, 0),  # longer than the run
+        ("steps", 10, None, 0, 10),
+        ("steps", 10, 1, 0, 2),  # the old one goes when the new one is whole
+        ("steps", 10, 3, 0, 4),
+        ("steps", 10, 1, 50, 1),
+        ("steps", 10, 1, 100, 0),
+        ("steps", 60, 1, 0, 1),
+        ("steps", 0.25, None, 0, 4),  # a share of all steps
+        ("epoch", 10, None, 0, 4),
+    ],
+)  # fmt: skip
+def test_how_many_checkpoints_stand_at_once(strategy, save_steps, limit, done, expected):
+    args = Namespace(save_strategy=strategy, save_steps=save_steps, save_total_limit=limit)
+    checkpoint = f"out/checkpoint-{done}" if done else None
+    assert forecast.checkpoints_to_come(args, steps=100, per_epoch=25, checkpoint=checkpoint) == expected
+
+
+def test_too_small_a_disk_is_refused_before_training(tmp_path, capsys):
+    args = Namespace(output_dir=str(tmp_path / "new" / "out"), save_only_model=False, save_dtype="bfloat16", fsdp=None,
+                     optim="adamw_torch", world_size=1, parallelism_config=None, gradient_checkpointing=False,
+                     bf16=False, fp16=False, per_device_train_batch_size=1, device=torch.device("cpu"))  # fmt: skip
+    forecast.check_room(args, parameters=1_000_000, checkpoints=2)
+    assert (
+        "disk, forecast: 2 x 12.0 MB for checkpoints + 2.0 MB for the final model = 26.0 MB" in capsys.readouterr().out
+    )
+    with pytest.raises(UsageError, match="would take 26,000.0 GB .* free. Choose another disk"):
+        forecast.check_room(args, parameters=10**12, checkpoints=2)
+    assert forecast.checkpoint_sizes(args, 10)[0] == 120
+    args.save_only_model, args.optim = True, "adamw_8bit"
+    assert forecast.checkpoint_sizes(args, 10) == (40, 20)
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_in_the_middle_of_a_save_loses_nothing(tiny, tmp_path):
+    """`ulimit -f` stands in for the full disk: the system refuses to write on. The optimizer is twice the weights."""
+    flags = dict(model_name_or_path=tiny("llama"), data_path=write_rows(tmp_path / "rows.json", 24), save_steps=4,
+                 output_dir=tmp_path / "out", max_steps=12, save_total_limit=1, per_device_train_batch_size=2,
+                 lr_scheduler_type="constant")  # fmt: skip
+    train({**flags, "output_dir": tmp_path / "whole"})
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    train({**flags, "max_steps": 4})
+    (tmp_path / "out" / "alpaca_run.json").unlink()
+    optimizer = (tmp_path / "out" / "checkpoint-4" / "optimizer.pt").stat().st_size
+    command = (
+        f'ulimit -f {optimizer * 3 // 4 // 1024}; exec {sys.executable} train.py --resume_from_checkpoint=True "$@"'
+    )
+    full = run(["bash", "-c", command, "train", *words], check=False)
+    assert full.returncode == 2 and "Traceback" not in full.stderr
+    assert "checkpoint-8 could not be saved" in full.stderr and "checkpoint-4 is untouched" in full.stderr
+    assert sorted(path.name for path in (tmp_path / "out").glob("*checkpoint-*")) == ["checkpoint-4"]
+    train({**flags, "resume_from_checkpoint": True})
+    from conftest import largest_difference
+
+    assert largest_difference(tmp_path / "out", tmp_path / "whole") == 0
+
+
+def test_two_runs_in_one_folder_are_refused(tiny, tmp_path):
+    import fcntl
+    import os
+
+    import train as train_module
+
+    (tmp_path / "out").mkdir()
+    other = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    words = [f"--model_name_or_path={tiny('llama')}", f"--data_path={write_rows(tmp_path / 'r.json', 4)}", "--use_cpu"]
+    with pytest.raises(UsageError, match="another process is training in this folder"):
+        train_module.train([*words, f"--output_dir={tmp_path / 'out'}", "--max_steps=1"])
+    os.close(other)
+
+
+def test_the_final_model_waits_for_room(capsys):
+    from alpaca.checkpoints import write_patiently
+
+    tries = []
+
+    def write():
+        tries.append(1)
+        if len(tries) < 3:
+            raise OSError(28, "No space left on device")
+
+    write_patiently(write, "out", pause=0)
+    assert len(tries) == 3 and capsys.readouterr().out.count("make room, it is tried again") == 2
+    with pytest.raises(UsageError, match="cannot be written to out: .*No space left on device"):
+        write_patiently(lambda: exec("raise OSError(28, 'No space left on device')"), "out", tries=2, pause=0)
+    with pytest.raises(ValueError, match="another"):
+        write_patiently(lambda: exec("raise ValueError('another')"), "out", pause=0)
