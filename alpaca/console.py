@@ -28,7 +28,8 @@ class ConsoleCallback(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args, state, control, logs: dict[str, Any] | None = None, **kwargs):
-        if state.is_world_process_zero and logs:
+        nothing_left = "train_loss" in logs and state.global_step == self.start[0]  # resumed at the last step
+        if state.is_world_process_zero and logs and not nothing_left:
             tqdm.write(self.line(state, logs), file=sys.stdout)
             sys.stdout.flush()
 

@@ -241,6 +241,13 @@ class AlpacaTrainer(Trainer):
         scheduler = torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
 
+    def _run_epoch(self, **kwargs: Any) -> None:
+        """Not even one step where the checkpoint is of the run's last: the Trainer would look only after a step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(**kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing to do: train.py has already read the weights of the checkpoint instead of the base model's."""
 

@@ -79,7 +79,6 @@ def test_no_shard_is_ddp():
     [
         (["--fsdp", "half_shard"], "half_shard"),
         (["--fsdp", "auto_wrap"], "exactly one of full_shard"),
-        (["--fsdp", "hybrid_shard auto_wrap"], "hybrid_shard is not supported"),
         (["--warmup_ratio", "3"], "warmup_steps"),
         (["--warmup_ratio", "many"], "warmup_ratio many"),
         (["data.json"], "expected a flag"),

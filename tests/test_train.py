@@ -94,9 +94,9 @@ def test_an_epoch_of_real_alpaca_rows(tiny, tmp_path):
     assert len(losses) == math.ceil(1000 / 8) and sum(losses[-5:]) < 0.8 * sum(losses[:5])
 
 
-@pytest.mark.parametrize("processes, fsdp", [(0, ""), (2, ""), (2, "full_shard auto_wrap")])
-def test_resuming_ends_with_the_same_weights(tiny, tmp_path, processes, fsdp):
-    """From the middle of the second epoch, bit for bit, dropout included (OPT), through a copied output folder."""
+def test_resuming_under_ddp_ends_with_the_same_weights(tiny, tmp_path, processes=2, fsdp=""):
+    """From the middle of the second epoch, bit for bit, dropout included (OPT), through a copied output folder. One
+    process and sharded ranks: test_resume.py."""
     data = write_rows(tmp_path / "rows.json", 22)
     flags = dict(model_name_or_path=tiny("opt"), data_path=data, fsdp=fsdp, **SMALL, num_train_epochs=3)
     flags |= dict(save_strategy="steps", save_steps=4, save_total_limit=2, gradient_accumulation_steps=2)
