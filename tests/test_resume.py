@@ -37,6 +37,15 @@ def same_run(a, b):
 LONG = [pytest.mark.slow, pytest.mark.stress]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):
+    """A run that nobody killed, and its flags."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    flags = flags_for(tiny("opt"), folder, max_steps=16, lr_scheduler_type="constant")
+    train(dict(output_dir=folder / "whole", **flags))
+    return folder / "whole", flags
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "where, left",
@@ -47,11 +56,10 @@ LONG = [pytest.mark.slow, pytest.mark.stress]
         ("final", 16),
     ],
 )
-def test_killed_while_saving(tiny, tmp_path, where, left):
+def test_killed_while_saving(undisturbed, tmp_path, where, left):
     """16 steps, the last of them with a checkpoint, in the middle of an epoch; with dropout (OPT). Whatever the moment,
     one complete checkpoint is there, and going on from it ends with the weights and losses of an undisturbed run."""
-    flags = flags_for(tiny("opt"), tmp_path, max_steps=16, lr_scheduler_type="constant")
-    train(dict(output_dir=tmp_path / "whole", **flags))
+    whole, flags = undisturbed
     words = [f"--{name}={value}" for name, value in dict(output_dir=tmp_path / "out", **flags).items()]
     killed = run([sys.executable, "tests/killed.py", *words], check=False,
                  env={"KILL": f"{where}:0", "PYTHONPATH": "."})  # fmt: skip
@@ -61,7 +69,7 @@ def test_killed_while_saving(tiny, tmp_path, where, left):
     )
     assert not json.loads((tmp_path / "out" / RECORD).read_text())["finished"]
     train(dict(output_dir=tmp_path / "out", resume_from_checkpoint=True, **flags))
-    same_run(tmp_path / "out", tmp_path / "whole")
+    same_run(tmp_path / "out", whole)
     assert checkpoints(tmp_path / "out") == ["checkpoint-16"] and not list((tmp_path / "out").glob("saving-*"))
 
 
