@@ -392,7 +392,6 @@ def train(argv: Sequence[str] | None = None) -> None:
 
     config = load_config(model_args, training_args, checkpoint)
     check_before_loading(training_args, config, data_module, checkpoint)
-
     model = load_model(model_args, training_args, checkpoint)
     wait_for_all_ranks()
     repair_generation_config(model, tokenizer.pad_token_id, training_args.process_index)
@@ -406,12 +405,13 @@ def train(argv: Sequence[str] | None = None) -> None:
     )
     begin(training_args, contract)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_state()
+    if trainer.was_stopped_early():
+        return leave()
     trainer.save_final_model(getattr(torch, training_args.save_dtype))
+    finish(training_args, contract)
     if trainer.is_world_process_zero():
         plot_loss(trainer.state.log_history, Path(training_args.output_dir) / "loss.png")
         say(f"saved to {training_args.output_dir}", 0)
-    finish(training_args, contract)
     leave()
 
 

@@ -36,43 +36,60 @@ def find_checkpoint(args: "TrainingArguments") -> str | None:
     from the beginning: not asked for, or the run was stopped before its first checkpoint.
 
     Raises:
-        UsageError: the named checkpoint is not complete, or a fresh run would overwrite an old one.
+        UsageError: the named checkpoint is not complete, or what stands in --output_dir would be overwritten.
     """
     asked, output = str(args.resume_from_checkpoint or "False"), Path(args.output_dir)
+    if asked.lower() in ("false", "0", "no"):
+        _check_that_nothing_is_overwritten(args, output)
+        return None
+    if args.overwrite_output_dir:
+        raise UsageError("--overwrite_output_dir and --resume_from_checkpoint: one starts anew, the other continues")
     if asked.lower() in ("true", "1", "yes"):
         return _last_complete(output, args.process_index)
-    if asked.lower() not in ("false", "0", "no"):
-        if wrong := defects(Path(asked)):
-            raise UsageError(f"--resume_from_checkpoint {asked}: is not a complete checkpoint ({', '.join(wrong)})")
-        return asked
-    found = _numbered(output)
+    if wrong := defects(Path(asked)):
+        raise UsageError(f"--resume_from_checkpoint {asked}: is not a complete checkpoint ({', '.join(wrong)})")
+    if Path(asked).resolve().parent != output.resolve():
+        _check_that_nothing_is_overwritten(args, output)
+    return asked
+
+
+def _check_that_nothing_is_overwritten(args: "TrainingArguments", output: Path) -> None:
+    """For a run that does not continue the one in `output`. A finished one is compared later (alpaca/contract.py)."""
+    found, record = _numbered(output), read_record(output)
     if found and args.overwrite_output_dir:
         raise UsageError(
             f"--overwrite_output_dir: {output} holds {found[0].name}, which a later --resume_from_checkpoint True "
             "would take for one of the new run; move it away first"
         )
-    record = read_record(output)
     unfinished = found and not (record and record["finished"])
-    if (unfinished or (record is None and _holds_a_model(output))) and not args.overwrite_output_dir:
+    if (unfinished or (record is None and holds_a_model(output))) and not args.overwrite_output_dir:
         raise UsageError(
             f"--output_dir {output} already holds a run; continue it with --resume_from_checkpoint True, "
             "choose another folder, or pass --overwrite_output_dir True"
         )
-    return None
 
 
 def _last_complete(output: Path, rank: int) -> str | None:
-    for folder in _numbered(output):
-        if not (wrong := defects(folder)):
-            return str(folder)
-        say(f"note: {folder.name} is incomplete ({', '.join(wrong)}) and skipped", rank)
-    if read_record(output) is None and _holds_a_model(output):
+    """A kill leaves no checkpoint-N that is not whole: where there are only such, they are somebody's, or damaged."""
+    wrong = {folder: defects(folder) for folder in _numbered(output)}
+    skipped = [f"{folder.name} is incomplete ({', '.join(why)})" for folder, why in wrong.items() if why]
+    complete = [folder for folder, why in wrong.items() if not why]
+    if skipped and not complete:
         raise UsageError(
-            f"--resume_from_checkpoint True: --output_dir {output} holds a model but no complete checkpoint to "
-            "continue from; choose another folder, or train from the start with --overwrite_output_dir True alone"
+            f"--resume_from_checkpoint True: no complete checkpoint in --output_dir {output}: {'; '.join(skipped)}. "
+            "To start from the beginning, move them away"
         )
-    say(f"note: --resume_from_checkpoint True: no complete checkpoint in {output} -> from the beginning", rank)
-    return None
+    if not complete and read_record(output) is None and holds_a_model(output):
+        raise UsageError(
+            f"--resume_from_checkpoint True: --output_dir {output} holds a model but no checkpoint to continue from; "
+            "choose another folder, or train from the start with --overwrite_output_dir True alone"
+        )
+    if not complete:
+        say(f"note: --resume_from_checkpoint True: no checkpoint in {output} yet -> from the beginning", rank)
+        return None
+    for line in skipped[: list(wrong).index(complete[0])]:
+        say(f"note: {line} and skipped", rank)
+    return str(complete[0])
 
 
 def _numbered(output: Path) -> list[Path]:
@@ -81,13 +98,16 @@ def _numbered(output: Path) -> list[Path]:
     return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
 
 
-def _holds_a_model(output: Path) -> bool:
-    return any((output / name).exists() for name in ("trainer_state.json", "config.json", "adapter_config.json"))
+def holds_a_model(folder: Path) -> bool:
+    """Something that `from_pretrained` may read."""
+    config = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    return config and any(path for ending in ("safetensors", "bin") for path in folder.glob(f"*model*.{ending}"))
 
 
 def defects(folder: Path) -> list[str]:
     """Why a run cannot continue from `folder`; [] for a complete checkpoint."""
-    if (manifest := _read_json(folder / MANIFEST)) is None:
+    manifest = _read_json(folder / MANIFEST)
+    if manifest is None or not manifest.keys() >= {"step", "contract", "files"}:
         return [f"no readable {MANIFEST}, which is written last"]
     wrong = []
     for name, size in manifest["files"].items():
@@ -96,6 +116,8 @@ def defects(folder: Path) -> list[str]:
             wrong.append(f"no {name}")
         elif file.stat().st_size != size:
             wrong.append(f"{name} has {file.stat().st_size:,} of {size:,} bytes")
+    if not wrong and _read_json(folder / "trainer_state.json") is None:
+        wrong.append("trainer_state.json cannot be read")
     if not wrong and not any(name in manifest["files"] for name in OPTIMIZERS):
         wrong.append("no optimizer: it was saved with --save_only_model")
     return wrong
@@ -108,7 +130,11 @@ def read_manifest(checkpoint: str) -> dict[str, Any]:
 
 
 def read_record(output: Path) -> dict[str, Any] | None:
-    return _read_json(output / RECORD)
+    """What is known of the run in `output`. It is finished only as long as its model is there."""
+    record = _read_json(output / RECORD)
+    if record is None or not record.keys() >= {"finished", "contract"}:
+        return None
+    return {**record, "finished": record["finished"] and holds_a_model(output)}
 
 
 def write_record(output: Path, contract: dict[str, Any], finished: bool) -> None:
@@ -136,21 +162,21 @@ def written_whole(output: Path, step: int, contract: dict[str, Any], rank: int) 
         UsageError: it could not be written (a full disk, a quota); what was written of it is removed.
     """
     folder = output / f"saving-checkpoint-{step}"
-    if rank == 0:
-        for leftover in output.glob("saving-checkpoint-*"):  # of a run that was killed while saving
-            shutil.rmtree(leftover)
-        folder.mkdir(parents=True)
-    wait_for_all_ranks()
     try:
+        if rank == 0:
+            _clear_leftovers(output)
+            folder.mkdir(parents=True)
+        wait_for_all_ranks()
         yield str(folder)
         wait_for_all_ranks()
         if rank == 0:
             _write_manifest(folder, step, contract)
             _rename(folder, output / f"checkpoint-{step}")
     except BaseException as error:  # safetensors, torch, and CheckpointException, which is no Exception
-        if not _is_about_space(error):
+        if not is_about_space(error):
             raise
-        shutil.rmtree(folder, ignore_errors=True)
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
         kept = [found.name for found in _numbered(output) if not defects(found)]
         hint = f"{kept[0]} is untouched" if kept else "there is no earlier checkpoint"
         room = human(free_bytes(output))
@@ -159,6 +185,13 @@ def written_whole(output: Path, step: int, contract: dict[str, Any], rank: int) 
             f"{hint}. Make room, then run the same command with --resume_from_checkpoint True"
         ) from error
     wait_for_all_ranks()
+
+
+def _clear_leftovers(output: Path) -> None:
+    """Of a run that was killed while it wrote or deleted a checkpoint."""
+    for pattern in ("saving-checkpoint-*", "deleting-checkpoint-*"):
+        for leftover in output.glob(pattern):
+            shutil.rmtree(leftover)
 
 
 def _write_manifest(folder: Path, step: int, contract: dict[str, Any]) -> None:
@@ -174,19 +207,27 @@ def _write_manifest(folder: Path, step: int, contract: dict[str, Any]) -> None:
 
 def _rename(folder: Path, target: Path) -> None:
     """Over an earlier checkpoint of the same step too, which stays whole until then."""
-    replaced = folder.with_name(f"{folder.name}-replaced")
     if target.exists():
-        os.rename(target, replaced)
+        _delete(target, only_aside=True)
     os.rename(folder, target)
-    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _delete(folder: Path, only_aside: bool = False) -> None:
+    """By way of another name, so that a kill in between leaves no half of a checkpoint-N."""
+    aside = folder.with_name(f"deleting-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    if not only_aside:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def delete_old_checkpoints(output: Path, limit: int | None, keep: set[str]) -> None:
-    """Leave `limit` checkpoints (None, 0: all), those named in `keep` (the newest, the best) among them."""
-    found = _numbered(output)[::-1]
+    """Leave `limit` checkpoints (None, 0: all), those named in `keep` (the newest, the best) among them. Folders that
+    are not complete checkpoints of ours neither count nor go."""
+    found = [folder for folder in _numbered(output)[::-1] if (folder / MANIFEST).is_file()]
     surplus = len(found) - limit if limit and limit > 0 else 0
     for folder in [folder for folder in found if folder.name not in keep][: max(surplus, 0)]:
-        shutil.rmtree(folder, ignore_errors=True)
+        _delete(folder)
 
 
 def write_patiently(write: Callable[[], None], output_dir: str, tries: int = 60, pause: float = 60.0) -> None:
@@ -199,7 +240,7 @@ def write_patiently(write: Callable[[], None], output_dir: str, tries: int = 60,
         try:
             return write()
         except Exception as error:  # safetensors raises its own
-            if not _is_about_space(error):
+            if not is_about_space(error):
                 raise
             problem = f"the model cannot be written to {output_dir}: {_reason(error)}"
             if number == tries:
@@ -219,7 +260,7 @@ SPACE_ERRORS = (
 )
 
 
-def _is_about_space(error: BaseException) -> bool:
+def is_about_space(error: BaseException) -> bool:
     return any(text in str(part).lower() for part in _causes(error) for text in SPACE_ERRORS)
 
 

@@ -75,7 +75,10 @@ def plot_loss(log_history: list[dict[str, Any]], path: str | Path) -> None:
     axes.set(xlabel="optimizer step", ylabel="mean cross entropy per target token (nats)", title="Loss")
     axes.grid(alpha=0.3)
     axes.legend() if axes.lines else None
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:  # a full disk: the model is there, and the numbers are in trainer_state.json
+        print(f"note: {path} could not be written ({error})", flush=True)
 
 
 def hide_progress_bars(args: Any) -> None:

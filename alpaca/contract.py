@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import math
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from alpaca.checkpoints import read_manifest, read_record, write_record
+from alpaca.checkpoints import holds_a_model, read_manifest, read_record, write_patiently, write_record
 from alpaca.console import say
 from alpaca.data import fingerprint
 from alpaca.errors import UsageError
@@ -21,21 +23,20 @@ if TYPE_CHECKING:
 Contract = dict[str, Any]
 
 # Flags of TrainingArguments. A change of the first is refused: the rows would differ, or the checkpoint's own value
-# would silently win. A change of the second is allowed and said.
+# would silently win. A change of the second is allowed and said; those of ROUNDING change no more than that.
 FIXED = (
-    "model_max_length seed data_seed loss_normalization train_sampling_strategy dataloader_drop_last optim "
-    "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon lr_scheduler_type warmup_steps"
+    "model_max_length seed data_seed loss_normalization train_sampling_strategy dataloader_drop_last optim optim_args "
+    "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon lr_scheduler_type lr_scheduler_kwargs warmup_steps"
 ).split()
-EXACTNESS = ("--fsdp", "--tf32", "--gradient_checkpointing")  # of FREE: they change no more than rounding
-FREE = (
-    "num_train_epochs max_steps bf16 fp16 tf32 max_grad_norm label_smoothing_factor gradient_checkpointing fsdp"
-).split()
+FREE = "bf16 fp16 max_grad_norm label_smoothing_factor neftune_noise_alpha save_dtype".split()
+ROUNDING = "tf32 gradient_checkpointing fsdp per_device_train_batch_size gradient_accumulation_steps".split()
+STEPS = "the steps of the run (--num_train_epochs, --max_steps)"
 
 
 def describe_run(
     args: "TrainingArguments", model_args: Any, data_args: Any, dataset: Any, tokenizer: "PreTrainedTokenizerBase"
 ) -> Contract:
-    """{"fixed", "free", "tokens"}: values by the names that messages use, the same after a round trip through JSON."""
+    """{"fixed", "free", "rounding", "tokens"}: values by the names that messages use, JSON in and JSON out."""
     vocabulary = fingerprint(sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map)
     fixed = {
         "the data (--data_path)": f"{len(dataset):,} rows {dataset.data_fingerprint[:12]}",
@@ -43,22 +44,48 @@ def describe_run(
         "--prompt_boundary": data_args.prompt_boundary,
         **{f"--{name}": getattr(args, name) for name in FIXED},
         "the tokenizer (of --model_name_or_path)": vocabulary[:12],
+        "the base model (--model_name_or_path)": fingerprint_of_weights(model_args.model_name_or_path),
         "the global batch (per device x accumulation x processes)": rows_per_step(args),
     }
-    tokens = hashlib.sha256(torch.cat(dataset.input_ids).numpy().tobytes()).hexdigest()[:12]
-    free = {
+    if args.loss_normalization == "microbatch":  # there the micro-batches are part of the loss
+        fixed["--per_device_train_batch_size"] = args.per_device_train_batch_size
+    free = {STEPS: count_steps(args, len(dataset))[0], **{f"--{name}": getattr(args, name) for name in FREE}}
+    rounding = {
         "the number of processes": args.world_size,
-        "--model_name_or_path": model_args.model_name_or_path,
-        **{f"--{name}": getattr(args, name) for name in FREE},
+        **{f"--{name}": getattr(args, name) for name in ROUNDING},
+        "--attn_implementation": model_args.attn_implementation,
         "the device": args.device.type,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    return json.loads(json.dumps({"fixed": fixed, "free": free, "tokens": tokens}, default=str))
+    tokens = hashlib.sha256(torch.cat(dataset.input_ids).numpy().tobytes()).hexdigest()[:12]
+    contract = {"fixed": fixed, "free": free, "rounding": rounding, "tokens": tokens}
+    return json.loads(json.dumps(contract, default=str))
 
 
 def rows_per_step(args: "TrainingArguments") -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def count_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, int]:
+    """(optimizer steps of the run, of an epoch), as the Trainer will count them."""
+    per_step = rows_per_step(args)
+    per_epoch = num_rows // per_step if args.dataloader_drop_last else -(-num_rows // per_step)
+    return args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs), per_epoch
+
+
+def fingerprint_of_weights(name: str) -> str:
+    """Of a folder: its configuration, and size, first and last 64 KiB of every file of weights, which tells models of
+    the same shape apart and does not change when the folder moves. Of a hub id: the id."""
+    if not Path(name).is_dir():
+        return name
+    digest = hashlib.sha256()
+    for path in sorted(file for file in Path(name).iterdir() if file.suffix in (".safetensors", ".bin")):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(65536))
+            file.seek(-min(65536, path.stat().st_size), os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()[:12]
 
 
 def changes(old: Contract, new: Contract, kind: str) -> list[str]:
@@ -80,18 +107,24 @@ def already_finished(args: "TrainingArguments", contract: Contract, checkpoint: 
         UsageError: it holds another finished run, which would be overwritten; or not all processes have the same rows,
             or see the same folder.
     """
-    record = read_record(Path(args.output_dir))
+    output = Path(args.output_dir)
+    record = read_record(output)
     _check_that_all_agree(args, contract, {"checkpoint": checkpoint, "finished": record and record["finished"]})
-    if record is None or not record["finished"] or args.overwrite_output_dir:
+    if record is None or args.overwrite_output_dir:
         return False
-    fixed, free = (changes(record["contract"], contract, kind) for kind in ("fixed", "free"))
-    other = [change for change in free if change.startswith("--") and not change.startswith(EXACTNESS)]
-    if not fixed and not other:
+    if not record["finished"]:
+        if not checkpoint and holds_a_model(output) and (changed := changes(record["contract"], contract, "fixed")):
+            raise UsageError(f"--output_dir {output} holds the model of another run ({changed[0]}); choose another "
+                             "folder, or pass --overwrite_output_dir True")  # fmt: skip
+        return False
+    changed = changes(record["contract"], contract, "fixed") + changes(record["contract"], contract, "free")
+    if not changed:
         say(f"this run is finished: its model is in {args.output_dir}, and nothing is left to do", args.process_index)
         return True
-    if checkpoint and not fixed:
-        return False  # a longer run, say, that goes on from there
-    listed = "\n  ".join(fixed + other)
+    longer = record["contract"]["free"][STEPS] < contract["free"][STEPS]
+    if checkpoint and longer and len(changed) == 1:
+        return False  # it goes on from there
+    listed = "\n  ".join(changed)
     raise UsageError(
         f"--output_dir {args.output_dir} already holds a finished run, and this one is another:\n  {listed}\n"
         "Choose another folder, or pass --overwrite_output_dir True"
@@ -123,7 +156,7 @@ def check_contract(args: "TrainingArguments", contract: Contract, checkpoint: st
             "run. For a new run from these weights: --model_name_or_path <that checkpoint> and another --output_dir, "
             "without --resume_from_checkpoint"
         )
-    if changed := changes(saved, contract, "free"):
+    if changed := changes(saved, contract, "free") + changes(saved, contract, "rounding"):
         note = f"note: changed since {Path(checkpoint).name}, so the end is not bit for bit that of an undisturbed run"
         say(f"{note}: {'; '.join(changed)}", args.process_index)
 
@@ -149,4 +182,4 @@ def begin(args: "TrainingArguments", contract: Contract) -> None:
 def finish(args: "TrainingArguments", contract: Contract) -> None:
     """Note that the final model is whole: the last thing a run writes."""
     if args.process_index == 0:
-        write_record(Path(args.output_dir), contract, finished=True)
+        write_patiently(lambda: write_record(Path(args.output_dir), contract, finished=True), args.output_dir)

@@ -211,17 +211,18 @@ def checkpoint_sizes(args: "TrainingArguments", parameters: int) -> tuple[float,
     return parameters * (4 + optimizer), parameters * (4 if args.save_dtype == "float32" else 2)
 
 
-def checkpoints_to_come(args: "TrainingArguments", steps: int, per_epoch: int, checkpoint: str | None) -> int:
-    """How many more checkpoints than now will stand on the disk at the worst moment, with `checkpoint` the one to
-    continue from: the old one goes when the new one is whole."""
-    if args.save_strategy not in ("steps", "epoch"):
+def checkpoints_to_come(args: "TrainingArguments", steps: int, per_epoch: int, done: int) -> int:
+    """How many more checkpoints than now will stand on the disk at the worst moment of a run that continues after
+    `done` steps: the old one goes when the new one is whole, and the best one stays."""
+    every = {"steps": args.save_steps, "epoch": per_epoch, "best": args.eval_steps}.get(args.save_strategy)
+    if not every:
         return 0
-    every = per_epoch if args.save_strategy == "epoch" else args.save_steps
     every = math.ceil(steps * every) if every < 1 else int(every)
-    done = int(Path(checkpoint).name.rpartition("-")[2]) if checkpoint else 0
-    saves, limit = steps // every - done // every, args.save_total_limit
-    existing = 1 if checkpoint else 0
-    return min(saves, max(limit + 1 - existing, 1)) if limit and limit > 0 else saves
+    saves, limit = max(steps // every - done // every, 0), args.save_total_limit
+    if not limit or limit < 0:
+        return saves
+    at_once = limit + 1 + (args.load_best_model_at_end or args.save_strategy == "best")
+    return min(saves, max(at_once - (done > 0), 1))
 
 
 def check_room(args: "TrainingArguments", parameters: int, checkpoints: int) -> None:

@@ -1,6 +1,5 @@
 """Checks before a run: values that would fail only after hours, how many steps it has, where it can be saved."""
 
-import math
 import os
 import tempfile
 import weakref
@@ -9,6 +8,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from alpaca import contract, forecast
+from alpaca.checkpoints import read_manifest
 from alpaca.console import say
 from alpaca.errors import UsageError
 
@@ -29,6 +29,11 @@ def check_combinations(args: "TrainingArguments") -> None:
         raise UsageError("--dataloader_persistent_workers: needs --dataloader_num_workers of at least 1")
     if args.use_liger_kernel and find_spec("liger_kernel") is None:
         raise UsageError("--use_liger_kernel: is not installed; pip install liger-kernel")
+    if args.auto_find_batch_size:
+        raise UsageError(
+            "--auto_find_batch_size: changes the rows of a step in the middle of a run; the forecast of memory says "
+            "which --per_device_train_batch_size fits"
+        )
     if args.metric_for_best_model not in (None, "loss", "eval_loss"):
         raise UsageError(f"--metric_for_best_model {args.metric_for_best_model}: only eval_loss is computed")
 
@@ -73,23 +78,24 @@ def check_before_loading(
     check_lengths(config, data_module)
     dataset = data_module["train_dataset"]
     steps, per_epoch = plan_steps(args, len(dataset))
+    done = read_manifest(checkpoint)["step"] if checkpoint else 0
+    if done > steps:
+        raise UsageError(f"--resume_from_checkpoint: {checkpoint} is of step {done}, beyond the {steps} of this run")
     check_output_dir(args)
     if args.process_index != 0:
         return
     model = forecast.forecast_memory(args, config, longest=max(map(len, dataset.input_ids)))
     if model is not None:
-        checkpoints = forecast.checkpoints_to_come(args, steps, per_epoch, checkpoint)
+        checkpoints = forecast.checkpoints_to_come(args, steps, per_epoch, done)
         forecast.check_room(args, model.parameters, checkpoints)
 
 
 def plan_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, int]:
     """(optimizer steps of the run, of an epoch), as the Trainer will count them. Says them, and warns where the run is
     shorter than --save_steps, so that only its end is saved."""
-    rows_per_step = contract.rows_per_step(args)
-    per_epoch = num_rows // rows_per_step if args.dataloader_drop_last else -(-num_rows // rows_per_step)
+    rows_per_step, (steps, per_epoch) = contract.rows_per_step(args), contract.count_steps(args, num_rows)
     if per_epoch == 0:
         raise UsageError(f"--dataloader_drop_last: {num_rows} rows are fewer than one step of {rows_per_step}")
-    steps = args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs)
     say(f"{num_rows:,} rows, {rows_per_step} a step: {steps:,} optimizer steps", args.process_index)
     if args.save_strategy == "steps" and args.save_steps > steps:
         say(f"note: --save_steps {args.save_steps} exceeds the {steps} steps of this run; only its end is saved",

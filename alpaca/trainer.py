@@ -64,7 +64,7 @@ class AlpacaTrainer(Trainer):
         args = self.args
         if args.train_sampling_strategy not in ("random", "sequential"):
             note = f"note: {args.train_sampling_strategy} trains some rows twice in an epoch, to fill the last batch"
-            say(note, args.process_index)
+            say(f"{note}; a resumed run may see the rows of an epoch in another order", args.process_index)
             return super().get_train_dataloader()
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler = StepSampler(
@@ -109,7 +109,8 @@ class AlpacaTrainer(Trainer):
         self.black_box.begin_step(batches)
         targets = [int(target_mask(batch["labels"]).sum()) for batch in batches]
         tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        counts = torch.tensor([sum(targets), sum(n > 0 for n in targets), tokens]).to(device)
+        counts = torch.tensor([sum(targets), sum(n > 0 for n in targets), tokens], pin_memory=device.type == "cuda")
+        counts = counts.to(device, non_blocking=True)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(counts)
         self._tokens_seen += counts[2]
@@ -208,11 +209,21 @@ class AlpacaTrainer(Trainer):
             keep = {f"checkpoint-{state.global_step}", Path(state.best_model_checkpoint or "").name}
             delete_old_checkpoints(output, args.save_total_limit, keep)
 
+    def was_stopped_early(self) -> bool:
+        """Whether something ended the training before its last step (--enable_jit_checkpoint does on SIGTERM); says so.
+        Such a run has no final model."""
+        step, steps = self.state.global_step, self.state.max_steps
+        if step < steps:
+            say(f"stopped at step {step} of {steps}; --resume_from_checkpoint True continues", self.args.process_index)
+        return step < steps
+
     def save_final_model(self, dtype: torch.dtype) -> None:
-        """Write the trained model to `output_dir` in `dtype`. Last act: the float32 weights are cast in place."""
+        """Write the trained model to `output_dir` in `dtype`, then trainer_state.json. Last act: the float32 weights
+        are cast in place."""
         if dtype != torch.float32:
             self.model.to(dtype)
         self.save_model()
+        write_patiently(self.save_state, self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The final model waits for room on the disk: after days of training it is not given up for a full one."""
@@ -240,6 +251,18 @@ class AlpacaTrainer(Trainer):
         load_optimizer_of_other_layout(self.model, self.optimizer.optimizer, checkpoint)
         scheduler = torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Micro-batches in pinned memory go to the GPU while the host goes on: no synchronisation for each."""
+        if isinstance(data, Tensor) and data.device.type == "cpu" and data.is_pinned():
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
+        """A resumed run saves, logs and evaluates as often as its own flags say, not those of the checkpoint."""
+        progress = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return progress
 
     def _run_epoch(self, **kwargs: Any) -> None:
         """Not even one step where the checkpoint is of the run's last: the Trainer would look only after a step."""

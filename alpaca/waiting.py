@@ -1,29 +1,40 @@
-"""Waiting for the other ranks, longer than --ddp_timeout, and hearing what they have found."""
+"""Waiting for the other ranks, longer than --ddp_timeout, and hearing what they have found.
 
-from datetime import timedelta
+Both go through the store of torch.distributed, where ranks leave each other notes. A process group with another timeout
+would do as well, but takes sockets that a long run with many checkpoints uses up.
+"""
+
+import itertools
+import pickle
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.elastic.utils import store as store_utils
+
+A_DAY = 24 * 60 * 60.0
+_turn = itertools.count()  # every rank waits and gathers in the same order, so this names the occasion
 
 
 def wait_for_all_ranks() -> None:
     """A barrier with a day's patience: while one rank tokenizes a large data set, reads a large model or writes a
     checkpoint, the others must not run into --ddp_timeout."""
     if _several():
-        dist.barrier(group=_patient_group())
+        store_utils.barrier(_store(), dist.get_world_size(), f"alpaca/{next(_turn)}", barrier_timeout=A_DAY)
 
 
 def gather_from_all_ranks(value: Any) -> list[Any]:
-    """`value` of every rank, in their order; [value] in a single process. Any picklable object."""
+    """`value` of every rank, in their order; [value] in a single process. Any object that pickle knows."""
     if not _several():
         return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value, group=_patient_group())
-    return values
+    data, rank, world_size = pickle.dumps(value), dist.get_rank(), dist.get_world_size()
+    values = store_utils.synchronize(_store(), data, rank, world_size, f"alpaca/{next(_turn)}/", timeout=A_DAY)
+    return [pickle.loads(value) for value in values]
 
 
 def leave() -> None:
-    """The end of a run on this rank."""
+    """The end of a run. No rank goes before all are done: torchrun ends them all when one goes wrong, even at its exit,
+    and rank 0 may still be writing the model."""
+    wait_for_all_ranks()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -32,6 +43,5 @@ def _several() -> bool:
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _patient_group() -> dist.ProcessGroup:
-    """Not kept: a group that outlives destroy_process_group would end its threads while the interpreter shuts down."""
-    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()

@@ -24,10 +24,13 @@ from scripts.make_tiny_model import make_tiny_model
 from scripts.quickstart import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-CHILD = (
-    "import resource, sys, train; train.train(sys.argv[1:]); "
-    "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)"
-)
+CHILD = """
+import resource, sys, train
+from alpaca.errors import reported
+with reported("train.py"):
+    train.train(sys.argv[1:])
+    print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
+"""
 RUNS = {
     "one process": (1, []),
     "one process, gradient checkpointing": (1, ["--gradient_checkpointing=True"]),

@@ -6,8 +6,8 @@ r"""Look at training data the way train.py will see it: the report it prints, an
 Needs the tokenizer of the model only, and shares the token cache with train.py. In colour on a terminal: dim tokens are
 masked (label -100), green ones are learned, control tokens are reversed; elsewhere the two parts have a line each.
 
-Exit code: 0, or 1 where something would spoil training (more rows with a problem than is tolerated), or 2 where the
-data cannot be read at all.
+Exit code: 0, or 1 where something would spoil training (more rows with a problem than is tolerated), or 2 where
+train.py would not even start: data that cannot be read, or no row with anything to learn.
 """
 
 import os

@@ -43,8 +43,12 @@ def tiny(tmp_path_factory):
 def run(command, check=True, cwd=ROOT, env=None, timeout=300):
     """Run and return the CompletedProcess with text output; on failure show it."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    result = subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True,
-                            timeout=timeout)  # fmt: skip
+    try:
+        result = subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True,
+                                timeout=timeout)  # fmt: skip
+    except subprocess.TimeoutExpired as error:
+        told = [(stream or b"").decode(errors="replace")[-6000:] for stream in (error.stdout, error.stderr)]
+        pytest.fail(f"{command} took more than {timeout} s\n{told[0]}\n{told[1]}")
     if check and result.returncode != 0:
         pytest.fail(f"{command} -> {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}")
     return result

@@ -13,6 +13,7 @@ import sys
 import alpaca.checkpoints as checkpoints
 import alpaca.trainer as trainer
 import train
+from alpaca.errors import reported
 
 where, rank = os.environ["KILL"].split(":")
 calls = {}
@@ -35,4 +36,5 @@ AlpacaTrainer._save_optimizer_and_scheduler = dies("optimizer", AlpacaTrainer._s
 checkpoints._write_manifest = dies("manifest", checkpoints._write_manifest, 2)
 trainer.delete_old_checkpoints = dies("rename", trainer.delete_old_checkpoints, 2)
 AlpacaTrainer.save_final_model = dies("final", AlpacaTrainer.save_final_model, 1)
-train.train(sys.argv[1:])
+with reported("train.py"):
+    train.train(sys.argv[1:])

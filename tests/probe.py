@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import train
+from alpaca.errors import reported
 
 
 def peak_bytes() -> int:
@@ -55,4 +56,5 @@ def initialize_with_probe(self, *args, **kwargs):
 
 
 train.AlpacaTrainer.__init__ = initialize_with_probe
-train.train(sys.argv[1:])
+with reported("train.py"):
+    train.train(sys.argv[1:])

@@ -47,6 +47,8 @@ BAD_FLAGS = {
     "legacy loss": (dict(average_tokens_across_devices="False"), "--loss_normalization microbatch"),
     "accumulation zero": (dict(gradient_accumulation_steps="0"), "--gradient_accumulation_steps 0"),
     "workers that persist": (dict(dataloader_persistent_workers="True"), "needs --dataloader_num_workers"),
+    "batch that changes": (dict(auto_find_batch_size="True"), "changes the rows of a step in the middle of a run"),
+    "anew or on": (dict(overwrite_output_dir="True", resume_from_checkpoint="True"), "one starts anew, the other cont"),
     "metric nobody computes": (dict(metric_for_best_model="accuracy"), "only eval_loss is computed"),
     "too few rows for a step": (dict(dataloader_drop_last="True"), "4 rows are fewer than one step of 8"),
     "config without fsdp": (dict(fsdp_config="{}"), "has no effect without --fsdp"),

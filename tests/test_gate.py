@@ -235,12 +235,14 @@ def test_a_model_too_large_for_this_machine_is_said_with_a_way_out(tmp_path, cap
         ("steps", 60, 1, 0, 1),
         ("steps", 0.25, None, 0, 4),  # a share of all steps
         ("epoch", 10, None, 0, 4),
+        ("best", 10, None, 0, 5),
+        ("best", 10, 1, 0, 3),  # the best one stays as well
     ],
 )  # fmt: skip
 def test_how_many_checkpoints_stand_at_once(strategy, save_steps, limit, done, expected):
-    args = Namespace(save_strategy=strategy, save_steps=save_steps, save_total_limit=limit)
-    checkpoint = f"out/checkpoint-{done}" if done else None
-    assert forecast.checkpoints_to_come(args, steps=100, per_epoch=25, checkpoint=checkpoint) == expected
+    args = Namespace(save_strategy=strategy, save_steps=save_steps, save_total_limit=limit, eval_steps=20,
+                     load_best_model_at_end=False)  # fmt: skip
+    assert forecast.checkpoints_to_come(args, steps=100, per_epoch=25, done=done) == expected
 
 
 def test_too_small_a_disk_is_refused_before_training(tmp_path, capsys):

@@ -97,9 +97,9 @@ def test_the_slurm_script_shards_inside_a_node_and_replicates_over_nodes(tiny, t
     env = dict(PATH=path, MODEL=model, DATA=data, OUTPUT=str(tmp_path / "two"), **slurm)
     both = ["--max_steps=2", "--save_steps=1", "--bf16=False", "--learning_rate=1e-3"]
     output = run(["bash", "recipes/llama_7b_2x8.slurm", *both], env=env).stdout
-    assert "128 a step" in output and "hybrid_shard" in output and "no complete checkpoint" in output
+    assert "128 a step" in output and "hybrid_shard" in output and "no checkpoint in " in output
     manifest = json.loads((tmp_path / "two" / "checkpoint-2" / "alpaca_checkpoint.json").read_text())
-    assert manifest["contract"]["free"]["the number of processes"] == 4
+    assert manifest["contract"]["rounding"]["the number of processes"] == 4
     published = ["--warmup_ratio=0.03", "--lr_scheduler_type=cosine", "--weight_decay=0", "--num_train_epochs=3"]
     one = [f"--model_name_or_path={model}", f"--data_path={data}", f"--output_dir={tmp_path / 'one'}"]
     run([sys.executable, "train.py", *one, *both, *published, "--per_device_train_batch_size=128"])

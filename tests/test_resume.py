@@ -186,6 +186,8 @@ CHANGED = {
     "learning rate": (dict(learning_rate=2e-3), "--learning_rate: 0.001 then, 0.002 now"),
     "schedule": (dict(lr_scheduler_type="cosine"), "--lr_scheduler_type: linear then, cosine now"),
     "warmup": (dict(warmup_ratio=0.5), "--warmup_steps: 0 then, 0.5 now"),
+    "base model": (dict(model_name_or_path="other"), "the base model (--model_name_or_path): "),
+    "fewer steps": (dict(max_steps=3), "is of step 4, beyond the 3 of this run"),
     "optimizer": (dict(optim="adafactor"), "--optim: adamw_torch then, adafactor now"),
     "weight decay": (dict(weight_decay=0.1), "--weight_decay: 0.0 then, 0.1 now"),
     "order": (dict(train_sampling_strategy="sequential"), "--train_sampling_strategy: random then, sequential now"),
@@ -197,8 +199,22 @@ CHANGED = {
 @pytest.mark.parametrize("name", CHANGED)
 def test_what_changed_since_the_checkpoint_is_named(stopped, tmp_path, name):
     changed, message = CHANGED[name]
+    if name == "base model":  # of the same shape and with the same tokenizer
+        model = shutil.copytree(stopped[1]["model_name_or_path"], tmp_path / "other") / "model.safetensors"
+        model.write_bytes(model.read_bytes()[:-1] + b"@")  # 1.0 ends with 0x3f
+        changed = dict(model_name_or_path=tmp_path / "other")
     refusal = resume(stopped, tmp_path, **changed)
-    assert message in refusal and "changed since" in refusal and refusal.count(" then, ") == 1
+    assert message in refusal
+    assert name == "fewer steps" or ("changed since" in refusal and refusal.count(" then, ") == 1)
+
+
+@pytest.mark.slow
+def test_a_base_model_that_has_moved_is_the_same(stopped, tmp_path):
+    from alpaca.contract import fingerprint_of_weights
+
+    base = stopped[1]["model_name_or_path"]
+    assert fingerprint_of_weights(shutil.copytree(base, tmp_path / "moved")) == fingerprint_of_weights(base)
+    assert fingerprint_of_weights("huggyllama/llama-7b") == "huggyllama/llama-7b"
 
 
 @pytest.mark.slow
@@ -227,6 +243,10 @@ def test_changed_rows_template_or_tokenizer_are_named(stopped, tiny, tmp_path):
     )
 
 
+def blank(path):
+    path.write_bytes(b"\0" * path.stat().st_size)
+
+
 def tear(folder, name, keep):
     path = folder / name
     path.write_bytes(path.read_bytes()[:keep])
@@ -241,6 +261,8 @@ def tear(folder, name, keep):
         (lambda folder: tear(folder, "trainer_state.json", 10), "trainer_state.json has 10 of "),
         (lambda folder: (folder / "rng_state.pth").unlink(), "no rng_state.pth"),
         (lambda folder: (folder / MANIFEST).unlink(), f"no readable {MANIFEST}"),
+        (lambda folder: (folder / MANIFEST).write_text("{}"), f"no readable {MANIFEST}"),
+        (lambda folder: blank(folder / "trainer_state.json"), "trainer_state.json cannot be read"),
         (lambda folder: tear(folder, MANIFEST, 50), f"no readable {MANIFEST}"),
     ],
 )
@@ -268,6 +290,56 @@ def test_a_damaged_checkpoint_is_skipped_by_name_and_refused_if_named(stopped, t
 
 
 @pytest.mark.slow
+def test_what_is_in_the_output_folder_is_not_overwritten(stopped, tmp_path):
+    from argparse import Namespace
+
+    from alpaca.checkpoints import delete_old_checkpoints, find_checkpoint, read_record, write_record
+    from alpaca.errors import UsageError
+
+    checkpoint = stopped[0] / "checkpoint-4"
+    out = tmp_path / "out"
+    args = Namespace(output_dir=str(out), process_index=0, overwrite_output_dir=False)
+    args.resume_from_checkpoint = "True"
+    shutil.copytree(checkpoint, out / "checkpoint-50")
+    (out / "checkpoint-50" / MANIFEST).unlink()  # of the stock Trainer, say
+    with pytest.raises(UsageError, match="no complete checkpoint in .*checkpoint-50 is incomplete .*move them away"):
+        find_checkpoint(args)
+    for step in (2, 3):
+        shutil.copytree(checkpoint, out / f"checkpoint-{step}")
+    delete_old_checkpoints(out, limit=1, keep={"checkpoint-3"})
+    assert checkpoints(out) == ["checkpoint-3", "checkpoint-50"], "what is not ours neither counts nor goes"
+
+    model = tmp_path / "model"
+    shutil.copytree(stopped[1]["model_name_or_path"], model)
+    args.output_dir = str(model)
+    for asked, message in ((None, "already holds a run"), ("True", "holds a model but no checkpoint"),
+                           (str(checkpoint), "already holds a run")):  # fmt: skip
+        args.resume_from_checkpoint = asked
+        with pytest.raises(UsageError, match=message):
+            find_checkpoint(args)
+    write_record(model, {}, finished=True)
+    assert read_record(model)["finished"]
+    (model / "model.safetensors").unlink()
+    assert not read_record(model)["finished"], "its model is gone"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_told_to_stop_is_not_finished(tiny, tmp_path):
+    """SIGTERM with transformers' --enable_jit_checkpoint, as Slurm sends it before it takes the nodes back."""
+    flags = flags_for(tiny("llama"), tmp_path, max_steps=3000, save_strategy="no", output_dir=tmp_path / "out")
+    words = [f"--{name}={value}" for name, value in {**flags, "enable_jit_checkpoint": True}.items()]
+    process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("step 20/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.communicate(timeout=60)[0]
+    assert "of 3000; --resume_from_checkpoint True continues" in rest and "saved to" not in rest
+    (stopped_at,) = checkpoints(tmp_path / "out")
+    assert not defects(tmp_path / "out" / stopped_at) and not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.slow
 def test_a_checkpoint_without_optimizer_cannot_be_continued(tiny, tmp_path):
     flags = flags_for(tiny("llama"), tmp_path, max_steps=4, save_only_model=True)
     train(dict(output_dir=tmp_path / "out", **flags))
@@ -278,7 +350,7 @@ def test_a_checkpoint_without_optimizer_cannot_be_continued(tiny, tmp_path):
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny, tmp_path):
     flags = flags_for(tiny("llama"), tmp_path, max_steps=2, output_dir=tmp_path / "out", resume_from_checkpoint=True)
     output = train(flags).stdout
-    assert "no complete checkpoint in" in output and "from the beginning" in output and "step 2/2" in output
+    assert "no checkpoint in" in output and "from the beginning" in output and "step 2/2" in output
 
 
 @pytest.mark.slow
@@ -299,8 +371,15 @@ def test_a_finished_run_started_again_says_so(tiny, tmp_path, capsys):
         return capsys.readouterr().out
 
     assert "this run is finished" in start() and "this run is finished" in start(resume_from_checkpoint=True)
-    for changed, named in ((dict(seed=3), "--seed: 42 then, 3 now"), (dict(max_steps=6), "--max_steps: 4 then, 6 now"),
-                           (dict(model_name_or_path=tiny("opt")), "the tokenizer")):  # fmt: skip
+    for changed, named in (
+        (dict(seed=3), "--seed: 42 then, 3 now"),
+        (dict(max_steps=6), "--max_steps): 4 then, 6 now"),
+        (dict(model_name_or_path=tiny("opt")), "the base model (--model_name_or_path): "),
+        (dict(save_dtype="bfloat16"), "--save_dtype: float32 then"),
+        (dict(resume_from_checkpoint=True, max_steps=2), "--max_steps): 4 then, 2 now"),
+        (dict(resume_from_checkpoint=True, max_steps=6, label_smoothing_factor=0.1), "smoothing"),
+    ):
+        # fmt: skip
         with pytest.raises(UsageError, match="already holds a finished run, and this one is another") as refused:
             start(**changed)
         assert named in str(refused.value)
@@ -308,8 +387,10 @@ def test_a_finished_run_started_again_says_so(tiny, tmp_path, capsys):
         start(overwrite_output_dir=True)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}, "nothing was written"
 
-    longer = train({**flags, "gradient_accumulation_steps": 2, "max_steps": 6, "resume_from_checkpoint": True}).stdout
-    assert "--max_steps: 4 then, 6 now" in longer and "step 6/6" in longer and "step 4/6" not in longer
-    shutil.rmtree(tmp_path / "out" / "checkpoint-4")
+    flags |= dict(gradient_accumulation_steps=2)
+    longer = train({**flags, "max_steps": 6, "resume_from_checkpoint": True, "save_steps": 3}).stdout
+    assert "--max_steps): 4 then, 6 now" in longer and "step 6/6" in longer and "step 4/6" not in longer
+    assert checkpoints(tmp_path / "out") == ["checkpoint-6"], "--save_steps is the new one"
+    shutil.rmtree(tmp_path / "out" / "checkpoint-6")
     train({**flags, "save_strategy": "no", "overwrite_output_dir": True, "max_steps": 1})
     assert len(history(tmp_path / "out")) == 1
