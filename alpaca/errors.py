@@ -24,7 +24,7 @@ def reported(program: str) -> Iterator[None]:
     has said, or will say, why it ended.
 
     Under torchrun the process ends with its launcher. It also ends without the interpreter's shutdown, in which native
-    threads of torch 2.13 now and then aborted it (once in some 50 runs on CPU ranks): torchrun takes that for a failure.
+    threads of torch 2.13 now and then abort it (once in some 50 runs on CPU ranks): for torchrun the run has failed.
     """
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     if launched:
