@@ -1,6 +1,7 @@
 """A run that was killed, however and whenever, ends where an undisturbed one does; a changed one is refused."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -112,7 +113,8 @@ def test_killed_at_random_moments(tiny, tmp_path, processes, trials):
 
 def kill_once(command, out, took, chance, at_a_save) -> str:
     """Start `command` and kill it; says when."""
-    process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.DEVNULL,
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as for the undisturbed run: threads decide the order of sums
+    process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.DEVNULL, env=env,
                                stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
     start, seen = time.time(), {path.name for path in out.glob("*")}
     wait = chance.uniform(0.4, 1.0) * took
