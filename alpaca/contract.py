@@ -55,6 +55,7 @@ def describe_run(
         **{f"--{name}": getattr(args, name) for name in ROUNDING},
         "--attn_implementation": model_args.attn_implementation,
         "the device": args.device.type,
+        "CPU threads": torch.get_num_threads() if args.device.type == "cpu" else None,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
