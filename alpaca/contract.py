@@ -76,8 +76,8 @@ def count_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, int]:
 
 
 def fingerprint_of_weights(name: str) -> str:
-    """Of a folder: its configuration, and size, first and last 64 KiB of every file of weights, which tells models of
-    the same shape apart and does not change when the folder moves. Of a hub id: the id."""
+    """Of a folder: name, size, first and last 64 KiB of every file of weights, which tells models of the same shape
+    apart and does not change when the folder moves. Of a hub id: the id."""
     if not Path(name).is_dir():
         return name
     digest = hashlib.sha256()
