@@ -207,18 +207,18 @@ def _write_manifest(folder: Path, step: int, contract: dict[str, Any]) -> None:
 
 def _rename(folder: Path, target: Path) -> None:
     """Over an earlier checkpoint of the same step too, which stays whole until then."""
-    if target.exists():
-        _delete(target, only_aside=True)
+    replaced = _set_aside(target) if target.exists() else None
     os.rename(folder, target)
+    if replaced:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _delete(folder: Path, only_aside: bool = False) -> None:
-    """By way of another name, so that a kill in between leaves no half of a checkpoint-N."""
+def _set_aside(folder: Path) -> Path:
+    """Another name for what is to be deleted, so that a kill in between leaves no half of a checkpoint-N."""
     aside = folder.with_name(f"deleting-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
-    if not only_aside:
-        shutil.rmtree(aside, ignore_errors=True)
+    return aside
 
 
 def delete_old_checkpoints(output: Path, limit: int | None, keep: set[str]) -> None:
@@ -227,7 +227,7 @@ def delete_old_checkpoints(output: Path, limit: int | None, keep: set[str]) -> N
     found = [folder for folder in _numbered(output)[::-1] if (folder / MANIFEST).is_file()]
     surplus = len(found) - limit if limit and limit > 0 else 0
     for folder in [folder for folder in found if folder.name not in keep][: max(surplus, 0)]:
-        _delete(folder)
+        shutil.rmtree(_set_aside(folder), ignore_errors=True)
 
 
 def write_patiently(write: Callable[[], None], output_dir: str, tries: int = 60, pause: float = 60.0) -> None:

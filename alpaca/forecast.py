@@ -155,9 +155,7 @@ def plan_of(args: "TrainingArguments") -> Plan:
         sharded=bool(args.fsdp),
         group=args.parallelism_config.dp_shard_size if args.parallelism_config else args.world_size,
         offload=bool(fsdp_config.get("cpu_offload")),
-        checkpointing=bool(
-            args.gradient_checkpointing or (args.fsdp and args.fsdp_config.get("activation_checkpointing"))
-        ),
+        checkpointing=bool(args.gradient_checkpointing or fsdp_config.get("activation_checkpointing")),
         half=bool(args.bf16 or args.fp16),
         optimizer_bytes=optimizer,
         rows=args.per_device_train_batch_size,
