@@ -1,0 +1,100 @@
+"""Why base, diff and result of a weight diff do not fit, in words."""
+
+from collections.abc import Iterable
+from typing import Any, NoReturn
+
+from alpaca.errors import UsageError
+from alpaca.shards import Spec
+from alpaca.weights import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Tensor, Weights, dtype_name
+
+VOCABULARY = (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, "word_embeddings.weight", "lm_head.bias")  # a row per token
+
+CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                 "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta")  # fmt: skip
+
+
+def rows_may_differ(name: str, base: Tensor, tuned: Tensor) -> bool:
+    """Whether two shapes of `name` differ only in the number of tokens."""
+    return name.endswith(VOCABULARY) and base.shape[1:] == tuned.shape[1:] and len(base.shape) == len(tuned.shape)
+
+
+def refuse_misfit(
+    base: Weights, other: Weights, missing: list[str], misfits: list[tuple[Tensor, Tensor]],
+    config: dict[str, Any] | None = None,
+) -> NoReturn:  # fmt: skip
+    """Raise UsageError with the tensors that do not fit, and the likely cause.
+
+    Args:
+        missing: names that `base` lacks.
+        misfits: (tensor of the base, what it should be).
+        config: of the base that it should be.
+    """
+    lines = [f"{base.flag} {base.folder} does not fit {other.flag} {other.folder}: {_cause(base, missing, misfits)}"]
+    lines += [
+        f"    {a.name} is {list(a.shape)} {dtype_name(a.dtype)}, expected {list(b.shape)}" for a, b in misfits[:5]
+    ]
+    lines += [f"    {len(misfits) - 5} more have other shapes"] * (len(misfits) > 5)
+    if missing:
+        lines.append(f"    {len(missing)} missing in the base: {_some(missing)}")
+        known = {base.find(name) and base.find(name).name for name in other.tensors}
+        unexpected = [name for name in base.tensors if name not in known]
+        lines += [f"    {len(unexpected)} in the base only: {_some(unexpected)}"] * bool(unexpected)
+    if differences := config_differences(base.config, config or other.config):
+        lines.append(f"    config.json: {differences}")
+    raise UsageError("\n".join(lines))
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
+def _cause(base: Weights, missing: list[str], misfits: list[tuple[Tensor, Tensor]]) -> str:
+    longer = {a.shape[0] - b.shape[0] for a, b in misfits if rows_may_differ(b.name, a, b)}
+    if misfits and not missing and len(longer) == 1 and all(rows_may_differ(b.name, a, b) for a, b in misfits):
+        rows = longer.pop()
+        return (f"its vocabulary is {abs(rows)} row{'s'[: abs(rows) > 1]} {'longer' if rows > 0 else 'shorter'} than "
+                "expected; give the base as it was published, without tokens added to it or taken from it")  # fmt: skip
+    if missing and not misfits and len(missing) < len(base.tensors):
+        return "tensors are missing: part of it was not copied, or it is a model of another architecture"
+    return "it is a model of another size or architecture"
+
+
+def explain_other_base(base: Weights, tensor: Tensor, same: int, looked_at: int, config: dict[str, Any]) -> str:
+    """The message for a base tensor that has not the digest it should have, when `same` of `looked_at` others have."""
+    begin = f"{base.flag} {base.folder}: {tensor.name} ({tensor.path.name}) is not that of the base of this diff"
+    if same:
+        return (f"{begin}, though {same} of {looked_at} other tensors are: this file is damaged or was changed; copy or "
+                "download it again")  # fmt: skip
+    differences = config_differences(base.config, config)
+    return (
+        f"{begin}, and none of {looked_at} others is: it is another base model of the same shapes, as Llama-2 is for a "
+        f"diff against LLaMA, or it was trained further or converted in another way{differences and '; config.json: '}"
+        f"{differences}"
+    )
+
+
+def config_differences(config: dict[str, Any], expected: dict[str, Any]) -> str:
+    """ "max_position_embeddings is 4096, expected 2048 (Llama-2 is not LLaMA)", or "" """
+    names = [name for name in CONFIG_FIELDS if name in config and name in expected and config[name] != expected[name]]
+    told = ", ".join(f"{name} is {config[name]}, expected {expected[name]}" for name in names)
+    positions = [values.get("max_position_embeddings") for values in (config, expected)]
+    if config.get("model_type") == "llama" and positions == [4096, 2048]:
+        told += " (4096 positions are Llama-2's, 2048 LLaMA's: they are different models)"
+    return told
+
+
+def check_same_tensors(weights: Weights, specs: Iterable[Spec], source: str) -> None:
+    """Raise UsageError unless `weights` has exactly the tensors `specs`, in their dtypes and shapes."""
+    specs = {spec.name: spec for spec in specs}
+    missing = [name for name in specs if name not in weights.tensors]
+    unexpected = [name for name in weights.tensors if name not in specs]
+    other = [
+        f"{tensor}, expected {list(specs[name].shape)} {dtype_name(specs[name].dtype or tensor.dtype)}"
+        for name, tensor in weights.tensors.items()
+        if name in specs and (tensor.shape != specs[name].shape or specs[name].dtype not in (None, tensor.dtype))
+    ]
+    if missing or unexpected or other:
+        told = [f"{len(missing)} missing: {_some(missing)}"] * bool(missing)
+        told += [f"{len(unexpected)} unexpected: {_some(unexpected)}"] * bool(unexpected)
+        told += [f"{len(other)} different: {'; '.join(other[:3])}"] * bool(other)
+        raise UsageError(f"{weights.flag} {weights.folder} has not the tensors of {source}: {'; '.join(told)}")

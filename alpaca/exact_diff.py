@@ -1,0 +1,373 @@
+"""The exact weight diff: xor of the stored bits of base and tuned tensors, with a manifest of SHA-256 digests.
+
+    diff.safetensors (or shards)     per tensor: bits of tuned xor bits of the base cast to the tuned dtype, as integers
+                                     of its width; rows that the base lacks are stored as they are
+    weight_diff.json                 the manifest: digests of every base, diff and result tensor and of every file here
+    weight_diff.json.sha256          the manifest's own digest, as sha256sum prints it
+    config.json                      says that this is no model; the tuned model's own is tuned_config.json
+    tokenizer.json, …                the tuned model's other files, as they are
+
+A base tensor is hashed whole, after the cast, so that copies of one base in float16 and float32 are equal bases. In
+recover the digests of base and result prove the diff between them, which is hashed only to name what is damaged.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alpaca.checkpoints import human
+from alpaca.diagnosis import CONFIG_FIELDS, check_same_tensors, explain_other_base, refuse_misfit, rows_may_differ
+from alpaca.errors import UsageError
+from alpaca.shards import ShardDigests, ShardWriter, Spec, plan_shards, write_index
+from alpaca.streaming import Pipeline, Slot
+from alpaca.weights import (
+    DTYPES,
+    MANIFEST,
+    Tensor,
+    Weights,
+    companions,
+    dtype_name,
+    memory,
+    read_json,
+    safetensors_header,
+)
+
+SIDECAR = f"{MANIFEST}.sha256"
+NOT_A_MODEL = "weight_diff__recover_the_model_with_weight_diff.py"  # model_type: what from_pretrained will name
+TUNED_CONFIG = "tuned_config.json"
+VERSION = 1
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def is_exact_diff(folder: Path) -> bool:
+    marked = (folder / "config.json").is_file() and NOT_A_MODEL in (folder / "config.json").read_text(errors="replace")
+    return marked or any((folder / name).exists() for name in (MANIFEST, SIDECAR))
+
+
+def digest_of_file(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ---- xor ----
+
+
+def xor_pieces(
+    pipe: Pipeline, spec: Spec, base: Weights, base_tensor: Tensor | None, other: Weights, other_tensor: Tensor,
+    base_hash: Any,
+) -> Iterator[tuple[Slot, int, torch.Tensor, torch.Tensor]]:  # fmt: skip
+    """(slot, first element, other, other xor base) in pieces, as integers. The base is hashed to its end."""
+    integer = INTEGERS[spec.dtype.itemsize]
+    numel, base_numel = other_tensor.numel, base_tensor.numel if base_tensor else 0
+    for slot, start, count in pipe.pieces(max(numel, base_numel)):
+        scratch = slot.take(3, torch.uint8, count * 8)
+        base_piece = slot.take(0, spec.dtype, max(0, min(count, base_numel - start)))
+        if base_piece.numel():
+            base.read(base_tensor, start, base_piece, scratch)
+            pipe.send(slot, "base", base_hash.update, base_piece)
+        piece = slot.take(1, other_tensor.dtype, max(0, min(count, numel - start)))
+        if piece.numel():
+            other.read(other_tensor, start, piece, scratch)
+            piece, out = piece.view(integer), slot.take(2, integer, piece.numel())
+            both = min(base_piece.numel(), piece.numel())
+            torch.bitwise_xor(piece[:both], base_piece.view(integer)[:both], out=out[:both])
+            out[both:] = piece[both:]
+            yield slot, start, piece, out
+
+
+def hash_tensor(pipe: Pipeline, lane: str, weights: Weights, tensor: Tensor, dtype: torch.dtype) -> Future:
+    """The SHA-256 to come of a whole tensor, cast to `dtype`."""
+    digest = hashlib.sha256()
+    for slot, start, count in pipe.pieces(tensor.numel):
+        piece = slot.take(0, dtype, count)
+        weights.read(tensor, start, piece, slot.take(3, torch.uint8, count * 8))
+        pipe.send(slot, lane, digest.update, piece)
+    return pipe.after(lane, digest.hexdigest)
+
+
+def counterparts(base: Weights, tuned: Weights) -> dict[str, Tensor | None]:
+    """For every tuned tensor the base tensor that it is differenced with; None: it is stored as it is.
+
+    Raises:
+        UsageError: the base lacks tensors, or has them in other shapes.
+    """
+    found: dict[str, Tensor | None] = {}
+    missing, misfits = [], []
+    for name, tensor in tuned.tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise UsageError(f"{tuned.flag} {tuned.folder}: {tensor} has a dtype that safetensors cannot store")
+        own = name.endswith("inv_freq") or not tensor.dtype.is_floating_point
+        other = found[name] = None if own else base.find(name)
+        if other is None and not own:
+            missing.append(name)
+        elif other and other.shape != tensor.shape and not rows_may_differ(name, other, tensor):
+            misfits.append((other, tensor))
+    if missing or misfits:
+        refuse_misfit(base, tuned, missing, misfits)
+    return found
+
+
+# ---- make_diff ----
+
+
+def make(pipe: Pipeline, base: Weights, tuned: Weights, folder: Path, max_shard_size: str) -> list[str]:
+    """Write the exact diff of two checkpoints into `folder`; returns what its publisher should know, in lines."""
+    pairs = counterparts(base, tuned)
+    specs = [Spec(name, INTEGERS[t.dtype.itemsize], t.shape) for name, t in tuned.tensors.items()]
+    shards = plan_shards(specs, "diff", max_shard_size)
+    writer, files = ShardWriter(folder, shards), ShardDigests(shards)
+    entries = {}
+    for spec in (spec for shard in shards for spec in shard.tensors):
+        entries[spec.name] = _diff_tensor(pipe, base, pairs[spec.name], tuned, tuned.tensors[spec.name], writer, files)
+    used = {tensor.name for tensor in pairs.values() if tensor}
+    unused = {
+        name: {**_header(tensor), "sha256": hash_tensor(pipe, "base", base, tensor, tensor.dtype)}
+        for name, tensor in base.tensors.items()
+        if name not in used
+    }
+    pipe.after("write", writer.close).result()
+    digests = pipe.after("files", files.close).result()
+    write_index(folder, "diff", shards)
+    for path in companions(tuned.folder):
+        shutil.copyfile(path, folder / (TUNED_CONFIG if path.name == "config.json" else path.name))
+    (folder / "config.json").write_text(json.dumps({"model_type": NOT_A_MODEL}, indent=2) + "\n", encoding="utf-8")
+    manifest = {
+        "format": "exact weight diff", "version": VERSION, "operation": "xor",
+        "base_config": {name: base.config[name] for name in CONFIG_FIELDS if name in base.config},
+        "tensors": entries, "other_base_tensors": unused,
+        "files": {path.name: {"bytes": path.stat().st_size, "sha256": digests.get(path.name) or digest_of_file(path)}
+                  for path in sorted(folder.iterdir()) if not path.name.startswith(".")},
+    }  # fmt: skip
+    for shard in shards:
+        manifest["files"][shard.name]["header_sha256"] = hashlib.sha256(shard.header).hexdigest()
+    text = json.dumps(manifest, indent=1, default=Future.result) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / SIDECAR).write_text(_sidecar(text.encode()), encoding="utf-8")
+    return _summary(json.loads(text)["tensors"], hashlib.sha256(text.encode()).hexdigest())
+
+
+def _diff_tensor(
+    pipe: Pipeline, base: Weights, base_tensor: Tensor | None, tuned: Weights, tensor: Tensor, writer: ShardWriter,
+    files: ShardDigests,
+) -> dict[str, Any]:  # fmt: skip
+    """Write the diff of one tensor; its entry in the manifest, with digests to come."""
+    base_hash, hash, diff_hash = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    spec = Spec(tensor.name, tensor.dtype, tensor.shape)
+    for slot, _, piece, out in xor_pieces(pipe, spec, base, base_tensor, tuned, tensor, base_hash):
+        pipe.send(slot, "result", hash.update, piece)
+        pipe.send(slot, "diff", diff_hash.update, out)
+        pipe.send(slot, "files", files.update, out)
+        pipe.send(slot, "write", writer.write, out)
+        pipe.bar.update(out.nbytes)
+    entry = {**_header(tensor), "sha256": pipe.after("result", hash.hexdigest)}
+    entry["diff_sha256"] = pipe.after("diff", diff_hash.hexdigest)
+    entry["base"] = base_tensor and {"shape": base_tensor.shape, "sha256": pipe.after("base", base_hash.hexdigest)}
+    return entry
+
+
+def _summary(entries: dict[str, dict[str, Any]], digest: str) -> list[str]:
+    new = [
+        f"{name} (rows {entry['base']['shape'][0]} to {entry['shape'][0] - 1})" if entry["base"] else name
+        for name, entry in entries.items()
+        if not entry["base"] or entry["base"]["shape"][:1] < entry["shape"][:1]
+    ]
+    lines = [f"stored as they are, because the base lacks them: {', '.join(new)}"] * bool(new)
+    if all(entry["base"] and entry["base"]["sha256"] == entry["sha256"] for entry in entries.values()):
+        lines.append("note: every tensor is that of the base; is this the fine-tuned model?")
+    return [*lines, f"digest of the manifest, to be published beside it: {digest}"]
+
+
+def _header(tensor: Tensor) -> dict[str, Any]:
+    return {"dtype": dtype_name(tensor.dtype), "shape": tensor.shape}
+
+
+def _sidecar(manifest: bytes) -> str:
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n"
+
+
+# ---- recover and verify ----
+
+
+class ExactDiff:
+    """A folder that `make` wrote. Opening it checks every byte of it but the tensors', which `pieces` proves.
+
+    Raises:
+        UsageError: a file is missing or is not as published, or `digest` is not that of the manifest.
+    """
+
+    def __init__(self, folder: Path, flag: str, digest: str | None = None):
+        self.folder, self.flag = folder, flag
+        self.manifest, self.digest = self._read_manifest(digest)
+        self.weights = self._check_files()
+        self.entries: dict[str, dict[str, Any]] = self.manifest["tensors"]
+        self.specs = [
+            Spec(name, getattr(torch, entry["dtype"]), tuple(entry["shape"])) for name, entry in self.entries.items()
+        ]
+        stored = [Spec(spec.name, INTEGERS[spec.dtype.itemsize], spec.shape) for spec in self.specs]
+        check_same_tensors(self.weights, stored, f"the manifest of {folder}")
+
+    def _read_manifest(self, digest: str | None) -> tuple[dict[str, Any], str]:
+        for name in (MANIFEST, SIDECAR):
+            if not (self.folder / name).is_file():
+                raise UsageError(f"{self.flag} {self.folder}: {name} is missing; copy or download it again")
+        content = (self.folder / MANIFEST).read_bytes()
+        actual = hashlib.sha256(content).hexdigest()
+        if (self.folder / SIDECAR).read_bytes() != _sidecar(content).encode():
+            raise UsageError(
+                f"{self.flag} {self.folder}: {MANIFEST} has the SHA-256 {actual}, {SIDECAR} promises another: one of "
+                "them is damaged or was changed; download both again"
+            )
+        if digest and digest != actual:
+            raise UsageError(f"--digest {digest}: the manifest of {self.folder} has {actual}; this is another diff")
+        manifest = read_json(self.folder / MANIFEST, self.flag)
+        if manifest.get("version") != VERSION:
+            raise UsageError(f"{self.flag} {self.folder}: is of version {manifest.get('version')!r} of the format, this "
+                             f"program reads {VERSION}; use the program that it was made with")  # fmt: skip
+        return manifest, actual
+
+    def _check_files(self) -> Weights:
+        tensors: dict[str, Tensor] = {}
+        for name, entry in self.manifest["files"].items():
+            path = self.folder / name
+            if not path.is_file():
+                raise UsageError(f"{self.flag} {self.folder}: {name} is missing; copy or download it again")
+            if "header_sha256" in entry:
+                if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+                    raise UsageError(f"{self.flag}: {path} is a git-lfs pointer; run git lfs pull in its folder")
+                if path.stat().st_size != entry["bytes"]:
+                    raise UsageError(f"{self.flag}: {path} has {path.stat().st_size:,} bytes of {entry['bytes']:,}; it "
+                                     "is truncated or damaged; copy or download it again")  # fmt: skip
+                header_tensors, header = safetensors_header(path, self.flag)
+                actual, expected = hashlib.sha256(header).hexdigest(), entry["header_sha256"]
+                tensors |= header_tensors
+            else:
+                actual, expected = digest_of_file(path), entry["sha256"]
+            if actual != expected:
+                raise UsageError(f"{self.flag}: {path} is damaged or was changed (SHA-256 {actual}, published "
+                                 f"{expected}); copy or download it again")  # fmt: skip
+        return Weights(self.folder, self.flag, tensors)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """The tuned model's files beside its weights, by the names that they had."""
+        names = [
+            n for n, entry in self.manifest["files"].items() if "header_sha256" not in entry and n != "config.json"
+        ]
+        return {
+            "config.json" if name == TUNED_CONFIG else name: self.folder / name
+            for name in names
+            if not name.endswith(".index.json")
+        }
+
+    def notes(self) -> list[str]:
+        return []
+
+    verdict = "proved"
+
+    @property
+    def told(self) -> str:
+        size = sum(spec.nbytes for spec in self.specs)
+        return (f"bit for bit what manifest {self.digest} promises: {len(self.specs)} tensors, {human(size)}, and "
+                f"{len(self.files)} files")  # fmt: skip
+
+    def fit(self, base: Weights) -> None:
+        """Recover from this base. Raises UsageError unless its keys and shapes fit."""
+        found: dict[str, Tensor | None] = {}
+        missing, misfits = [], []
+        for spec in self.specs:
+            entry = self.entries[spec.name]["base"]
+            other = found[spec.name] = base.find(spec.name) if entry else None
+            if entry and other is None:
+                missing.append(spec.name)
+            elif entry and other.shape != tuple(entry["shape"]):
+                misfits.append((other, Tensor(spec.name, spec.dtype, tuple(entry["shape"]), self.folder)))
+        if missing or misfits:
+            refuse_misfit(base, self.weights, missing, misfits, self.manifest["base_config"])
+        self.base, self.pairs = base, found
+
+    def pieces(self, pipe: Pipeline, order: list[Spec]) -> Iterator[tuple[Slot, Spec, int, torch.Tensor]]:
+        """(slot, tensor, first element, recovered elements) in pieces; ends without an error only if all is proved."""
+        base, pairs, to_check = self.base, self.pairs, []
+        for spec in order:
+            base_hash, hash, stored = hashlib.sha256(), hashlib.sha256(), self.weights.tensors[spec.name]
+            base_tensor = pairs[spec.name]
+            for slot, start, _, out in xor_pieces(pipe, spec, base, base_tensor, self.weights, stored, base_hash):
+                pipe.send(slot, "result", hash.update, out)
+                pipe.bar.update(out.nbytes)
+                yield slot, spec, start, out.view(spec.dtype)
+            to_check.append((spec, pipe.after("base", base_hash.hexdigest), pipe.after("result", hash.hexdigest)))
+            if len(to_check) > 1:  # of the tensor before, while this one is hashed
+                self._check(*to_check.pop(0))
+        for item in to_check:
+            self._check(*item)
+        self._check_other_tensors(pipe)
+
+    def _check(self, spec: Spec, base_hash: Future, hash: Future) -> None:
+        entry = self.entries[spec.name]
+        if entry["base"] and base_hash.result() != entry["base"]["sha256"]:
+            raise UsageError(self._explain(spec.name))
+        if hash.result() != entry["sha256"]:
+            stored = self.weights.tensors[spec.name]
+            if _digest(self.weights, stored, stored.dtype) != entry["diff_sha256"]:
+                raise UsageError(f"{self.flag}: {spec.name} in {stored.path} is damaged; copy or download it again")
+            raise UsageError(f"{spec.name} was not recovered, though base and diff are as published: is the memory of "
+                             "this machine faulty?")  # fmt: skip
+
+    def _explain(self, name: str) -> str:
+        """Whether one base tensor is damaged or the base is another model: a few others are looked at."""
+        base, pairs = self.base, self.pairs
+        others = [spec for spec in self.specs if pairs[spec.name] and len(spec.shape) > 1 and spec.name != name][-4:]
+        same = [
+            spec.name
+            for spec in others
+            if _digest(base, pairs[spec.name], spec.dtype) == self.entries[spec.name]["base"]["sha256"]
+        ]
+        return explain_other_base(base, pairs[name], len(same), len(others), self.manifest["base_config"])
+
+    def _check_other_tensors(self, pipe: Pipeline) -> None:
+        """Base tensors that the result does not depend on: another copy of the base may lack them, but not alter them."""
+        base, used = self.base, {tensor.name for tensor in self.pairs.values() if tensor}
+        for name, entry in self.manifest["other_base_tensors"].items():
+            tensor = base.tensors.get(name)
+            if (
+                tensor is None
+                or name in used
+                or name.endswith("inv_freq")
+                or dtype_name(tensor.dtype) != entry["dtype"]
+            ):
+                continue
+            if hash_tensor(pipe, "base", base, tensor, tensor.dtype).result() != entry["sha256"]:
+                raise UsageError(f"{base.flag}: {name} in {tensor.path} is damaged or was changed, though the result does "
+                                 "not depend on it; copy or download it again")  # fmt: skip
+
+    def verify(self, pipe: Pipeline, tuned: Weights) -> None:
+        """Raise UsageError unless `tuned` is, bit for bit, the result that the manifest promises."""
+        check_same_tensors(tuned, self.specs, f"the manifest of {self.folder}")
+        digests = {}
+        for number, spec in enumerate(self.specs):
+            tensor = tuned.tensors[spec.name]
+            digests[spec.name] = hash_tensor(pipe, f"lane {number % 4}", tuned, tensor, spec.dtype)
+            pipe.bar.update(tensor.nbytes)
+        wrong = [name for name, digest in digests.items() if digest.result() != self.entries[name]["sha256"]]
+        if wrong:
+            raise UsageError(f"{tuned.flag} {tuned.folder}: {len(wrong)} of {len(digests)} tensors are not those of the "
+                             f"manifest: {', '.join(wrong[:5])}")  # fmt: skip
+        for name, path in self.files.items():
+            if not (tuned.folder / name).is_file() or digest_of_file(tuned.folder / name) != digest_of_file(path):
+                raise UsageError(f"{tuned.flag} {tuned.folder}: the weights are those of the manifest, but {name} is "
+                                 f"missing or changed; it is in {path}")  # fmt: skip
+
+
+def _digest(weights: Weights, tensor: Tensor, dtype: torch.dtype) -> str:
+    """SHA-256 of a tensor, for a diagnosis."""
+    digest, scratch, step = hashlib.sha256(), torch.empty(1 << 22, dtype=torch.uint8), 1 << 19
+    for start in range(0, tensor.numel, step):
+        piece = torch.empty(min(step, tensor.numel - start), dtype=dtype)
+        weights.read(tensor, start, piece, scratch)
+        digest.update(memory(piece))
+    return digest.hexdigest()

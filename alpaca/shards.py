@@ -1,0 +1,254 @@
+"""Writing safetensors in pieces, into a folder that is whole or not there."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import torch
+
+from alpaca.checkpoints import free_bytes, human
+from alpaca.errors import UsageError
+from alpaca.weights import DTYPE_NAMES, memory
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+MARKER = ".incomplete"  # in a folder that is being written
+
+
+# ---- a folder that appears when it is complete ----
+
+
+@contextmanager
+def new_folder(path: str | Path, flag: str, nbytes: int, overwrite: bool, inputs: Iterable[Path]) -> Iterator[Path]:
+    """A folder beside `path` to write `nbytes` into, renamed to `path` when the block ends without an error.
+
+    Raises:
+        UsageError: `path` is taken, is one of the `inputs`, cannot be written, or its disk is too small.
+    """
+    target = Path(os.path.realpath(Path(path).expanduser()))
+    partial, replaced = (target.with_name(f"{target.name}.{ending}") for ending in ("incomplete", "replaced"))
+    _check_target(target, replaced, flag, overwrite, inputs)
+    if free_bytes(target) < nbytes + 10**7:
+        raise UsageError(f"{flag} {path}: needs {human(nbytes)}, its disk has {human(free_bytes(target))} free")
+    try:
+        lock = _begin(partial, flag)
+        try:
+            yield partial
+            (partial / MARKER).unlink()
+            _sync(partial)
+            if overwrite and target.exists():
+                os.rename(target, replaced)
+            os.rename(partial, target)
+            _sync(target.parent)
+            shutil.rmtree(replaced, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        finally:
+            os.close(lock)
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: could not be written ({error})") from error
+
+
+def _check_target(target: Path, replaced: Path, flag: str, overwrite: bool, inputs: Iterable[Path]) -> None:
+    if any(target == Path(os.path.realpath(folder)) for folder in inputs):
+        raise UsageError(f"{flag} {target}: is also read from; choose another folder")
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        return
+    if not overwrite:
+        raise UsageError(f"{flag} {target}: already exists; choose another folder or pass --overwrite")
+    if (
+        not target.is_dir()
+        or not (target / "config.json").is_file()
+        or any(child.is_dir() for child in target.iterdir())
+    ):
+        raise UsageError(f"{flag} {target}: --overwrite replaces a folder of a checkpoint or a diff only, without "
+                         "folders inside; delete this one yourself")  # fmt: skip
+    if replaced.exists():
+        raise UsageError(f"{flag} {target}: {replaced} is left of an earlier --overwrite that was killed; move it away")
+
+
+def _begin(partial: Path, flag: str) -> int:
+    """Make the folder, without what a killed process has left in it; the lock says that its process is alive."""
+    partial.mkdir(parents=True, exist_ok=True)
+    lock = os.open(partial, os.O_RDONLY)
+    try:
+        if fcntl is not None:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise UsageError(f"{flag}: another process is writing {partial}") from error
+    except OSError:
+        pass  # a file system without locks
+    left = list(partial.iterdir())
+    if left and not (partial / MARKER).exists():
+        os.close(lock)
+        raise UsageError(f"{flag}: {partial} is needed for writing and holds files of yours; move it away")
+    (partial / MARKER).touch()
+    for path in left:
+        if path.name != MARKER:
+            path.unlink()
+    return lock
+
+
+def _sync(folder: Path) -> None:
+    """The names in `folder` are on the disk when this returns."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+# ---- safetensors files, whose sizes are known before their content ----
+
+
+class Spec(NamedTuple):
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A safetensors file: its header, then the tensors one behind the other."""
+
+    name: str
+    tensors: list[Spec]
+
+    @property
+    def header(self) -> bytes:
+        entries, end = {"__metadata__": {"format": "pt"}}, 0
+        for spec in self.tensors:
+            begin, end = end, end + spec.nbytes
+            entries[spec.name] = {
+                "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]
+            }  # fmt: skip
+        text = json.dumps(entries).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + sum(spec.nbytes for spec in self.tensors)
+
+
+def plan_shards(specs: Iterable[Spec], stem: str, max_shard_size: str | int) -> list[Shard]:
+    """`stem`.safetensors, or `stem`-00001-of-00003.safetensors and so on where it would exceed `max_shard_size`.
+
+    Raises:
+        UsageError: `max_shard_size` is not a size such as "5GB".
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    specs = {spec.name: spec for spec in specs}
+    shapes = {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs.values()}
+    pattern = f"{stem}{{suffix}}.safetensors"
+    try:
+        size = int(max_shard_size) if str(max_shard_size).isdigit() else max_shard_size
+        plan = split_torch_state_dict_into_shards(shapes, filename_pattern=pattern, max_shard_size=size)
+    except ValueError as error:
+        raise UsageError(f"--max_shard_size {max_shard_size}: expected a size such as 5GB ({error})") from error
+    by_width = lambda spec: -spec.dtype.itemsize  # noqa: E731  each begins at a multiple of its own width
+    return [
+        Shard(filename, sorted((specs[name] for name in names), key=by_width))
+        for filename, names in plan.filename_to_tensors.items()
+    ]
+
+
+def write_index(folder: Path, stem: str, shards: list[Shard]) -> None:
+    """What from_pretrained reads to find a tensor, where there are several shards."""
+    if len(shards) > 1:
+        total = sum(spec.nbytes for shard in shards for spec in shard.tensors)
+        weight_map = {spec.name: shard.name for shard in shards for spec in shard.tensors}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+class ShardWriter:
+    """Writes the pieces of all tensors, given in the order of `shards`, to their files."""
+
+    def __init__(self, folder: Path, shards: list[Shard]):
+        self.folder, self.left, self.file, self.room = folder, list(shards), None, 0
+
+    def write(self, piece: memoryview) -> None:
+        while piece:
+            if self.room == 0:
+                self._next()
+            count = self.file.write(piece[: self.room])
+            self.room -= count
+            piece = piece[count:]
+
+    def close(self) -> None:
+        """After the last piece: tensors without elements still need their file."""
+        assert self.room == 0
+        while self.left:
+            self._next()
+        self._finish()
+
+    def _next(self) -> None:
+        self._finish()
+        shard = self.left.pop(0)
+        self.file: IO[bytes] = open(self.folder / shard.name, "wb", buffering=0)
+        self.file.write(shard.header)
+        self.room = shard.nbytes - len(shard.header)
+
+    def _finish(self) -> None:
+        if self.file is not None:
+            os.fsync(self.file.fileno())
+            self.file.close()
+
+
+class ShardDigests:
+    """SHA-256 of the files that a ShardWriter writes, from the same pieces."""
+
+    def __init__(self, shards: list[Shard]):
+        self.left, self.room, self.digests = list(shards), 0, {}
+        self.current = hashlib.sha256()
+
+    def update(self, piece: memoryview) -> None:
+        while piece:
+            if self.room == 0:
+                self._next()
+            part = piece[: self.room]
+            self.current.update(part)
+            self.room -= len(part)
+            piece = piece[len(part) :]
+
+    def close(self) -> dict[str, str]:
+        while self.left:
+            self._next()
+        return {name: digest.hexdigest() for name, digest in self.digests.items()}
+
+    def _next(self) -> None:
+        shard = self.left.pop(0)
+        self.current = self.digests[shard.name] = hashlib.sha256(shard.header)
+        self.room = shard.nbytes - len(shard.header)
+
+
+class MemoryWriter:
+    """A ShardWriter's counterpart that keeps the tensors."""
+
+    def __init__(self, specs: Iterable[Spec]):
+        self.tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs}
+        self.left = [memory(tensor.view(-1)) for tensor in self.tensors.values() if tensor.numel()]
+
+    def write(self, piece: memoryview) -> None:
+        """Pieces come tensor by tensor, in the order of the specs."""
+        self.left[0][: len(piece)] = piece
+        self.left[0] = self.left[0][len(piece) :]
+        if not self.left[0]:
+            del self.left[0]

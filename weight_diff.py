@@ -1,0 +1,300 @@
+"""Publish a fine-tuned checkpoint as its difference from the base model, and recover it. Three commands:
+
+    python weight_diff.py make_diff --path_raw <base> --path_tuned <tuned> --path_diff <diff>
+    python weight_diff.py recover --path_raw <base> --path_diff <diff> --path_tuned <tuned>
+    python weight_diff.py verify --path_diff <diff> --path_tuned <tuned>
+
+A diff is exact: recover gives back every bit of the tuned checkpoint, and proves it with the SHA-256 digests of the
+diff's manifest. Diffs in the format of 2023, such as that of Alpaca-7B, are recovered as 2023 did. Tensors are read and
+written in pieces: a model of any size takes a few hundred megabytes of memory.
+"""
+
+import functools
+import inspect
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from alpaca import commands, exact_diff
+from alpaca.checkpoints import human
+from alpaca.errors import UsageError, reported
+from alpaca.exact_diff import ExactDiff, companions, is_exact_diff
+from alpaca.float_diff import FloatDiff, NaiveSum
+from alpaca.prompts import format_prompt
+from alpaca.shards import MemoryWriter, ShardWriter, Spec, new_folder, plan_shards, write_index
+from alpaca.streaming import Pipeline
+from alpaca.weights import Weights, find_folder, open_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+QUESTION = "List three technologies that make life easier."  # as in 2023
+ROOM = 10**8  # bytes on the disk for tokenizer and manifest
+
+
+def make_diff(
+    path_raw: str,
+    path_tuned: str,
+    path_diff: str,
+    device: str = "cpu",
+    method: str = "exact",
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Write the difference between a fine-tuned checkpoint and its base, to be published.
+
+    Args:
+        path_raw: folder (or hub id) of the base model.
+        path_tuned: folder of the fine-tuned model.
+        path_diff: folder to be written.
+        device: of 2023, without effect: reading and hashing take the time, not arithmetic.
+        method: exact, or float, which is 2023's format, for people who recover with 2023's code.
+        max_shard_size: largest size of one file.
+        overwrite: replace path_diff if it is a checkpoint or a diff.
+
+    Raises:
+        UsageError: a folder is no checkpoint or is damaged, or base and tuned do not fit; nothing is written.
+    """
+    _check_choices(device=device, method=method)
+    with open_weights(path_raw, "--path_raw") as base, open_weights(path_tuned, "--path_tuned") as tuned:
+        if base.folder.resolve() == tuned.folder.resolve():
+            raise UsageError(f"--path_tuned {path_tuned}: is the base itself")
+        size = tuned.nbytes if method == "exact" else 4 * sum(tensor.numel for tensor in tuned.tensors.values())
+        inputs = (base.folder, tuned.folder)
+        with new_folder(path_diff, "--path_diff", size + ROOM, overwrite, inputs) as folder:
+            with Pipeline(size, "make_diff") as pipe:
+                if method == "exact":
+                    lines = exact_diff.make(pipe, base, tuned, folder, max_shard_size)
+                else:
+                    diff = FloatDiff(base, tuned, sign=-1)
+                    lines = diff.notes()
+                    _write(diff, pipe, folder, max_shard_size, torch.float32, None)
+                    _copy(diff.files, folder, torch.float32)
+    print("\n".join([*lines, f"wrote {path_diff}: {len(tuned.tensors)} tensors, {human(size)}"]), flush=True)
+
+
+def recover(
+    path_raw: str,
+    path_diff: str,
+    path_tuned: str | None = None,
+    device: str = "cpu",
+    test_inference: bool = False,
+    check_integrity_naively: bool | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    digest: str | None = None,
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Recover a fine-tuned model from its base and a diff. Without path_tuned both are verified and nothing is written.
+
+    From Python it returns (model, tokenizer), as in 2023; from the command line the model is loaded only for
+    --test_inference.
+
+    Args:
+        path_raw: folder (or hub id) of the base model in Hugging Face's format, of any float dtype.
+        path_diff: folder (or hub id) of the diff, exact or as 2023 wrote it.
+        path_tuned: folder to be written, a checkpoint for from_pretrained.
+        device: cpu or cuda, where the recovered model is loaded to.
+        test_inference: load the recovered model and let it answer a question.
+        check_integrity_naively: 2023's check, the sum of the weights of Alpaca-7B; True makes another sum an error, not
+            given it is told, for diffs in the format of 2023.
+        dtype: float32, float16 or bfloat16 for the recovered weights; not given, the tuned model's (2023: float32).
+        max_shard_size: largest size of one file.
+        overwrite: replace path_tuned if it is a checkpoint or a diff.
+        digest: what make_diff has printed; the manifest of the diff must have it.
+
+    Raises:
+        UsageError: base and diff do not fit, or a byte of them is not what it was; nothing is written.
+    """
+    return _recover(path_raw, path_diff, path_tuned, device, test_inference, check_integrity_naively, dtype,
+                    max_shard_size, overwrite, digest, load=True)  # fmt: skip
+
+
+def verify(path_diff: str, path_tuned: str, path_raw: str | None = None, digest: str | None = None) -> None:
+    """Verify that a folder is, bit for bit, what recover makes of a diff.
+
+    Args:
+        path_diff: folder (or hub id) of the diff.
+        path_tuned: folder to be verified.
+        path_raw: the base; needed for a diff in the format of 2023, which has no digests. With an exact diff, base and
+            diff are verified too.
+        digest: what make_diff has printed; the manifest of the diff must have it.
+
+    Raises:
+        UsageError: the message names the tensors or the file that differ.
+    """
+    with open_weights(path_tuned, "--path_tuned") as tuned:
+        folder = find_folder(path_diff, "--path_diff")
+        if is_exact_diff(folder):
+            diff = ExactDiff(folder, "--path_diff", digest)
+            with Pipeline(tuned.nbytes, "verify") as pipe:
+                diff.verify(pipe, tuned)
+            print(f"proved: {path_tuned} is {diff.told}", flush=True)
+            if path_raw is not None:
+                _recover(path_raw, path_diff, digest=digest)
+        elif path_raw is None:
+            raise UsageError(f"--path_diff {path_diff}: is in the format of 2023, without digests; give --path_raw too")
+        else:
+            with open_weights(path_raw, "--path_raw") as base, open_weights(folder, "--path_diff") as diff:
+                with Pipeline(diff.nbytes, "verify") as pipe:
+                    FloatDiff(base, diff, sign=1).verify(pipe, tuned)
+            print(f"proved: {path_tuned} is, bit for bit, the sum of {path_raw} and {path_diff}", flush=True)
+
+
+# ---- recover, with the model or without ----
+
+
+def _recover(
+    path_raw: str, path_diff: str, path_tuned: str | None = None, device: str = "cpu", test_inference: bool = False,
+    check_integrity_naively: bool | None = None, dtype: str | None = None, max_shard_size: str = "5GB",
+    overwrite: bool = False, digest: str | None = None, load: bool = False,
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase] | None":  # fmt: skip
+    """`recover`, which loads the model only if it is to answer or to be returned."""
+    _check_choices(device=device, dtype=dtype)
+    load, kind, state = load or test_inference, DTYPES.get(dtype), None
+    with open_weights(path_raw, "--path_raw") as base:
+        diff = _open_diff(base, path_diff, digest)
+        for note in diff.notes():
+            print(note, flush=True)
+        config = json.loads(diff.files["config.json"].read_text(encoding="utf-8"))
+        summed = isinstance(diff, FloatDiff) if check_integrity_naively is None else check_integrity_naively
+        naive = NaiveSum(diff.specs, config) if summed else None
+        size, nbytes = (sum(spec.nbytes for spec in specs) for specs in (_cast(diff.specs, kind), diff.specs))
+        lines = []
+        if path_tuned is not None:
+            inputs = (base.folder, diff.folder)
+            with new_folder(path_tuned, "--path_tuned", size + ROOM, overwrite, inputs) as folder:
+                with Pipeline(nbytes, "recover") as pipe:
+                    _write(diff, pipe, folder, max_shard_size, kind, naive)
+                _copy(diff.files, folder, kind)
+                lines = [naive.check(check_integrity_naively is True)] if naive else []
+        else:
+            writer = MemoryWriter(_cast(diff.specs, kind)) if load else None
+            with Pipeline(nbytes, "recover") as pipe:
+                _stream(diff, pipe, diff.specs, kind, writer, naive)
+                pipe.drain()
+            lines = [naive.check(check_integrity_naively is True)] if naive else []
+            state = writer and writer.tensors
+        told = f"{path_tuned} is" if path_tuned is not None else f"nothing written; {path_raw} and {path_diff} give"
+        lines.append(f"{diff.verdict}: {told} {diff.told}" + f"; converted to {dtype}" * bool(dtype))
+        print("\n".join(lines), flush=True)
+        return _load(diff.files, path_tuned, state, device, kind, test_inference) if load else None
+
+
+def _open_diff(base: Weights, path_diff: str, digest: str | None) -> ExactDiff | FloatDiff:
+    folder = find_folder(path_diff, "--path_diff")
+    if is_exact_diff(folder):
+        diff = ExactDiff(folder, "--path_diff", digest)
+        diff.fit(base)
+        return diff
+    if digest is not None:
+        raise UsageError(f"--digest: {path_diff} is in the format of 2023, which has none")
+    if base.folder.resolve() == folder.resolve():
+        raise UsageError(f"--path_diff {path_diff}: is the base itself")
+    return FloatDiff(base, open_weights(folder, "--path_diff"), sign=1)
+
+
+def _cast(specs: list[Spec], dtype: torch.dtype | None) -> list[Spec]:
+    return [spec._replace(dtype=dtype) if dtype and spec.dtype.is_floating_point else spec for spec in specs]
+
+
+def _write(
+    diff: ExactDiff | FloatDiff, pipe: Pipeline, folder: Path, max_shard_size: str, dtype: torch.dtype | None,
+    naive: NaiveSum | None,
+) -> None:  # fmt: skip
+    """Write what `diff` yields as the safetensors of a model."""
+    by_name = {spec.name: spec for spec in diff.specs}
+    shards = plan_shards(_cast(diff.specs, dtype), "model", max_shard_size)
+    writer = ShardWriter(folder, shards)
+    order = [by_name[spec.name] for shard in shards for spec in shard.tensors]
+    _stream(diff, pipe, order, dtype, writer, naive)
+    pipe.after("write", writer.close).result()
+    write_index(folder, "model", shards)
+
+
+def _stream(
+    diff: ExactDiff | FloatDiff, pipe: Pipeline, order: list[Spec], dtype: torch.dtype | None,
+    writer: ShardWriter | MemoryWriter | None, naive: NaiveSum | None,
+) -> None:  # fmt: skip
+    for slot, spec, start, piece in diff.pieces(pipe, order):
+        if naive is not None:
+            naive.add(spec, start, piece)
+        if dtype not in (None, piece.dtype) and piece.is_floating_point():
+            piece = slot.take(4, dtype, piece.numel()).copy_(piece)
+        if writer is not None:
+            pipe.send(slot, "write", writer.write, piece)
+
+
+def _copy(files: Mapping[str, Path], folder: Path, dtype: torch.dtype | None) -> None:
+    """Tokenizer and configuration as they are, but for the dtype of the weights."""
+    for name, path in files.items():
+        shutil.copyfile(path, folder / name)
+    if dtype is not None:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _load(
+    files: Mapping[str, Path], path_tuned: str | None, state: dict[str, torch.Tensor] | None, device: str,
+    dtype: torch.dtype | None, test_inference: bool,
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # fmt: skip
+    """The recovered model, from its folder or from memory, and its tokenizer."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    from alpaca.tokenizer import open_tokenizer
+
+    if path_tuned is not None:
+        tokenizer = open_tokenizer(path_tuned)
+        model = AutoModelForCausalLM.from_pretrained(path_tuned, dtype="auto")
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            _copy(files, Path(folder), dtype)
+            tokenizer, config = open_tokenizer(folder), AutoConfig.from_pretrained(folder)
+            dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
+            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+            if "generation_config.json" in files:
+                model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.to(device).eval()
+    if test_inference:
+        prompt = format_prompt({"instruction": QUESTION})
+        inputs = tokenizer(prompt, return_tensors="pt").to(device)
+        output = model.generate(**inputs, max_new_tokens=100)
+        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        print(f"Input: {prompt}\nCompletion: {answer}", flush=True)
+    return model, tokenizer
+
+
+def _check_choices(**flags: str | None) -> None:
+    choices = {"method": ("exact", "float"), "dtype": (None, *DTYPES)}
+    for name, value in flags.items():
+        if name in choices and value not in choices[name]:
+            expected = ", ".join(choice for choice in choices[name] if choice)
+            raise UsageError(f"--{name} {value}: expected one of {expected}")
+    if flags["device"] != "cpu":
+        try:
+            torch.empty(0, device=flags["device"])
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"--device {flags['device']}: is not available here ({error})") from error
+
+
+def main() -> None:
+    """The command line: recover without the model that it returns from Python."""
+
+    @functools.wraps(recover)
+    def command(*values: Any, **flags: Any) -> None:
+        _recover(*values, **flags)
+
+    commands.run("weight_diff.py", {"make_diff": make_diff, "recover": command, "verify": verify})
+
+
+if __name__ == "__main__":
+    with reported("weight_diff.py"):
+        main()
