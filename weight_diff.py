@@ -10,20 +10,19 @@ written in pieces: a model of any size takes a few hundred megabytes of memory.
 """
 
 import functools
-import inspect
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from alpaca import commands, exact_diff
-from alpaca.checkpoints import human
 from alpaca.errors import UsageError, reported
-from alpaca.exact_diff import ExactDiff, companions, is_exact_diff
+from alpaca.exact_diff import ExactDiff, is_exact_diff
+from alpaca.files import human
 from alpaca.float_diff import FloatDiff, NaiveSum
 from alpaca.prompts import format_prompt
 from alpaca.shards import MemoryWriter, ShardWriter, Spec, new_folder, plan_shards, write_index
@@ -33,7 +32,7 @@ from alpaca.weights import Weights, find_folder, open_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 QUESTION = "List three technologies that make life easier."  # as in 2023
 ROOM = 10**8  # bytes on the disk for tokenizer and manifest
 
@@ -65,6 +64,7 @@ def make_diff(
     with open_weights(path_raw, "--path_raw") as base, open_weights(path_tuned, "--path_tuned") as tuned:
         if base.folder.resolve() == tuned.folder.resolve():
             raise UsageError(f"--path_tuned {path_tuned}: is the base itself")
+        tuned.require_config()
         size = tuned.nbytes if method == "exact" else 4 * sum(tensor.numel for tensor in tuned.tensors.values())
         inputs = (base.folder, tuned.folder)
         with new_folder(path_diff, "--path_diff", size + ROOM, overwrite, inputs) as folder:
@@ -157,7 +157,7 @@ def _recover(
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase] | None":  # fmt: skip
     """`recover`, which loads the model only if it is to answer or to be returned."""
     _check_choices(device=device, dtype=dtype)
-    load, kind, state = load or test_inference, DTYPES.get(dtype), None
+    load, kind, state = load or test_inference, FLOATS.get(dtype), None
     with open_weights(path_raw, "--path_raw") as base:
         diff = _open_diff(base, path_diff, digest)
         for note in diff.notes():
@@ -184,6 +184,7 @@ def _recover(
         told = f"{path_tuned} is" if path_tuned is not None else f"nothing written; {path_raw} and {path_diff} give"
         lines.append(f"{diff.verdict}: {told} {diff.told}" + f"; converted to {dtype}" * bool(dtype))
         print("\n".join(lines), flush=True)
+        kind = kind or next(spec.dtype for spec in diff.specs if spec.dtype.is_floating_point)
         return _load(diff.files, path_tuned, state, device, kind, test_inference) if load else None
 
 
@@ -197,7 +198,9 @@ def _open_diff(base: Weights, path_diff: str, digest: str | None) -> ExactDiff |
         raise UsageError(f"--digest: {path_diff} is in the format of 2023, which has none")
     if base.folder.resolve() == folder.resolve():
         raise UsageError(f"--path_diff {path_diff}: is the base itself")
-    return FloatDiff(base, open_weights(folder, "--path_diff"), sign=1)
+    diff = open_weights(folder, "--path_diff")
+    diff.require_config()
+    return FloatDiff(base, diff, sign=1)
 
 
 def _cast(specs: list[Spec], dtype: torch.dtype | None) -> list[Spec]:
@@ -252,12 +255,11 @@ def _load(
 
     if path_tuned is not None:
         tokenizer = open_tokenizer(path_tuned)
-        model = AutoModelForCausalLM.from_pretrained(path_tuned, dtype="auto")
+        model = AutoModelForCausalLM.from_pretrained(path_tuned, dtype=dtype)
     else:
         with tempfile.TemporaryDirectory() as folder:
             _copy(files, Path(folder), dtype)
             tokenizer, config = open_tokenizer(folder), AutoConfig.from_pretrained(folder)
-            dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
             model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
             if "generation_config.json" in files:
@@ -273,7 +275,7 @@ def _load(
 
 
 def _check_choices(**flags: str | None) -> None:
-    choices = {"method": ("exact", "float"), "dtype": (None, *DTYPES)}
+    choices = {"method": ("exact", "float"), "dtype": (None, *FLOATS)}
     for name, value in flags.items():
         if name in choices and value not in choices[name]:
             expected = ", ".join(choice for choice in choices[name] if choice)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from alpaca.console import say
 from alpaca.errors import UsageError
-from alpaca.files import atomic_write
+from alpaca.files import atomic_write, free_bytes, human
 from alpaca.waiting import wait_for_all_ranks
 
 if TYPE_CHECKING:
@@ -278,19 +278,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         for inner in getattr(error, "failures", {}).values():
             yield inner[0] if isinstance(inner, tuple) else inner
         error = error.__cause__ or error.__context__
-
-
-def free_bytes(folder: Path) -> int:
-    """Free space on the disk of `folder`, or of its first parent that exists."""
-    folder = folder.resolve()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def human(size: float) -> str:
-    """Bytes as "1.3 GB" (10^9) or, where smaller, "0.9 MB"."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
 # ---- an optimizer saved by FSDP, continued without, and the other way round ----

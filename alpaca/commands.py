@@ -1,4 +1,4 @@
-"""`python program.py task --flag value …` by fire, as in 2023. Names are checked first: fire runs the task and only then
+"""`python program.py task --flag value …`, by fire as in 2023. Names are checked first: fire runs a task and only then
 rejects a flag that it does not know."""
 
 import difflib

@@ -63,8 +63,8 @@ def explain_other_base(base: Weights, tensor: Tensor, same: int, looked_at: int,
     """The message for a base tensor that has not the digest it should have, when `same` of `looked_at` others have."""
     begin = f"{base.flag} {base.folder}: {tensor.name} ({tensor.path.name}) is not that of the base of this diff"
     if same:
-        return (f"{begin}, though {same} of {looked_at} other tensors are: this file is damaged or was changed; copy or "
-                "download it again")  # fmt: skip
+        return (f"{begin}, though {same} of {looked_at} other tensors are: this file is damaged or was changed; copy "
+                "or download it again")  # fmt: skip
     differences = config_differences(base.config, config)
     return (
         f"{begin}, and none of {looked_at} others is: it is another base model of the same shapes, as Llama-2 is for a "

@@ -16,14 +16,15 @@ import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from alpaca.checkpoints import human
 from alpaca.diagnosis import CONFIG_FIELDS, check_same_tensors, explain_other_base, refuse_misfit, rows_may_differ
 from alpaca.errors import UsageError
+from alpaca.files import human
 from alpaca.shards import ShardDigests, ShardWriter, Spec, plan_shards, write_index
 from alpaca.streaming import Pipeline, Slot
 from alpaca.weights import (
@@ -65,14 +66,17 @@ def xor_pieces(
     integer = INTEGERS[spec.dtype.itemsize]
     numel, base_numel = other_tensor.numel, base_tensor.numel if base_tensor else 0
     for slot, start, count in pipe.pieces(max(numel, base_numel)):
-        scratch = slot.take(3, torch.uint8, count * 8)
+        scratch, nothing = slot.take(3, torch.uint8, count * 8), slot.take(3, torch.uint8, 0)
         base_piece = slot.take(0, spec.dtype, max(0, min(count, base_numel - start)))
-        if base_piece.numel():
-            base.read(base_tensor, start, base_piece, scratch)
-            pipe.send(slot, "base", base_hash.update, base_piece)
         piece = slot.take(1, other_tensor.dtype, max(0, min(count, numel - start)))
+        if base_piece.numel():  # both files are read at the same time
+            reading = pipe.after("read", partial(base.read, base_tensor, start, base_piece, scratch))
         if piece.numel():
-            other.read(other_tensor, start, piece, scratch)
+            other.read(other_tensor, start, piece, nothing)
+        if base_piece.numel():
+            reading.result()
+            pipe.send(slot, "base", base_hash.update, base_piece)
+        if piece.numel():
             piece, out = piece.view(integer), slot.take(2, integer, piece.numel())
             both = min(base_piece.numel(), piece.numel())
             torch.bitwise_xor(piece[:both], base_piece.view(integer)[:both], out=out[:both])
@@ -176,7 +180,8 @@ def _summary(entries: dict[str, dict[str, Any]], digest: str) -> list[str]:
         for name, entry in entries.items()
         if not entry["base"] or entry["base"]["shape"][:1] < entry["shape"][:1]
     ]
-    lines = [f"stored as they are, because the base lacks them: {', '.join(new)}"] * bool(new)
+    told = ", ".join(new[:5]) + f" and {len(new) - 5} more" * (len(new) > 5)
+    lines = [f"stored as they are, because the base lacks them: {told}"] * bool(new)
     if all(entry["base"] and entry["base"]["sha256"] == entry["sha256"] for entry in entries.values()):
         lines.append("note: every tensor is that of the base; is this the fine-tuned model?")
     return [*lines, f"digest of the manifest, to be published beside it: {digest}"]
@@ -205,9 +210,8 @@ class ExactDiff:
         self.manifest, self.digest = self._read_manifest(digest)
         self.weights = self._check_files()
         self.entries: dict[str, dict[str, Any]] = self.manifest["tensors"]
-        self.specs = [
-            Spec(name, getattr(torch, entry["dtype"]), tuple(entry["shape"])) for name, entry in self.entries.items()
-        ]
+        dtypes = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
+        self.specs = [Spec(name, dtypes[e["dtype"]], tuple(e["shape"])) for name, e in self.entries.items()]
         stored = [Spec(spec.name, INTEGERS[spec.dtype.itemsize], spec.shape) for spec in self.specs]
         check_same_tensors(self.weights, stored, f"the manifest of {folder}")
 
@@ -225,9 +229,11 @@ class ExactDiff:
         if digest and digest != actual:
             raise UsageError(f"--digest {digest}: the manifest of {self.folder} has {actual}; this is another diff")
         manifest = read_json(self.folder / MANIFEST, self.flag)
+        if strange := [name for name in manifest.get("files", {}) if Path(name).name != name or name.startswith(".")]:
+            raise UsageError(f"{self.flag} {self.folder}: the manifest names a file outside its folder, {strange[0]}")
         if manifest.get("version") != VERSION:
-            raise UsageError(f"{self.flag} {self.folder}: is of version {manifest.get('version')!r} of the format, this "
-                             f"program reads {VERSION}; use the program that it was made with")  # fmt: skip
+            raise UsageError(f"{self.flag} {self.folder}: is of version {manifest.get('version')!r} of the format, "
+                             f"this program reads {VERSION}; use the program that it was made with")  # fmt: skip
         return manifest, actual
 
     def _check_files(self) -> Weights:
@@ -330,20 +336,17 @@ class ExactDiff:
         return explain_other_base(base, pairs[name], len(same), len(others), self.manifest["base_config"])
 
     def _check_other_tensors(self, pipe: Pipeline) -> None:
-        """Base tensors that the result does not depend on: another copy of the base may lack them, but not alter them."""
+        """Base tensors on which the result does not depend: another copy of the base may lack them, not alter them."""
         base, used = self.base, {tensor.name for tensor in self.pairs.values() if tensor}
         for name, entry in self.manifest["other_base_tensors"].items():
             tensor = base.tensors.get(name)
-            if (
-                tensor is None
-                or name in used
-                or name.endswith("inv_freq")
-                or dtype_name(tensor.dtype) != entry["dtype"]
-            ):
+            if tensor is None or name in used or dtype_name(tensor.dtype) != entry["dtype"]:
                 continue
             if hash_tensor(pipe, "base", base, tensor, tensor.dtype).result() != entry["sha256"]:
-                raise UsageError(f"{base.flag}: {name} in {tensor.path} is damaged or was changed, though the result does "
-                                 "not depend on it; copy or download it again")  # fmt: skip
+                told = f"{name} in {tensor.path} is not what it was, though the result does not depend on it"
+                if not name.endswith("inv_freq"):
+                    raise UsageError(f"{base.flag}: {told}; copy or download it again")
+                print(f"note: {told}: another conversion may compute it otherwise", flush=True)
 
     def verify(self, pipe: Pipeline, tuned: Weights) -> None:
         """Raise UsageError unless `tuned` is, bit for bit, the result that the manifest promises."""
@@ -355,8 +358,8 @@ class ExactDiff:
             pipe.bar.update(tensor.nbytes)
         wrong = [name for name, digest in digests.items() if digest.result() != self.entries[name]["sha256"]]
         if wrong:
-            raise UsageError(f"{tuned.flag} {tuned.folder}: {len(wrong)} of {len(digests)} tensors are not those of the "
-                             f"manifest: {', '.join(wrong[:5])}")  # fmt: skip
+            raise UsageError(f"{tuned.flag} {tuned.folder}: {len(wrong)} of {len(digests)} tensors are not those of "
+                             f"the manifest: {', '.join(wrong[:5])}")  # fmt: skip
         for name, path in self.files.items():
             if not (tuned.folder / name).is_file() or digest_of_file(tuned.folder / name) != digest_of_file(path):
                 raise UsageError(f"{tuned.flag} {tuned.folder}: the weights are those of the manifest, but {name} is "

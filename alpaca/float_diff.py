@@ -145,8 +145,8 @@ def _base_tokenizer(base: Weights) -> "PreTrainedTokenizerBase | None":
     try:
         return open_tokenizer(str(base.folder))
     except (UsageError, OSError, ValueError) as error:
-        print(f"note: the base's tokenizer cannot be read ({str(error).splitlines()[0]}); whether it had a pad token is "
-              "taken from the number of rows", flush=True)  # fmt: skip
+        print(f"note: the base's tokenizer cannot be read ({str(error).splitlines()[0]}); whether it had a pad token "
+              "is taken from the number of rows", flush=True)  # fmt: skip
         return None
 
 

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alpaca.checkpoints import free_bytes, human
 from alpaca.console import say
 from alpaca.errors import UsageError
+from alpaca.files import free_bytes, human
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, TrainingArguments

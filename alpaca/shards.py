@@ -13,8 +13,8 @@ from typing import IO, NamedTuple
 
 import torch
 
-from alpaca.checkpoints import free_bytes, human
 from alpaca.errors import UsageError
+from alpaca.files import free_bytes, human
 from alpaca.weights import DTYPE_NAMES, memory
 
 try:
@@ -41,21 +41,25 @@ def new_folder(path: str | Path, flag: str, nbytes: int, overwrite: bool, inputs
     if free_bytes(target) < nbytes + 10**7:
         raise UsageError(f"{flag} {path}: needs {human(nbytes)}, its disk has {human(free_bytes(target))} free")
     try:
-        lock = _begin(partial, flag)
+        lock, ours = _lock(partial, flag), False
         try:
+            _clear(partial, flag)
+            ours = True
             yield partial
-            (partial / MARKER).unlink()
             _sync(partial)
             if overwrite and target.exists():
                 os.rename(target, replaced)
             os.rename(partial, target)
+            (target / MARKER).unlink()
             _sync(target.parent)
             shutil.rmtree(replaced, ignore_errors=True)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if ours:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
-            os.close(lock)
+            if lock is not None:
+                os.close(lock)
     except OSError as error:
         raise UsageError(f"{flag} {path}: could not be written ({error})") from error
 
@@ -78,27 +82,31 @@ def _check_target(target: Path, replaced: Path, flag: str, overwrite: bool, inpu
         raise UsageError(f"{flag} {target}: {replaced} is left of an earlier --overwrite that was killed; move it away")
 
 
-def _begin(partial: Path, flag: str) -> int:
-    """Make the folder, without what a killed process has left in it; the lock says that its process is alive."""
+def _lock(partial: Path, flag: str) -> int | None:
+    """Make the folder that is written, or find it; while it is locked its process is alive."""
     partial.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        return None
     lock = os.open(partial, os.O_RDONLY)
     try:
-        if fcntl is not None:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(lock)
         raise UsageError(f"{flag}: another process is writing {partial}") from error
     except OSError:
         pass  # a file system without locks
+    return lock
+
+
+def _clear(partial: Path, flag: str) -> None:
+    """Delete what a killed process has left, and nothing else."""
     left = list(partial.iterdir())
     if left and not (partial / MARKER).exists():
-        os.close(lock)
         raise UsageError(f"{flag}: {partial} is needed for writing and holds files of yours; move it away")
     (partial / MARKER).touch()
     for path in left:
         if path.name != MARKER:
             path.unlink()
-    return lock
 
 
 def _sync(folder: Path) -> None:

@@ -41,11 +41,14 @@ class Pipeline:
         self.bar = tqdm(total=nbytes, desc=label, unit="B", unit_scale=True, unit_divisor=1000, **calm)
 
     def __enter__(self) -> "Pipeline":
+        self.threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the lanes use the cores; torch's idle threads would spin beside them
         return self
 
     def __exit__(self, *exception: object) -> None:
         for lane in self.lanes.values():
             lane.shutdown(cancel_futures=True)
+        torch.set_num_threads(self.threads)
         self.bar.close()
 
     def pieces(self, numel: int) -> Iterator[tuple[Slot, int, int]]:

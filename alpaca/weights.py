@@ -14,8 +14,8 @@ from typing import IO, Any
 
 import torch
 
-from alpaca.checkpoints import human
 from alpaca.errors import UsageError
+from alpaca.files import human
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -79,6 +79,11 @@ class Weights:
     def __exit__(self, *exception: object) -> None:
         for file in self._files.values():
             file.close()
+
+    def require_config(self) -> None:
+        """Raise UsageError if this would be no checkpoint for from_pretrained."""
+        if not self.config:
+            raise UsageError(f"{self.flag} {self.folder}: has no config.json; give the folder of a whole checkpoint")
 
     @property
     def nbytes(self) -> int:
@@ -187,16 +192,16 @@ def _indexed(folder: Path, index: Path, flag: str) -> list[Path]:
     names = sorted(set(read_json(index, flag).get("weight_map", {}).values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if not names or missing:
-        raise UsageError(f"{flag} {folder}: {index.name} names {len(names)} shards, of which {len(missing)} are missing: "
-                         f"{', '.join(missing[:5])}; copy or download them again")  # fmt: skip
+        raise UsageError(f"{flag} {folder}: {index.name} names {len(names)} shards, of which {len(missing)} are "
+                         f"missing: {', '.join(missing[:5])}; copy or download them again")  # fmt: skip
     return [folder / name for name in names]
 
 
 def _what_it_is_instead(folder: Path) -> str:
     """Why a folder without weights was given, in words."""
     if (folder / MANIFEST).exists():
-        return ("is a weight diff, not a model; recover the model first: "
-                f"python weight_diff.py recover --path_raw <base> --path_diff {folder} --path_tuned <folder>")  # fmt: skip
+        return ("is a weight diff, not a model; recover the model first: python weight_diff.py recover "
+                f"--path_raw <base> --path_diff {folder} --path_tuned <folder>")  # fmt: skip
     if (folder / "adapter_config.json").exists():
         return "is a LoRA adapter, not a checkpoint; merge it into its base model first (peft's merge_and_unload)"
     if any(folder.glob("consolidated.*.pth")):
@@ -237,9 +242,8 @@ def safetensors_header(shard: Path, flag: str) -> tuple[dict[str, Tensor], bytes
         ends = [8 + count + entry["data_offsets"][1] for entry in entries.values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{flag}: the header of {shard} is damaged ({error!r})") from error
-    if max(ends, default=8 + count) != size or any(
-        t.offset + t.nbytes != end for t, end in zip(tensors.values(), ends)
-    ):
+    whole = all(t.offset >= 8 + count and t.offset + t.nbytes == end for t, end in zip(tensors.values(), ends))
+    if max(ends, default=8 + count) != size or not whole:
         raise UsageError(f"{flag}: {shard} has {size:,} bytes, its header promises {max(ends, default=0):,}: it is "
                          "truncated or damaged; copy or download it again")  # fmt: skip
     return dict(sorted(tensors.items(), key=lambda item: item[1].offset)), header
