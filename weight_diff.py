@@ -13,7 +13,8 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -158,8 +159,7 @@ def _recover(
     """`recover`, which loads the model only if it is to answer or to be returned."""
     _check_choices(device=device, dtype=dtype)
     load, kind, state = load or test_inference, FLOATS.get(dtype), None
-    with open_weights(path_raw, "--path_raw") as base:
-        diff = _open_diff(base, path_diff, digest)
+    with open_weights(path_raw, "--path_raw") as base, _open_diff(base, path_diff, digest) as diff:
         for note in diff.notes():
             print(note, flush=True)
         config = json.loads(diff.files["config.json"].read_text(encoding="utf-8"))
@@ -188,19 +188,22 @@ def _recover(
         return _load(diff.files, path_tuned, state, device, kind, test_inference) if load else None
 
 
-def _open_diff(base: Weights, path_diff: str, digest: str | None) -> ExactDiff | FloatDiff:
+@contextmanager
+def _open_diff(base: Weights, path_diff: str, digest: str | None) -> Iterator[ExactDiff | FloatDiff]:
     folder = find_folder(path_diff, "--path_diff")
     if is_exact_diff(folder):
         diff = ExactDiff(folder, "--path_diff", digest)
         diff.fit(base)
-        return diff
+        with diff.weights:
+            yield diff
+        return
     if digest is not None:
         raise UsageError(f"--digest: {path_diff} is in the format of 2023, which has none")
     if base.folder.resolve() == folder.resolve():
         raise UsageError(f"--path_diff {path_diff}: is the base itself")
-    diff = open_weights(folder, "--path_diff")
-    diff.require_config()
-    return FloatDiff(base, diff, sign=1)
+    with open_weights(folder, "--path_diff") as weights:
+        weights.require_config()
+        yield FloatDiff(base, weights, sign=1)
 
 
 def _cast(specs: list[Spec], dtype: torch.dtype | None) -> list[Spec]:

@@ -18,6 +18,11 @@ def rows_may_differ(name: str, base: Tensor, tuned: Tensor) -> bool:
     return name.endswith(VOCABULARY) and base.shape[1:] == tuned.shape[1:] and len(base.shape) == len(tuned.shape)
 
 
+def fits(name: str, base: Tensor, tuned: Tensor) -> bool:
+    """Whether a tuned tensor can be differenced with this one of the base."""
+    return base.dtype.is_floating_point and (base.shape == tuned.shape or rows_may_differ(name, base, tuned))
+
+
 def refuse_misfit(
     base: Weights, other: Weights, missing: list[str], misfits: list[tuple[Tensor, Tensor]],
     config: dict[str, Any] | None = None,

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from alpaca.diagnosis import CONFIG_FIELDS, check_same_tensors, explain_other_base, refuse_misfit, rows_may_differ
+from alpaca.diagnosis import CONFIG_FIELDS, check_same_tensors, explain_other_base, fits, refuse_misfit
 from alpaca.errors import UsageError
 from alpaca.files import human
 from alpaca.shards import ShardDigests, ShardWriter, Spec, plan_shards, write_index
@@ -109,7 +109,7 @@ def counterparts(base: Weights, tuned: Weights) -> dict[str, Tensor | None]:
         other = found[name] = None if own else base.find(name)
         if other is None and not own:
             missing.append(name)
-        elif other and other.shape != tensor.shape and not rows_may_differ(name, other, tensor):
+        elif other and not fits(name, other, tensor):
             misfits.append((other, tensor))
     if missing or misfits:
         refuse_misfit(base, tuned, missing, misfits)
@@ -160,15 +160,15 @@ def _diff_tensor(
     files: ShardDigests,
 ) -> dict[str, Any]:  # fmt: skip
     """Write the diff of one tensor; its entry in the manifest, with digests to come."""
-    base_hash, hash, diff_hash = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    base_hash, result_hash, diff_hash = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     spec = Spec(tensor.name, tensor.dtype, tensor.shape)
     for slot, _, piece, out in xor_pieces(pipe, spec, base, base_tensor, tuned, tensor, base_hash):
-        pipe.send(slot, "result", hash.update, piece)
+        pipe.send(slot, "result", result_hash.update, piece)
         pipe.send(slot, "diff", diff_hash.update, out)
         pipe.send(slot, "files", files.update, out)
         pipe.send(slot, "write", writer.write, out)
         pipe.bar.update(out.nbytes)
-    entry = {**_header(tensor), "sha256": pipe.after("result", hash.hexdigest)}
+    entry = {**_header(tensor), "sha256": pipe.after("result", result_hash.hexdigest)}
     entry["diff_sha256"] = pipe.after("diff", diff_hash.hexdigest)
     entry["base"] = base_tensor and {"shape": base_tensor.shape, "sha256": pipe.after("base", base_hash.hexdigest)}
     return entry
@@ -290,7 +290,7 @@ class ExactDiff:
             other = found[spec.name] = base.find(spec.name) if entry else None
             if entry and other is None:
                 missing.append(spec.name)
-            elif entry and other.shape != tuple(entry["shape"]):
+            elif entry and not (other.shape == tuple(entry["shape"]) and other.dtype.is_floating_point):
                 misfits.append((other, Tensor(spec.name, spec.dtype, tuple(entry["shape"]), self.folder)))
         if missing or misfits:
             refuse_misfit(base, self.weights, missing, misfits, self.manifest["base_config"])
@@ -300,24 +300,26 @@ class ExactDiff:
         """(slot, tensor, first element, recovered elements) in pieces; ends without an error only if all is proved."""
         base, pairs, to_check = self.base, self.pairs, []
         for spec in order:
-            base_hash, hash, stored = hashlib.sha256(), hashlib.sha256(), self.weights.tensors[spec.name]
+            base_hash, result_hash, stored = hashlib.sha256(), hashlib.sha256(), self.weights.tensors[spec.name]
             base_tensor = pairs[spec.name]
             for slot, start, _, out in xor_pieces(pipe, spec, base, base_tensor, self.weights, stored, base_hash):
-                pipe.send(slot, "result", hash.update, out)
+                pipe.send(slot, "result", result_hash.update, out)
                 pipe.bar.update(out.nbytes)
                 yield slot, spec, start, out.view(spec.dtype)
-            to_check.append((spec, pipe.after("base", base_hash.hexdigest), pipe.after("result", hash.hexdigest)))
+            to_check.append(
+                (spec, pipe.after("base", base_hash.hexdigest), pipe.after("result", result_hash.hexdigest))
+            )
             if len(to_check) > 1:  # of the tensor before, while this one is hashed
                 self._check(*to_check.pop(0))
         for item in to_check:
             self._check(*item)
         self._check_other_tensors(pipe)
 
-    def _check(self, spec: Spec, base_hash: Future, hash: Future) -> None:
+    def _check(self, spec: Spec, base_hash: Future, result_hash: Future) -> None:
         entry = self.entries[spec.name]
         if entry["base"] and base_hash.result() != entry["base"]["sha256"]:
             raise UsageError(self._explain(spec.name))
-        if hash.result() != entry["sha256"]:
+        if result_hash.result() != entry["sha256"]:
             stored = self.weights.tensors[spec.name]
             if _digest(self.weights, stored, stored.dtype) != entry["diff_sha256"]:
                 raise UsageError(f"{self.flag}: {spec.name} in {stored.path} is damaged; copy or download it again")

@@ -29,10 +29,10 @@ LAYER_OF_2023 = (
 
 
 class FloatDiff:
-    """Both directions of 2023's arithmetic: `other` is the tuned checkpoint (sign -1) or the diff (sign +1)."""
+    """Both directions of 2023's arithmetic: the other weights are the tuned ones (sign -1) or the diff (sign +1)."""
 
     def __init__(self, base: Weights, other: Weights, sign: int):
-        self.base, self.other, self.sign = base, other, sign
+        self.base, self.weights, self.sign = base, other, sign
         tokenizer = _base_tokenizer(base)
         self.specs: list[Spec] = []
         self.pairs: dict[str, tuple[Tensor | None, int]] = {}  # name -> base tensor, how many of its rows are used
@@ -59,7 +59,7 @@ class FloatDiff:
     def _add_inv_freq(self) -> None:
         """The code of 2023 computes a LLaMA's rotary frequencies itself where a file lacks them, in the diff too, and
         would add them twice: a zero in the diff is what its own make_diff wrote."""
-        config, names = self.other.config, {spec.name for spec in self.specs}
+        config, names = self.weights.config, {spec.name for spec in self.specs}
         if config.get("model_type") == "llama" and not any(name.endswith(INV_FREQ) for name in names):
             shape = inv_freq(config).shape
             for layer in range(config["num_hidden_layers"]):
@@ -68,7 +68,7 @@ class FloatDiff:
     def pieces(self, pipe: Pipeline, order: list[Spec]) -> Iterator[tuple[Slot, Spec, int, torch.Tensor]]:
         """(slot, tensor, first element, float32 elements of the result) in pieces."""
         for spec in order:
-            tensor = self.other.tensors.get(spec.name)
+            tensor = self.weights.tensors.get(spec.name)
             base, rows = self.pairs.get(spec.name, (None, 0))
             kept = base.numel // max(base.shape[0], 1) * rows if base and base.shape else (base.numel if base else 0)
             rest = self._rest(base, spec, rows)  # what follows the base's own elements
@@ -78,7 +78,7 @@ class FloatDiff:
                 if tensor is None:
                     out.zero_()
                 else:
-                    self.other.read(tensor, start, out, scratch)
+                    self.weights.read(tensor, start, out, scratch)
                     own = max(0, min(count, kept - start))
                     if own:
                         self.base.read(base, start, addend[:own], scratch)
@@ -102,7 +102,7 @@ class FloatDiff:
 
     @property
     def folder(self) -> Path:
-        return self.other.folder
+        return self.weights.folder
 
     @property
     def files(self) -> dict[str, Path]:
@@ -125,7 +125,7 @@ class FloatDiff:
     def notes(self) -> list[str]:
         """What speaks against this base. Nothing in the format proves that it is the right one."""
         told = []
-        if differences := config_differences(self.base.config, self.other.config):
+        if differences := config_differences(self.base.config, self.weights.config):
             told.append(
                 f"note: in the base's config.json {differences}; is it the base that the diff was made against?"
             )

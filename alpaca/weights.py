@@ -291,7 +291,7 @@ def _bin_tensor(name: str, value: torch.Tensor, shard: Path) -> Tensor:
 def companions(folder: Path) -> list[Path]:
     """The files that make a checkpoint of weights: configuration and tokenizer, not what a training run left there."""
     files = sorted(path for path in folder.iterdir() if path.suffix in COMPANIONS and path.is_file())
-    return [path for path in files if not any(path.match(pattern) for pattern in OF_THE_RUN)]
+    return [path for path in files if path.name[0] != "." and not any(map(path.match, OF_THE_RUN))]
 
 
 def read_config(folder: Path, flag: str) -> dict[str, Any]:

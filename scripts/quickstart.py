@@ -108,6 +108,20 @@ def answer(output_dir: Path, instructions: list[str]) -> list[str]:
     return answers
 
 
+def publish_and_recover(folder: Path) -> None:
+    """Run the README's three commands; raises SystemExit unless the recovered model is the trained one, bit for bit."""
+    raw, tuned, diff, recovered = (folder / name for name in ("base", "tuned", "diff", "recovered"))
+    for task in (
+        ["make_diff", "--path_raw", raw, "--path_tuned", tuned, "--path_diff", diff],
+        ["recover", "--path_raw", raw, "--path_diff", diff, "--path_tuned", recovered],
+        ["verify", "--path_diff", diff, "--path_tuned", tuned],
+    ):
+        command = [sys.executable, str(ROOT / "weight_diff.py"), *(str(word) for word in task)]
+        print(f"\n$ {shlex.join(command)}", flush=True)
+        if status := subprocess.run(command, cwd=ROOT).returncode:
+            raise SystemExit(f"quickstart: {task[0]} failed with exit status {status}; its output is above")
+
+
 def show_differences(flags: dict[str, str]) -> None:
     print("The README's command for LLaMA-7B, with these differences:")
     for name, value in flags.items():
@@ -156,6 +170,9 @@ def main() -> None:
     print(f"{learned} of {len(rows)} answers are word for word those of the training data.")
     if learned == 0:
         raise SystemExit("quickstart: the model repeats none of its training data; something is wrong")
+
+    print("\n4. Publishing it as its difference from the base model, and recovering it from there", flush=True)
+    publish_and_recover(folder)
     print(NEXT_STEPS)
 
 

@@ -41,7 +41,7 @@ def give_pad_token(folder):
 
 @pytest.fixture
 def released(tiny, tmp_path):
-    """Alpaca-7B in miniature: a float16 base as converted today, without pad token and rotary buffers; a tuned model one
+    """Alpaca-7B in miniature: a float16 base as converted today, without pad token and rotary buffers; a tuned model a
     row longer; the diff that 2023 wrote, .bin shards in float32 with the buffers. (base, tuned state, diff)"""
     state = {name: tensor.half() for name, tensor in state_of(tiny("llama")).items()}
     base = write(tmp_path / "base", tiny("llama"), state)

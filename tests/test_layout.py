@@ -1,6 +1,7 @@
 """The shape of the repository: who imports whom, what an import costs, that nothing grows out of hand."""
 
 import ast
+import inspect
 import json
 import subprocess
 import sys
@@ -70,6 +71,7 @@ def test_templates_are_written_once():
 def test_public_names_of_2023_stay_where_they_were():
     import train
     import utils
+    import weight_diff
 
     for name in (
         "IGNORE_INDEX DEFAULT_PAD_TOKEN DEFAULT_EOS_TOKEN DEFAULT_BOS_TOKEN DEFAULT_UNK_TOKEN PROMPT_DICT "
@@ -78,6 +80,11 @@ def test_public_names_of_2023_stay_where_they_were():
     ).split():
         assert hasattr(train, name), name
     assert utils.jload and utils.jdump
+    for function, parameters in (
+        (weight_diff.make_diff, "path_raw path_tuned path_diff device"),
+        (weight_diff.recover, "path_raw path_diff path_tuned device test_inference check_integrity_naively"),
+    ):
+        assert list(inspect.signature(function).parameters)[: len(parameters.split())] == parameters.split()
 
 
 def test_readme_names_every_file_of_the_tree():
