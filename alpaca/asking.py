@@ -1,0 +1,176 @@
+"""Many requests at a time: each answer journaled before anything else, then delivered in the order of the requests."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from alpaca.client import Completion, RequestFailed, Sampling
+from alpaca.journal import Journal
+
+ENVELOPE = 256  # tokens that a chat template may add to a prompt, at most
+GIVE_UP = 20  # requests that fail in a row
+
+
+class Model(Protocol):
+    """A server (alpaca/client.py) or a model in this process (alpaca/local_model.py)."""
+
+    async def __aenter__(self) -> "Model": ...
+
+    async def __aexit__(self, *exception: object) -> None: ...
+
+    api: str
+
+    async def check(self) -> str: ...
+
+    async def complete(self, prompt: str, sampling: Sampling) -> Completion: ...
+
+
+@dataclass
+class Budget:
+    """What the answers cost. Prices are in dollars per million tokens, as providers list them."""
+
+    price_in: float = 0.0
+    price_out: float = 0.0
+    max_cost: float | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    unanswered: float = 0.0  # dollars that requests without a usable answer may have cost
+    reserved: dict[int, float] = field(default_factory=dict)  # by request in flight
+
+    @property
+    def cost(self) -> float:
+        tokens = self.prompt_tokens * self.price_in + self.completion_tokens * self.price_out
+        return tokens / 1e6 + self.unanswered
+
+    def most(self, prompt: str, max_tokens: int) -> float:
+        """Dollars that a request can cost: no tokenizer makes more tokens than a text has bytes."""
+        return ((len(prompt.encode()) + ENVELOPE) * self.price_in + max_tokens * self.price_out) / 1e6
+
+    def allows(self, amount: float) -> bool:
+        return self.max_cost is None or self.cost + sum(self.reserved.values()) + amount <= self.max_cost
+
+    def count(self, entry: dict[str, Any]) -> None:
+        self.prompt_tokens += entry.get("prompt_tokens") or 0
+        self.completion_tokens += entry.get("completion_tokens") or 0
+        self.unanswered += entry.get("unanswered") or 0.0
+
+
+@dataclass
+class Asker:
+    """Sends the requests `first`, `first` + 1, … as long as they are wanted and paid for.
+
+    Args:
+        prompt_of: the prompt of a request, by its number.
+        wanted: whether one more request is, given how many are sent and not yet delivered.
+        deliver: takes the journal entries of consecutive requests, in their order.
+        known: entries of an earlier run that were not delivered, by request: they are not asked again.
+        settle: how to ask, and what the journal is to remember of every answer; given the model's endpoint,
+            "completions" or "chat".
+    """
+
+    model: Model
+    settle: Callable[[str], tuple[Sampling, dict[str, Any]]]
+    journal: Journal
+    budget: Budget
+    prompt_of: Callable[[int], str]
+    wanted: Callable[[int], bool]
+    deliver: Callable[[list[dict[str, Any]]], None]
+    concurrency: int
+    first: int = 0
+    known: dict[int, dict[str, Any]] = field(default_factory=dict)
+    stopped_by_cost: bool = False
+
+    def run(self) -> None:
+        """Ask until nothing more is wanted, or paid for.
+
+        Raises:
+            UsageError: a mistake that every request would meet. What was answered is journaled and delivered before.
+        """
+        asyncio.run(self._run())
+
+    async def _run(self) -> None:
+        self.sent = self.delivered = self.first
+        self.failed_in_a_row, self.stop_with = 0, None
+        self.flying: set[asyncio.Task] = set()
+        async with self.model:
+            print(f"asking {await self.model.check()}", flush=True)
+            self.sampling, self.about = self.settle(self.model.api)
+            await self._deliver_known()
+            try:
+                while self._send() or self.flying:
+                    await self._deliver()
+                    if self.flying:
+                        done, self.flying = await asyncio.wait(self.flying, return_when=asyncio.FIRST_COMPLETED)
+                        for task in done:
+                            self._take(task)
+                        await self._deliver()
+            finally:  # Ctrl-C: what has arrived meanwhile is paid for
+                for task in self.flying:
+                    if task.done() and not task.cancelled():
+                        self._take(task)
+        if self.stop_with is not None:
+            raise self.stop_with
+
+    def _may_send(self) -> bool:
+        if self.stop_with is not None or not self.wanted(self.sent - self.delivered):
+            return False
+        if self.sent in self.known or self.budget.allows(self._most(self.sent)):
+            return True
+        self.stopped_by_cost = not self.flying  # the others may turn out cheaper than what is reserved for them
+        return False
+
+    def _most(self, index: int) -> float:
+        return self.budget.most(self.prompt_of(index), self.sampling.max_tokens)
+
+    def _send(self) -> bool:
+        """Start what may be started. Whether there was anything, be it only an answer of an earlier run."""
+        before = self.sent
+        while len(self.flying) < self.concurrency and self._may_send():
+            index, self.sent = self.sent, self.sent + 1
+            if index not in self.known:
+                self.budget.reserved[index] = self._most(index)
+                self.flying.add(asyncio.ensure_future(self._ask(index)))
+        return self.sent > before
+
+    async def _ask(self, index: int) -> dict[str, Any]:
+        begin = time.time()
+        try:
+            answer = await self.model.complete(self.prompt_of(index), self.sampling)
+        except RequestFailed as error:
+            entry = {"kind": "failed", "index": index, "error": str(error), "unanswered": self.budget.reserved[index]}
+            return {**entry, **self.about}
+        entry = {"kind": "answer", "index": index, **self.about, "text": answer.text}
+        entry |= {"finish_reason": answer.finish_reason, "prompt_tokens": answer.prompt_tokens}
+        return {**entry, "completion_tokens": answer.completion_tokens, "seconds": round(time.time() - begin, 3)}
+
+    def _take(self, task: asyncio.Task) -> None:
+        """Journal what a request has brought. The first fatal error stops the sending; the others are waited for."""
+        error = task.exception()
+        if error is not None:
+            self.stop_with = self.stop_with or error
+            return
+        entry = task.result()
+        del self.budget.reserved[entry["index"]]
+        self.budget.count(entry)
+        self.journal.append(entry)
+        self.known[entry["index"]] = entry
+        self.failed_in_a_row = self.failed_in_a_row + 1 if entry["kind"] == "failed" else 0
+        if self.failed_in_a_row >= GIVE_UP:
+            self.stop_with = self.stop_with or RequestFailed(f"{GIVE_UP} requests in a row failed: {entry['error']}")
+
+    async def _deliver_known(self) -> None:
+        """What earlier runs were answered, before it is decided how much more is needed."""
+        while self.sent in self.known:
+            self.sent += 1
+            if self.sent - self.delivered == 64 or self.sent not in self.known:
+                await self._deliver()
+
+    async def _deliver(self) -> None:
+        ready = []
+        while self.delivered + len(ready) < self.sent and self.delivered + len(ready) in self.known:
+            ready.append(self.known.pop(self.delivered + len(ready)))
+        if ready:
+            await asyncio.to_thread(self.deliver, ready)
+            self.delivered += len(ready)

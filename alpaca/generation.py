@@ -1,0 +1,163 @@
+"""The state of a self-instruct run: kept tasks, the novelty filter, the counts, and how a rerun finds them again.
+
+The journal has every answer. regen.json, in 2023's format, has the tasks that were kept; a line of the journal says
+for each regen.json, by its SHA-256, up to which request it goes. A rerun takes the tasks from regen.json, and only the
+answers after it from the journal. A regen.json that no line knows (of 2023, or edited since) is taken as it is.
+"""
+
+import hashlib
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from alpaca.errors import UsageError
+from alpaca.files import atomic_write
+from alpaca.journal import Journal
+from alpaca.novelty import NoveltyFilter
+from alpaca.self_instruct import Item, encode_prompt, parse
+
+REGEN, JOURNAL, REPORT = "regen.json", "generation_journal.jsonl", "generation_report.json"
+LAG = 64  # requests whose answers a prompt with generated tasks does not wait for
+FIRST_GUESS = 10.0  # tasks kept of an answer, before there is one
+USELESS = 50  # answers without a new task, in a row
+SAVE_EVERY = 30.0  # seconds, or longer where saving takes long
+
+
+class Generation:
+    """Tasks kept so far, and what is done with the next answers.
+
+    Args:
+        seeds: rows with instruction, input and output.
+        head: the text above the examples of a prompt.
+        num_examples, num_generated: examples in a prompt, and how many of them are tasks kept before.
+        seed: of the choice of examples; None: an earlier run's, or a random one.
+        workers, stable_ties: of the novelty filter.
+    """
+
+    def __init__(
+        self, output_dir: Path, journal: Journal, seeds: Sequence[dict[str, str]], head: str, num_examples: int,
+        num_generated: int = 0, seed: int | None = None, workers: int = 1, stable_ties: bool = False,
+    ):  # fmt: skip
+        self.output_dir, self.journal, self.seeds, self.head = output_dir, journal, seeds, head
+        self.num_examples, self.num_generated = num_examples, num_generated
+        self.counts: Counter[str] = Counter()  # requests, answers, proposed, kept; "rejected: …" by reason
+        self.next = 0  # request that is delivered next
+        self.rows, digest = _read_regen(output_dir / REGEN)
+        self.kept_at = {0: len(self.rows)}  # tasks kept of the requests before a request
+        self.seed = self._continue(digest, seed)
+        known = [row["instruction"] for row in (*seeds, *self.rows)]
+        self.filter = NoveltyFilter(known, workers=workers, stable_ties=stable_ties)
+        self.saved_at, self.saving_took, self.unsaved, self.useless = time.monotonic(), 0.0, False, 0
+
+    def _continue(self, digest: str | None, seed: int | None) -> int:
+        """Go to where an earlier run in this folder was stopped. Returns the seed."""
+        saved = None
+        for entry in self.journal:
+            if entry["kind"] == "run" and seed is None:
+                seed = entry["seed"]
+            elif entry["kind"] == "saved" and (saved is None or saved["sha256"] != digest or entry["sha256"] == digest):
+                saved = entry
+        if saved is not None and digest is not None:
+            self.next, self.counts = saved["next"], Counter(saved["counts"])
+            self.kept_at = {int(request): rows for request, rows in saved["kept_at"].items()}
+        return random.SystemRandom().randrange(2**32) if seed is None else seed
+
+    # ---- requests ----
+
+    def prompt_of(self, index: int) -> str:
+        """The prompt of request `index`: of the seed and, with generated tasks, of those kept of the requests up to
+        `index` - LAG, however many requests are on their way."""
+        draw = random.Random(f"{self.seed} {index}")
+        available = min(self.kept_at[max(index - LAG, 0)], len(self.rows)) if self.num_generated else 0
+        generated = [self.rows[at] for at in draw.sample(range(available), min(self.num_generated, available))]
+        examples = draw.sample(self.seeds, self.num_examples - len(generated)) + generated
+        draw.shuffle(examples)
+        return encode_prompt(examples, self.head)
+
+    def wants(self, target: int, on_their_way: int) -> bool:
+        """Whether another request is needed for `target` tasks, as far as the answers so far tell."""
+        if self.num_generated and on_their_way >= LAG:
+            return False
+        yields = self.counts["kept"] / self.counts["answers"] if self.counts["answers"] else FIRST_GUESS
+        missing = target - len(self.rows)
+        return missing > 0 and missing > on_their_way * yields
+
+    # ---- answers ----
+
+    def take(self, entries: Sequence[dict[str, Any]]) -> None:
+        """Filter the answers of the next requests, in their order, and keep what is new.
+
+        Raises:
+            UsageError: nothing of many answers is of use.
+        """
+        items = [self._parse(entry) for entry in entries]
+        candidates = [item.row for of_one in items for item in of_one if item.row is not None]
+        similarities = iter(self.filter.filter([row["instruction"] for row in candidates]))
+        for entry, of_one in zip(entries, items):
+            before = len(self.rows)
+            for item in of_one:
+                similarity = next(similarities) if item.row is not None else None
+                if similarity is not None:
+                    self.rows.append({**item.row, **similarity._asdict()})
+                else:
+                    self.counts[f"rejected: {item.reason or 'too similar'}"] += 1
+            kept = len(self.rows) - before
+            self.counts.update(requests=1, answers=entry["kind"] == "answer", proposed=len(of_one), kept=kept)
+            self.useless = 0 if kept else self.useless + 1
+            self.next = entry["index"] + 1
+            self.kept_at[self.next] = len(self.rows)
+            self.kept_at.pop(self.next - LAG - 1, None)
+        self.unsaved = True
+        if time.monotonic() - self.saved_at > max(SAVE_EVERY, 20 * self.saving_took):
+            self.save()
+        if self.useless >= USELESS:
+            raise UsageError(
+                f"the last {self.useless} answers gave no new task ({self.told()}); look at them in "
+                f"{self.journal.path}: does the model follow the prompt, does --parser fit it?"
+            )
+
+    def _parse(self, entry: dict[str, Any]) -> list[Item]:
+        if entry["kind"] == "failed":
+            return []
+        return parse(entry["text"], entry["finish_reason"], entry["examples"], entry["parser"])
+
+    def told(self) -> str:
+        """ "1,234 tasks proposed, 1,000 kept; rejected: 200 too similar, 34 malformed" """
+        rejected = [(reason.removeprefix("rejected: "), n) for reason, n in self.counts.most_common() if ": " in reason]
+        reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected) or "none"
+        return f"{self.counts['proposed']:,} tasks proposed, {self.counts['kept']:,} kept; rejected: {reasons}"
+
+    def save(self) -> None:
+        """Write regen.json. The journal is told first: a kill between leaves a regen.json that an older line knows."""
+        begin = time.monotonic()
+        text = json.dumps(self.rows, indent=4, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        self.journal.append({"kind": "saved", "next": self.next, "rows": len(self.rows), "sha256": digest,
+                             "counts": self.counts, "kept_at": self.kept_at})  # fmt: skip
+        try:
+            with atomic_write(self.output_dir / REGEN) as file:
+                file.write(text)
+        except OSError as error:
+            raise UsageError(f"--output_dir {self.output_dir}: {REGEN} cannot be written ({error.strerror}); nothing "
+                             "is lost, every answer is in the journal") from error  # fmt: skip
+        self.saved_at, self.unsaved = time.monotonic(), False
+        self.saving_took = self.saved_at - begin
+
+
+def _read_regen(path: Path) -> tuple[list[dict[str, Any]], str | None]:
+    """The tasks of a regen.json, and its digest; ([], None) if there is none."""
+    if not path.exists():
+        return [], None
+    content = path.read_bytes()
+    try:
+        rows = json.loads(content)
+        assert all(isinstance(row["instruction"], str) for row in rows)
+    except (ValueError, TypeError, KeyError, AssertionError) as error:
+        raise UsageError(
+            f"--output_dir: {path} is not a list of tasks ({error!r}); move it away to begin anew"
+        ) from error
+    return rows, hashlib.sha256(content).hexdigest()

@@ -1,0 +1,103 @@
+"""An append-only file of what was paid for: every answer of a model is a line here before anything is done with it.
+
+A kill can tear only the last line; it is cut off when the journal is opened again. While one process has the journal
+open, a second one that wants it is refused.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from alpaca.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+class Journal:
+    """A JSONL file; one object a line. Use it in a with statement: it holds a lock.
+
+    Raises:
+        UsageError: another process has it, it cannot be written, or a line of it is damaged.
+    """
+
+    def __init__(self, path: str | Path, flag: str = "--output_dir"):
+        self.path, self.flag = Path(path), flag
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.file = open(self.path, "a+b", buffering=0)
+        except OSError as error:
+            raise UsageError(f"{flag} {self.path.parent}: cannot be written ({error.strerror})") from error
+        self._lock()
+        self._cut_torn_line()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.file.close()
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.file.close()
+            raise UsageError(
+                f"{self.flag} {self.path.parent}: another process is working in this folder; wait for it, stop it, or "
+                "choose another folder"
+            ) from error
+        except OSError:
+            print(f"note: the file system of {self.path} has no locks: do not start two runs in it", flush=True)
+
+    def _cut_torn_line(self) -> None:
+        """A line is complete when its newline is there, which is written with it."""
+        end = self.file.seek(0, os.SEEK_END)
+        keep = end
+        while keep > 0:
+            step = min(keep, 1 << 16)
+            self.file.seek(keep - step)
+            newline = self.file.read(step).rfind(b"\n")
+            if newline >= 0:
+                keep += newline + 1 - step
+                break
+            keep -= step
+        if keep < end:
+            self.file.truncate(keep)
+            print(f"note: the last line of {self.path} was cut off by a kill and is dropped", flush=True)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """All entries so far, read line by line."""
+        with open(self.path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UsageError(
+                        f"{self.path}, line {number}: is damaged ({error}); delete this line to go on without it"
+                    ) from error
+                yield entry
+
+    def append(self, entry: dict[str, Any]) -> None:
+        """On the disk when this returns. A full disk is a UsageError, and leaves the journal as it was."""
+        line = json.dumps(entry).encode() + b"\n"
+        begin = self.file.seek(0, os.SEEK_END)
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            self._forget(begin)
+            raise UsageError(f"{self.flag} {self.path.parent}: cannot be written ({error.strerror})") from error
+
+    def _forget(self, size: int) -> None:
+        try:
+            os.truncate(self.path, size)
+        except OSError:
+            pass  # a torn line is cut off next time

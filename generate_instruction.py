@@ -1,0 +1,405 @@
+"""Self-instruct data generation: a language model continues a list of tasks, and what is new is kept.
+
+    export OPENAI_API_KEY=…
+    python -m generate_instruction generate_instruction_following_data --output_dir ./ \
+        --num_instructions_to_generate 100 --model_name gpt-3.5-turbo-instruct        # -> regen.json
+    python -m generate_instruction export --regen_path regen.json --output_path alpaca_data.json
+    python -m generate_instruction generate_responses --data_path alpaca_data.json \
+        --output_path alpaca_data_re-answered.json --model_name <another model>
+
+--base_url http://localhost:8000/v1 asks vLLM, llama.cpp, Ollama or `transformers serve`; --model_name <folder> needs no
+server. Every answer is journaled before anything else: a rerun of the same command continues and pays nothing twice.
+"""
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from alpaca.client import Client, Sampling
+
+import utils
+from alpaca import commands, self_instruct
+from alpaca.asking import Asker, Budget, Model
+from alpaca.data import load_rows
+from alpaca.errors import UsageError, reported
+from alpaca.generation import JOURNAL, REPORT, Generation
+from alpaca.journal import Journal
+from alpaca.progress import Progress
+from alpaca.prompts import format_prompt
+from alpaca.self_instruct import find_word_in_string, load_prompt  # noqa: F401  find_word_in_string: a name of 2023
+
+ROOT = Path(__file__).resolve().parent
+STOP_OF_2023 = ("\n20", "20.", "20.")  # the list has 20 tasks
+EXPECTED = 12  # tasks kept of an answer: an estimate for --dry_run only
+
+
+# ---- 2023's functions ----
+
+
+def encode_prompt(prompt_instructions: Sequence[dict[str, str]], prompt_path: str | None = None) -> str:
+    """The prompt: prompt.txt, the numbered examples, and the number that the answer goes on with."""
+    return self_instruct.encode_prompt(prompt_instructions, load_prompt(prompt_path or ROOT / "prompt.txt"))
+
+
+def post_process_gpt3_response(num_prompt_instructions: int, response: dict[str, Any] | None) -> list[dict[str, str]]:
+    """The usable tasks of an answer with "text" and "finish_reason", exactly as in 2023."""
+    return self_instruct.rows_of_response(num_prompt_instructions, response)
+
+
+def generate_instruction_following_data(
+    output_dir: str = "./",
+    seed_tasks_path: str = "./seed_tasks.jsonl",
+    num_instructions_to_generate: int = 100,
+    model_name: str = "text-davinci-003",
+    num_prompt_instructions: int = 3,
+    request_batch_size: int = 5,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    num_cpus: int = 16,
+    prompt_path: str | None = None,
+    base_url: str | None = None,
+    api: str = "auto",
+    concurrency: int | None = None,
+    parser: str = "auto",
+    max_tokens: int = 3072,
+    logit_bias: str | None = None,
+    num_generated_in_prompt: int = 0,
+    seed: int | None = None,
+    stable_ties: bool = False,
+    price_in: float = 0.0,
+    price_out: float = 0.0,
+    max_cost: float | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Generate tasks until num_instructions_to_generate are kept, into regen.json; a rerun continues.
+
+    Args:
+        output_dir: gets regen.json, generation_journal.jsonl (every answer) and generation_report.json.
+        seed_tasks_path: JSONL of tasks with instruction and instances, the source of examples.
+        num_instructions_to_generate: tasks to keep in all, those of earlier runs included.
+        model_name: a model of the server, or the folder of a model.
+        num_prompt_instructions: examples in a prompt.
+        request_batch_size: requests on their way at once; for a folder, prompts in a batch.
+        temperature: of sampling.
+        top_p: of sampling.
+        num_cpus: threads of the novelty filter.
+        prompt_path: the text above the examples; not given, prompt.txt.
+        base_url: of the server; not given, OPENAI_BASE_URL or OpenAI.
+        api: chat, completions or auto.
+        concurrency: requests on their way at once, if not request_batch_size.
+        parser: original (2023's), robust, or auto: original for completion models, robust for chat.
+        max_tokens: of an answer.
+        logit_bias: JSON such as '{"50256": -100}', which 2023 sent; token ids of the model.
+        num_generated_in_prompt: of the examples, how many are tasks generated before (Alpaca: 0, self-instruct: 2).
+        seed: the same examples in the same order at any concurrency.
+        stable_ties: an order of equally similar instructions that does not depend on the CPU.
+        price_in: dollars per million prompt tokens.
+        price_out: dollars per million generated tokens.
+        max_cost: dollars that are never exceeded, earlier runs in output_dir included.
+        dry_run: print one prompt and an estimate of tokens and cost, ask nothing.
+
+    Raises:
+        UsageError: a bad flag, file, key, address or model, before anything is asked, or the limit of cost.
+    """
+    _check_numbers(
+        num_instructions_to_generate=num_instructions_to_generate, num_prompt_instructions=num_prompt_instructions,
+        request_batch_size=request_batch_size, max_tokens=max_tokens, num_cpus=num_cpus,
+    )  # fmt: skip
+    seeds, head = load_seed_tasks(seed_tasks_path), load_prompt(prompt_path or ROOT / "prompt.txt")
+    if not 0 <= num_generated_in_prompt <= num_prompt_instructions <= len(seeds):
+        raise UsageError(
+            f"--num_prompt_instructions {num_prompt_instructions}, --num_generated_in_prompt {num_generated_in_prompt}:"
+            f" expected at most the {len(seeds)} seed tasks, and of them at most all generated"
+        )
+    if parser not in ("auto", *self_instruct.PARSERS):
+        raise UsageError(f"--parser {parser}: expected auto, original or robust")
+    bias, budget = _read_bias(logit_bias), _budget(price_in, price_out, max_cost)
+    if dry_run:
+        draw = random.Random(f"{seed} 0")
+        prompt = self_instruct.encode_prompt(draw.sample(seeds, num_prompt_instructions), head)
+        print(_estimate([prompt], -(-num_instructions_to_generate // EXPECTED), max_tokens, budget))
+        return
+
+    model, at_once = _open_model(model_name, base_url, api, request_batch_size, concurrency)
+
+    def settle(endpoint: str) -> tuple[Sampling, dict[str, Any]]:
+        chosen = parser if parser != "auto" else ("original" if endpoint == "completions" else "robust")
+        stop = STOP_OF_2023 if chosen == "original" else ()
+        sampling = Sampling(max_tokens, temperature, top_p, stop, logit_bias=bias)
+        return sampling, {"examples": num_prompt_instructions, "parser": chosen}
+
+    with Journal(Path(output_dir) / JOURNAL) as journal:
+        state = Generation(Path(output_dir), journal, seeds, head, num_prompt_instructions, num_generated_in_prompt,
+                           seed, num_cpus, stable_ties)  # fmt: skip
+        print(f"Loaded {len(seeds)} human-written seed instructions, {len(state.rows)} machine-generated instructions")
+        known = _known(journal, state.next, budget)
+        journal.append({"kind": "run", "seed": state.seed, "model": model_name, "time": time.time()})
+        progress = Progress("tasks", num_instructions_to_generate, len(state.rows), budget)
+
+        def take(entries: list[dict[str, Any]]) -> None:
+            state.take(entries)
+            progress.show(len(state.rows), len(entries))
+
+        asker = Asker(model, settle, journal, budget, state.prompt_of,
+                      lambda on_their_way: state.wants(num_instructions_to_generate, on_their_way), take, at_once,
+                      state.next, known)  # fmt: skip
+        try:
+            asker.run()
+        finally:
+            progress.close()
+            state.save()
+            report = {
+                "model": model_name,
+                "seed": state.seed,
+                "rows": len(state.rows),
+                **state.counts,
+                **progress.report(),
+            }
+            utils.jdump(report, Path(output_dir) / REPORT)
+            print(f"{state.told()}\n{progress.told()}\n{len(state.rows)} tasks in {Path(output_dir) / 'regen.json'}")
+    _say_if_stopped_by_cost(asker, budget, len(state.rows), num_instructions_to_generate)
+
+
+def load_seed_tasks(path: str) -> list[dict[str, str]]:
+    """instruction, input and output of every seed task.
+
+    Raises:
+        UsageError: the file cannot be read or a line is not a task; the message names the line.
+    """
+    rows = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--seed_tasks_path {path}: cannot be read ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                task = json.loads(line)
+                instance = task["instances"][0]
+                row = {"instruction": task["instruction"], "input": instance["input"], "output": instance["output"]}
+                if not all(isinstance(value, str) for value in row.values()):
+                    raise TypeError("instruction, input and output must be texts")
+            except (ValueError, KeyError, IndexError, TypeError) as error:
+                raise UsageError(
+                    f"--seed_tasks_path {path}, line {number}: is not a task ({error!r}); expected "
+                    '{"instruction": "…", "instances": [{"input": "…", "output": "…"}]}'
+                ) from error
+            rows.append(row)
+    return rows
+
+
+# ---- answers of another model ----
+
+
+def generate_responses(
+    data_path: str,
+    output_path: str,
+    model_name: str,
+    base_url: str | None = None,
+    api: str = "auto",
+    concurrency: int | None = None,
+    request_batch_size: int = 5,
+    prompt: str = "auto",
+    temperature: float = 0.7,
+    top_p: float = 1.0,
+    max_tokens: int = 2048,
+    price_in: float = 0.0,
+    price_out: float = 0.0,
+    max_cost: float | None = None,
+    dry_run: bool = False,
+) -> None:
+    """Answer every instruction of a data file with another model; rows and their order stay, a rerun continues.
+
+    Args:
+        data_path: an Alpaca file, anything that train.py takes.
+        output_path: the JSON to be written when all rows are answered; its journal lies beside it.
+        model_name: a model of the server, or the folder of a model.
+        base_url: of the server; not given, OPENAI_BASE_URL or OpenAI.
+        api: chat, completions or auto.
+        concurrency: requests on their way at once, if not request_batch_size.
+        request_batch_size: requests on their way at once; for a folder, prompts in a batch.
+        prompt: plain (the instruction and its input), alpaca (the training prompt), or auto: plain for chat.
+        temperature: of sampling.
+        top_p: of sampling.
+        max_tokens: of an answer.
+        price_in: dollars per million prompt tokens.
+        price_out: dollars per million generated tokens.
+        max_cost: dollars that are never exceeded, earlier runs with this output_path included.
+        dry_run: print one prompt and an estimate of tokens and cost, ask nothing.
+
+    Raises:
+        UsageError: a bad flag, file, key, address or model, the limit of cost, or rows without an answer.
+    """
+    _check_numbers(request_batch_size=request_batch_size, max_tokens=max_tokens)
+    if prompt not in ("auto", "plain", "alpaca"):
+        raise UsageError(f"--prompt {prompt}: expected auto, plain or alpaca")
+    rows, budget = load_rows(data_path), _budget(price_in, price_out, max_cost)
+    plain = [f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"] for row in rows]
+    prompts = plain if prompt == "plain" else [format_prompt(row) for row in rows]
+    if dry_run:
+        print(_estimate(prompts, len(prompts), max_tokens, budget))
+        return
+
+    model, at_once = _open_model(model_name, base_url, api, request_batch_size, concurrency)
+    answers: dict[int, dict[str, Any]] = {}
+
+    def settle(endpoint: str) -> tuple[Sampling, dict[str, Any]]:
+        nonlocal prompts
+        prompts = plain if prompt == "plain" or (prompt == "auto" and endpoint == "chat") else prompts
+        return Sampling(max_tokens, temperature, top_p), {}
+
+    with Journal(f"{output_path}.journal.jsonl", "--output_path") as journal:
+        digest = _check_same_rows(journal, plain, data_path)
+        known = {index: entry for index, entry in _known(journal, 0, budget).items() if entry["kind"] == "answer"}
+        journal.append({"kind": "run", "rows": digest, "model": model_name, "time": time.time()})
+        progress = Progress("rows", len(rows), 0, budget)
+
+        def take(entries: list[dict[str, Any]]) -> None:
+            answers.update({entry["index"]: entry for entry in entries if entry["kind"] == "answer"})
+            progress.show(len(answers), len(entries))
+
+        asker = Asker(model, settle, journal, budget, lambda index: prompts[index],
+                      lambda on_their_way: asker.delivered + on_their_way < len(rows), take, at_once,
+                      0, known)  # fmt: skip
+        try:
+            asker.run()
+        finally:
+            progress.close()
+            print(progress.told())
+        _say_if_stopped_by_cost(asker, budget, len(answers), len(rows))
+        if failed := [number for number in range(len(rows)) if number not in answers]:
+            raise UsageError(f"{len(failed)} of {len(rows)} rows have no answer (rows {failed[:10]} …); run again to "
+                             "ask for them; the others are in the journal")  # fmt: skip
+        cut = [number for number, entry in answers.items() if entry["finish_reason"] == "length"]
+        if cut:
+            print(f"note: {len(cut)} answers were cut at --max_tokens {max_tokens}, rows {cut[:10]} …")
+        _write(output_path, [{**row, "output": answers[number]["text"].strip()} for number, row in enumerate(rows)])
+
+
+# ---- from regen.json to a data file ----
+
+
+def export(
+    regen_path: str = "./regen.json",
+    output_path: str = "./alpaca_data.json",
+    eval_size: float = 0.0,
+    eval_path: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Write instruction, input and output of a regen.json as a data file for train.py.
+
+    Args:
+        regen_path: what generate_instruction_following_data wrote.
+        output_path: the data file.
+        eval_size: rows to hold out, a number or a share below 1.
+        eval_path: file for them; not given, output_path with _eval before its ending.
+        seed: of the choice of rows that are held out.
+    """
+    rows = utils.jload(regen_path)
+    rows = [{name: row[name] for name in ("instruction", "input", "output")} for row in rows]
+    held_out = round(eval_size * len(rows)) if eval_size < 1 else int(eval_size)
+    if not 0 <= held_out < len(rows):
+        raise UsageError(f"--eval_size {eval_size}: expected fewer than the {len(rows)} rows of {regen_path}")
+    chosen = set(random.Random(seed).sample(range(len(rows)), held_out))
+    if held_out:
+        path = Path(output_path)
+        _write(eval_path or path.with_name(f"{path.stem}_eval{path.suffix}"), [rows[n] for n in sorted(chosen)])
+    _write(output_path, [row for number, row in enumerate(rows) if number not in chosen])
+
+
+# ---- what they share ----
+
+
+def _open_model(
+    model_name: str, base_url: str | None, api: str, batch_size: int, concurrency: int | None
+) -> tuple[Model, int]:
+    """A folder's model in this process, or a client of a server; and how many requests it gets at once."""
+    if Path(model_name).expanduser().is_dir():
+        from alpaca.local_model import LocalModel
+
+        return LocalModel(model_name, batch_size, api), batch_size
+    _check_numbers(concurrency=concurrency if concurrency is not None else 1)
+    return Client(model_name, base_url, api), concurrency or batch_size
+
+
+def _known(journal: Journal, first: int, budget: Budget) -> dict[int, dict[str, Any]]:
+    """What earlier runs journaled of the requests from `first` on; the cost of all is counted."""
+    known = {}
+    for entry in journal:
+        if entry["kind"] in ("answer", "failed"):
+            budget.count(entry)
+            if entry["index"] >= first:
+                known[entry["index"]] = entry
+    return known
+
+
+def _check_same_rows(journal: Journal, prompts: list[str], data_path: str) -> str:
+    """The digest of the rows. Raises UsageError if the journal has answers to others."""
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    if any(entry["kind"] == "run" and entry["rows"] != digest for entry in journal):
+        raise UsageError(
+            f"--data_path {data_path}: {journal.path} has answers to other rows; choose another --output_path"
+        )
+    return digest
+
+
+def _check_numbers(**flags: int) -> None:
+    for name, value in flags.items():
+        if value < 1:
+            raise UsageError(f"--{name} {value}: expected at least 1")
+
+
+def _budget(price_in: float, price_out: float, max_cost: float | None) -> Budget:
+    if min(price_in, price_out) < 0:
+        raise UsageError("--price_in, --price_out: expected dollars per million tokens, at least 0")
+    if max_cost is not None and not (max_cost > 0 and price_in + price_out > 0):
+        raise UsageError(f"--max_cost {max_cost}: expected dollars above 0, with --price_in and --price_out")
+    return Budget(price_in, price_out, max_cost)
+
+
+def _read_bias(text: str | None) -> dict[str, float] | None:
+    try:
+        return None if text is None else {str(int(token)): float(bias) for token, bias in json.loads(text).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UsageError(f"--logit_bias {text}: expected JSON such as '{{\"50256\": -100}}' ({error})") from error
+
+
+def _estimate(prompts: list[str], requests: int, max_tokens: int, budget: Budget) -> str:
+    """One prompt, and what all would cost; a token is taken for four characters."""
+    tokens = round(sum(map(len, prompts)) / len(prompts) / 4)
+    most = requests * (tokens * budget.price_in + max_tokens * budget.price_out) / 1e6
+    cost = f", at most ${most:.2f}" if most else "; --price_in and --price_out give the cost"
+    return (
+        f"{prompts[0]}\n\n--- dry run: this is the first prompt; nothing was asked ---\n"
+        f"about {requests:,} requests of about {tokens:,} prompt tokens and at most {max_tokens:,} generated ones{cost}"
+    )
+
+
+def _say_if_stopped_by_cost(asker: Asker, budget: Budget, done: int, total: int) -> None:
+    if asker.stopped_by_cost and done < total:
+        raise UsageError(
+            f"--max_cost {budget.max_cost}: stopped with {done} of {total}, ${budget.cost:.4f} spent; another request "
+            "could exceed the limit. Run again with a higher one to go on"
+        )
+
+
+def _write(path: str | Path, rows: list[dict[str, Any]]) -> None:
+    try:
+        utils.jdump(rows, path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
+    print(f"{len(rows)} rows in {path}")
+
+
+def main() -> None:
+    tasks = (generate_instruction_following_data, generate_responses, export)
+    commands.run("generate_instruction", {task.__name__: task for task in tasks})
+
+
+if __name__ == "__main__":
+    with reported("generate_instruction"):
+        main()

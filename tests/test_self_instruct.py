@@ -1,0 +1,155 @@
+"""Prompts and answers of self-instruct: 2023's parser answer for answer, the robust one on what chat models write."""
+
+import json
+import random
+
+import pytest
+from conftest import GOLDEN, ROOT
+
+import generate_instruction
+from alpaca.self_instruct import encode_prompt, parse
+
+COMPLETIONS = json.loads((GOLDEN / "generate" / "completions.json").read_text())
+EXAMPLES = [{"instruction": f"Say  {n}:", "input": "" if n % 2 else f"in {n}", "output": f"out {n}"} for n in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("number", range(len(COMPLETIONS)))
+def test_post_processing_is_that_of_2023(number):
+    expected = json.loads((GOLDEN / "generate" / "postprocessed.json").read_text())
+    assert generate_instruction.post_process_gpt3_response(3, COMPLETIONS[number]) == expected[number]
+
+
+def test_nothing_gives_nothing():
+    assert generate_instruction.post_process_gpt3_response(3, None) == []
+    assert parse("", "stop", 3, "original")[0].reason == "malformed"
+    assert [item.row for item in parse("", "stop", 3, "robust")] == [None]
+
+
+def test_the_prompt_ends_where_the_answer_begins():
+    assert encode_prompt(EXAMPLES, "Head") == (
+        "Head\n###\n1. Instruction: Say 1\n1. Input:\n<noinput>\n1. Output:\nout 1\n"
+        "###\n2. Instruction: Say 2\n2. Input:\nin 2\n2. Output:\nout 2\n"
+        "###\n3. Instruction: Say 3\n3. Input:\n<noinput>\n3. Output:\nout 3\n###\n4. Instruction:"
+    )
+    own = generate_instruction.encode_prompt(EXAMPLES)
+    assert own.startswith((ROOT / "prompt.txt").read_text() + "\n###\n1. Instruction: Say 1\n")
+
+
+def test_prompt_txt_is_numbered_correctly_and_asks_for_twenty():
+    lines = (ROOT / "prompt.txt").read_text().splitlines()
+    numbers = [int(line.split(".")[0]) for line in lines if line[:1].isdigit()]
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 8
+    text = "\n".join(lines)
+    assert text.count("20") == 2 and "<noinput>" in text and text.endswith("tasks:")
+
+
+def test_find_word_in_string():
+    assert generate_instruction.find_word_in_string("map", "Draw a MAP of it")
+    assert not generate_instruction.find_word_in_string("map", "What is a mapping?")
+
+
+TASKS = [
+    {"instruction": "Name a colour of the sea.", "input": "", "output": "Blue."},
+    {"instruction": "Translate this into German.", "input": "Good day", "output": "Guten Tag"},
+]
+BODY = "{n}. Instruction: {instruction}\n{n}. Input:\n{input}\n{n}. Output:\n{output}\n"
+
+
+def answer(template=BODY, separator="###\n", begin="", end="", continued=False, noinput="<noinput>"):
+    parts = [template.format(n=n, **{**task, "input": task["input"] or noinput}) for n, task in enumerate(TASKS, 4)]
+    text = separator.join(parts)
+    return begin + (text.removeprefix("4. Instruction:") if continued else text) + end
+
+
+CHAT = {
+    "goes on as 2023's models did": answer(continued=True),
+    "the cue repeated": answer(),
+    "a leading ###": answer(begin="###\n"),
+    "a leading ### and empty lines": answer(begin="\n\n### \n\n"),
+    "CRLF": answer().replace("\n", "\r\n"),
+    "bold field names": answer(
+        "**{n}. Instruction:** {instruction}\n**{n}. Input:**\n{input}\n**{n}. Output:**\n{output}\n"
+    ),
+    "bold words": answer("{n}. **Instruction**: {instruction}\n{n}. **Input**: {input}\n{n}. **Output**: {output}\n"),
+    "headings": answer(
+        "### {n}. Instruction: {instruction}\n### {n}. Input:\n{input}\n### {n}. Output:\n{output}\n", "\n"
+    ),
+    "fields without numbers": answer("{n}. Instruction: {instruction}\nInput: {input}\nOutput: {output}\n"),
+    "bold fields without numbers": answer(
+        "**{n}. Instruction**: {instruction}\n**Input:** {input}\n**Output:**\n{output}\n"
+    ),
+    "no separator": answer(separator="\n"),
+    "rules as separators": answer(separator="\n---\n\n"),
+    "a word before the list": answer(begin="Here are the tasks:\n\n"),
+    "a fence around all": answer(begin="```\n", end="```\n"),
+    "a named fence around all": answer(begin="```text\n###\n", end="```"),
+    "N/A for no input": answer(noinput="N/A"),
+    "(none)": answer(noinput="(None)"),
+    "parentheses": answer("{n}) Instruction: {instruction}\n{n}) Input: {input}\n{n}) Output: {output}\n"),
+    "a separator at the end": answer(end="###\n"),
+    "indented": answer("  {n}. Instruction: {instruction}\n  {n}. Input: {input}\n  {n}. Output: {output}\n"),
+    "lower case": answer("{n}. instruction: {instruction}\n{n}. input: {input}\n{n}. output: {output}\n"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CHAT)
+def test_the_robust_parser_reads(case):
+    rows = [item.row for item in parse(CHAT[case], "stop", 3, "robust") if item.row]
+    assert rows == TASKS, rows
+
+
+OUTPUTS = {
+    "a markdown heading": "### Title\n\nText under it.\n\n### Another\n\nMore.",
+    "a code fence": "```python\ndef f(x):\n    ### comment\n    return x\n```\nThat is all.",
+    "cues in a code fence": "```\n5. Instruction: not a task\n5. Input:\nno\n5. Output:\nno\n```",
+    "cues of other numbers": "1. Input: water\n2. Output: steam",
+    "cues without number": "Input: 5\nOutput: 120",
+    "a fence that is not closed": "```python\nprint(1)",
+    "a numbered list": "1. One\n2. Two\n20. Twenty, in 2020.",
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_answers_keep_what_looks_like_structure(case):
+    text = BODY.format(n=4, instruction="Show me something of use.", input="<noinput>", output=OUTPUTS[case])
+    text += "###\n" + BODY.format(n=5, **{**TASKS[1], "output": "Guten Tag"})
+    rows = [item.row for item in parse(text, "stop", 3, "robust") if item.row]
+    assert [row["output"] for row in rows] == [OUTPUTS[case], "Guten Tag"]
+
+
+@pytest.mark.parametrize("parser", ["original", "robust"])
+def test_every_reason_is_counted(parser):
+    instructions = {
+        "Say it now": "too short",
+        "word " * 151: "too long",
+        "Describe the picture on the wall.": "not for a text model",
+        "Write a program that adds numbers.": "write a program",
+        '"Quote" this sentence for me please.': "begins with punctuation",
+        "Übersetze diesen Satz ins Englische.": "begins with a non-ASCII character",
+        "Name three birds of the sea.": "",
+    }
+    text = "###\n".join(
+        BODY.format(n=n, instruction=text, input="<NOINPUT>", output="An answer")
+        for n, text in enumerate(instructions, 4)
+    ).removeprefix("4. Instruction:")
+    assert [item.reason for item in parse(text, "stop", 3, parser)] == list(instructions.values())
+    assert [item.reason for item in parse(text, "length", 3, parser)][-1] == "cut off"
+    assert parse(text, "stop", 3, parser)[-1].row["input"] == ""
+
+
+def test_an_empty_output_is_no_task_for_the_robust_parser():
+    text = BODY.format(n=4, instruction="Name a colour of the sea.", input="<noinput>", output="")
+    assert [item.reason for item in parse(text, "stop", 3, "robust")] == ["empty output"]
+    assert parse(text.removeprefix("4. Instruction:"), "stop", 3, "original")[0].row["output"] == ""
+
+
+def test_no_text_breaks_the_parsers():
+    """Whatever a model says: pieces of the format in any order, hundreds of times."""
+    pieces = ["4. Instruction:", "5. Instruction:", "4. Input:", "4. Output:", "###", "\n", "```", "<noinput>", " ",
+              "**", "Name a colour of the sea.", "é", "\r\n", "4.", "Input:", "Output:", "# ", "20."]  # fmt: skip
+    draw = random.Random(0)
+    for _ in range(500):
+        text = "".join(draw.choices(pieces, k=draw.randrange(1, 25)))
+        for parser in ("original", "robust"):
+            for item in parse(text, draw.choice(["stop", "length"]), 3, parser):
+                assert (item.row is None) == bool(item.reason)
