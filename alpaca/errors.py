@@ -38,6 +38,9 @@ def reported(program: str) -> Iterator[None]:
             os._exit(0)
     except UsageError as error:
         fail(str(error), program)
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
     except RuntimeError as error:
         if not any(text in str(error) for text in LOST_CONNECTION):
             raise
