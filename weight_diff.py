@@ -13,6 +13,7 @@ import functools
 import json
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,7 @@ def make_diff(
         UsageError: a folder is no checkpoint or is damaged, or base and tuned do not fit; nothing is written.
     """
     _check_choices(device=device, method=method)
+    plan_shards([], "diff", max_shard_size)
     with open_weights(path_raw, "--path_raw") as base, open_weights(path_tuned, "--path_tuned") as tuned:
         if base.folder.resolve() == tuned.folder.resolve():
             raise UsageError(f"--path_tuned {path_tuned}: is the base itself")
@@ -77,7 +79,7 @@ def make_diff(
                     lines = diff.notes()
                     _write(diff, pipe, folder, max_shard_size, torch.float32, None)
                     _copy(diff.files, folder, torch.float32)
-    print("\n".join([*lines, f"wrote {path_diff}: {len(tuned.tensors)} tensors, {human(size)}"]), flush=True)
+    print("\n".join([*lines, f"wrote {path_diff}: {human(size)}"]), flush=True)
 
 
 def recover(
@@ -139,13 +141,16 @@ def verify(path_diff: str, path_tuned: str, path_raw: str | None = None, digest:
             print(f"proved: {path_tuned} is {diff.told}", flush=True)
             if path_raw is not None:
                 _recover(path_raw, path_diff, digest=digest)
+        elif digest is not None:
+            raise UsageError(f"--digest: {path_diff} is in the format of 2023, which has none")
         elif path_raw is None:
             raise UsageError(f"--path_diff {path_diff}: is in the format of 2023, without digests; give --path_raw too")
         else:
             with open_weights(path_raw, "--path_raw") as base, open_weights(folder, "--path_diff") as diff:
                 with Pipeline(diff.nbytes, "verify") as pipe:
                     FloatDiff(base, diff, sign=1).verify(pipe, tuned)
-            print(f"proved: {path_tuned} is, bit for bit, the sum of {path_raw} and {path_diff}", flush=True)
+            kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tuned.tensors.values()}))
+            print(f"proved: {path_tuned} is the sum of {path_raw} and {path_diff}, cast to {kinds}", flush=True)
 
 
 # ---- recover, with the model or without ----
@@ -157,7 +162,9 @@ def _recover(
     overwrite: bool = False, digest: str | None = None, load: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase] | None":  # fmt: skip
     """`recover`, which loads the model only if it is to answer or to be returned."""
+    dtype = str(dtype).removeprefix("torch.") if dtype is not None else None
     _check_choices(device=device, dtype=dtype)
+    plan_shards([], "model", max_shard_size)
     load, kind, state = load or test_inference, FLOATS.get(dtype), None
     with open_weights(path_raw, "--path_raw") as base, _open_diff(base, path_diff, digest) as diff:
         for note in diff.notes():
@@ -166,26 +173,33 @@ def _recover(
         summed = isinstance(diff, FloatDiff) if check_integrity_naively is None else check_integrity_naively
         naive = NaiveSum(diff.specs, config) if summed else None
         size, nbytes = (sum(spec.nbytes for spec in specs) for specs in (_cast(diff.specs, kind), diff.specs))
-        lines = []
+        sum_line = functools.partial(naive.check, check_integrity_naively is True) if naive else str
         if path_tuned is not None:
             inputs = (base.folder, diff.folder)
             with new_folder(path_tuned, "--path_tuned", size + ROOM, overwrite, inputs) as folder:
                 with Pipeline(nbytes, "recover") as pipe:
                     _write(diff, pipe, folder, max_shard_size, kind, naive)
                 _copy(diff.files, folder, kind)
-                lines = [naive.check(check_integrity_naively is True)] if naive else []
+                told = sum_line()
         else:
             writer = MemoryWriter(_cast(diff.specs, kind)) if load else None
             with Pipeline(nbytes, "recover") as pipe:
                 _stream(diff, pipe, diff.specs, kind, writer, naive)
                 pipe.drain()
-            lines = [naive.check(check_integrity_naively is True)] if naive else []
-            state = writer and writer.tensors
-        told = f"{path_tuned} is" if path_tuned is not None else f"nothing written; {path_raw} and {path_diff} give"
-        lines.append(f"{diff.verdict}: {told} {diff.told}" + f"; converted to {dtype}" * bool(dtype))
-        print("\n".join(lines), flush=True)
-        kind = kind or next(spec.dtype for spec in diff.specs if spec.dtype.is_floating_point)
-        return _load(diff.files, path_tuned, state, device, kind, test_inference) if load else None
+            told, state = sum_line(), writer and writer.tensors
+        print(*[told] * bool(told), _verdict(diff, path_raw, path_diff, path_tuned, dtype), sep="\n", flush=True)
+        return _load(diff, path_tuned, state, device, kind, test_inference) if load else None
+
+
+def _verdict(
+    diff: ExactDiff | FloatDiff, path_raw: str, path_diff: str, path_tuned: str | None, dtype: str | None
+) -> str:
+    """The last line: what is known now."""
+    if path_tuned is None:
+        return f"{diff.verdict}: {path_raw} and {path_diff} give {diff.told}; nothing was written"
+    if dtype is None:
+        return f"{diff.verdict}: {path_tuned} is {diff.told}"
+    return f"{diff.verdict}: {path_raw} and {path_diff} give {diff.told}; {path_tuned} is that, cast to {dtype}"
 
 
 @contextmanager
@@ -220,6 +234,7 @@ def _write(
     writer = ShardWriter(folder, shards)
     order = [by_name[spec.name] for shard in shards for spec in shard.tensors]
     _stream(diff, pipe, order, dtype, writer, naive)
+    pipe.drain()
     pipe.after("write", writer.close).result()
     write_index(folder, "model", shards)
 
@@ -248,7 +263,7 @@ def _copy(files: Mapping[str, Path], folder: Path, dtype: torch.dtype | None) ->
 
 
 def _load(
-    files: Mapping[str, Path], path_tuned: str | None, state: dict[str, torch.Tensor] | None, device: str,
+    diff: ExactDiff | FloatDiff, path_tuned: str | None, state: dict[str, torch.Tensor] | None, device: str,
     dtype: torch.dtype | None, test_inference: bool,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # fmt: skip
     """The recovered model, from its folder or from memory, and its tokenizer."""
@@ -256,16 +271,20 @@ def _load(
 
     from alpaca.tokenizer import open_tokenizer
 
+    bytes_of = Counter()
+    for spec in diff.specs:
+        bytes_of[spec.dtype] += spec.nbytes
+    dtype = dtype or bytes_of.most_common(1)[0][0]
     if path_tuned is not None:
         tokenizer = open_tokenizer(path_tuned)
         model = AutoModelForCausalLM.from_pretrained(path_tuned, dtype=dtype)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            _copy(files, Path(folder), dtype)
+            _copy(diff.files, Path(folder), dtype)
             tokenizer, config = open_tokenizer(folder), AutoConfig.from_pretrained(folder)
             model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-            if "generation_config.json" in files:
+            if "generation_config.json" in diff.files:
                 model.generation_config = GenerationConfig.from_pretrained(folder)
     model.to(device).eval()
     if test_inference:

@@ -1,5 +1,7 @@
-"""`python program.py task --flag value …`, by fire as in 2023. Names are checked first: fire runs a task and only then
-rejects a flag that it does not know."""
+"""`python program.py task --flag value …` with the words that fire took in 2023; fire still writes the help.
+
+fire itself would run a task before it rejects a flag that it does not know, and make a tuple of a path with a comma.
+"""
 
 import difflib
 import inspect
@@ -9,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import fire
-from fire.decorators import SetParseFns
 
 from alpaca.errors import UsageError
 
@@ -23,23 +24,18 @@ def run(program: str, tasks: Mapping[str, Callable[..., None]], argv: Sequence[s
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words) or not words:
-        words = [*(word for word in words[:1] if word in tasks), "--help"]
-    else:
-        check(tasks, words)
-    parsed = {name: SetParseFns(**_parsers(task))(task) for name, task in tasks.items()}
-    fire.Fire(parsed, command=words, name=program)
-
-
-def check(tasks: Mapping[str, Callable[..., None]], words: Sequence[str]) -> None:
-    """Raise UsageError unless `words` are a task and flags that it has, with values of their types."""
-    if words[0] not in tasks:
+        help = [*(word for word in words[:1] if word in tasks), "--help"]
+        fire.Fire(dict(tasks), command=help, name=program)
+    elif words[0] not in tasks:
         raise UsageError(f"unknown task {words[0]!r}{_closest(words[0], tasks)}; expected one of: {', '.join(tasks)}")
-    task = tasks[words[0]]
+    else:
+        tasks[words[0]](**read(tasks[words[0]], words))
+
+
+def read(task: Callable[..., None], words: Sequence[str]) -> dict[str, Any]:
+    """The values of the flags in `words`, the first of which names the task."""
     parameters = inspect.signature(task).parameters
-    given, unnamed = _split(words[1:])
-    for name in list(given):
-        if name.startswith("no") and name[2:] in parameters and given[name] == "True":
-            given[name[2:]] = str(given.pop(name) == "False")  # fire's --noverbose
+    given, unnamed = _split(words[1:], list(parameters))
     for name in given:
         if name not in parameters:
             raise UsageError(f"unknown flag --{name}{_closest(name, parameters, '--')}; {words[0]} --help lists all")
@@ -47,23 +43,26 @@ def check(tasks: Mapping[str, Callable[..., None]], words: Sequence[str]) -> Non
     if len(unnamed) > len(free) or {"-", "--"} & set(unnamed):
         raise UsageError(f"expected a flag such as --{next(iter(parameters))}, got {unnamed[-1]!r}")
     given |= dict(zip(free, unnamed))
-    for name, text in given.items():
-        _parsers(task)[name](text)
     if missing := [f"--{p.name}" for p in parameters.values() if p.default is p.empty and p.name not in given]:
         raise UsageError(f"{words[0]} needs {', '.join(missing)}; {words[0]} --help tells more")
+    return {name: _value(name, text, parameters[name].annotation) for name, text in given.items()}
 
 
-def _split(words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """["R", "--path-diff", "D", "--test_inference"] -> {"path_diff": "D", "test_inference": "True"}, ["R"]; as fire
-    does."""
-    given: dict[str, str] = {}
+def _split(words: Sequence[str], known: list[str]) -> tuple[dict[str, str | None], list[str]]:
+    """["R", "--path-diff", "D", "--overwrite"] -> {"path_diff": "D", "overwrite": None}, ["R"]"""
+    given: dict[str, str | None] = {}
     unnamed: list[str] = []
     name = None  # of a flag that may get the next word as its value
     for word in words:
         if match := re.match(r"--?([A-Za-z][\w-]*)(=?)(.*)", word, re.DOTALL):
             name = match[1].replace("-", "_")
-            given[name] = match[3] if match[2] else "True"
-            name = None if match[2] else name
+            initials = [flag for flag in known if flag[0] == name] if len(name) == 1 else []
+            name = initials[0] if len(initials) == 1 else name  # -o, as the help shows it
+            if name not in known and name.removeprefix("no") in known and not match[2]:  # --nooverwrite
+                given[name[2:]], name = "False", None
+            else:
+                given[name] = match[3] if match[2] else None
+                name = None if match[2] else name
         elif name is not None:
             given[name], name = word, None
         else:
@@ -76,29 +75,22 @@ def _closest(name: str, known: Mapping[str, Any], prefix: str = "") -> str:
     return f", did you mean {prefix}{close[0]}?" if close else ""
 
 
-def _parsers(task: Callable) -> dict[str, Callable[[str], Any]]:
-    parameters = inspect.signature(task).parameters.values()
-    return {parameter.name: _parser(parameter.name, parameter.annotation) for parameter in parameters}
-
-
-def _parser(name: str, hint: Any) -> Callable[[str], Any]:
-    """A flag's text -> its value. fire alone makes a tuple of a path with a comma and a number of the folder 2023."""
-    kinds = get_args(hint) or (hint,)
-
-    def parse(text: str) -> Any:
-        if type(None) in kinds and text == "None":
-            return None
-        if bool in kinds:
-            if text.lower() in ("true", "1", "yes", "false", "0", "no"):
-                return text.lower() in ("true", "1", "yes")
+def _value(name: str, text: str | None, annotation: Any) -> Any:
+    """The text of a flag as its parameter's type; None: the flag stands alone."""
+    kinds = get_args(annotation) or (annotation,)
+    if bool in kinds:
+        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+        if str(text if text is not None else True).lower() not in words:
             raise UsageError(f"--{name} {text}: expected True or False")
-        for kind in (int, float):
-            if kind in kinds:
-                try:
-                    return kind(text)
-                except ValueError as error:
-                    if kind is float or float not in kinds:
-                        raise UsageError(f"--{name} {text}: expected a number") from error
-        return text
-
-    return parse
+        return words[str(text if text is not None else True).lower()]
+    if text is None:
+        raise UsageError(f"--{name}: needs a value")
+    if type(None) in kinds and text == "None":
+        return None
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError as error:
+                raise UsageError(f"--{name} {text}: expected a {'whole ' * (kind is int)}number") from error
+    return text

@@ -25,7 +25,7 @@ def fits(name: str, base: Tensor, tuned: Tensor) -> bool:
 
 def refuse_misfit(
     base: Weights, other: Weights, missing: list[str], misfits: list[tuple[Tensor, Tensor]],
-    config: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None, notes: Iterable[str] = (),
 ) -> NoReturn:  # fmt: skip
     """Raise UsageError with the tensors that do not fit, and the likely cause.
 
@@ -33,11 +33,10 @@ def refuse_misfit(
         missing: names that `base` lacks.
         misfits: (tensor of the base, what it should be).
         config: of the base that it should be.
+        notes: what else is known.
     """
     lines = [f"{base.flag} {base.folder} does not fit {other.flag} {other.folder}: {_cause(base, missing, misfits)}"]
-    lines += [
-        f"    {a.name} is {list(a.shape)} {dtype_name(a.dtype)}, expected {list(b.shape)}" for a, b in misfits[:5]
-    ]
+    lines += [f"    {a}, expected {list(b.shape)} {dtype_name(b.dtype)}" for a, b in misfits[:5]]
     lines += [f"    {len(misfits) - 5} more have other shapes"] * (len(misfits) > 5)
     if missing:
         lines.append(f"    {len(missing)} missing in the base: {_some(missing)}")
@@ -46,6 +45,7 @@ def refuse_misfit(
         lines += [f"    {len(unexpected)} in the base only: {_some(unexpected)}"] * bool(unexpected)
     if differences := config_differences(base.config, config or other.config):
         lines.append(f"    config.json: {differences}")
+    lines += [f"    {note}" for note in notes]
     raise UsageError("\n".join(lines))
 
 
@@ -67,6 +67,8 @@ def _cause(base: Weights, missing: list[str], misfits: list[tuple[Tensor, Tensor
 def explain_other_base(base: Weights, tensor: Tensor, same: int, looked_at: int, config: dict[str, Any]) -> str:
     """The message for a base tensor that has not the digest it should have, when `same` of `looked_at` others have."""
     begin = f"{base.flag} {base.folder}: {tensor.name} ({tensor.path.name}) is not that of the base of this diff"
+    if not looked_at:
+        return f"{begin}: it is damaged, or another base model's"
     if same:
         return (f"{begin}, though {same} of {looked_at} other tensors are: this file is damaged or was changed; copy "
                 "or download it again")  # fmt: skip

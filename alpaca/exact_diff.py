@@ -7,8 +7,9 @@
     config.json                      says that this is no model; the tuned model's own is tuned_config.json
     tokenizer.json, …                the tuned model's other files, as they are
 
-A base tensor is hashed whole, after the cast, so that copies of one base in float16 and float32 are equal bases. In
-recover the digests of base and result prove the diff between them, which is hashed only to name what is damaged.
+A base tensor is hashed whole, after the cast, so that copies of one base in float16 and float32 are equal bases; what
+the cast drops of a wider base is not looked at, as no result depends on it. In recover the digests of base and result
+prove the diff between them, which is hashed only to name what is damaged.
 """
 
 import hashlib
@@ -36,6 +37,7 @@ from alpaca.weights import (
     dtype_name,
     memory,
     read_json,
+    readable,
     safetensors_header,
 )
 
@@ -104,7 +106,7 @@ def counterparts(base: Weights, tuned: Weights) -> dict[str, Tensor | None]:
     missing, misfits = [], []
     for name, tensor in tuned.tensors.items():
         if tensor.dtype not in DTYPES.values():
-            raise UsageError(f"{tuned.flag} {tuned.folder}: {tensor} has a dtype that safetensors cannot store")
+            raise UsageError(f"{tuned.flag} {tuned.folder}: {tensor}, a dtype that safetensors cannot store")
         own = name.endswith("inv_freq") or not tensor.dtype.is_floating_point
         other = found[name] = None if own else base.find(name)
         if other is None and not own:
@@ -134,10 +136,13 @@ def make(pipe: Pipeline, base: Weights, tuned: Weights, folder: Path, max_shard_
         for name, tensor in base.tensors.items()
         if name not in used
     }
+    pipe.drain()
     pipe.after("write", writer.close).result()
     digests = pipe.after("files", files.close).result()
     write_index(folder, "diff", shards)
     for path in companions(tuned.folder):
+        if path.name in (TUNED_CONFIG, MANIFEST):
+            raise UsageError(f"{tuned.flag} {path}: is a file of a diff; remove it from the tuned model's folder")
         shutil.copyfile(path, folder / (TUNED_CONFIG if path.name == "config.json" else path.name))
     (folder / "config.json").write_text(json.dumps({"model_type": NOT_A_MODEL}, indent=2) + "\n", encoding="utf-8")
     manifest = {
@@ -152,7 +157,8 @@ def make(pipe: Pipeline, base: Weights, tuned: Weights, folder: Path, max_shard_
     text = json.dumps(manifest, indent=1, default=Future.result) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     (folder / SIDECAR).write_text(_sidecar(text.encode()), encoding="utf-8")
-    return _summary(json.loads(text)["tensors"], hashlib.sha256(text.encode()).hexdigest())
+    files = ", ".join(path.name for path in companions(tuned.folder))
+    return [*_summary(json.loads(text)["tensors"], hashlib.sha256(text.encode()).hexdigest()), f"with {files}"]
 
 
 def _diff_tensor(
@@ -181,7 +187,7 @@ def _summary(entries: dict[str, dict[str, Any]], digest: str) -> list[str]:
         if not entry["base"] or entry["base"]["shape"][:1] < entry["shape"][:1]
     ]
     told = ", ".join(new[:5]) + f" and {len(new) - 5} more" * (len(new) > 5)
-    lines = [f"stored as they are, because the base lacks them: {told}"] * bool(new)
+    lines = [f"stored as they are, not as differences from the base: {told}"] * bool(new)
     if all(entry["base"] and entry["base"]["sha256"] == entry["sha256"] for entry in entries.values()):
         lines.append("note: every tensor is that of the base; is this the fine-tuned model?")
     return [*lines, f"digest of the manifest, to be published beside it: {digest}"]
@@ -207,8 +213,9 @@ class ExactDiff:
 
     def __init__(self, folder: Path, flag: str, digest: str | None = None):
         self.folder, self.flag = folder, flag
-        self.manifest, self.digest = self._read_manifest(digest)
-        self.weights = self._check_files()
+        with readable(flag):
+            self.manifest, self.digest = self._read_manifest(digest)
+            self.weights = self._check_files()
         self.entries: dict[str, dict[str, Any]] = self.manifest["tensors"]
         dtypes = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
         self.specs = [Spec(name, dtypes[e["dtype"]], tuple(e["shape"])) for name, e in self.entries.items()]
@@ -226,8 +233,8 @@ class ExactDiff:
                 f"{self.flag} {self.folder}: {MANIFEST} has the SHA-256 {actual}, {SIDECAR} promises another: one of "
                 "them is damaged or was changed; download both again"
             )
-        if digest and digest != actual:
-            raise UsageError(f"--digest {digest}: the manifest of {self.folder} has {actual}; this is another diff")
+        if digest is not None and digest.strip().lower() != actual:
+            raise UsageError(f"--digest {digest!r}: the manifest of {self.folder} has {actual}; this is another diff")
         manifest = read_json(self.folder / MANIFEST, self.flag)
         if strange := [name for name in manifest.get("files", {}) if Path(name).name != name or name.startswith(".")]:
             raise UsageError(f"{self.flag} {self.folder}: the manifest names a file outside its folder, {strange[0]}")

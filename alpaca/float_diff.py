@@ -52,7 +52,9 @@ class FloatDiff:
             elif rows is None:
                 misfits.append((found, tensor))
         if missing or misfits:
-            refuse_misfit(base, other, missing, misfits)
+            refuse_misfit(base, other, missing, misfits, notes=self.notes())
+        if not self.specs:
+            raise UsageError(f"{other.flag} {other.folder}: has no floating-point tensors")
         if sign < 0:
             self._add_inv_freq()
 
@@ -91,7 +93,7 @@ class FloatDiff:
     def _rest(self, base: Tensor | None, spec: Spec, rows: int) -> torch.Tensor:
         """Where the base ends before the tensor does: the mean of its embeddings, or the frequencies of its config."""
         if base is None:
-            return inv_freq(self.base.config) if spec.name in self.pairs else torch.empty(0)
+            return inv_freq(self.base.config or self.weights.config) if spec.name in self.pairs else torch.empty(0)
         if not base.shape or rows == spec.shape[0]:
             return torch.empty(0)
         whole, scratch = torch.empty(base.shape), torch.empty(base.nbytes, dtype=torch.uint8)
@@ -130,12 +132,18 @@ class FloatDiff:
                 f"note: in the base's config.json {differences}; is it the base that the diff was made against?"
             )
         for name in ("model.norm.weight", "model.decoder.final_layer_norm.weight", "transformer.ln_f.weight"):
-            if tensor := self.base.tensors.get(name):
-                norm = torch.empty(tensor.numel)
-                self.base.read(tensor, 0, norm, torch.empty(tensor.nbytes, dtype=torch.uint8))
-                if norm.abs().max() < 0.1:
-                    told.append(f"note: {name} of {self.base.folder} is nearly zero; is that a diff given as the base?")
+            if name in self.base.tensors and _largest(self.base, name) < 0.1:
+                told.append(f"note: {name} of {self.base.folder} is nearly zero; is that a diff given as the base?")
+            if self.sign > 0 and name in self.weights.tensors and _largest(self.weights, name) > 0.5:
+                told.append(f"note: {name} of {self.folder} is far from zero; is that a model given as the diff?")
         return told
+
+
+def _largest(weights: Weights, name: str) -> float:
+    tensor = weights.tensors[name]
+    values = torch.empty(tensor.numel)
+    weights.read(tensor, 0, values, torch.empty(tensor.nbytes, dtype=torch.uint8))
+    return float(values.abs().max())
 
 
 def _base_tokenizer(base: Weights) -> "PreTrainedTokenizerBase | None":
@@ -144,8 +152,9 @@ def _base_tokenizer(base: Weights) -> "PreTrainedTokenizerBase | None":
 
     try:
         return open_tokenizer(str(base.folder))
-    except (UsageError, OSError, ValueError) as error:
-        print(f"note: the base's tokenizer cannot be read ({str(error).splitlines()[0]}); whether it had a pad token "
+    except Exception as error:  # tokenizers raises what it likes
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        print(f"note: the base's tokenizer cannot be read ({reason}); whether it had a pad token "
               "is taken from the number of rows", flush=True)  # fmt: skip
         return None
 
@@ -172,7 +181,12 @@ def _rows_of_base(name: str, base: Tensor, tensor: Tensor, tokenizer: "PreTraine
 def inv_freq(config: dict) -> torch.Tensor:
     """The rotary frequencies [head_dim / 2] of a LLaMA, as transformers 4.28 computed and stored them (RoFormer,
     arXiv 2104.09864)."""
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    try:
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    except KeyError as error:
+        raise UsageError(
+            f"rotary frequencies are missing, and cannot be computed: config.json has no {error}"
+        ) from error
     theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10000.0
     return 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
 
@@ -203,7 +217,7 @@ class NaiveSum:
         if self.config.get("tie_word_embeddings") and "lm_head.weight" not in self.sums:
             self.sums["lm_head.weight"] = next(self.sums[n] for n in self.sums if n.endswith(INPUT_EMBEDDINGS))
             order = [*order, "lm_head.weight"]
-        return float(sum(self.sums[name] for name in order))
+        return float(sum(self.sums[name] for name in order if name in self.sums))
 
     def check(self, required: bool) -> str:
         """The line to print. Raises UsageError if it is `required` that the sum is that of the released model."""

@@ -15,7 +15,7 @@ import torch
 
 from alpaca.errors import UsageError
 from alpaca.files import free_bytes, human
-from alpaca.weights import DTYPE_NAMES, memory
+from alpaca.weights import COMPANIONS, DTYPE_NAMES, memory
 
 try:
     import fcntl
@@ -23,6 +23,7 @@ except ImportError:  # Windows
     fcntl = None
 
 MARKER = ".incomplete"  # in a folder that is being written
+OF_A_CHECKPOINT = (".safetensors", ".bin", ".sha256", ".png", ".md", ".gitattributes", "LICENSE", *COMPANIONS)
 
 
 # ---- a folder that appears when it is complete ----
@@ -35,24 +36,21 @@ def new_folder(path: str | Path, flag: str, nbytes: int, overwrite: bool, inputs
     Raises:
         UsageError: `path` is taken, is one of the `inputs`, cannot be written, or its disk is too small.
     """
-    target = Path(os.path.realpath(Path(path).expanduser()))
+    target = Path(os.path.realpath(os.path.expanduser(path)))
+    if not target.name:
+        raise UsageError(f"{flag} {path}: expected a new folder, which is named")
     partial, replaced = (target.with_name(f"{target.name}.{ending}") for ending in ("incomplete", "replaced"))
-    _check_target(target, replaced, flag, overwrite, inputs)
-    if free_bytes(target) < nbytes + 10**7:
-        raise UsageError(f"{flag} {path}: needs {human(nbytes)}, its disk has {human(free_bytes(target))} free")
     try:
+        _check_target(target, replaced, flag, overwrite, inputs)
+        if free_bytes(target) < nbytes + 10**7:
+            raise UsageError(f"{flag} {path}: needs {human(nbytes)}, its disk has {human(free_bytes(target))} free")
         lock, ours = _lock(partial, flag), False
         try:
             _clear(partial, flag)
             ours = True
             yield partial
             _sync(partial)
-            if overwrite and target.exists():
-                os.rename(target, replaced)
-            os.rename(partial, target)
-            (target / MARKER).unlink()
-            _sync(target.parent)
-            shutil.rmtree(replaced, ignore_errors=True)
+            _put_in_place(partial, target, replaced)
         except BaseException:
             if ours:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -71,15 +69,31 @@ def _check_target(target: Path, replaced: Path, flag: str, overwrite: bool, inpu
         return
     if not overwrite:
         raise UsageError(f"{flag} {target}: already exists; choose another folder or pass --overwrite")
-    if (
-        not target.is_dir()
-        or not (target / "config.json").is_file()
-        or any(child.is_dir() for child in target.iterdir())
-    ):
-        raise UsageError(f"{flag} {target}: --overwrite replaces a folder of a checkpoint or a diff only, without "
-                         "folders inside; delete this one yourself")  # fmt: skip
-    if replaced.exists():
-        raise UsageError(f"{flag} {target}: {replaced} is left of an earlier --overwrite that was killed; move it away")
+    if os.path.lexists(replaced):
+        raise UsageError(f"{flag} {target}: {replaced} is in the way of --overwrite, which would put the old folder "
+                         "there while it is replaced; move it away")  # fmt: skip
+    names = [child.name for child in target.iterdir()]
+    strange = [name for name in names if not name.endswith(OF_A_CHECKPOINT) or (target / name).is_dir()]
+    if strange or "config.json" not in names or not any(name.endswith((".safetensors", ".bin")) for name in names):
+        raise UsageError(f"{flag} {target}: --overwrite replaces only the folder of a checkpoint or a diff, and this "
+                         f"one {f'holds {strange[0]}' if strange else 'is none'}; delete it yourself")  # fmt: skip
+
+
+def _put_in_place(partial: Path, target: Path, replaced: Path) -> None:
+    """Rename. What stood there is deleted only when the new folder stands in its place."""
+    old = os.path.lexists(target) and any(target.iterdir())
+    if old:
+        os.rename(target, replaced)
+    try:
+        os.rename(partial, target)
+    except BaseException:
+        if old:
+            os.rename(replaced, target)
+        raise
+    (target / MARKER).unlink()
+    _sync(target.parent)
+    if old:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _lock(partial: Path, flag: str) -> int | None:
@@ -110,11 +124,13 @@ def _clear(partial: Path, flag: str) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """The names in `folder` are on the disk when this returns."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    """The files in `folder`, and their names, are on the disk when this returns."""
+    for path in [*(path for path in folder.iterdir() if path.is_file()), *[folder] * (os.name == "posix")]:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 # ---- safetensors files, whose sizes are known before their content ----
@@ -167,6 +183,8 @@ def plan_shards(specs: Iterable[Spec], stem: str, max_shard_size: str | int) -> 
     pattern = f"{stem}{{suffix}}.safetensors"
     try:
         size = int(max_shard_size) if str(max_shard_size).isdigit() else max_shard_size
+        if size == 0:
+            raise ValueError("0 is none")
         plan = split_torch_state_dict_into_shards(shapes, filename_pattern=pattern, max_shard_size=size)
     except ValueError as error:
         raise UsageError(f"--max_shard_size {max_shard_size}: expected a size such as 5GB ({error})") from error
@@ -190,34 +208,43 @@ class ShardWriter:
     """Writes the pieces of all tensors, given in the order of `shards`, to their files."""
 
     def __init__(self, folder: Path, shards: list[Shard]):
-        self.folder, self.left, self.file, self.room = folder, list(shards), None, 0
+        self.folder, self.shards, self.left, self.room = folder, shards, list(shards), 0
+        self.file: IO[bytes] | None = None
 
     def write(self, piece: memoryview) -> None:
         while piece:
             if self.room == 0:
                 self._next()
-            count = self.file.write(piece[: self.room])
-            self.room -= count
-            piece = piece[count:]
+            part = piece[: self.room]
+            self._put(part)
+            self.room -= len(part)
+            piece = piece[len(part) :]
 
     def close(self) -> None:
         """After the last piece: tensors without elements still need their file."""
-        assert self.room == 0
         while self.left:
             self._next()
         self._finish()
+        for shard in self.shards:
+            size = (self.folder / shard.name).stat().st_size
+            if size != shard.nbytes:
+                raise OSError(f"{shard.name} has {size:,} bytes of {shard.nbytes:,}")
 
     def _next(self) -> None:
         self._finish()
         shard = self.left.pop(0)
-        self.file: IO[bytes] = open(self.folder / shard.name, "wb", buffering=0)
-        self.file.write(shard.header)
+        self.file = open(self.folder / shard.name, "wb", buffering=0)
+        self._put(memoryview(shard.header))
         self.room = shard.nbytes - len(shard.header)
+
+    def _put(self, part: memoryview) -> None:
+        while part:
+            part = part[self.file.write(part) :]
 
     def _finish(self) -> None:
         if self.file is not None:
-            os.fsync(self.file.fileno())
             self.file.close()
+            self.file = None
 
 
 class ShardDigests:

@@ -66,7 +66,8 @@ class Pipeline:
         slot.futures.append(self._submit(lane, function, memory(piece)))
 
     def after(self, lane: str, function: Callable[[], Any]) -> Future:
-        """What `function` returns when `lane` has done all that it was sent."""
+        """What `function` returns when `lane` has done all that it was sent. It does not tell of pieces that failed;
+        `drain` does."""
         return self._submit(lane, function)
 
     def _submit(self, lane: str, function: Callable, *args: Any) -> Future:

@@ -5,8 +5,10 @@ mapped, because pages of a mapped file count as memory of the process.
 """
 
 import json
+import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -58,7 +60,7 @@ class Tensor:
         return self.numel * self.dtype.itemsize
 
     def __str__(self) -> str:
-        return f"{self.name} {list(self.shape)} {dtype_name(self.dtype)}"
+        return f"{self.name} is {list(self.shape)} {dtype_name(self.dtype)}"
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -117,11 +119,14 @@ class Weights:
         if tensor.data is not None:
             out.copy_(tensor.data.reshape(-1)[start : start + out.numel()])
             return
-        if tensor.path not in self._files:
-            self._files[tensor.path] = open(tensor.path, "rb", buffering=0)
-        file = self._files[tensor.path]
-        file.seek(tensor.offset + start * tensor.dtype.itemsize)
-        buffer = memory(out)
+        with readable(self.flag):
+            if tensor.path not in self._files:
+                self._files[tensor.path] = open(tensor.path, "rb", buffering=0)
+            file = self._files[tensor.path]
+            file.seek(tensor.offset + start * tensor.dtype.itemsize)
+            self._fill(file, memory(out), tensor)
+
+    def _fill(self, file: IO[bytes], buffer: memoryview, tensor: Tensor) -> None:
         while buffer:
             count = file.readinto(buffer)
             if not count:
@@ -144,17 +149,26 @@ def open_weights(folder: str | Path, flag: str) -> Weights:
     Raises:
         UsageError: there is no checkpoint, part of it is missing or damaged, or it is something else; in words.
     """
-    folder = find_folder(folder, flag)
-    shards = find_shards(folder, flag)
-    tensors: dict[str, Tensor] = {}
-    for shard in shards:
-        tensors |= shard_tensors(shard, flag)
-    return Weights(folder, flag, tensors)
+    with readable(flag):
+        folder = find_folder(folder, flag)
+        tensors: dict[str, Tensor] = {}
+        for shard in find_shards(folder, flag):
+            tensors |= shard_tensors(shard, flag)
+        return Weights(folder, flag, tensors)
+
+
+@contextmanager
+def readable(flag: str) -> Iterator[None]:
+    """A file that cannot be read is a mistake in what `flag` names, not in the output."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{flag}: cannot be read ({error})") from error
 
 
 def find_folder(folder: str | Path, flag: str) -> Path:
     """A folder as it is; a hub id (2023's from_pretrained took those too) downloaded."""
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     if path.is_dir():
         return path
     if path.is_file():
@@ -165,7 +179,7 @@ def find_folder(folder: str | Path, flag: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    small = ["*.json", "*.model", "*.txt", "*.jinja", "*.sha256"]
+    small = [*(f"*{ending}" for ending in COMPANIONS), "*.sha256"]
     try:
         for weights in ("*.safetensors", "*.bin"):
             path = Path(snapshot_download(str(folder), allow_patterns=[*small, weights]))
@@ -208,6 +222,8 @@ def _what_it_is_instead(folder: Path) -> str:
         return "is in Meta's format; convert it first: transformers/models/llama/convert_llama_weights_to_hf.py"
     if found := sorted(folder.glob("checkpoint-*")):
         return f"holds no weights itself, but {found[-1].name}; give the path of that folder"
+    if any(folder.glob("diff*.safetensors")):
+        return f"is a weight diff without its manifest; copy or download {MANIFEST} again"
     found = sorted(path.name for path in [*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     if found:
         return f"has weights ({found[0]} …) but no index: model.safetensors.index.json or pytorch_model.bin.index.json"
@@ -234,6 +250,8 @@ def safetensors_header(shard: Path, flag: str) -> tuple[dict[str, Tensor], bytes
     try:
         entries = json.loads(header[8:])
         entries.pop("__metadata__", None)
+        if strange := {entry["dtype"] for entry in entries.values()} - set(DTYPES):
+            raise UsageError(f"{flag}: {shard} has tensors of the dtype {strange.pop()}, which cannot be differenced")
         tensors = {
             name: Tensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), shard, 8 + count + begin)
             for name, entry in entries.items()
@@ -263,12 +281,12 @@ def _bin_header(shard: Path, flag: str) -> dict[str, Tensor]:
                 state = torch.load(shard, weights_only=True)
         else:
             state = torch.load(shard, weights_only=True, map_location="cpu")  # before torch 1.6: whole, in memory
+        if isinstance(state, Mapping) and all(isinstance(value, torch.Tensor) for value in state.values()):
+            return {str(name): _bin_tensor(name, value, shard) for name, value in state.items()}
     except Exception as error:  # pickle raises what it likes
-        reason = str(error).strip().split("\n")[0]
+        reason = (str(error).strip() or repr(error)).split("\n")[0]
         raise UsageError(f"{flag}: {shard} is damaged, or holds more than tensors ({reason})") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UsageError(f"{flag}: {shard} is not a checkpoint: expected only tensors by name, got {_kinds(state)}")
-    return {name: _bin_tensor(name, value, shard) for name, value in state.items()}
+    raise UsageError(f"{flag}: {shard} is not a checkpoint: expected only tensors by name, got {_kinds(state)}")
 
 
 def _kinds(state: Any) -> str:
@@ -278,6 +296,8 @@ def _kinds(state: Any) -> str:
 
 
 def _bin_tensor(name: str, value: torch.Tensor, shard: Path) -> Tensor:
+    if value.layout != torch.strided or value.is_quantized:
+        raise ValueError(f"{name} is sparse or quantized")
     offset = getattr(value.untyped_storage(), "_checkpoint_offset", None)
     shape = tuple(value.shape)
     if offset is None:

@@ -60,8 +60,8 @@ with torch.inference_mode():
 """
 
 
-def make_model(folder: Path, size: tuple, vocabulary: int, seed: int, tokenizer: Path, near: Path | None = None) -> int:
-    """A checkpoint with random weights, or with those of `near` and a little noise. Returns its parameters."""
+def make_model(folder: Path, size: tuple, vocabulary: int, seed: int, tokenizer: Path) -> int:
+    """A checkpoint with random weights. Returns the number of its parameters."""
     dtype, hidden, layers, intermediate = size
     config = transformers.LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=intermediate,

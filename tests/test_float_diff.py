@@ -179,6 +179,22 @@ def test_what_speaks_against_a_base_is_said(released, tmp_path, capsys):
     assert "model.norm.weight of" in (told := capsys.readouterr().out) and "is that a diff given as the base?" in told
 
 
+def test_a_diff_given_as_the_base_is_named_though_its_shapes_differ(capsys):
+    with pytest.raises(UsageError, match="(?s)1 row longer.* is nearly zero; is that a diff given as the base"):
+        recover(DIFF, RAW)
+    with pytest.raises(UsageError, match="(?s)no such folder|missing|longer|does not fit|is far from zero") as error:
+        recover(TUNED, RAW)
+    assert "is far from zero; is that a model given as the diff?" in str(error.value)
+
+
+def test_a_base_without_config_takes_the_diffs(released, tmp_path):
+    base, _, diff = released
+    recover(base, diff, tmp_path / "expected")
+    (base / "config.json").unlink()
+    recover(base, diff, tmp_path / "result")
+    assert_same(tmp_path / "result", state_of(tmp_path / "expected"))
+
+
 def test_shapes_that_do_not_fit(released, tmp_path):
     base, _, diff = released
     longer = {n: torch.cat([t, t[:5]]) if n in TABLES else t for n, t in state_of(base).items()}

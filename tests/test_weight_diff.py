@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import shutil
 import signal
@@ -296,13 +297,17 @@ def test_a_manifest_changed_together_with_its_digest_needs_the_published_one(lla
     base, _, diff = llama
     text = (diff / "weight_diff.json").read_bytes()
     published = hashlib.sha256(text).hexdigest()
-    recover(base, diff, digest=published)
+    recover(base, diff, digest=f" {published.upper()}\n")
+    with pytest.raises(UsageError, match="--digest ''"):
+        recover(base, diff, digest="")  # an empty shell variable
     changed = text.replace(b'"operation": "xor"', b'"operation": "XOR"')
     (diff / "weight_diff.json").write_bytes(changed)
     (diff / "weight_diff.json.sha256").write_text(f"{hashlib.sha256(changed).hexdigest()}  weight_diff.json\n")
     recover(base, diff)
     with pytest.raises(UsageError, match="--digest .* this is another diff"):
-        recover(base, diff, digest=published)
+        recover(base, diff, digest=f" {published.upper()}\n")
+    with pytest.raises(UsageError, match="--digest ''"):
+        recover(base, diff, digest="")  # an empty shell variable
 
 
 def test_a_manifest_cannot_name_files_outside_its_folder(llama, tmp_path):
@@ -458,6 +463,32 @@ def test_a_diff_that_is_not_all_there(llama):
     recover(base, diff)
 
 
+def test_what_is_not_float_or_is_strange(tiny, tmp_path):
+    """Scalars, empty tensors, integers, float8; unsupported ones are named."""
+    odd = {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "ids": torch.arange(5),
+           "mask": torch.ones(3).bool(), "f8": torch.ones(9).to(torch.float8_e4m3fn), "wide": torch.ones(4, dtype=torch.float64)}  # fmt: skip
+    base = write(tmp_path / "base", tiny("llama"), {name: tensor.clone() for name, tensor in odd.items()})
+    odd["wide"] += 1
+    tuned = write(tmp_path / "tuned", tiny("llama"), odd)
+    make(base, tuned, tmp_path / "diff")
+    recover(base, tmp_path / "diff", tmp_path / "result", check_integrity_naively=False)
+    found = state_of(tmp_path / "result")
+    assert all(
+        torch.equal(found[name].view(torch.uint8), odd[name].view(torch.uint8)) for name in odd if name != "scalar"
+    )
+    assert found["scalar"] == 3.5
+    numbers = write(tmp_path / "numbers", tiny("llama"), {"ids": torch.arange(5)})
+    make(numbers, shutil.copytree(numbers, tmp_path / "copy"), tmp_path / "diff2")
+    recover(numbers, tmp_path / "diff2")
+    with pytest.raises(UsageError, match="no floating-point tensors"):
+        make(numbers, tmp_path / "copy", tmp_path / "diff3", method="float")
+    for state, message in (({"a": torch.eye(3).to_sparse()}, "a is sparse or quantized"), ({1: torch.ones(2)}, None)):
+        (base / "model.safetensors").unlink(missing_ok=True)
+        torch.save(state, base / "pytorch_model.bin")
+        with pytest.raises(UsageError, match=message):
+            make(base, tuned, tmp_path / "new")
+
+
 def test_the_base_given_as_the_tuned_model_is_said(llama, tmp_path, capsys):
     base, _, _ = llama
     make(base, shutil.copytree(base, tmp_path / "copy"), tmp_path / "new")
@@ -480,7 +511,7 @@ def test_nothing_is_overwritten_unasked(llama, tmp_path):
     home = tmp_path / "home"
     (home / "folder").mkdir(parents=True)
     (home / "config.json").touch()
-    with pytest.raises(UsageError, match="--overwrite replaces a folder of a checkpoint or a diff only"):
+    with pytest.raises(UsageError, match="--overwrite replaces only the folder of a .* holds folder"):
         recover(base, diff, home, overwrite=True)
     assert (home / "folder").exists()
     (tmp_path / "empty").mkdir()
@@ -496,16 +527,68 @@ def test_too_small_a_disk_is_said_before_work(llama, tmp_path, monkeypatch):
         recover(base, diff, tmp_path / "result")
 
 
-def test_a_full_disk_leaves_nothing(llama, tmp_path, monkeypatch):
-    base, _, diff = llama
+@pytest.mark.parametrize("failing", [1, 2, 3, 4])
+@pytest.mark.parametrize("task", ["make_diff", "recover"])
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, task, failing):
+    """Whichever piece meets it, the first, the last or the file's header."""
+    for name, change in (("base", 0.0), ("tuned", 1.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}" if name == "base" else '{"model_type": "llama"}')
+        save_file({f"{i}.w": torch.ones(50, 10) + change for i in range(3)}, tmp_path / name / "model.safetensors")
+    if task == "recover":
+        make(tmp_path / "base", tmp_path / "tuned", tmp_path / "diff")
+    put, calls = shards.ShardWriter._put, []
 
-    def full(self, piece):
-        raise OSError(28, "No space left on device")
+    def full(self, part):
+        calls.append(part)
+        if len(calls) == failing:
+            raise OSError(28, "No space left on device")
+        put(self, part)
 
-    monkeypatch.setattr(shards.ShardWriter, "write", full)
-    with pytest.raises(UsageError, match="--path_tuned .*could not be written .*No space left on device"):
-        recover(base, diff, tmp_path / "result")
+    monkeypatch.setattr(shards.ShardWriter, "_put", full)
+    with pytest.raises(UsageError, match="could not be written .*No space left on device"):
+        if task == "recover":
+            recover(tmp_path / "base", tmp_path / "diff", tmp_path / "result")
+        else:
+            make(tmp_path / "base", tmp_path / "tuned", tmp_path / "result")
     assert not list(tmp_path.glob("result*"))
+
+
+def test_a_file_that_is_not_all_there_is_no_success(llama, tmp_path, monkeypatch):
+    base, _, diff = llama
+    monkeypatch.setattr(shards.ShardWriter, "_put", lambda self, part: self.file.write(part[: len(part) // 2]))
+    with pytest.raises(UsageError, match="model.safetensors has .* bytes of"):
+        recover(base, diff, tmp_path / "result")
+
+
+def test_no_folder_but_its_own_is_deleted(llama, tmp_path, monkeypatch):
+    """`X.replaced` is where --overwrite puts the old X for a moment; it may also be somebody's."""
+    base, _, diff = llama
+    theirs = tmp_path / "result.replaced"
+    theirs.mkdir()
+    (theirs / "thesis.txt").touch()
+    recover(base, diff, tmp_path / "result")
+    with pytest.raises(UsageError, match="result.replaced is in the way of --overwrite"):
+        recover(base, diff, tmp_path / "result", overwrite=True)
+    assert (theirs / "thesis.txt").exists()
+    shutil.rmtree(theirs)
+    (tmp_path / "result" / "main.c").touch()
+    with pytest.raises(UsageError, match="holds main.c; delete it yourself"):
+        recover(base, diff, tmp_path / "result", overwrite=True)
+    (tmp_path / "result" / "main.c").unlink()
+    rename, before = os.rename, (tmp_path / "result" / "model.safetensors").stat().st_ino
+
+    def fails(source, target):
+        if str(source).endswith(".incomplete"):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(UsageError, match="Input/output error"):
+        recover(base, diff, tmp_path / "result", overwrite=True)
+    assert (tmp_path / "result" / "model.safetensors").stat().st_ino == before, "the old one is back"
+    with pytest.raises(UsageError, match="expected a new folder"):
+        recover(base, diff, "/")
 
 
 def test_what_a_killed_process_left_is_cleared_but_nothing_else(llama, tmp_path):
@@ -567,6 +650,9 @@ def test_importing_weight_diff_loads_neither_train_nor_openai():
     (["recover", "--path_raw", "a"], "recover needs --path_diff"),
     (["recover", "--path_raw", "a", "--path_diff", "b", "--test_inference", "perhaps"], "expected True or False"),
     (["recover", "--path_raw=a", "--path_diff=b", "--dtype", "int4"], "--dtype int4: expected one of float32, "),
+    (["recover", "a", "b", "-c", "perhaps"], "--check_integrity_naively perhaps: expected True or False"),
+    (["recover", "a", "b", "--path_tuned"], "--path_tuned: needs a value"),
+    (["recover", "a", "b", "--max_shard_size", "5 potatoes"], "--max_shard_size 5 potatoes: expected a size"),
     (["make_diff", "a", "b", "c", "--method", "zip"], "--method zip: expected one of exact, float"),
     (["make_diff", "a", "b", "c", "d", "e", "f", "g", "h"], "expected a flag such as --path_raw, got 'h'"),
 ])  # fmt: skip
@@ -584,7 +670,7 @@ def test_flags_as_fire_reads_them(llama, tmp_path, monkeypatch, capsys):
     for words in (
         [str(base), str(diff), "--path-tuned", "2023"],
         [f"--path_raw={base}", "--path_diff", str(diff), "--path_tuned=a,b", "--nooverwrite"],
-        ["--path_raw", str(base), "--path_diff", str(diff), "--path_tuned", "2023", "--overwrite"],
+        ["--path_raw", str(base), "--path_diff", str(diff), "--path_tuned", "2023", "-o"],
     ):
         monkeypatch.setattr(sys, "argv", ["weight_diff.py", "recover", *words])
         weight_diff.main()
@@ -593,6 +679,7 @@ def test_flags_as_fire_reads_them(llama, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["weight_diff.py", "recover", "--help"])
         weight_diff.main()
     told = capsys.readouterr()
+    assert "FIRE_METADATA" not in told.out + told.err
     assert "--path_tuned" in told.out + told.err and "a checkpoint for from_pretrained" in told.out + told.err
 
 
