@@ -305,9 +305,7 @@ def test_a_manifest_changed_together_with_its_digest_needs_the_published_one(lla
     (diff / "weight_diff.json.sha256").write_text(f"{hashlib.sha256(changed).hexdigest()}  weight_diff.json\n")
     recover(base, diff)
     with pytest.raises(UsageError, match="--digest .* this is another diff"):
-        recover(base, diff, digest=f" {published.upper()}\n")
-    with pytest.raises(UsageError, match="--digest ''"):
-        recover(base, diff, digest="")  # an empty shell variable
+        recover(base, diff, digest=published)
 
 
 def test_a_manifest_cannot_name_files_outside_its_folder(llama, tmp_path):
@@ -465,8 +463,8 @@ def test_a_diff_that_is_not_all_there(llama):
 
 def test_what_is_not_float_or_is_strange(tiny, tmp_path):
     """Scalars, empty tensors, integers, float8; unsupported ones are named."""
-    odd = {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "ids": torch.arange(5),
-           "mask": torch.ones(3).bool(), "f8": torch.ones(9).to(torch.float8_e4m3fn), "wide": torch.ones(4, dtype=torch.float64)}  # fmt: skip
+    odd = {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "ids": torch.arange(5), "mask": torch.ones(3) > 0}
+    odd |= {"f8": torch.ones(9).to(torch.float8_e4m3fn), "wide": torch.ones(4, dtype=torch.float64)}
     base = write(tmp_path / "base", tiny("llama"), {name: tensor.clone() for name, tensor in odd.items()})
     odd["wide"] += 1
     tuned = write(tmp_path / "tuned", tiny("llama"), odd)
