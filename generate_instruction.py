@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alpaca.client import Client, Sampling
-
 import utils
 from alpaca import commands, self_instruct
 from alpaca.asking import Asker, Budget, Model
+from alpaca.client import Client, Sampling
 from alpaca.data import load_rows
 from alpaca.errors import UsageError, reported
 from alpaca.generation import JOURNAL, REPORT, Generation
