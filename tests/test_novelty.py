@@ -10,7 +10,7 @@ from conftest import GOLDEN, ROOT
 from rouge_score import rouge_scorer, scoring
 
 from alpaca import novelty
-from alpaca.novelty import NoveltyFilter, Similarity
+from alpaca.novelty import NoveltyFilter, Similarity, common_tokens
 
 ROUGE = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
 GENERATE = GOLDEN / "generate"
@@ -89,8 +89,9 @@ def run_2023():
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("size", [1, 7, 330])
-def test_every_bit_is_that_of_2023(run_2023, size, workers):
+def test_every_bit_is_that_of_2023(run_2023, size, workers, monkeypatch):
     known, candidates, expected = run_2023
+    monkeypatch.setattr(novelty, "THREADS_FROM", 200)
     novelty_filter = NoveltyFilter(known, workers=workers)
     results = in_calls_of(novelty_filter, size, candidates)
     assert exactly(results) == exactly(expected)
@@ -99,8 +100,11 @@ def test_every_bit_is_that_of_2023(run_2023, size, workers):
 
 def test_a_call_is_divided_to_save_memory(run_2023, monkeypatch):
     known, candidates, expected = run_2023
-    monkeypatch.setattr(novelty, "CELLS", 1000)  # 31 candidates at first, then ever fewer
+    sizes = []
+    monkeypatch.setattr(novelty, "CELLS", 1000)
+    monkeypatch.setattr(novelty, "common_tokens", lambda a, *rest: sizes.append(len(a)) or common_tokens(a, *rest))
     assert exactly(NoveltyFilter(known).filter(candidates)) == exactly(expected)
+    assert sizes[0] == 30 and sizes[-1] <= 4
 
 
 def test_a_later_run_goes_on_where_the_first_ended(run_2023):
