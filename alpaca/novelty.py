@@ -5,8 +5,10 @@ order of operations) of rouge_score, the ten most similar by the same np.argsort
 come from elsewhere: rapidfuzz compares a whole batch of candidates with the pool at once.
 """
 
+import math
 import re
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +17,8 @@ from rapidfuzz.process import cdist
 
 MOST_SIMILAR = 10
 BATCH = 256  # candidates compared at once; beyond some 100 more of them save no time
-CELLS = 1 << 22  # batch x pool: 8 MB of subsequence lengths and 32 MB of scores, however large the pool
+CELLS = 1 << 23  # batch x pool: 16 MB of subsequence lengths and 64 MB of scores, however large the pool
+THREADS_FROM = 1 << 19  # batch x pool: with fewer, starting threads takes longer than they save
 LAST_CODE_POINT = 0x10FFFF
 
 Codes = str | list[int]  # a text with one code point for each token
@@ -83,9 +86,9 @@ class NoveltyFilter:
     instructions: those known at the start, in the order of 2023: seed tasks first, then what was generated before.
     threshold: a candidate is too similar if its ROUGE-L F with a known instruction is above this.
     stable_ties: see `most_similar`.
-    workers: threads that compare; with fewer than some 10,000 known instructions one is fastest.
+    workers: threads, used where there is much to compare.
 
-    The pool takes some 300 bytes an instruction; filtering takes some 50 MB more, however large the pool.
+    The pool takes some 300 bytes an instruction; filtering takes up to some 100 MB more, however large the pool.
     """
 
     def __init__(
@@ -114,17 +117,19 @@ class NoveltyFilter:
         and 0.0; 2023's code fails there.
         """
         results: list[Similarity | None] = []
-        while len(results) < len(instructions):
-            size = min(BATCH, max(1, CELLS // max(1, len(self))))
+        while (left := len(instructions) - len(results)) > 0:
+            most = min(BATCH, max(1, CELLS // max(1, len(self))))
+            size = math.ceil(left / math.ceil(left / most))  # of equal size: small batches are slow
             results += self._filter_batch(list(instructions[len(results) : len(results) + size]))
         return results
 
     def _filter_batch(self, texts: list[str]) -> list[Similarity | None]:
         codes = [self._encode(text) for text in texts]
         lengths = np.array([len(code) for code in codes])
-        common = common_tokens(codes, self._codes, self.workers)
+        workers = self.workers if len(texts) * len(self) >= THREADS_FROM else 1
+        common = common_tokens(codes, self._codes, workers)
         rows = [f_measures_by_table(common[i], lengths[i], self._lengths) for i in range(len(texts))]
-        among = common_tokens(codes, codes, self.workers)
+        among = common_tokens(codes, codes, 1)
         kept: list[int] = []
         for i in range(len(texts)):
             # To candidate i, the pool is the one before this batch and then those kept since, in their order.
@@ -134,10 +139,15 @@ class NoveltyFilter:
             else:
                 kept.append(i)
         self._extend([texts[i] for i in kept], [codes[i] for i in kept])
-        return [None if row is None else self._similarity(row) for row in rows]
+        if workers == 1:
+            return [self._similarity(row) for row in rows]
+        with ThreadPoolExecutor(workers) as threads:  # numpy sorts without Python's lock
+            return list(threads.map(self._similarity, rows))
 
-    def _similarity(self, scores: np.ndarray) -> Similarity:
-        """`scores` are those of a kept candidate with the first n known instructions, float64 [n]."""
+    def _similarity(self, scores: np.ndarray | None) -> Similarity | None:
+        """`scores` are those of a kept candidate with the first n known instructions, float64 [n]; None: not kept."""
+        if scores is None:
+            return None
         if len(scores) == 0:
             return Similarity({}, 0.0)
         top = most_similar(scores, self.stable_ties)

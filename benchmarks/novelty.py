@@ -1,0 +1,194 @@
+r"""The novelty filter of generate_instruction.py beside the algorithm of 2023: milliseconds per candidate.
+
+    python -m benchmarks.novelty --output benchmarks/results/novelty_cpu.json
+
+2023's algorithm is written anew: a process pool for each candidate, in which rouge_score compares it with all known
+instructions one by one; 16 processes was the default, 2 is the better choice on 2 cores. Ours gets 85 candidates a
+call: 5 requests of 17 instructions, as 2023's default was. Both take turns, `repeats` times, with the same candidates;
+what both have decided is compared bit for bit. Times include scores, mean and the ten most similar. Instructions are
+simulated from the words of seed_tasks.jsonl, endings added to make many of them rare, one in eight a variant of an
+earlier one.
+
+The whole run, from the seed tasks to `total` kept instructions, is run with ours. For 2023 it is not run but integrated
+from its measured milliseconds: straight lines between pool sizes, below the smallest that one's.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import random
+import statistics
+import time
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+from rouge_score import rouge_scorer
+
+from alpaca.novelty import NoveltyFilter, Similarity
+
+ROOT = Path(__file__).resolve().parent.parent
+CALL = 85
+OURS = {  # name: settings of the filter
+    "ours, 1 thread": {"workers": 1},
+    "ours, 2 threads": {"workers": 2},
+    "ours, 2 threads, stable ties": {"workers": 2, "stable_ties": True},
+}
+PROCESSES = {"2023, 16 processes": 16, "2023, 2 processes": 2}
+
+
+def seed_tasks() -> list[dict]:
+    return [json.loads(line) for line in (ROOT / "seed_tasks.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def make_instructions(number: int, seed: int) -> list[str]:
+    """Instructions of about Alpaca's length, 11 tokens on average."""
+    words = " ".join(f"{task['instruction']} {task['instances'][0]['output']}" for task in seed_tasks()).split()
+    endings = [a + b for a in ("er", "ing", "ation", "less", "wise", "ment", "ist") for b in ("", "s", "al", "ly", "o")]
+    draw = random.Random(seed)
+    made: list[str] = []
+    while len(made) < number:
+        if made and draw.random() < 1 / 8:
+            text = draw.choice(made).split()
+            for _ in range(draw.randrange(1, 5)):
+                text[draw.randrange(len(text))] = draw.choice(words)
+        else:
+            text = [draw.choice(words) for _ in range(max(3, round(draw.gauss(10.5, 4))))]
+            text = [word.strip(".,") + draw.choice(endings) if draw.random() < 0.4 else word for word in text]
+        made.append(" ".join(text))
+    return made
+
+
+def as_in_2023(known: list[str], tokens: list[list[str]], text: str, processes: int) -> Similarity | None:
+    """One candidate, as the loop of 2023 did it; `tokens` are those of the known instructions."""
+    new_tokens = SCORER._tokenizer.tokenize(text)
+    with multiprocessing.get_context("fork").Pool(processes) as pool:
+        scores = pool.map(partial(rouge_scorer._score_lcs, new_tokens), tokens)
+    scores = [score.fmeasure for score in scores]
+    most_similar = {known[i]: scores[i] for i in np.argsort(scores)[-10:][::-1]}
+    if max(scores) > 0.7:
+        return None
+    average = float(np.mean(scores))
+    known.append(text)
+    tokens.append(new_tokens)
+    return Similarity(most_similar, average)
+
+
+SCORER = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+
+
+def timed(function, *args) -> tuple[float, list]:
+    start = time.perf_counter()
+    result = function(*args)
+    return time.perf_counter() - start, result
+
+
+def measure(known: list[str], candidates: list[str], slow: int, repeats: int) -> dict:
+    """Milliseconds per candidate of all sides with this pool; those of 2023 take the first `slow` candidates only."""
+    tokens = [SCORER._tokenizer.tokenize(text) for text in known] if slow else []
+    times: dict[str, list[float]] = {}
+    compared = kept = 0
+    for _ in range(repeats):
+        results = {}
+        for name, settings in OURS.items():
+            novelty_filter = NoveltyFilter(known, **settings)
+            calls = [candidates[i : i + CALL] for i in range(0, len(candidates), CALL)]
+            seconds, answers = timed(
+                lambda f=novelty_filter, c=calls: [result for call in c for result in f.filter(call)]
+            )
+            times.setdefault(name, []).append(seconds / len(candidates) * 1e3)
+            results[name] = answers
+        for name, processes in PROCESSES.items() if slow else ():
+            pool = (list(known), list(tokens))
+            seconds, answers = timed(lambda p=pool, n=processes: [as_in_2023(*p, t, n) for t in candidates[:slow]])
+            times.setdefault(name, []).append(seconds / slow * 1e3)
+            for ours in ("ours, 1 thread", "ours, 2 threads"):
+                assert [repr_of(r) for r in results[ours][:slow]] == [repr_of(r) for r in answers], "results differ"
+                compared += slow
+        kept = sum(result is not None for result in results["ours, 1 thread"])
+    row = {"pool": len(known), "candidates": len(candidates), "kept": kept, "results_compared_equal": compared}
+    row["milliseconds"] = {name: round(statistics.median(values), 3) for name, values in times.items()}
+    row["all_milliseconds"] = {name: [round(value, 3) for value in values] for name, values in times.items()}
+    if slow:
+        row["candidates_2023"] = slow
+        fast = row["milliseconds"]["ours, 2 threads"]
+        row["times_faster"] = {name: round(row["milliseconds"][name] / fast) for name in PROCESSES}
+    return row
+
+
+def repr_of(result: Similarity | None) -> str:
+    """Every digit and the order; floats throughout, where rouge_score has the integer 0 for a text without tokens."""
+    return repr(result and ([(text, float(f)) for text, f in result[0].items()], result[1]))
+
+
+def whole_run(total: int, rows: list[dict]) -> dict:
+    """From the seed tasks to `total` kept with ours; what 2023's would take by the measured `rows`."""
+    candidates = make_instructions(int(total * 1.5), seed=2)
+    novelty_filter = NoveltyFilter([task["instruction"] for task in seed_tasks()], workers=2)
+    first, given = len(novelty_filter), 0
+    start = time.perf_counter()
+    while len(novelty_filter) - first < total:
+        novelty_filter.filter(candidates[given : given + CALL])
+        given += CALL
+        assert given < len(candidates), "too few candidates"
+    seconds = time.perf_counter() - start
+    kept = len(novelty_filter) - first
+    result = {"candidates": given, "kept": kept, "seconds_ours_2_threads": round(seconds, 1)}
+    sizes = [row["pool"] for row in rows if "times_faster" in row]
+    for name in PROCESSES:
+        costs = [row["milliseconds"][name] / 1e3 for row in rows if row["pool"] in sizes]
+        hours = float(np.interp(np.linspace(first, first + kept, given), sizes, costs).sum()) / 3600
+        result[f"hours_{name}_integrated_not_run"] = round(hours, 2)
+        result[f"times_faster_than_{name}_integrated_not_run"] = round(hours * 3600 / seconds)
+    return result
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 52_000], help="pools of both sides")
+    parser.add_argument("--ours_only", type=int, nargs="*", default=[200_000], help="pools of ours alone")
+    parser.add_argument("--total", type=int, default=52_002, help="instructions kept in the whole run")
+    parser.add_argument("--candidates", type=int, default=4 * CALL)
+    parser.add_argument("--slow", type=int, default=8, help="candidates of 2023's algorithm")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    known = make_instructions(max(options.sizes + options.ours_only), seed=0)
+    lengths = [len(SCORER._tokenizer.tokenize(text)) for text in known]
+    vocabulary = {token for text in known for token in SCORER._tokenizer.tokenize(text)}
+    rows = []
+    for size in options.sizes + options.ours_only:
+        # Variants of known instructions among the candidates, as a model makes them: some are too similar.
+        near = [f"Please {text}" for text in random.Random(3).sample(known[:size], options.candidates // 10)]
+        candidates = make_instructions(options.candidates - len(near), seed=1) + near
+        random.Random(4).shuffle(candidates)
+        rows.append(measure(known[:size], candidates, options.slow if size in options.sizes else 0, options.repeats))
+        print(json.dumps({key: value for key, value in rows[-1].items() if key != "all_milliseconds"}), flush=True)
+    result = {
+        "tokens_per_instruction": round(statistics.mean(lengths), 1),
+        "vocabulary": len(vocabulary),
+        "candidates_per_call": CALL,
+        "pools": rows,
+        "whole_run": whole_run(options.total, rows),
+        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("numpy", "rapidfuzz", "rouge_score")},
+    }
+    print(json.dumps(result["whole_run"], indent=1))
+    if options.output:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
