@@ -1,0 +1,297 @@
+"""Completions from a server, by base URL: OpenAI, vLLM, llama.cpp, Ollama, `transformers serve`.
+
+    async with Client("gpt-3.5-turbo-instruct") as client:
+        print(await client.check())                           # server, key and model, before any work
+        completion = await client.complete("1.", Sampling(max_tokens=100))
+
+One prompt a request, since not every server takes lists or n; ask for several at a time with asyncio.gather. What the
+run cannot recover from is a UsageError; what went wrong with one request only, after all retries, a RequestFailed.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import random
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+from alpaca.errors import UsageError
+from alpaca.refusals import (
+    LONGEST_WAIT,
+    Again,
+    ContextOverflow,
+    MaxTokensRefused,
+    RequestFailed,
+    UnknownModel,
+    WrongEndpoint,
+    judge,
+    unknown_model,
+)
+
+OPENAI_URL = "https://api.openai.com/v1"
+COMPLETION_MODELS = ("-instruct", "davinci", "babbage", "curie", "text-ada")  # OpenAI's names; all others chat
+PATHS = {"completions": "/completions", "chat": "/chat/completions"}
+LONGEST_BACKOFF = 30.0
+MOST_CUTS = 12  # of max_tokens: 0.8^12 leaves 7% of it
+
+Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to generate. None is not sent, which leaves the choice to the server."""
+
+    max_tokens: int = 1800
+    temperature: float | None = 0.2
+    top_p: float | None = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    logit_bias: Mapping[str, float] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)  # other fields of the request, sent as they are
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`finish_reason` is "stop", "length" or another word of the server's; token counts are None if it gives none."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class Client:
+    """A server and a model of it.
+
+    base_url: of the server, mostly ending in /v1; not given, OPENAI_BASE_URL or OpenAI's.
+    api: "completions", "chat", or "auto": OpenAI's completion models by name and its others chat; on another server
+        chat where it answers a chat request, else (a base model has no chat template) completions.
+    max_retries: of one request. backoff: seconds before the first, doubled each time up to 30.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base_url: str | None = None,
+        api: str = "auto",
+        max_retries: int = 8,
+        timeout: float = 600.0,
+        backoff: float = 0.5,
+    ):
+        if api not in ("auto", *PATHS):
+            raise UsageError(f"--api: expected auto, completions or chat, got {api!r}.")
+        self.model, self.api, self.max_retries, self.backoff = model, api, max_retries, backoff
+        self.base_url = server_url(base_url)
+        self.token_parameter = "max_tokens"
+        self.retries = 0  # of all requests: for the caller's report
+        self._openai = _connect(self.base_url, timeout)
+
+    async def __aenter__(self) -> "Client":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._openai.close()
+
+    async def check(self) -> str:
+        """Ask the server for its models and, if that leaves a question, for a few tokens. Settles `api`.
+
+        Returns: one line that says what will be asked how.
+        Raises: UsageError: no server, key not accepted, model unknown, no way to ask it.
+        """
+        try:
+            offered = await self._offered()
+            how = "as asked"
+            if self.api == "auto" and is_openai(self.base_url):
+                self.api = "completions" if any(part in self.model for part in COMPLETION_MODELS) else "chat"
+                how = "by the model's name"
+            if self.api == "auto":
+                how = await self._choose_api()
+            elif offered is not None and self.model not in offered:  # a list may leave out what the server can load
+                await self._try(self.api)
+        except UnknownModel as error:
+            raise unknown_model(self.model, str(error), await self._offered()) from error
+        except RequestFailed as error:
+            raise UsageError(f"{error}\nThe server could not answer a first, short request.") from error
+        return f"model {self.model} at {self.base_url}, {self.api} endpoint ({how})"
+
+    async def complete(self, prompt: Prompt, sampling: Sampling) -> Completion:
+        """The completion of one prompt: a text, a chat message {"role": …, "content": …} or a list of those.
+
+        Raises: RequestFailed, UsageError (see the module's first lines).
+        """
+        if self.api == "auto":
+            raise RuntimeError("await check() first: it settles which endpoint to ask")
+        cuts = 0
+        while True:
+            try:
+                return await self._ask(self.api, prompt, sampling, self.max_retries)
+            except MaxTokensRefused:
+                self.token_parameter = "max_completion_tokens"
+            except UnknownModel as error:
+                raise unknown_model(self.model, str(error), await self._offered()) from error
+            except ContextOverflow as error:
+                cuts += 1
+                fewer = int(sampling.max_tokens * 0.8)  # as in 2023
+                if cuts > MOST_CUTS or fewer < 1:
+                    raise ContextOverflow(f"{error}\nThe prompt alone is too long for the model.") from error
+                logger.warning("over the model's context: max_tokens %d -> %d", sampling.max_tokens, fewer)
+                sampling = replace(sampling, max_tokens=fewer)
+
+    async def _choose_api(self) -> str:
+        try:
+            await self._try("chat")
+            self.api = "chat"
+            return "the server answers chat requests"
+        except (RequestFailed, WrongEndpoint) as error:
+            no_chat = error
+        try:
+            await self._try("completions")
+        except (RequestFailed, WrongEndpoint) as error:
+            raise UsageError(f"{no_chat}\n{error}\nNeither the chat nor the completion endpoint answers.") from error
+        self.api = "completions"
+        return "no answer to a chat request"
+
+    async def _try(self, api: str) -> None:
+        sampling = Sampling(max_tokens=16)
+        try:
+            await self._ask(api, "Hi", sampling, retries=1)
+        except MaxTokensRefused:
+            self.token_parameter = "max_completion_tokens"
+            await self._ask(api, "Hi", sampling, retries=1)
+
+    async def _offered(self) -> list[str] | None:
+        """Names of the server's models, or None if it does not tell."""
+        import httpx2
+
+        async def ask() -> Any:
+            return _json((await self._openai.get("/models", cast_to=httpx2.Response)).content)
+
+        try:
+            answer = await self._persist(ask, {}, self.base_url + "/models", retries=2)
+        except (WrongEndpoint, UnknownModel):
+            return None
+        except RequestFailed as error:
+            raise UsageError(
+                f"{error}\nIs the server running? Its address is --base_url, else OPENAI_BASE_URL, else {OPENAI_URL}."
+            ) from error
+        models = answer.get("data") if isinstance(answer, dict) else None
+        return [str(model.get("id")) for model in models if isinstance(model, dict)] if models else None
+
+    async def _ask(self, api: str, prompt: Prompt, sampling: Sampling, retries: int) -> Completion:
+        import httpx2
+
+        body = self._body(api, prompt, sampling)
+
+        async def ask() -> Completion:
+            answer = await self._openai.post(PATHS[api], body=body, cast_to=httpx2.Response)
+            return read_completion(_json(answer.content), sampling.stop)
+
+        return await self._persist(ask, body, self.base_url + PATHS[api], retries)
+
+    def _body(self, api: str, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if api == "completions" and not isinstance(prompt, str):
+            raise UsageError("the prompt is a chat message, which the completion endpoint does not take: --api chat")
+        body: dict[str, Any] = {"model": self.model}
+        body |= {"prompt": prompt} if api == "completions" else {"messages": list(_listed(messages))}
+        body[self.token_parameter if api == "chat" else "max_tokens"] = sampling.max_tokens
+        # vLLM and others would else take these two from the model's generation_config
+        body |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed}
+        body["stop"] = list(sampling.stop) or None
+        if sampling.logit_bias:
+            body["logit_bias"] = {str(token): float(bias) for token, bias in sampling.logit_bias.items()}
+        return {name: value for name, value in body.items() if value is not None} | dict(sampling.extra)
+
+    async def _persist(self, ask: Callable[[], Awaitable[Any]], body: Mapping, url: str, retries: int) -> Any:
+        """`ask` until it answers, `retries` times more at most. Not with openai's own retries: those know nothing of
+        answers that are cut off or empty, and the count is to be one."""
+        import openai
+
+        for retry in range(retries + 1):
+            try:
+                return await ask()
+            except openai.APIError as error:
+                problem = judge(error, url, self.model, body)
+                if not isinstance(problem, Again):
+                    raise problem from error
+            except Again as error:
+                problem = Again(f"{url}: {error}", error.wait)
+            if retry == retries or (problem.wait or 0) > LONGEST_WAIT:
+                why = f"it asks to wait {problem.wait:.0f} s" if (problem.wait or 0) > LONGEST_WAIT else ""
+                raise RequestFailed(f"{problem}\n{why or f'Gave up after {retry + 1} attempts.'}")
+            self.retries += 1
+            pause = min(self.backoff * 2**retry, LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
+            pause = pause if problem.wait is None else problem.wait + random.uniform(0, self.backoff)  # not all at once
+            logger.info("%s; again in %.1f s", problem, pause)
+            await asyncio.sleep(pause)
+
+
+def server_url(base_url: str | None) -> str:
+    """The base URL as given, else OPENAI_BASE_URL, else OpenAI's; without a slash at its end."""
+    name = "--base_url" if base_url else "OPENAI_BASE_URL"
+    url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
+        raise UsageError(f"{name}: expected an address such as http://localhost:8000/v1, got {url!r}.")
+    return url
+
+
+def is_openai(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    return host == "api.openai.com" or host.endswith(".api.openai.com")
+
+
+def _connect(base_url: str, timeout: float) -> Any:
+    key = os.environ.get("OPENAI_API_KEY") or ("" if is_openai(base_url) else "none")
+    if not key:
+        raise UsageError(
+            "OPENAI_API_KEY is not set, and OpenAI answers nobody without a key. Set it, or give --base_url "
+            "(OPENAI_BASE_URL) for another server."
+        )
+    try:
+        import openai
+    except ImportError as error:
+        raise UsageError(f"asking a server needs the openai package: pip install openai ({error})") from error
+    return openai.AsyncOpenAI(
+        api_key=key,
+        base_url=base_url,
+        organization=os.environ.get("OPENAI_ORG"),  # 2023's name; openai itself reads OPENAI_ORG_ID
+        max_retries=0,
+        timeout=openai.Timeout(timeout, connect=min(timeout, 10.0)),
+    )
+
+
+def read_completion(answer: Any, stop: Sequence[str]) -> Completion:
+    """The one choice of a server's answer, of either endpoint.
+
+    Raises: Again: there is none.
+    """
+    try:
+        choice = answer["choices"][0]
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        usage = answer.get("usage") or {}
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise Again(f"an answer without a completion: {str(answer)[:200]}") from error
+    text, stopped = cut_at_stop(text or "", stop)  # None: refused, or all of max_tokens went into reasoning
+    reason = "stop" if stopped else str(choice.get("finish_reason") or "unknown")
+    return Completion(text, reason, usage.get("prompt_tokens"), usage.get("completion_tokens"))
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """`text` up to the first of the `stop` strings, and whether there was one. `transformers serve` leaves them in."""
+    ends = [text.find(word) for word in stop if word and word in text]
+    return (text[: min(ends)], True) if ends else (text, False)
+
+
+def _json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise Again(f"an answer that is not JSON, or cut off: {content[:100]!r}") from error
+
+
+def _listed(messages: Mapping | Sequence[Mapping]) -> Sequence[Mapping]:
+    return [messages] if isinstance(messages, Mapping) else messages

@@ -1,0 +1,142 @@
+"""What a completion server's refusal means: ask again, ask for less, give this request up, or stop the run.
+
+Servers agree on little. OpenAI says what is wrong in error.code, llama.cpp in error.type, vLLM and Ollama in words
+only, so each kind is recognised by its code where there is one and by the words that the servers use.
+"""
+
+import email.utils
+import math
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from alpaca.errors import UsageError
+
+LONGEST_WAIT = 120.0  # s; a server that asks for more has no room today: the user should know, not wait
+OVERFLOW = re.compile(
+    r"maximum (context|model) length|context length is only|available context size|max_tokens must be at least 1, got"
+)
+UNSUPPORTED = re.compile(r"[Uu]nsupported (?:parameter|value): '(\w+)'")
+RETIRED = ("text-davinci-", "code-davinci-", "text-curie-", "text-babbage-", "text-ada-")
+
+
+class RequestFailed(RuntimeError):
+    """This request got no completion and the message says why. Another prompt, or another hour, may have more luck."""
+
+
+class ContextOverflow(RequestFailed):
+    """Prompt and max_tokens together are longer than the model's context."""
+
+
+class WrongEndpoint(UsageError):
+    """The server has no such route, or this model is not served there."""
+
+
+class UnknownModel(UsageError):
+    """The server does not know the model."""
+
+
+class MaxTokensRefused(UsageError):
+    """The model takes max_completion_tokens in place of max_tokens."""
+
+
+class Again(Exception):
+    """The same request may succeed later, `wait` seconds from now where the server says when."""
+
+    def __init__(self, message: str, wait: float | None = None):
+        super().__init__(message)
+        self.wait = wait
+
+
+def judge(error: Exception, url: str, model: str, sent: Mapping[str, Any]) -> Exception:
+    """The exception to raise in place of one of openai's; `sent` is the body of the request."""
+    status = getattr(error, "status_code", None)
+    if status is None:
+        return Again(f"no answer from {url}: {_connection_problem(error)}")
+    said, code = _said(error), f"{getattr(error, 'code', '')} {getattr(error, 'type', '')}"
+    told = f"{url} answered {status}: {said}"
+    if "context_length_exceeded" in code or "exceed_context_size" in code or OVERFLOW.search(said):
+        return ContextOverflow(told)
+    if "insufficient_quota" in code or status == 402:
+        return UsageError(f"{told}\nThe account has no credit left. Add some, or set another OPENAI_API_KEY.")
+    if status in (401, 403):
+        return UsageError(
+            f"{told}\nThe server does not accept the key. Set OPENAI_API_KEY to one that may use {model}."
+        )
+    if refused := _refused_parameter(error, said, sent):
+        return refused(told)
+    if wrong := _wrong_address(status, code, said):
+        return wrong(told)
+    may_retry = error.response.headers.get("x-should-retry") != "false"
+    if (status in (408, 409, 429) or status >= 500) and may_retry:
+        return Again(told, seconds_to_wait(error.response.headers))
+    return RequestFailed(told)
+
+
+def _refused_parameter(error: Exception, said: str, sent: Mapping[str, Any]):
+    """What to raise where the model does not take a parameter, or its value, whatever the prompt is."""
+    named = UNSUPPORTED.search(said)
+    if not named and not str(getattr(error, "code", "")).startswith("unsupported_"):
+        return None
+    name = named[1] if named else getattr(error, "param", None)
+    if name == "max_tokens" and name in sent and "must be" not in said:
+        return MaxTokensRefused
+    if name not in sent:
+        return None
+    return lambda told: UsageError(
+        f"{told}\nThe model refuses --{name} {sent[name]!r}. Give another value, None to send none, or another model."
+    )
+
+
+def _wrong_address(status: int, code: str, said: str):
+    if re.search(r"chat template|in the v1/(chat/)?completions endpoint|does not support .*Completions API", said):
+        return lambda told: WrongEndpoint(f"{told}\nTry the other of --api completions and --api chat.")
+    if "model_not_found" in code or (status == 404 and "model" in said.lower()):
+        return UnknownModel
+    if status in (404, 405, 501):
+        return lambda told: WrongEndpoint(
+            f"{told}\nNo such route: --base_url (OPENAI_BASE_URL) mostly ends in /v1; --api may be wrong."
+        )
+    return None
+
+
+def unknown_model(model: str, told: str, offered: list[str] | None) -> UsageError:
+    lines = [told]
+    if model.startswith(RETIRED):
+        lines.append(f"OpenAI retired {model} in January 2024; gpt-3.5-turbo-instruct took its place.")
+    if offered:
+        more = f" and {len(offered) - 20} more" if len(offered) > 20 else ""
+        lines.append(f"The server offers: {', '.join(offered[:20])}{more}.")
+    return UsageError("\n".join([*lines, f"Give a model that the server has as --model_name, got {model!r}."]))
+
+
+def seconds_to_wait(headers: Mapping[str, str]) -> float | None:
+    """How long the server asks to wait: retry-after-ms, or Retry-After in seconds or as a date."""
+    for name, divisor in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        try:
+            wait = float(headers.get(name, "")) / divisor
+        except ValueError:
+            continue
+        return wait if wait > 0 and not math.isnan(wait) else None
+    try:
+        wait = email.utils.parsedate_to_datetime(headers.get("retry-after", "")).timestamp() - time.time()
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return wait if wait > 0 else None
+
+
+def _said(error: Exception) -> str:
+    """The server's own words, out of {"message": …}, {"detail": …} or a bare text."""
+    body = getattr(error, "body", None)
+    if isinstance(body, dict):
+        body = body.get("message") or body.get("detail") or body
+    return " ".join(str(body or error).split())[:500]
+
+
+def _connection_problem(error: Exception) -> str:
+    """openai says "Connection error."; the operating system's reason is at the end of the chain of causes."""
+    reason = error
+    while (reason.__cause__ or reason.__context__) is not None:
+        reason = reason.__cause__ or reason.__context__
+    return " ".join(dict.fromkeys(str(text).rstrip(".") for text in (error, reason) if str(text)))
