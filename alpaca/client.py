@@ -24,6 +24,7 @@ from alpaca.refusals import (
     Again,
     ContextOverflow,
     MaxTokensRefused,
+    NoAnswer,
     RequestFailed,
     UnknownModel,
     WrongEndpoint,
@@ -62,6 +63,7 @@ class Completion:
     finish_reason: str
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    logprobs: Any = None  # as the server sends them, where `extra` asks for some
 
 
 class Client:
@@ -110,7 +112,7 @@ class Client:
                 how = "by the model's name"
             if self.api == "auto":
                 how = await self._choose_api()
-            elif offered is not None and self.model not in offered:  # a list may leave out what the server can load
+            elif offered is None or self.model not in offered:  # a list may leave out what the server can load
                 await self._try(self.api)
         except UnknownModel as error:
             raise unknown_model(self.model, str(error), await self._offered()) from error
@@ -172,12 +174,12 @@ class Client:
 
         try:
             answer = await self._persist(ask, {}, self.base_url + "/models", retries=2)
-        except (WrongEndpoint, UnknownModel):
-            return None
-        except RequestFailed as error:
+        except NoAnswer as error:
             raise UsageError(
                 f"{error}\nIs the server running? Its address is --base_url, else OPENAI_BASE_URL, else {OPENAI_URL}."
             ) from error
+        except (RequestFailed, WrongEndpoint, UnknownModel):  # `transformers serve` without a hub cache answers 500
+            return None
         models = answer.get("data") if isinstance(answer, dict) else None
         return [str(model.get("id")) for model in models if isinstance(model, dict)] if models else None
 
@@ -222,7 +224,7 @@ class Client:
                 problem = Again(f"{url}: {error}", error.wait)
             if retry == retries or (problem.wait or 0) > LONGEST_WAIT:
                 why = f"it asks to wait {problem.wait:.0f} s" if (problem.wait or 0) > LONGEST_WAIT else ""
-                raise RequestFailed(f"{problem}\n{why or f'Gave up after {retry + 1} attempts.'}")
+                raise problem.failure(f"{problem}\n{why or f'Gave up after {retry + 1} attempts.'}")
             self.retries += 1
             pause = min(self.backoff * 2**retry, LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
             pause = pause if problem.wait is None else problem.wait + random.uniform(0, self.backoff)  # not all at once
@@ -277,7 +279,8 @@ def read_completion(answer: Any, stop: Sequence[str]) -> Completion:
         raise Again(f"an answer without a completion: {str(answer)[:200]}") from error
     text, stopped = cut_at_stop(text or "", stop)  # None: refused, or all of max_tokens went into reasoning
     reason = "stop" if stopped else str(choice.get("finish_reason") or "unknown")
-    return Completion(text, reason, usage.get("prompt_tokens"), usage.get("completion_tokens"))
+    counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return Completion(text, reason, *counts, choice.get("logprobs"))
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:

@@ -25,6 +25,10 @@ class RequestFailed(RuntimeError):
     """This request got no completion and the message says why. Another prompt, or another hour, may have more luck."""
 
 
+class NoAnswer(RequestFailed):
+    """No connection to the server, or none that lasted until an answer came."""
+
+
 class ContextOverflow(RequestFailed):
     """Prompt and max_tokens together are longer than the model's context."""
 
@@ -42,18 +46,19 @@ class MaxTokensRefused(UsageError):
 
 
 class Again(Exception):
-    """The same request may succeed later, `wait` seconds from now where the server says when."""
+    """The same request may succeed later, `wait` seconds from now where the server says when. `failure`: what to raise
+    once there have been enough attempts."""
 
-    def __init__(self, message: str, wait: float | None = None):
+    def __init__(self, message: str, wait: float | None = None, failure: type[RequestFailed] = RequestFailed):
         super().__init__(message)
-        self.wait = wait
+        self.wait, self.failure = wait, failure
 
 
 def judge(error: Exception, url: str, model: str, sent: Mapping[str, Any]) -> Exception:
     """The exception to raise in place of one of openai's; `sent` is the body of the request."""
     status = getattr(error, "status_code", None)
     if status is None:
-        return Again(f"no answer from {url}: {_connection_problem(error)}")
+        return Again(f"no answer from {url}: {_connection_problem(error)}", failure=NoAnswer)
     said, code = _said(error), f"{getattr(error, 'code', '')} {getattr(error, 'type', '')}"
     told = f"{url} answered {status}: {said}"
     if "context_length_exceeded" in code or "exceed_context_size" in code or OVERFLOW.search(said):
@@ -92,7 +97,7 @@ def _refused_parameter(error: Exception, said: str, sent: Mapping[str, Any]):
 def _wrong_address(status: int, code: str, said: str):
     if re.search(r"chat template|in the v1/(chat/)?completions endpoint|does not support .*Completions API", said):
         return lambda told: WrongEndpoint(f"{told}\nTry the other of --api completions and --api chat.")
-    if "model_not_found" in code or (status == 404 and "model" in said.lower()):
+    if "model_not_found" in code or "Server is pinned to" in said or (status == 404 and "model" in said.lower()):
         return UnknownModel
     if status in (404, 405, 501):
         return lambda told: WrongEndpoint(

@@ -2,6 +2,8 @@
 
 import asyncio
 import email.utils
+import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -28,7 +30,8 @@ from conftest import ROOT
 
 from alpaca.client import Client, Sampling, is_openai, server_url
 from alpaca.errors import UsageError
-from alpaca.refusals import RequestFailed, seconds_to_wait
+from alpaca.refusals import NoAnswer, RequestFailed, seconds_to_wait
+from scripts.quickstart import free_port
 
 FEW = Sampling(max_tokens=100)
 
@@ -124,6 +127,7 @@ def test_passing_faults_are_asked_again(fault):
         server.script = [fault] * 9
         with pytest.raises(RequestFailed, match="Gave up after 3 attempts") as raised:
             ask(server, max_retries=2)
+        assert isinstance(raised.value, NoAnswer) == (fault in (DROP, SHORT)), "only then may the server be gone"
     assert server.url in str(raised.value) and len(server.requests) == 6
 
 
@@ -357,20 +361,22 @@ def test_key_organization_and_address_come_from_the_environment(monkeypatch):
         assert request.headers["openai-organization"] == "org-1"
 
 
+def test_a_server_whose_list_of_models_is_broken_is_asked_all_the_same():
+    with CompletionServer() as server:
+        server.other_faults = lambda request: Fault(500, body=b"Internal Server Error")  # `transformers serve` does so
+        said, client = check(server)
+        assert client.api == "chat" and len(server.requests) == 2
+        server.faults = lambda request: NO_MODEL
+        with pytest.raises(UsageError, match="Give a model that the server has as --model_name, got 'tiny'"):
+            check(server, api="completions")
+
+
 def test_a_wrong_key_is_told_before_any_work():
     with CompletionServer() as server:
-        server._respond = refuse_all(server)
+        server.other_faults = lambda request: BAD_KEY
         with pytest.raises(UsageError, match="OPENAI_API_KEY"):
             check(server)
-
-
-def refuse_all(server):
-    from completion_server import reply
-
-    async def respond(request, writer):
-        return await reply(writer, 401, {"error": BAD_KEY.error})
-
-    return respond
+    assert not server.requests
 
 
 def test_importing_the_client_costs_nothing():
@@ -378,3 +384,64 @@ def test_importing_the_client_costs_nothing():
         "import alpaca.client, alpaca.refusals, sys; assert not {'torch', 'openai', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.fixture
+def transformers_serve(tiny, tmp_path):
+    """serve(chat_template) -> the base URL and model name of a `transformers serve` process."""
+    processes = []
+
+    def serve(chat_template=None):
+        folder, port = shutil.copytree(tiny("llama"), tmp_path / f"model_{len(processes)}"), free_port()
+        if chat_template:
+            (folder / "chat_template.jinja").write_text(chat_template)
+        command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder, "--device", "cpu"]
+        command += ["--host", "127.0.0.1", "--port", port]
+        log = open(tmp_path / "serve.log", "wb")
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        processes.append(
+            subprocess.Popen([str(word) for word in command], stdout=log, stderr=log, env=env, start_new_session=True)
+        )
+        for _ in range(600):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    return f"http://127.0.0.1:{port}/v1", str(folder)
+            assert processes[-1].poll() is None, (tmp_path / "serve.log").read_text()[-3000:]
+            time.sleep(0.2)
+        pytest.fail((tmp_path / "serve.log").read_text()[-3000:])
+
+    yield serve
+    for process in processes:
+        process.terminate()
+        process.wait(30)
+
+
+@pytest.mark.slow
+def test_transformers_serve(transformers_serve):
+    from alpaca.local_model import LocalModel
+
+    async def run(url, model, api, prompts, sampling):
+        async with Client(model, url, api, backoff=0.05) as client:
+            await client.check()
+            return client.api, await asyncio.gather(*(client.complete(prompt, sampling) for prompt in prompts))
+
+    prompts = ["What is it?", "Give three tips for it."]
+    greedy = Sampling(max_tokens=8, temperature=0.0, seed=1)
+    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}>"
+    url, model = transformers_serve(template)
+    for asked, api, chat in (("auto", "chat", True), ("completions", "completions", False)):
+        found, got = asyncio.run(run(url, model, asked, prompts, greedy))
+        expected = LocalModel(model, chat=chat).generate(prompts, greedy)
+        assert found == api
+        assert [(one.finish_reason, one.prompt_tokens, one.completion_tokens) for one in got] == [
+            ("length", one.prompt_tokens, 8) for one in expected
+        ]
+        # the server decodes the new tokens alone, and so loses a space at the start
+        assert [one.text.strip() for one in got] == [one.text.strip() for one in expected]
+        stop = expected[1].text.strip()[3:5]
+        _, (_, got) = asyncio.run(run(url, model, asked, prompts, Sampling(8, 0.0, stop=(stop,), logit_bias={3: -9})))
+        assert (got.text.strip(), got.finish_reason) == (expected[1].text.strip().split(stop)[0], "stop")
+    with pytest.raises(UsageError, match="pinned to .*(.|\n)*--model_name, got 'another'"):
+        asyncio.run(run(url, "another", "auto", prompts, greedy))
+    url, model = transformers_serve()  # a base model: chat is answered with 500
+    assert asyncio.run(run(url, model, "auto", prompts, greedy))[0] == "completions"
