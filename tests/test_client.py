@@ -224,7 +224,7 @@ VLLM = {
 }
 LLAMA_CPP = {
     "code": 400,
-    "message": "request (9412 tokens) exceeds the available context size (8192 tokens), try increasing it",
+    "message": "in other words than today's",  # as it has a type for this
     "type": "exceed_context_size_error",
 }
 
