@@ -2,12 +2,78 @@
 
 rows = utils.jload("alpaca_data.json")
 utils.jdump(rows, "out.json")
+choice = utils.openai_completion("1.", utils.OpenAIDecodingArguments(max_tokens=100), "gpt-3.5-turbo-instruct")
 """
 
+import dataclasses
 import io
 import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
+
+StrOrOpenAIObject = str | Mapping[str, Any]
+
+
+@dataclasses.dataclass
+class OpenAIDecodingArguments:
+    max_tokens: int = 1800
+    temperature: float = 0.2
+    top_p: float = 1.0
+    n: int = 1
+    stream: bool = False
+    stop: Sequence[str] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    suffix: str | None = None
+    logprobs: int | None = None
+    echo: bool = False
+
+
+def openai_completion(
+    prompts: str | Sequence[str] | Mapping[str, str] | Sequence[Mapping[str, str]],
+    decoding_args: OpenAIDecodingArguments,
+    model_name: str = "text-davinci-003",
+    sleep_time: float = 2,
+    batch_size: int = 1,
+    max_instances: int = sys.maxsize,
+    max_batches: int = sys.maxsize,
+    return_text: bool = False,
+    **decoding_kwargs: Any,
+) -> StrOrOpenAIObject | Sequence[StrOrOpenAIObject] | Sequence[Sequence[StrOrOpenAIObject]]:
+    """Complete one prompt or many with OpenAI's API, or that of the server at OPENAI_BASE_URL.
+
+    Args:
+        prompts: a text or a chat message {"role": …, "content": …}, or a list of those.
+        sleep_time: seconds before a request is first tried again; doubled each time up to 30.
+        batch_size: how many prompts are asked for at a time.
+        max_instances: only the first so many prompts are used; max_batches is the older way to say so.
+        return_text: texts, in place of choices with text, finish_reason, index and total_tokens as keys and attributes.
+        decoding_kwargs: other fields of the request, e.g. logit_bias={"50256": -100}.
+
+    Returns:
+        One choice for one prompt, a list for a list; with decoding_args.n > 1 a list of n in place of each choice.
+
+    Raises:
+        alpaca.errors.UsageError: no server, no key, unknown model …
+        alpaca.refusals.RequestFailed: a prompt got no answer in nine attempts. (2023 went on for ever.)
+    """
+    from alpaca.completion_2023 import complete_all
+
+    if max_batches < sys.maxsize:
+        logging.warning("max_batches: max_instances is set to max_batches * batch_size; give max_instances itself")
+        max_instances = max_batches * batch_size
+    single = isinstance(prompts, (str, Mapping))
+    prompts = [prompts] if single else list(prompts)[:max_instances]
+    fields = dataclasses.asdict(decoding_args)
+    found = complete_all(prompts, fields, decoding_kwargs, model_name, sleep_time, batch_size)
+    if return_text:
+        found = [[choice.text for choice in choices] for choices in found]
+    if decoding_args.n == 1:
+        found = [choices[0] for choices in found]
+    return found[0] if single else found
 
 
 def jload(f: str | Path | IO[str], mode: str = "r") -> Any:

@@ -63,6 +63,7 @@ class Completion:
     finish_reason: str
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    logprobs: Any = None  # as the server sends them, where `extra` asks for some
 
 
 class Client:
@@ -278,15 +279,14 @@ def read_completion(answer: Any, stop: Sequence[str]) -> Completion:
         raise Again(f"an answer without a completion: {str(answer)[:200]}") from error
     text, stopped = cut_at_stop(text or "", stop)  # None: refused, or all of max_tokens went into reasoning
     reason = "stop" if stopped else str(choice.get("finish_reason") or "unknown")
-    return Completion(text, reason, usage.get("prompt_tokens"), usage.get("completion_tokens"))
+    counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return Completion(text, reason, *counts, choice.get("logprobs"))
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """`text` without a stop string at its end, where `transformers serve` leaves it, and whether there was one."""
-    for word in stop:
-        if word and text.endswith(word):
-            return text.removesuffix(word), True
-    return text, False
+    """`text` up to the first of the `stop` strings, and whether there was one. `transformers serve` leaves them in."""
+    ends = [text.find(word) for word in stop if word and word in text]
+    return (text[: min(ends)], True) if ends else (text, False)
 
 
 def _json(content: bytes) -> Any:

@@ -76,6 +76,7 @@ class CompletionServer:
         self.answer, self.models, self.script, self.faults, self.delay = answer, models, script or [], faults, delay
         self.requests: list[Request] = []  # for completions
         self.other_requests: list[Request] = []
+        self.other_faults: Callable[[Request], Any] | None = None  # for all but completions
         self.connections = self.busy = self.busiest = 0
 
     @property
@@ -122,6 +123,8 @@ class CompletionServer:
         """Write the answer. False: the connection is to end."""
         if request.path not in COMPLETION_PATHS:
             self.other_requests.append(request)
+            if self.other_faults:
+                return await self._answer(request, self.other_faults(request), writer)
             models = {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
             known = request.path == "/v1/models" and self.models
             return await reply(writer, 200 if known else 404, models if known else {"detail": "Not Found"})
@@ -156,11 +159,10 @@ class CompletionServer:
 
 
 def completion(request: Request, answer: str | tuple[str, str]) -> dict:
-    """What a server sends back. A token is a word: `max_tokens` cuts, `stop` strings end, usage counts them; a text that
-    comes with its finish_reason is sent as it is."""
+    """What a server sends back. A token is a word: `max_tokens` cuts, `stop` strings end, usage counts them."""
     body = request.body
     text, reason = answer if isinstance(answer, tuple) else (answer, "stop")
-    for stop in body.get("stop") or [] if isinstance(answer, str) else []:
+    for stop in body.get("stop") or []:
         text = text.split(stop)[0]
     limit = body.get("max_completion_tokens", body.get("max_tokens"))
     if not isinstance(answer, tuple) and limit is not None and len(text.split(" ")) > limit:

@@ -79,8 +79,12 @@ def test_public_names_of_2023_stay_where_they_were():
         "SupervisedDataset DataCollatorForSupervisedDataset make_supervised_data_module train"
     ).split():
         assert hasattr(train, name), name
-    assert utils.jload and utils.jdump
+    assert utils.jload and utils.jdump and utils.OpenAIDecodingArguments and utils.StrOrOpenAIObject
     for function, parameters in (
+        (
+            utils.openai_completion,
+            "prompts decoding_args model_name sleep_time batch_size max_instances max_batches return_text",
+        ),
         (weight_diff.make_diff, "path_raw path_tuned path_diff device"),
         (weight_diff.recover, "path_raw path_diff path_tuned device test_inference check_integrity_naively"),
     ):

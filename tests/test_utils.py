@@ -1,12 +1,16 @@
-"""jload and jdump: 2023's behaviour, and a file that is whole or absent."""
+"""jload and jdump: 2023's behaviour, and a file that is whole or absent. openai_completion against a real server."""
 
+import asyncio
 import io
 import json
 import os
 
 import pytest
+from completion_server import BAD_KEY, MAX_TOKENS_REFUSED, CompletionServer, Fault, echo
 
 import utils
+from alpaca import completion_2023
+from alpaca.errors import UsageError
 
 
 def test_round_trip_by_path_and_by_file_object(tmp_path):
@@ -67,3 +71,80 @@ def test_malformed_json_is_located(tmp_path):
     with pytest.raises(ValueError, match="line 1"):
         utils.jload(io.StringIO("{"))
     assert json.loads("[]") == []
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(completion_2023, "_settled", {})
+    for name in ("OPENAI_API_KEY", "OPENAI_ORG", "OPENAI_ORG_ID"):
+        monkeypatch.delenv(name, raising=False)
+    with CompletionServer(models=("text-davinci-003",)) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        server.faults = lambda request: Fault(404, body={"detail": "Not Found"}) if "chat" in request.path else None
+        yield server
+
+
+def test_openai_completion_as_in_2023(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_ORG", "org-1")
+    arguments = utils.OpenAIDecodingArguments(temperature=1.0, max_tokens=3072, stop=["\n20", "20.", "20."])
+    prompts, server.delay = [f"prompt {n}" for n in range(5)], 0.02
+    got = utils.openai_completion(prompts, arguments, batch_size=2, logit_bias={"50256": -100})
+    assert [choice.text for choice in got] == [choice["text"] for choice in got] == [echo(p, {}) for p in prompts]
+    assert [choice.index for choice in got] == [0, 1, 0, 1, 0]
+    assert (got[0]["finish_reason"], got[0]["total_tokens"], got[0].get("no")) == ("stop", 2 + 5, None)
+    assert json.loads(json.dumps(got)) == got
+    with pytest.raises(AttributeError):
+        _ = got[0].no
+    sent = {"model": "text-davinci-003", "max_tokens": 3072, "temperature": 1.0, "top_p": 1.0,
+            "stop": ["\n20", "20.", "20."], "logit_bias": {"50256": -100.0}}  # fmt: skip
+    ours = [request for request in server.requests if request.body.get("prompt") in prompts]
+    assert [{**request.body, "prompt": 0} for request in ours] == [{**sent, "prompt": 0}] * 5
+    assert server.busiest == 2 and ours[0].headers["openai-organization"] == "org-1"
+
+
+def test_openai_completion_returns_one_for_one_and_n_for_n(server):
+    one = utils.OpenAIDecodingArguments()
+    assert utils.openai_completion("a b", one)["text"] == echo("a b", {})
+    asked = len(server.requests)
+    assert utils.openai_completion("a b", one, return_text=True) == echo("a b", {})
+    assert len(server.requests) == asked + 1, "what the first call found out about the server is kept"
+    assert utils.openai_completion(["a"], one, return_text=True) == [echo("a", {})]
+    two = utils.OpenAIDecodingArguments(n=2)
+    assert utils.openai_completion(["a", "b"], two, return_text=True) == [[echo("a", {})] * 2, [echo("b", {})] * 2]
+    assert utils.openai_completion("a", two, return_text=True, seed=7) == [echo("a", {})] * 2
+    assert sorted(request.body["seed"] for request in server.requests[-2:]) == [7, 8]
+    assert "n" not in server.requests[-1].body
+
+
+def test_openai_completion_trims(server, caplog):
+    one, prompts = utils.OpenAIDecodingArguments(), ["a", "b", "c", "d", "e"]
+    assert len(utils.openai_completion(prompts, one, max_instances=3)) == 3
+    assert len(utils.openai_completion(prompts, one, batch_size=2, max_batches=2)) == 4
+    assert "max_batches" in caplog.text
+    assert utils.openai_completion([], one) == []
+
+
+def test_openai_completion_takes_chat_messages_and_sends_other_fields(server):
+    server.faults = lambda request: MAX_TOKENS_REFUSED if "max_tokens" in request.body else None
+    arguments = utils.OpenAIDecodingArguments(presence_penalty=0.5, max_tokens=9)
+    message = {"role": "system", "content": "Be brief."}
+    assert utils.openai_completion(message, arguments, return_text=True) == echo("Be brief.", {})
+    utils.openai_completion([message, message], arguments)
+    assert server.requests[-1].body["messages"] == [message]
+    assert server.requests[-1].body["presence_penalty"] == 0.5 and "frequency_penalty" not in server.requests[-1].body
+    assert sum("max_tokens" in request.body for request in server.requests) == 1, "not sent again by the next call"
+
+
+def test_openai_completion_works_inside_an_event_loop(server):
+    async def notebook():
+        return utils.openai_completion("a", utils.OpenAIDecodingArguments(), return_text=True)
+
+    assert asyncio.run(notebook()) == echo("a", {})
+
+
+def test_openai_completion_names_mistakes(server):
+    with pytest.raises(UsageError, match="stream: expected False"):
+        utils.openai_completion("a", utils.OpenAIDecodingArguments(stream=True))
+    server.faults = lambda request: Fault(401, BAD_KEY.error) if "b" in request.prompt else None
+    with pytest.raises(UsageError, match="OPENAI_API_KEY"):
+        utils.openai_completion(["a", "b", "c"], utils.OpenAIDecodingArguments(), sleep_time=0.01)
