@@ -320,7 +320,10 @@ def _open_model(
     if Path(model_name).expanduser().is_dir():
         from alpaca.local_model import LocalModel
 
-        return LocalModel(model_name, batch_size, api), batch_size
+        model = LocalModel(Path(model_name).expanduser(), batch_size, chat=api != "completions")
+        if api == "chat" and model.api != "chat":
+            raise UsageError(f"--api chat: the tokenizer of {model_name} has no chat template; leave --api away")
+        return model, batch_size
     _check_numbers(concurrency=concurrency if concurrency is not None else 1)
     return Client(model_name, base_url, api), concurrency or batch_size
 

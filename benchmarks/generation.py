@@ -3,8 +3,8 @@ r"""How long generate_instruction itself takes for as many tasks as Alpaca has, 
     python -m benchmarks.generation --tasks 52000 --output benchmarks/results/generation_cpu.json
 
 Server and generation are processes of their own; the server invents tasks of about Alpaca's length from random words.
-What is measured is the whole command, HTTP, parsing, novelty filter, journal and regen.json included. Peak memory is told
-at a quarter of the tasks and at all of them: what grows is the tasks that are kept.
+What is measured is the whole command, HTTP, parsing, novelty filter, journal and regen.json included. Peak memory is
+told at a quarter of the tasks and at all of them: what grows is the tasks that are kept.
 """
 
 import argparse
@@ -30,8 +30,8 @@ VERBS = "Name List Find Describe Compare Explain Choose Rank Sort Invent Suggest
 RUN = """
 import sys, resource
 from generate_instruction import generate_instruction_following_data as generate
-generate(*sys.argv[1:3], int(sys.argv[3]), "random", base_url=sys.argv[4], api="completions", concurrency=16, num_cpus=2,
-         seed=0, stable_ties=sys.argv[5] == "stable")
+generate(*sys.argv[1:3], int(sys.argv[3]), "random", base_url=sys.argv[4], api="completions", concurrency=16,
+         num_cpus=2, seed=0, stable_ties=sys.argv[5] == "stable")
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
 print("PEAK", peak, "CPU", sum(resource.getrusage(resource.RUSAGE_SELF)[:2]))
 """

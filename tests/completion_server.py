@@ -159,10 +159,11 @@ class CompletionServer:
 
 
 def completion(request: Request, answer: str | tuple[str, str]) -> dict:
-    """What a server sends back. A token is a word: `max_tokens` cuts, `stop` strings end, usage counts them."""
+    """What a server sends back. A token is a word: `max_tokens` cuts, `stop` strings end, usage counts them; a text
+    that comes with its finish_reason is sent as it is."""
     body = request.body
     text, reason = answer if isinstance(answer, tuple) else (answer, "stop")
-    for stop in body.get("stop") or []:
+    for stop in body.get("stop") or [] if isinstance(answer, str) else []:
         text = text.split(stop)[0]
     limit = body.get("max_completion_tokens", body.get("max_tokens"))
     if not isinstance(answer, tuple) and limit is not None and len(text.split(" ")) > limit:
