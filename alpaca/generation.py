@@ -46,10 +46,11 @@ class Generation:
         self.num_examples, self.num_generated = num_examples, num_generated
         self.counts: Counter[str] = Counter()  # requests, answers, proposed, kept; "rejected: …" by reason
         self.next = 0  # request that is delivered next
-        self.rows, digest = _read_regen(output_dir / REGEN)
+        rows, digest = _read_regen(output_dir / REGEN)
+        self.rows = [_as_text(row) for row in rows]  # their part of regen.json: a fifth of the memory that dicts take
         self.kept_at = {0: len(self.rows)}  # tasks kept of the requests before a request
         self.seed = self._continue(digest, seed)
-        known = [row["instruction"] for row in (*seeds, *self.rows)]
+        known = [row["instruction"] for row in (*seeds, *rows)]
         self.filter = NoveltyFilter(known, workers=workers, stable_ties=stable_ties)
         self.saved_at, self.saving_took, self.unsaved, self.useless = time.monotonic(), 0.0, False, 0
 
@@ -73,7 +74,9 @@ class Generation:
         `index` - LAG, however many requests are on their way."""
         draw = random.Random(f"{self.seed} {index}")
         available = min(self.kept_at[max(index - LAG, 0)], len(self.rows)) if self.num_generated else 0
-        generated = [self.rows[at] for at in draw.sample(range(available), min(self.num_generated, available))]
+        generated = [
+            json.loads(self.rows[at]) for at in draw.sample(range(available), min(self.num_generated, available))
+        ]
         examples = draw.sample(self.seeds, self.num_examples - len(generated)) + generated
         draw.shuffle(examples)
         return encode_prompt(examples, self.head)
@@ -102,7 +105,7 @@ class Generation:
             for item in of_one:
                 similarity = next(similarities) if item.row is not None else None
                 if similarity is not None:
-                    self.rows.append({**item.row, **similarity._asdict()})
+                    self.rows.append(_as_text({**item.row, **similarity._asdict()}))
                 else:
                     self.counts[f"rejected: {item.reason or 'too similar'}"] += 1
             kept = len(self.rows) - before
@@ -134,7 +137,7 @@ class Generation:
     def save(self) -> None:
         """Write regen.json. The journal is told first: a kill between leaves a regen.json that an older line knows."""
         begin = time.monotonic()
-        text = json.dumps(self.rows, indent=4, default=str)
+        text = "[\n" + ",\n".join(self.rows) + "\n]" if self.rows else "[]"
         digest = hashlib.sha256(text.encode()).hexdigest()
         self.journal.append({"kind": "saved", "next": self.next, "rows": len(self.rows), "sha256": digest,
                              "counts": self.counts, "kept_at": self.kept_at})  # fmt: skip
@@ -146,6 +149,11 @@ class Generation:
                              "is lost, every answer is in the journal") from error  # fmt: skip
         self.saved_at, self.unsaved = time.monotonic(), False
         self.saving_took = self.saved_at - begin
+
+
+def _as_text(row: dict[str, Any]) -> str:
+    """A task as 2023's jdump writes it inside the list."""
+    return json.dumps([row], indent=4, default=str)[2:-2]
 
 
 def _read_regen(path: Path) -> tuple[list[dict[str, Any]], str | None]:
