@@ -1,7 +1,6 @@
 """What an English instruction asks for, as a pair: the root verb and its direct noun object, by rules alone.
 
     verb_noun("Write a short poem about the sea.")             -> ("write", "poem")
-    verb_noun("Given three side lengths, find the area.")      -> ("find", "area")
     verb_noun("You are a guide. Please list five old towns.")  -> ("list", "town")
     verb_noun("Explain why the sky is blue.")                  -> ("explain", None)
     verb_noun("What is the capital of France?")                -> (None, None)
@@ -31,85 +30,84 @@ def words(text: str) -> frozenset[str]:
 
 
 VERBS = words("""
-    abbreviate act adapt add address advise alter analyze annotate announce answer apologize append apply argue
-    arrange articulate ask assemble assess assign assume balance boil brainstorm break brief bring build calculate
-    call capitalize caption capture carry categorize challenge change characterize check choose cite clarify
-    classify clean cluster code collect color combine come comment compare compile complete compose compress compute
-    conclude configure conjugate connect construct contrast convert convince cook copy correct correlate count craft
-    create debate debug decide decipher decode deconstruct deduce define delete deliver demonstrate derive describe
-    design detail detect determine develop devise diagnose differentiate discuss display distinguish divide document
-    download draft draw edit elaborate eliminate encode enhance ensure enumerate estimate evaluate examine execute
-    exemplify expand explain explore express extend extract factor factorize figure fill filter finalize find finish
-    flag focus follow forecast format formulate gather generate get give go graph group guess help highlight
-    hypothesize identify illustrate imagine implement improve improvise include indicate infer insert integrate
-    interpret introduce invent invert judge justify label lay list locate look make map mark match maximize measure
-    merge minimize model modify multiply name narrate normalize note number offer optimize order organize outline
-    output paraphrase parse perform pick pitch place plan play plot point predict prepare present pretend print
-    prioritize produce program proofread propose provide pull punctuate put quote randomize rank rate react read
-    rearrange recite recognize recommend reconstruct record reduce refactor refer reformat reformulate remove rename
-    render reorder reorganize repeat rephrase replace reply report represent reproduce research resolve respond
-    restate retell retrieve return reverse review revise reword rewrite role-play run say schedule score scramble
-    script search seek select send separate set share shorten show simplify sketch solve sort specify speculate
-    spell split spot state substitute subtract suggest sum summarize suppose synchronize synthesize tabulate take
-    talk teach tell test think tidy train transcribe transform translate transpose troubleshoot type update use
-    utilize validate verify visualize walk work write
+    abbreviate act adapt add address advise alter analyze annotate answer apologize append apply argue arrange
+    articulate ask assemble assess assign assume balance boil brainstorm break brief bring build calculate call
+    capitalize caption capture carry categorize challenge change characterize check choose cite clarify classify
+    clean cluster code collect color combine come comment compare compile complete compose compress compute conclude
+    configure conjugate connect construct contrast convert convince cook copy correct correlate count craft create
+    debate debug decide decipher decode deduce define delete deliver demonstrate derive describe design detail
+    detect determine develop devise differentiate discuss display distinguish divide document download draft draw
+    edit elaborate eliminate encode enhance ensure enumerate estimate evaluate examine execute exemplify expand
+    explain explore express extend extract factor factorize figure fill filter finalize find finish focus follow
+    forecast format formulate gather generate get give go graph group guess help highlight hypothesize identify
+    illustrate imagine implement improve improvise include indicate infer insert integrate interpret introduce
+    invent invert judge justify label lay list locate look make map mark match maximize measure merge minimize model
+    modify multiply name note number offer optimize order organize outline output paraphrase parse perform pick
+    pitch place plan play plot point predict prepare present pretend print prioritize produce program proofread
+    propose provide pull punctuate put quote rank rate react read rearrange recite recognize recommend reconstruct
+    record reduce refactor refer reformat reformulate remove rename render reorder reorganize repeat rephrase
+    replace reply report represent research resolve respond restate retell retrieve return reverse review revise
+    reword rewrite role-play run say schedule score scramble script search seek select send set share shorten show
+    simplify sketch solve sort specify speculate spell split spot state substitute subtract suggest sum summarize
+    suppose synchronize synthesize tabulate take talk teach tell test think tidy train transcribe transform
+    translate transpose troubleshoot type update use utilize validate verify visualize walk work write
 """)
 PARTICLES = words("out up down together off over back away along aloud")
 # Verbs that mean their preposition's object, as others mean their direct one.
 PHRASAL = {("come", "up", "with"), ("think", "of"), ("look", "for"), ("search", "for"), ("look", "up"), ("fill", "in")}
-CAUSED = words("sound look read flow rhyme fit work feel stand")
-DATIVE = words("give show tell teach send offer assign ask hand write make")  # "Give [the text] a title"
+CAUSED = words("contain sound look read flow rhyme fit work feel stand")
+DATIVE = words("give show tell teach send offer assign ask")  # "Give [the text] a title"
 
 DEFINITE = words("the this that these those my your his her its our their")
 DETERMINERS = DEFINITE | words("a an each every some any no all both another either neither several many few much")
 NUMBERS = words("one two three four five six seven eight nine ten eleven twelve fifteen twenty fifty hundred half")
+PHRASE_STARTS = DETERMINERS | NUMBERS | words("me us it them what which how why who where when whether if")
 PRONOUNS = words("i you he she it we they me him us them someone everyone anyone something anything everything nothing "
                  "myself yourself itself themselves one's who whom which what whose that there here")  # fmt: skip
 PREPOSITIONS = words("about above across after against along among around as at before behind below beneath beside "
                      "between beyond by despite during except for from in inside into like near of off on onto outside "
                      "over per regarding since than through throughout to toward towards under until unlike up upon "
                      "versus via vs with within without concerning according based")  # fmt: skip
-JOINERS = words("and or nor but then so because although though while whereas unless if whether when where why how "
-                "either yet")  # fmt: skip
+JOINERS = words("and or nor but then so because although though while whereas unless if whether when where why how yet")
 AUXILIARIES = words("is are was were be been being am do does did has have had can could will would shall should may "
                     "might must isn't aren't doesn't don't won't can't")  # fmt: skip
 ADVERBS = words("not also then instead too very more most less least so well together please aloud again just "
                 "there here now quite only even else rather alone") | PARTICLES | {"apart"}  # fmt: skip
-PARTICIPLES = words("using including containing involving describing explaining showing regarding concerning listing "
-                    "outlining comparing consisting highlighting detailing discussing featuring giving making taking "
-                    "having being stating starting beginning ending focusing depicting expressing summarizing "
-                    "given written made known found taken seen shown done built set sold held spoken")  # fmt: skip
+PARTICIPLES = words("""
+    using including containing involving describing explaining showing regarding concerning outlining consisting
+    featuring giving making taking having being given written made known found taken seen shown done built set held
+""")
+SKIPPED = DETERMINERS | NUMBERS | words('more such only just below above "')  # where a noun phrase begins
 STOPS = PREPOSITIONS | JOINERS | AUXILIARIES | PRONOUNS | ADVERBS
 QUESTION_WORDS = words("what which who whom whose when where why how what's who's where's how's") | AUXILIARIES
 
 QUANTITIES = words("list set series collection number couple pair range variety bunch handful selection group piece "
                    "bit lot line example instance kind type sort form sample dozen string array total")  # fmt: skip
-ABOUT_HOW_MANY = words("at least most about around approximately exactly roughly no more fewer less than up to only "
-                       "between over under just")  # fmt: skip
+ABOUT_HOW_MANY = words("at least most about around approximately exactly no more fewer less than up to only over")
 # Before a noun these describe it; alone they are not one.
 ADJECTIVES = words("""
     following given provided same other own good better best bad worse worst new old big small large long short high
-    low great main major minor key top early late first second third last next previous final simple complex easy
-    hard difficult basic brief clear concise correct incorrect wrong right true false real common different similar
+    low great main major minor key top early first second third last next previous final simple complex easy hard
+    basic brief clear concise correct incorrect wrong right true false real common different similar
     various certain specific general important interesting creative original unique appropriate suitable relevant
-    related possible potential likely available necessary popular famous beautiful funny formal informal polite
-    positive negative neutral active passive random single double whole entire full empty open free modern current
-    recent local global international national social personal professional fun odd greater larger smaller longer
-    shorter higher lower catchy strong weak deep dark bright young safe smart quick fast slow fresh healthy distinct
-    coherent persuasive detailed compelling effective efficient accurate minimal accessible engaging convincing
-    meaningful exciting humorous additional
+    related possible potential likely popular famous beautiful formal informal polite positive negative neutral
+    active passive random single double whole entire full empty open free modern current recent local global
+    international national social personal professional greater larger smaller longer shorter higher lower
+    strong weak deep quick fast distinct coherent persuasive detailed compelling effective efficient accurate
+    minimal accessible engaging convincing necessary
 """)
 ADJECTIVE_ENDINGS = re.compile(r".{3,}(?:ous|less|able|ible|ful|ive|ish)$")
-NOUNS_LIKE_ADJECTIVES = words("table variable timetable vegetable syllable fable cable handful spoonful archive motive "
-                              "perspective narrative adjective alternative incentive objective initiative directive "
-                              "executive detective representative dish fish wish polish english")  # fmt: skip
+NOUNS_LIKE_ADJECTIVES = words("""
+    table variable timetable vegetable syllable fable cable handful archive motive perspective narrative adjective
+    alternative incentive objective initiative directive executive detective representative dish fish wish english
+""")
 NOUNS_IN_ING = words("""
     learning writing building meaning setting painting marketing reading training drawing meeting greeting spelling
-    ending beginning opening heading listing wedding clothing ranking rating pricing string cooking engineering
-    programming computing processing planning parking gaming shopping understanding testing lighting advertising
-    networking filing finding thing ring spring king morning evening feeling warming
+    ending opening heading listing wedding clothing ranking rating pricing string cooking engineering
+    programming computing processing planning parking gaming shopping understanding testing lighting advertising thing
 """)
 NOUNS_IN_EST = words("forest request test interest guest contest quest harvest west chest rest conquest pest suggest")
+NEVER_NOUNS, NEVER_ADJECTIVES = ADJECTIVES | PARTICIPLES, NOUNS_LIKE_ADJECTIVES | NOUNS_IN_ING | NOUNS_IN_EST
 NOUNS_IN_LY = words("family reply supply anomaly assembly butterfly fly jelly rally monopoly ally bully belly italy")
 
 PLURALS = {
@@ -117,13 +115,13 @@ PLURALS = {
     "mice": "mouse", "geese": "goose", "criteria": "criterion", "phenomena": "phenomenon",
     "indices": "index", "matrices": "matrix", "vertices": "vertex", "lives": "life", "wives": "wife",
     "knives": "knife", "leaves": "leaf", "halves": "half", "shelves": "shelf", "wolves": "wolf", "loaves": "loaf",
-    "thieves": "thief", "selves": "self", "quizzes": "quiz", "movies": "movie", "cookies": "cookie", "ties": "tie",
-    "pies": "pie", "lies": "lie", "shoes": "shoe", "toes": "toe", "headaches": "headache", "caches": "cache",
-    "gases": "gas", "buses": "bus", "viruses": "virus", "bonuses": "bonus", "menus": "menu", "calories": "calorie",
+    "quizzes": "quiz", "movies": "movie", "cookies": "cookie", "ties": "tie", "shoes": "shoe", "toes": "toe",
+    "headaches": "headache", "caches": "cache", "calories": "calorie", "menus": "menu", "gases": "gas", "buses": "bus",
+    "viruses": "virus", "bonuses": "bonus",
 }  # fmt: skip
-SINGULARS = words("news series species means physics mathematics economics politics statistics ethics athletics "
-                  "linguistics genetics robotics electronics gas bus lens bias canvas atlas christmas pancreas alias "
-                  "chaos cosmos ethos pathos diabetes always perhaps sms dns css aws os")  # fmt: skip
+SINGULARS = words("news series species means physics mathematics economics politics statistics ethics analytics "
+                  "linguistics genetics robotics electronics mechanics logistics dynamics semantics acoustics gas bus "
+                  "lens bias canvas atlas christmas alias chaos cosmos ethos diabetes dns css")  # fmt: skip
 PLURAL_MODIFIERS = words("sales sports news arts systems communications operations customs goods games mathematics")
 
 # What may stand before the verb of a request. Matched on lower-case tokens with one space after each.
@@ -135,7 +133,7 @@ OPENING = re.compile(
     r"|(?:you|we) (?:(?:will|would|may|might|can|should|must|now|also) )*(?:need to|have to|must|should)"
     r"|(?:you|we|you're) (?:are )?(?:being )?(?:asked|required|expected|instructed|tasked|told|going) (?:to|with)"
     r"|(?:you|we) are to|(?:your|the|this) (?:\w+ )?(?:task|job|goal|objective|aim|mission|assignment) (?:here )?is to"
-    r"|help (?:me|us) (?:to (?=[a-z]))?(?=(?P<helped>[a-z-]+) )|do not|don't|try to|be sure to|feel free to) "
+    r"|help (?:me|us)(?: to)?(?= (?P<helped>[a-z-]+) )|do not|don't|try to|be sure to|feel free to) "
 )
 WANTS = re.compile(r"i (?:really |just )?(?:(?:would )(?=like )|(?=need |want ))|i'd (?=like )")
 QUOTED = re.compile(r'```.*?```|`[^`]*`|"[^"]*"|«[^»]*»|(?<!\w)\'[^\'\n]{1,200}\'(?!\w)|<[^<>\n]*>|\[[^\]\n]*\]', re.S)
@@ -174,8 +172,7 @@ def is_question(tokens: list[str]) -> bool:
 
 
 def find_verb(tokens: list[str]) -> int | None:
-    """The place of the sentence's root verb: at the start, else after a comma ("Given X, do Y"), else anywhere before
-    an object ("Given X do Y")."""
+    """The root verb's place: at the start, else after a comma ("Given X, do Y"), else before an object."""
     start, lower = after_opening(tokens, 0), [token.lower() for token in tokens]
     if wants := WANTS.match(" ".join(lower[start:]) + " "):
         return start + wants.group().count(" ")
@@ -190,8 +187,8 @@ def find_verb(tokens: list[str]) -> int | None:
             if wanted(tokens, place + 1):
                 return place
     for place in range(2, len(tokens) - 1) if lower[0] in PREPOSITIONS | PARTICIPLES else ():
-        excluded = STOPS | DETERMINERS | NUMBERS
-        if is_verb(tokens, place) and begins_phrase(tokens, place + 1) and lower[place - 1] not in excluded:
+        excluded = any(lower[place - 1] in some for some in (STOPS, DETERMINERS, NUMBERS))
+        if is_verb(tokens, place) and begins_phrase(tokens, place + 1) and not excluded:
             return place
     return None
 
@@ -217,9 +214,9 @@ def is_unknown_verb(tokens: list[str], place: int) -> bool:
     if place + 1 >= len(tokens) or not re.fullmatch(r"[A-Za-z][a-z-]{2,}", tokens[place]):
         return False
     word, following = tokens[place].lower(), tokens[place + 1].lower()
-    known = STOPS | DETERMINERS | NUMBERS | PARTICIPLES | ADJECTIVES | words("today yesterday tomorrow once suppose")
+    known = any(word in some for some in (STOPS, DETERMINERS, NUMBERS, NEVER_NOUNS, ("once", "tomorrow")))
     ending = re.search(r"(?:ing|ed|ly|[^s]s|tion|ment|ness|day)$", word)
-    return following in words("the a an this these those me") and word not in known and not ending
+    return following in ("the", "a", "an", "this", "these", "those", "me") and not known and not ending
 
 
 def begins_phrase(tokens: list[str], place: int) -> bool:
@@ -227,8 +224,7 @@ def begins_phrase(tokens: list[str], place: int) -> bool:
     if place >= len(tokens):
         return False
     token = tokens[place].lower()
-    starts = DETERMINERS | NUMBERS | words("me us it them what which how why who where when whether if")
-    return token in starts or token[0].isdigit() or token.endswith("'s")
+    return token in PHRASE_STARTS or token[0].isdigit() or token.endswith("'s")
 
 
 def may_follow_verb(tokens: list[str], place: int) -> bool:
@@ -241,8 +237,7 @@ def find_object(tokens: list[str], place: int, verb: str) -> str | None:
     """The head of the first noun phrase behind the verb, at `place` or after what may stand between."""
     lower = [token.lower() for token in tokens] + [""] * 4
     while lower[place] in (",", "/", "and", "or", "then") and any(map(verb_base, lower[place + 1 : place + 3])):
-        place += 1 + (verb_base(lower[place + 1]) is None)  # "Compare and contrast", "Read, check and sort"
-        place += 1
+        place += 2 if verb_base(lower[place + 1]) else 3  # "Compare and contrast", "Read, check, and sort"
     for length in (2, 1):
         if (verb, *lower[place : place + length]) in PHRASAL:
             place += length
@@ -279,10 +274,10 @@ def how_many(tokens: list[str], place: int) -> int:
 def noun_phrase(tokens: list[str], place: int) -> tuple[str | None, int]:
     """(head noun in the singular or None, where the phrase ends) of the noun phrase that begins at `place`."""
     place += how_many(tokens, place)
-    first, definite, skipped = place, False, DETERMINERS | NUMBERS | words('more such only just below above "')
+    first, definite = place, False
     while place < len(tokens):
         token = tokens[place].lower()
-        if token not in skipped and not token[0].isdigit() and (token != "of" or place == first):  # "some of the"
+        if token not in SKIPPED and not token[0].isdigit() and (token != "of" or place == first):  # "some of the"
             break
         definite = definite or token in DEFINITE
         place += 1
@@ -327,7 +322,9 @@ def noun_group(tokens: list[str], start: int) -> tuple[list[str], int]:
         adverb = word.endswith("ly") and word not in NOUNS_IN_LY
         if unfinished and (adverb or (not group and word in ("more", "most", "very"))):
             continue
-        stop = word in STOPS | DETERMINERS and not (token.isupper() and len(token) > 1)  # "the US" is not "us"
+        stop = (word in STOPS or word in DETERMINERS) and not (
+            token.isupper() and len(token) > 1
+        )  # "the US" is not "us"
         if stop or adverb or (not unfinished and is_participle(tokens, place)):
             return group, place
         if token[0].isupper() and not unfinished and not indefinite and name_ends_phrase(tokens, place):
@@ -352,7 +349,7 @@ def joins_adjectives(tokens: list[str], place: int, adjectives_only: bool) -> bo
 def is_participle(tokens: list[str], place: int) -> bool:
     """ "using", and "listing" in "a page listing the prices", not in "a job listing"."""
     word = tokens[place].lower()
-    return word in PARTICIPLES and (word not in NOUNS_IN_ING or begins_phrase(tokens, place + 1))
+    return word in PARTICIPLES or (word.endswith("ing") and begins_phrase(tokens, place + 1))
 
 
 def starts_stop(tokens: list[str], place: int) -> bool:
@@ -368,10 +365,8 @@ def name_ends_phrase(tokens: list[str], place: int) -> bool:
 
 def describes(word: str) -> bool:
     """May the word stand before or behind a noun, but hardly be one?"""
-    if word in ADJECTIVES or word in PARTICIPLES:
-        return True
-    if word in NOUNS_LIKE_ADJECTIVES | NOUNS_IN_ING | NOUNS_IN_EST:
-        return False
+    if word in NEVER_NOUNS or word in NEVER_ADJECTIVES:
+        return word in NEVER_NOUNS
     return bool(ADJECTIVE_ENDINGS.match(word) or re.fullmatch(r"[a-z-]{2,}(?:[^e]ed|[a-z]ing|[a-z]est)", word))
 
 
@@ -384,8 +379,8 @@ def singular(noun: str) -> str:
     stem, _, last = noun.rpartition("-")  # "cover-letters", "sisters-in-law" aside
     if last in PLURALS:
         return (f"{stem}-" if stem else "") + PLURALS[last]
-    if last in SINGULARS or len(last) < 4 or not last.endswith("s") or last.endswith(("ss", "us", "is", "ics")):
-        return noun[:-1] if last in ("ads", "ids", "pcs", "tvs") or last.endswith("topics") else noun
+    if last in SINGULARS or len(last) < 4 or not last.endswith("s") or last.endswith(("ss", "us", "is")):
+        return noun[:-1] if last in ("ads", "ids", "pcs", "tvs") else noun
     if last.endswith("ies"):
         return noun[:-3] + "y"
     if last.endswith(("analyses", "hypotheses", "theses", "crises", "diagnoses")):
