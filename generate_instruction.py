@@ -29,7 +29,7 @@ from alpaca.generation import JOURNAL, REPORT, Generation
 from alpaca.journal import Journal
 from alpaca.progress import Progress
 from alpaca.prompts import format_prompt
-from alpaca.self_instruct import find_word_in_string, load_prompt  # noqa: F401  find_word_in_string: a name of 2023
+from alpaca.self_instruct import find_word_in_string, load_prompt, load_seed_tasks  # noqa: F401  the first: of 2023
 
 ROOT = Path(__file__).resolve().parent
 STOP_OF_2023 = ("\n20", "20.", "20.")  # the list has 20 tasks
@@ -161,34 +161,6 @@ def generate_instruction_following_data(
             utils.jdump(report, Path(output_dir) / REPORT)
             print(f"{state.told()}\n{progress.told()}\n{len(state.rows)} tasks in {Path(output_dir) / 'regen.json'}")
     _say_if_stopped_by_cost(asker, budget, len(state.rows), num_instructions_to_generate)
-
-
-def load_seed_tasks(path: str) -> list[dict[str, str]]:
-    """instruction, input and output of every seed task.
-
-    Raises:
-        UsageError: the file cannot be read or a line is not a task; the message names the line.
-    """
-    rows = []
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--seed_tasks_path {path}: cannot be read ({error})") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                task = json.loads(line)
-                instance = task["instances"][0]
-                row = {"instruction": task["instruction"], "input": instance["input"], "output": instance["output"]}
-                if not all(isinstance(value, str) for value in row.values()):
-                    raise TypeError("instruction, input and output must be texts")
-            except (ValueError, KeyError, IndexError, TypeError) as error:
-                raise UsageError(
-                    f"--seed_tasks_path {path}, line {number}: is not a task ({error!r}); expected "
-                    '{"instruction": "…", "instances": [{"input": "…", "output": "…"}]}'
-                ) from error
-            rows.append(row)
-    return rows
 
 
 # ---- answers of another model ----

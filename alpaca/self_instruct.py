@@ -5,6 +5,7 @@ An answer goes on where the prompt ends, after "4. Instruction:". The original p
 robust one reads what chat models write: cues repeated, in bold or as headings, "###" and code inside answers.
 """
 
+import json
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,34 @@ def load_prompt(path: str | Path) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--prompt_path {path}: cannot be read ({error})") from error
+
+
+def load_seed_tasks(path: str) -> list[dict[str, str]]:
+    """instruction, input and output of every seed task.
+
+    Raises:
+        UsageError: the file cannot be read or a line is not a task; the message names the line.
+    """
+    rows = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--seed_tasks_path {path}: cannot be read ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                task = json.loads(line)
+                instance = task["instances"][0]
+                row = {"instruction": task["instruction"], "input": instance["input"], "output": instance["output"]}
+                if not all(isinstance(value, str) for value in row.values()):
+                    raise TypeError("instruction, input and output must be texts")
+            except (ValueError, KeyError, IndexError, TypeError) as error:
+                raise UsageError(
+                    f"--seed_tasks_path {path}, line {number}: is not a task ({error!r}); expected "
+                    '{"instruction": "…", "instances": [{"input": "…", "output": "…"}]}'
+                ) from error
+            rows.append(row)
+    return rows
 
 
 def encode_prompt(prompt_instructions: Sequence[Mapping[str, str]], head: str) -> str:

@@ -49,11 +49,7 @@ VERBS = words("""
     replace reply report represent research resolve respond restate retell retrieve return reverse review revise
     reword rewrite role-play run say schedule score scramble script search seek select send set share shorten show
     simplify sketch solve sort specify speculate spell split spot state substitute subtract suggest sum summarize
-<<<<<<< HEAD
-    suppose synchronize synthesize tabulate take talk teach tell test think tidy train transcribe transform
-=======
     supply suppose synchronize synthesize tabulate take talk teach tell test think tidy train transcribe transform
->>>>>>> h_plot
     translate transpose troubleshoot type update use utilize validate verify visualize walk work write
 """)
 PARTICLES = words("out up down together off over back away along aloud")
@@ -99,21 +95,12 @@ ADJECTIVES = words("""
     international national social personal professional greater larger smaller longer shorter higher lower
     strong weak deep quick fast distinct coherent persuasive detailed compelling effective efficient accurate
     minimal accessible engaging convincing necessary
-<<<<<<< HEAD
-""")
-ADJECTIVE_ENDINGS = re.compile(r".{3,}(?:ous|less|able|ible|ful|ive|ish)$")
-NOUNS_LIKE_ADJECTIVES = words("""
-    table variable timetable vegetable syllable fable cable handful archive motive perspective narrative adjective
-    alternative incentive objective initiative directive executive detective representative dish fish wish english
-""")
-=======
 """)
 ADJECTIVE_ENDINGS = re.compile(r".{3,}(?<!-t)(?:ous|less|able|ible|ful|ive|ish)$")
 NOUNS_LIKE_ADJECTIVES = words("""
     table variable timetable vegetable syllable fable cable handful archive motive perspective narrative adjective
     alternative incentive objective initiative directive executive detective representative dish fish wish english
 """)
->>>>>>> h_plot
 NOUNS_IN_ING = words("""
     learning writing building meaning setting painting marketing reading training drawing meeting greeting spelling
     ending opening heading listing wedding clothing ranking rating pricing string cooking engineering

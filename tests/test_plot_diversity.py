@@ -71,12 +71,9 @@ SENTENCES = [
     ('Explain the "butterfly effect" theory.', "explain", "theory"),
     ("Describe the planet Mars.", "describe", "planet"),
     ("Write a machine learning Python script", "write", "script"),
-<<<<<<< HEAD
-=======
     ("Write a Keras model.", "write", "model"),
     ("Create a time-table of the day.", "create", "time-table"),
     ("Supply the missing word.", "supply", "word"),
->>>>>>> h_plot
     ("Find the nearest open shops today.", "find", "shop"),
     ("Compare democratic and autocratic states.", "compare", "state"),
     ("List some of the children of the king.", "list", "child"),
@@ -153,19 +150,11 @@ def test_seed_tasks_from_file_to_picture(tmp_path, capsys):
 
 
 def test_the_same_rows_give_the_same_picture_and_count_once(tmp_path):
-<<<<<<< HEAD
-    texts = ["Write a poem."] * 3 + ["Write a song.", "Write the poem.", "List five birds.", "Why?"]
-    told = plot(tmp_path, texts)
-    first = (tmp_path / "out" / "figure.svg").read_bytes()
-    assert told["instructions"] == 5 and told["with_pair"] == 4 and told["with_verb"] == 4
-    assert told["pairs"] == {"write": {"poem": 2, "song": 1}, "list": {"bird": 1}}
-=======
     texts = ["Write a poem."] * 3 + ["Write a song.", "Write the poem.", "List five birds.", "Name a town.", "Why?"]
     told = plot(tmp_path, texts)
     first = (tmp_path / "out" / "figure.svg").read_bytes()
     assert told["instructions"] == 6 and told["with_pair"] == 5 and told["with_verb"] == 5
     assert told["pairs"] == {"write": {"poem": 2, "song": 1}, "list": {"bird": 1}, "name": {"town": 1}}
->>>>>>> h_plot
     assert plot(tmp_path, texts[::-1])["pairs"] == told["pairs"]
     assert (tmp_path / "out" / "figure.svg").read_bytes() == first
 
@@ -220,14 +209,11 @@ def check(pairs, title="Title", center="1 of 2\ninstructions"):
         assert all(0 <= x <= figure.bbox.width and 0 <= y <= figure.bbox.height for x, y in box), text.get_text()
     for (a, box), (b, other) in itertools.combinations(zip(texts, boxes), 2):
         assert not overlap(box, other), (a.get_text(), b.get_text())
-<<<<<<< HEAD
-=======
     labelled = [wedge for wedge in picture.wedges if wedge.label]
     for wedge, box in zip(labelled, boxes):  # inside its own ring
         inner, outer = (radius * figure.dpi for radius in sunburst.RINGS[wedge.ring])
         away = [math.dist(point, [part * figure.dpi for part in sunburst.CENTER]) for point in box]
         assert inner <= min(away) and max(away) <= outer, wedge.label.text
->>>>>>> h_plot
     counted = picture.instructions + picture.other
     assert counted == sum(sum(nouns.values()) for nouns in pairs.values())
     for ring in (0, 1):  # each ring closed, without gaps
@@ -279,15 +265,12 @@ def test_labels_of_hard_cases(name):
         assert sum(map(len, picture.pairs.values())) == 80
 
 
-<<<<<<< HEAD
-=======
 def test_a_title_with_two_dollars_is_no_formula():
     assert sunburst.text_width("$aa bb cc$") == pytest.approx(sunburst.text_width("Saa bb ccS"))
     title, size = sunburst.title_size("a price of $" + "much more " * 12 + "$")
     assert sunburst.text_width(title) * size <= sunburst.WIDTH - 0.6
 
 
->>>>>>> h_plot
 def test_colors():
     for number in range(2, 31):
         colors = [sunburst.verb_color(i, number) for i in range(number)]
