@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from alpaca.client import Completion, RequestFailed, Sampling
+from alpaca.errors import UsageError
 from alpaca.journal import Journal
 
 ENVELOPE = 256  # tokens that a chat template may add to a prompt, at most
@@ -24,7 +25,7 @@ class Model(Protocol):
 
     async def check(self) -> str: ...
 
-    async def complete(self, prompt: str, sampling: Sampling) -> Completion: ...
+    async def complete(self, prompt: str, sampling: Sampling, lost: Callable[[], bool]) -> Completion: ...
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Budget:
     max_cost: float | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    unanswered: float = 0.0  # dollars that requests without a usable answer may have cost
+    unanswered: float = 0.0  # dollars that answers may have cost which did not arrive, or came without token counts
     reserved: dict[int, float] = field(default_factory=dict)  # by request in flight
 
     @property
@@ -93,6 +94,7 @@ class Asker:
     async def _run(self) -> None:
         self.sent = self.delivered = self.first
         self.failed_in_a_row, self.stop_with = 0, None
+        self.lost: dict[int, float] = {}  # dollars, by request in flight
         self.flying: set[asyncio.Task] = set()
         async with self.model:
             print(f"asking {await self.model.check()}", flush=True)
@@ -135,15 +137,25 @@ class Asker:
         return self.sent > before
 
     async def _ask(self, index: int) -> dict[str, Any]:
-        begin = time.time()
+        begin, most = time.time(), self.budget.reserved[index]
+        self.lost[index] = 0.0
+
+        def lose() -> bool:
+            """An attempt may have been charged. Whether another one, for which the reservation stands, is paid for."""
+            self.lost[index] += most
+            self.budget.unanswered += most
+            return self.budget.allows(0.0)
+
         try:
-            answer = await self.model.complete(self.prompt_of(index), self.sampling)
+            answer = await self.model.complete(self.prompt_of(index), self.sampling, lose)
+            entry = {"kind": "answer", "index": index, **self.about, "text": answer.text}
+            entry |= {"finish_reason": answer.finish_reason, "prompt_tokens": answer.prompt_tokens}
+            entry |= {"completion_tokens": answer.completion_tokens, "seconds": round(time.time() - begin, 3)}
+            if answer.prompt_tokens is None or answer.completion_tokens is None:
+                entry["unanswered"] = most
         except RequestFailed as error:
-            entry = {"kind": "failed", "index": index, "error": str(error), "unanswered": self.budget.reserved[index]}
-            return {**entry, **self.about}
-        entry = {"kind": "answer", "index": index, **self.about, "text": answer.text}
-        entry |= {"finish_reason": answer.finish_reason, "prompt_tokens": answer.prompt_tokens}
-        return {**entry, "completion_tokens": answer.completion_tokens, "seconds": round(time.time() - begin, 3)}
+            entry = {"kind": "failed", "index": index, "error": str(error)}
+        return {**entry, "unanswered": entry.get("unanswered", 0.0) + self.lost[index]}
 
     def _take(self, task: asyncio.Task) -> None:
         """Journal what a request has brought. The first fatal error stops the sending; the others are waited for."""
@@ -153,12 +165,14 @@ class Asker:
             return
         entry = task.result()
         del self.budget.reserved[entry["index"]]
+        self.budget.unanswered -= self.lost.pop(entry["index"])  # the entry has it now
         self.budget.count(entry)
         self.journal.append(entry)
         self.known[entry["index"]] = entry
         self.failed_in_a_row = self.failed_in_a_row + 1 if entry["kind"] == "failed" else 0
         if self.failed_in_a_row >= GIVE_UP:
-            self.stop_with = self.stop_with or RequestFailed(f"{GIVE_UP} requests in a row failed: {entry['error']}")
+            told = f"{GIVE_UP} requests in a row failed: {entry['error']}\nThe same command, run again, continues."
+            self.stop_with = self.stop_with or UsageError(told)
 
     async def _deliver_known(self) -> None:
         """What earlier runs were answered, before it is decided how much more is needed."""

@@ -29,6 +29,7 @@ from alpaca.refusals import (
     UnknownModel,
     WrongEndpoint,
     judge,
+    never_connected,
     unknown_model,
 )
 
@@ -120,9 +121,10 @@ class Client:
             raise UsageError(f"{error}\nThe server could not answer a first, short request.") from error
         return f"model {self.model} at {self.base_url}, {self.api} endpoint ({how})"
 
-    async def complete(self, prompt: Prompt, sampling: Sampling) -> Completion:
+    async def complete(self, prompt: Prompt, sampling: Sampling, lost: Callable[[], bool] | None = None) -> Completion:
         """The completion of one prompt: a text, a chat message {"role": …, "content": …} or a list of those.
 
+        lost: called when an answer did not arrive whole, which may be charged all the same; False gives up.
         Raises: RequestFailed, UsageError (see the module's first lines).
         """
         if self.api == "auto":
@@ -130,7 +132,7 @@ class Client:
         cuts = 0
         while True:
             try:
-                return await self._ask(self.api, prompt, sampling, self.max_retries)
+                return await self._ask(self.api, prompt, sampling, self.max_retries, lost)
             except MaxTokensRefused:
                 self.token_parameter = "max_completion_tokens"
             except UnknownModel as error:
@@ -183,7 +185,9 @@ class Client:
         models = answer.get("data") if isinstance(answer, dict) else None
         return [str(model.get("id")) for model in models if isinstance(model, dict)] if models else None
 
-    async def _ask(self, api: str, prompt: Prompt, sampling: Sampling, retries: int) -> Completion:
+    async def _ask(
+        self, api: str, prompt: Prompt, sampling: Sampling, retries: int, lost: Callable[[], bool] | None = None
+    ) -> Completion:
         import httpx2
 
         body = self._body(api, prompt, sampling)
@@ -192,7 +196,7 @@ class Client:
             answer = await self._openai.post(PATHS[api], body=body, cast_to=httpx2.Response)
             return read_completion(_json(answer.content), sampling.stop)
 
-        return await self._persist(ask, body, self.base_url + PATHS[api], retries)
+        return await self._persist(ask, body, self.base_url + PATHS[api], retries, lost)
 
     def _body(self, api: str, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -208,7 +212,10 @@ class Client:
             body["logit_bias"] = {str(token): float(bias) for token, bias in sampling.logit_bias.items()}
         return {name: value for name, value in body.items() if value is not None} | dict(sampling.extra)
 
-    async def _persist(self, ask: Callable[[], Awaitable[Any]], body: Mapping, url: str, retries: int) -> Any:
+    async def _persist(
+        self, ask: Callable[[], Awaitable[Any]], body: Mapping, url: str, retries: int,
+        lost: Callable[[], bool] | None = None,
+    ) -> Any:  # fmt: skip
         """`ask` until it answers, `retries` times more at most. Not with openai's own retries: those know nothing of
         answers that are cut off or empty, and the count is to be one."""
         import openai
@@ -220,8 +227,11 @@ class Client:
                 problem = judge(error, url, self.model, body)
                 if not isinstance(problem, Again):
                     raise problem from error
+                charged = problem.failure is NoAnswer and not never_connected(error)
             except Again as error:
-                problem = Again(f"{url}: {error}", error.wait)
+                problem, charged = Again(f"{url}: {error}", error.wait), True
+            if charged and lost is not None and not lost():
+                raise RequestFailed(f"{problem}\nGave up: another attempt could exceed --max_cost.")
             if retry == retries or (problem.wait or 0) > LONGEST_WAIT:
                 why = f"it asks to wait {problem.wait:.0f} s" if (problem.wait or 0) > LONGEST_WAIT else ""
                 raise problem.failure(f"{problem}\n{why or f'Gave up after {retry + 1} attempts.'}")

@@ -72,7 +72,7 @@ class LocalModel:
         """As Client.check: what will be asked how. A model that is loaded needs no other check."""
         return f"model {self.name} on {self.device} in {self.model.dtype}, {self.api}, batches of {self.batch_size}"
 
-    async def complete(self, prompt: Prompt, sampling: Sampling) -> Completion:
+    async def complete(self, prompt: Prompt, sampling: Sampling, lost: object = None) -> Completion:
         """As Client.complete. Prompts asked for at the same time are generated together, batch_size at most."""
         self._fitting(self._encode(prompt), sampling)  # a prompt that is too long must not fail its whole batch
         future = asyncio.get_running_loop().create_future()

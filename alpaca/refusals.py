@@ -139,6 +139,14 @@ def _said(error: Exception) -> str:
     return " ".join(str(body or error).split())[:500]
 
 
+def never_connected(error: Exception) -> bool:
+    """Whether the server cannot have seen the request."""
+    names = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
+    while error is not None and type(error).__name__ not in names:
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def _connection_problem(error: Exception) -> str:
     """openai says "Connection error."; the operating system's reason is at the end of the chain of causes."""
     reason = error

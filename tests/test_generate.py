@@ -313,13 +313,28 @@ def test_a_request_that_fails_for_good_is_given_up(tmp_path, monkeypatch):
         server.faults = lambda request: Fault(500) if len(request.prompt) % 4 == 0 else None
         rows = generate(tmp_path, server, 100, price_in=1.0, price_out=1.0)
     failed = journal(tmp_path, "failed")
-    assert len(rows) >= 100 and failed and all(entry["unanswered"] > 0 for entry in failed)
+    assert len(rows) >= 100 and failed and not any(entry["unanswered"] for entry in failed), "a 500 is not charged"
     assert report(tmp_path)["requests"] == len(failed) + len(journal(tmp_path))
     with CompletionServer(answer=tasks) as server:
         server.faults = lambda request: Fault(500)
         monkeypatch.setattr(asking, "GIVE_UP", 3)
-        with pytest.raises((UsageError, client.RequestFailed)):
+        with pytest.raises(UsageError, match="(?s)3 requests in a row failed: .* 500.*run again, continues"):
             generate(tmp_path / "never", server, 100)
+
+
+def test_answers_that_never_arrived_count_as_paid(tmp_path, monkeypatch):
+    """A dropped or torn answer may be on the bill: the limit holds with the most it can have cost."""
+    flags = {"price_in": 1.0, "price_out": 20.0, "max_cost": 1.0, "concurrency": 4}
+    draw = random.Random(0)
+    with CompletionServer(answer=tasks) as server:
+        server.faults = lambda request: draw.choice([DROP, TRUNCATED, Fault(500)]) if draw.random() < 0.3 else None
+        with pytest.raises(UsageError, match="--max_cost 1.0: stopped"):
+            generate(tmp_path, server, 5000, **flags)
+        most = (max(len(request.prompt.encode()) for request in server.requests) + 256 + 3072 * 20) / 1e6
+        lost = sum(entry["unanswered"] for entry in journal(tmp_path) + journal(tmp_path, "failed"))
+        assert lost > 0 and 1.0 - 2 * most < report(tmp_path)["cost_dollars"] <= 1.0
+        answered = sum(20 * entry["completion_tokens"] + entry["prompt_tokens"] for entry in journal(tmp_path)) / 1e6
+        assert report(tmp_path)["cost_dollars"] == pytest.approx(lost + answered, abs=1e-6)
 
 
 @pytest.mark.parametrize("fault,message", [
