@@ -10,7 +10,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +134,24 @@ class Generation:
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected) or "none"
         return f"{self.counts['proposed']:,} tasks proposed, {self.counts['kept']:,} kept; rejected: {reasons}"
 
+    def _regen(self) -> Iterator[str]:
+        """The text of regen.json, in pieces."""
+        for number, row in enumerate(self.rows):
+            yield ("[\n" if number == 0 else ",\n") + row
+        yield "\n]" if self.rows else "[]"
+
     def save(self) -> None:
         """Write regen.json. The journal is told first: a kill between leaves a regen.json that an older line knows."""
         begin = time.monotonic()
-        text = "[\n" + ",\n".join(self.rows) + "\n]" if self.rows else "[]"
-        digest = hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256()
+        for piece in self._regen():
+            digest.update(piece.encode())
+        digest = digest.hexdigest()
         self.journal.append({"kind": "saved", "next": self.next, "rows": len(self.rows), "sha256": digest,
                              "counts": self.counts, "kept_at": self.kept_at})  # fmt: skip
         try:
             with atomic_write(self.output_dir / REGEN) as file:
-                file.write(text)
+                file.writelines(self._regen())
         except OSError as error:
             raise UsageError(f"--output_dir {self.output_dir}: {REGEN} cannot be written ({error.strerror}); nothing "
                              "is lost, every answer is in the journal") from error  # fmt: skip
