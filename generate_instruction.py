@@ -13,6 +13,7 @@ server. Every answer is journaled before anything else: a rerun of the same comm
 
 import hashlib
 import json
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -21,13 +22,13 @@ from typing import Any
 
 import utils
 from alpaca import commands, self_instruct
-from alpaca.asking import Asker, Budget, Model
+from alpaca.asking import Asker, Budget, Model, answered_before
 from alpaca.client import Client, Sampling
 from alpaca.data import load_rows
 from alpaca.errors import UsageError, reported
 from alpaca.generation import JOURNAL, REPORT, Generation
 from alpaca.journal import Journal
-from alpaca.progress import Progress
+from alpaca.progress import Progress, estimate
 from alpaca.prompts import format_prompt
 from alpaca.self_instruct import find_word_in_string, load_prompt, load_seed_tasks  # noqa: F401  the first: of 2023
 
@@ -56,8 +57,8 @@ def generate_instruction_following_data(
     model_name: str = "text-davinci-003",
     num_prompt_instructions: int = 3,
     request_batch_size: int = 5,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
+    temperature: float | None = 1.0,
+    top_p: float | None = 1.0,
     num_cpus: int = 16,
     prompt_path: str | None = None,
     base_url: str | None = None,
@@ -83,8 +84,8 @@ def generate_instruction_following_data(
         model_name: a model of the server, or the folder of a model.
         num_prompt_instructions: examples in a prompt.
         request_batch_size: requests on their way at once; for a folder, prompts in a batch.
-        temperature: of sampling.
-        top_p: of sampling.
+        temperature: of sampling; None leaves it to the server.
+        top_p: of sampling; None leaves it to the server.
         num_cpus: threads of the novelty filter.
         prompt_path: the text above the examples; not given, prompt.txt.
         base_url: of the server; not given, OPENAI_BASE_URL or OpenAI.
@@ -120,7 +121,7 @@ def generate_instruction_following_data(
     if dry_run:
         draw = random.Random(f"{seed} 0")
         prompt = self_instruct.encode_prompt(draw.sample(seeds, num_prompt_instructions), head)
-        print(_estimate([prompt], -(-num_instructions_to_generate // EXPECTED), max_tokens, budget))
+        print(estimate([prompt], -(-num_instructions_to_generate // EXPECTED), max_tokens, budget))
         return
 
     model, at_once = _open_model(model_name, base_url, api, request_batch_size, concurrency)
@@ -135,13 +136,13 @@ def generate_instruction_following_data(
         state = Generation(Path(output_dir), journal, seeds, head, num_prompt_instructions, num_generated_in_prompt,
                            seed, num_cpus, stable_ties)  # fmt: skip
         print(f"Loaded {len(seeds)} human-written seed instructions, {len(state.rows)} machine-generated instructions")
-        known = _known(journal, state.next, budget)
+        known = answered_before(journal, state.next, budget)
         journal.append({"kind": "run", "seed": state.seed, "model": model_name, "time": time.time()})
         progress = Progress("tasks", num_instructions_to_generate, len(state.rows), budget)
 
         def take(entries: list[dict[str, Any]]) -> None:
             state.take(entries)
-            progress.show(len(state.rows), len(entries))
+            progress.show(len(state.rows), asker.asked, getattr(model, "retries", 0))
 
         asker = Asker(model, settle, journal, budget, state.prompt_of,
                       lambda on_their_way: state.wants(num_instructions_to_generate, on_their_way), take, at_once,
@@ -175,12 +176,13 @@ def generate_responses(
     concurrency: int | None = None,
     request_batch_size: int = 5,
     prompt: str = "auto",
-    temperature: float = 0.7,
-    top_p: float = 1.0,
+    temperature: float | None = 0.7,
+    top_p: float | None = 1.0,
     max_tokens: int = 2048,
     price_in: float = 0.0,
     price_out: float = 0.0,
     max_cost: float | None = None,
+    drop_failed: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Answer every instruction of a data file with another model; rows and their order stay, a rerun continues.
@@ -194,12 +196,13 @@ def generate_responses(
         concurrency: requests on their way at once, if not request_batch_size.
         request_batch_size: requests on their way at once; for a folder, prompts in a batch.
         prompt: plain (the instruction and its input), alpaca (the training prompt), or auto: plain for chat.
-        temperature: of sampling.
-        top_p: of sampling.
+        temperature: of sampling; None leaves it to the server.
+        top_p: of sampling; None leaves it to the server.
         max_tokens: of an answer.
         price_in: dollars per million prompt tokens.
         price_out: dollars per million generated tokens.
         max_cost: dollars that are never exceeded, earlier runs with this output_path included.
+        drop_failed: leave out rows that the model does not answer; else they are an error at the end.
         dry_run: print one prompt and an estimate of tokens and cost, ask nothing.
 
     Raises:
@@ -212,7 +215,7 @@ def generate_responses(
     plain = [f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"] for row in rows]
     prompts = plain if prompt == "plain" else [format_prompt(row) for row in rows]
     if dry_run:
-        print(_estimate(prompts, len(prompts), max_tokens, budget))
+        print(estimate(prompts, len(prompts), max_tokens, budget))
         return
 
     model, at_once = _open_model(model_name, base_url, api, request_batch_size, concurrency)
@@ -224,14 +227,24 @@ def generate_responses(
         return Sampling(max_tokens, temperature, top_p), {}
 
     with Journal(f"{output_path}.journal.jsonl", "--output_path") as journal:
-        digest = _check_same_rows(journal, plain, data_path)
-        known = {index: entry for index, entry in _known(journal, 0, budget).items() if entry["kind"] == "answer"}
-        journal.append({"kind": "run", "rows": digest, "model": model_name, "time": time.time()})
+        how = {
+            "model": model_name,
+            "prompt": prompt,
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_tokens": max_tokens,
+        }
+        how["rows"] = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+        _check_same_run(journal, how)
+        known = {
+            index: entry for index, entry in answered_before(journal, 0, budget).items() if entry["kind"] == "answer"
+        }
+        journal.append({"kind": "run", "how": how, "time": time.time()})
         progress = Progress("rows", len(rows), 0, budget)
 
         def take(entries: list[dict[str, Any]]) -> None:
             answers.update({entry["index"]: entry for entry in entries if entry["kind"] == "answer"})
-            progress.show(len(answers), len(entries))
+            progress.show(len(answers), asker.asked, getattr(model, "retries", 0))
 
         asker = Asker(model, settle, journal, budget, lambda index: prompts[index],
                       lambda on_their_way: asker.delivered + on_their_way < len(rows), take, at_once,
@@ -242,13 +255,27 @@ def generate_responses(
             progress.close()
             print(progress.told())
         _say_if_stopped_by_cost(asker, budget, len(answers), len(rows))
-        if failed := [number for number in range(len(rows)) if number not in answers]:
-            raise UsageError(f"{len(failed)} of {len(rows)} rows have no answer (rows {failed[:10]} …); run again to "
-                             "ask for them; the others are in the journal")  # fmt: skip
-        cut = [number for number, entry in answers.items() if entry["finish_reason"] == "length"]
-        if cut:
-            print(f"note: {len(cut)} answers were cut at --max_tokens {max_tokens}, rows {cut[:10]} …")
-        _write(output_path, [{**row, "output": answers[number]["text"].strip()} for number, row in enumerate(rows)])
+        _finish(rows, answers, output_path, drop_failed)
+
+
+def _finish(
+    rows: list[dict[str, Any]], answers: dict[int, dict[str, Any]], output_path: str, drop_failed: bool
+) -> None:
+    """Write the answered rows, and say which answers are no good."""
+    failed = [number for number in range(len(rows)) if number not in answers]
+    if failed and not drop_failed:
+        raise UsageError(f"{len(failed)} of {len(rows)} rows have no answer (rows {failed[:10]}); run again to ask for "
+                         "them, or pass --drop_failed; the others are in the journal")  # fmt: skip
+    texts = {number: entry["text"].strip() for number, entry in sorted(answers.items())}
+    cut = [number for number, entry in sorted(answers.items()) if entry["finish_reason"] == "length"]
+    for what, numbers in (
+        ("rows have no answer and are left out", failed),
+        ("answers are empty", [number for number, text in texts.items() if not text]),
+        ("answers were cut at --max_tokens", cut),
+    ):
+        if numbers:
+            print(f"note: {len(numbers)} {what}, rows {', '.join(map(str, numbers[:10]))}{' …' * (len(numbers) > 10)}")
+    _write(output_path, [{**rows[number], "output": text} for number, text in texts.items()])
 
 
 # ---- from regen.json to a data file ----
@@ -270,8 +297,11 @@ def export(
         eval_path: file for them; not given, output_path with _eval before its ending.
         seed: of the choice of rows that are held out.
     """
-    rows = utils.jload(regen_path)
-    rows = [{name: row[name] for name in ("instruction", "input", "output")} for row in rows]
+    try:
+        rows = utils.jload(regen_path)
+        rows = [{name: row[name] for name in ("instruction", "input", "output")} for row in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"--regen_path {regen_path}: is not a list of tasks ({error!r})") from error
     held_out = round(eval_size * len(rows)) if eval_size < 1 else int(eval_size)
     if not 0 <= held_out < len(rows):
         raise UsageError(f"--eval_size {eval_size}: expected fewer than the {len(rows)} rows of {regen_path}")
@@ -289,7 +319,9 @@ def _open_model(
     model_name: str, base_url: str | None, api: str, batch_size: int, concurrency: int | None
 ) -> tuple[Model, int]:
     """A folder's model in this process, or a client of a server; and how many requests it gets at once."""
-    if Path(model_name).expanduser().is_dir():
+    if not base_url and not os.environ.get("OPENAI_BASE_URL") and Path(model_name).expanduser().is_dir():
+        if api not in ("auto", "chat", "completions") or concurrency is not None:
+            raise UsageError("a folder's model takes --request_batch_size, and --api auto, chat or completions")
         from alpaca.local_model import LocalModel
 
         model = LocalModel(Path(model_name).expanduser(), batch_size, chat=api != "completions")
@@ -300,25 +332,15 @@ def _open_model(
     return Client(model_name, base_url, api), concurrency or batch_size
 
 
-def _known(journal: Journal, first: int, budget: Budget) -> dict[int, dict[str, Any]]:
-    """What earlier runs journaled of the requests from `first` on; the cost of all is counted."""
-    known = {}
+def _check_same_run(journal: Journal, how: dict[str, Any]) -> None:
+    """Raise UsageError if the journal has answers to other rows, or of another model: a mixture is nobody's wish."""
     for entry in journal:
-        if entry["kind"] in ("answer", "failed"):
-            budget.count(entry)
-            if entry["index"] >= first:
-                known[entry["index"]] = entry
-    return known
-
-
-def _check_same_rows(journal: Journal, prompts: list[str], data_path: str) -> str:
-    """The digest of the rows. Raises UsageError if the journal has answers to others."""
-    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    if any(entry["kind"] == "run" and entry["rows"] != digest for entry in journal):
-        raise UsageError(
-            f"--data_path {data_path}: {journal.path} has answers to other rows; choose another --output_path"
-        )
-    return digest
+        if entry["kind"] == "run" and entry["how"] != how:
+            other = ", ".join(
+                f"{name} {entry['how'].get(name)!r}" for name in how if entry["how"].get(name) != how[name]
+            )
+            raise UsageError(f"--output_path: {journal.path} has answers to another question ({other}); choose another "
+                             "--output_path, or move the journal away")  # fmt: skip
 
 
 def _check_numbers(**flags: int) -> None:
@@ -340,17 +362,6 @@ def _read_bias(text: str | None) -> dict[str, float] | None:
         return None if text is None else {str(int(token)): float(bias) for token, bias in json.loads(text).items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise UsageError(f"--logit_bias {text}: expected JSON such as '{{\"50256\": -100}}' ({error})") from error
-
-
-def _estimate(prompts: list[str], requests: int, max_tokens: int, budget: Budget) -> str:
-    """One prompt, and what all would cost; a token is taken for four characters."""
-    tokens = round(sum(map(len, prompts)) / len(prompts) / 4)
-    most = requests * (tokens * budget.price_in + max_tokens * budget.price_out) / 1e6
-    cost = f", at most ${most:.2f}" if most else "; --price_in and --price_out give the cost"
-    return (
-        f"{prompts[0]}\n\n--- dry run: this is the first prompt; nothing was asked ---\n"
-        f"about {requests:,} requests of about {tokens:,} prompt tokens and at most {max_tokens:,} generated ones{cost}"
-    )
 
 
 def _say_if_stopped_by_cost(asker: Asker, budget: Budget, done: int, total: int) -> None:

@@ -82,63 +82,80 @@ class Asker:
     first: int = 0
     known: dict[int, dict[str, Any]] = field(default_factory=dict)
     stopped_by_cost: bool = False
+    broken: bool = False  # deliver cannot go on
 
     def run(self) -> None:
         """Ask until nothing more is wanted, or paid for.
 
         Raises:
-            UsageError: a mistake that every request would meet. What was answered is journaled and delivered before.
+            UsageError: a mistake that every request would meet. What was sent is waited for, journaled and delivered.
         """
         asyncio.run(self._run())
 
     async def _run(self) -> None:
         self.sent = self.delivered = self.first
-        self.failed_in_a_row, self.stop_with = 0, None
+        self.asked = self.failed_in_a_row = 0
+        self.stop_with: Exception | None = None
         self.lost: dict[int, float] = {}  # dollars, by request in flight
         self.flying: set[asyncio.Task] = set()
         async with self.model:
             print(f"asking {await self.model.check()}", flush=True)
             self.sampling, self.about = self.settle(self.model.api)
             await self._deliver_known()
-            try:
-                while self._send() or self.flying:
+            while self._send() or self.flying:
+                await self._deliver()
+                if self.flying:
+                    _, self.flying = await asyncio.wait(self.flying, return_when=asyncio.FIRST_COMPLETED)
                     await self._deliver()
-                    if self.flying:
-                        done, self.flying = await asyncio.wait(self.flying, return_when=asyncio.FIRST_COMPLETED)
-                        for task in done:
-                            self._take(task)
-                        await self._deliver()
-            finally:  # Ctrl-C: what has arrived meanwhile is paid for
-                for task in self.flying:
-                    if task.done() and not task.cancelled():
-                        self._take(task)
         if self.stop_with is not None:
             raise self.stop_with
-
-    def _may_send(self) -> bool:
-        if self.stop_with is not None or not self.wanted(self.sent - self.delivered):
-            return False
-        if self.sent in self.known or self.budget.allows(self._most(self.sent)):
-            return True
-        self.stopped_by_cost = not self.flying  # the others may turn out cheaper than what is reserved for them
-        return False
-
-    def _most(self, index: int) -> float:
-        return self.budget.most(self.prompt_of(index), self.sampling.max_tokens)
 
     def _send(self) -> bool:
         """Start what may be started. Whether there was anything, be it only an answer of an earlier run."""
         before = self.sent
-        while len(self.flying) < self.concurrency and self._may_send():
-            index, self.sent = self.sent, self.sent + 1
-            if index not in self.known:
-                self.budget.reserved[index] = self._most(index)
-                self.flying.add(asyncio.ensure_future(self._ask(index)))
+        while (
+            self.stop_with is None and len(self.flying) < self.concurrency and self.wanted(self.sent - self.delivered)
+        ):
+            if self.sent not in self.known:
+                prompt = self.prompt_of(self.sent)
+                most = self.budget.most(prompt, self.sampling.max_tokens)
+                if not self.budget.allows(most):
+                    self.stopped_by_cost = not self.flying  # those may turn out cheaper than what is set aside
+                    break
+                self._start(self.sent, prompt, most)
+            self.sent += 1
         return self.sent > before
 
-    async def _ask(self, index: int) -> dict[str, Any]:
+    def _start(self, index: int, prompt: str, most: float) -> None:
+        self.budget.reserved[index], self.lost[index] = most, 0.0
+        self.asked += 1
+        if self.budget.max_cost is not None:  # a kill leaves no answer, and perhaps a bill
+            self.journal.append({"kind": "sent", "index": index, "most": most})
+        self.flying.add(asyncio.ensure_future(self._ask(index, prompt)))
+
+    async def _ask(self, index: int, prompt: str) -> None:
+        """One request, into the journal. The first fatal error ends the sending; what is in flight is waited for."""
+        try:
+            entry = await self._answer(index, prompt)
+        except Exception as error:
+            self.stop_with = self.stop_with or error
+            return
+        del self.budget.reserved[index]
+        self.budget.unanswered -= self.lost.pop(index)  # the entry has it now
+        self.budget.count(entry)
+        try:
+            self.journal.append(entry)
+        except UsageError as error:
+            self.stop_with = self.stop_with or error
+            return
+        self.known[index] = entry
+        self.failed_in_a_row = self.failed_in_a_row + 1 if entry["kind"] == "failed" else 0
+        if self.failed_in_a_row >= GIVE_UP:
+            told = f"{GIVE_UP} requests in a row failed: {entry['error']}\nThe same command, run again, continues."
+            self.stop_with = self.stop_with or UsageError(told)
+
+    async def _answer(self, index: int, prompt: str) -> dict[str, Any]:
         begin, most = time.time(), self.budget.reserved[index]
-        self.lost[index] = 0.0
 
         def lose() -> bool:
             """An attempt may have been charged. Whether another one, for which the reservation stands, is paid for."""
@@ -147,7 +164,7 @@ class Asker:
             return self.budget.allows(0.0)
 
         try:
-            answer = await self.model.complete(self.prompt_of(index), self.sampling, lose)
+            answer = await self.model.complete(prompt, self.sampling, lose)
             entry = {"kind": "answer", "index": index, **self.about, "text": answer.text}
             entry |= {"finish_reason": answer.finish_reason, "prompt_tokens": answer.prompt_tokens}
             entry |= {"completion_tokens": answer.completion_tokens, "seconds": round(time.time() - begin, 3)}
@@ -157,26 +174,9 @@ class Asker:
             entry = {"kind": "failed", "index": index, "error": str(error)}
         return {**entry, "unanswered": entry.get("unanswered", 0.0) + self.lost[index]}
 
-    def _take(self, task: asyncio.Task) -> None:
-        """Journal what a request has brought. The first fatal error stops the sending; the others are waited for."""
-        error = task.exception()
-        if error is not None:
-            self.stop_with = self.stop_with or error
-            return
-        entry = task.result()
-        del self.budget.reserved[entry["index"]]
-        self.budget.unanswered -= self.lost.pop(entry["index"])  # the entry has it now
-        self.budget.count(entry)
-        self.journal.append(entry)
-        self.known[entry["index"]] = entry
-        self.failed_in_a_row = self.failed_in_a_row + 1 if entry["kind"] == "failed" else 0
-        if self.failed_in_a_row >= GIVE_UP:
-            told = f"{GIVE_UP} requests in a row failed: {entry['error']}\nThe same command, run again, continues."
-            self.stop_with = self.stop_with or UsageError(told)
-
     async def _deliver_known(self) -> None:
         """What earlier runs were answered, before it is decided how much more is needed."""
-        while self.sent in self.known:
+        while self.sent in self.known and self.stop_with is None:
             self.sent += 1
             if self.sent - self.delivered == 64 or self.sent not in self.known:
                 await self._deliver()
@@ -185,6 +185,25 @@ class Asker:
         ready = []
         while self.delivered + len(ready) < self.sent and self.delivered + len(ready) in self.known:
             ready.append(self.known.pop(self.delivered + len(ready)))
-        if ready:
-            await asyncio.to_thread(self.deliver, ready)
-            self.delivered += len(ready)
+        if ready and not self.broken:
+            try:
+                await asyncio.to_thread(self.deliver, ready)
+            except UsageError as error:
+                self.stop_with, self.broken = self.stop_with or error, True
+        self.delivered += len(ready)
+
+
+def answered_before(journal: Journal, first: int, budget: Budget) -> dict[int, dict[str, Any]]:
+    """What earlier runs journaled of the requests from `first` on; the cost of all is counted."""
+    known, sent = {}, {}
+    for entry in journal:
+        if entry["kind"] == "sent":
+            budget.unanswered += sent.pop(entry["index"], 0.0)  # a kill, and the request was sent again
+            sent[entry["index"]] = entry["most"]
+        elif entry["kind"] in ("answer", "failed"):
+            sent.pop(entry["index"], None)
+            budget.count(entry)
+            if entry["index"] >= first:
+                known[entry["index"]] = entry
+    budget.unanswered += sum(sent.values())
+    return known

@@ -129,12 +129,14 @@ class Client:
         """
         if self.api == "auto":
             raise RuntimeError("await check() first: it settles which endpoint to ask")
-        cuts = 0
+        cuts, switched = 0, False
         while True:
             try:
                 return await self._ask(self.api, prompt, sampling, self.max_retries, lost)
             except MaxTokensRefused:
-                self.token_parameter = "max_completion_tokens"
+                if self.api == "completions" or switched:
+                    raise
+                self.token_parameter, switched = "max_completion_tokens", True
             except UnknownModel as error:
                 raise unknown_model(self.model, str(error), await self._offered()) from error
             except ContextOverflow as error:
@@ -284,6 +286,8 @@ def read_completion(answer: Any, stop: Sequence[str]) -> Completion:
     try:
         choice = answer["choices"][0]
         text = choice["message"]["content"] if "message" in choice else choice["text"]
+        if isinstance(text, list):  # content in parts
+            text = "".join(part.get("text", "") for part in text)
         usage = answer.get("usage") or {}
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise Again(f"an answer without a completion: {str(answer)[:200]}") from error

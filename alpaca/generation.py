@@ -168,11 +168,15 @@ def _read_regen(path: Path) -> tuple[list[dict[str, Any]], str | None]:
     """The tasks of a regen.json, and its digest; ([], None) if there is none."""
     if not path.exists():
         return [], None
-    content = path.read_bytes()
     try:
+        content = path.read_bytes()
         rows = json.loads(content)
-        assert all(isinstance(row["instruction"], str) for row in rows)
-    except (ValueError, TypeError, KeyError, AssertionError) as error:
+        if not isinstance(rows, list):
+            raise ValueError(f"it is of type {type(rows).__name__}")
+        for number, row in enumerate(rows):
+            if not all(isinstance(row[name], str) for name in ("instruction", "input", "output")):
+                raise ValueError(f"row {number}: instruction, input and output must be texts")
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(
             f"--output_dir: {path} is not a list of tasks ({error!r}); move it away to begin anew"
         ) from error

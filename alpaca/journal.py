@@ -7,6 +7,7 @@ open, a second one that wants it is refused.
 import errno
 import json
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ class Journal:
     """
 
     def __init__(self, path: str | Path, flag: str = "--output_dir"):
-        self.path, self.flag = Path(path), flag
+        self.path, self.flag, self.writing = Path(path), flag, threading.Lock()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "a+b", buffering=0)
@@ -74,11 +75,13 @@ class Journal:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """All entries so far, read line by line."""
-        with open(self.path, encoding="utf-8") as file:
+        with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     entry = json.loads(line)
-                except json.JSONDecodeError as error:
+                    if not isinstance(entry, dict) or "kind" not in entry:
+                        raise ValueError("no entry of a journal")
+                except ValueError as error:
                     raise UsageError(
                         f"{self.path}, line {number}: is damaged ({error}); delete this line to go on without it"
                     ) from error
@@ -87,14 +90,15 @@ class Journal:
     def append(self, entry: dict[str, Any]) -> None:
         """On the disk when this returns. A full disk is a UsageError, and leaves the journal as it was."""
         line = json.dumps(entry).encode() + b"\n"
-        begin = self.file.seek(0, os.SEEK_END)
-        try:
-            if self.file.write(line) < len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            os.fsync(self.file.fileno())
-        except OSError as error:
-            self._forget(begin)
-            raise UsageError(f"{self.flag} {self.path.parent}: cannot be written ({error.strerror})") from error
+        with self.writing:
+            begin = self.file.seek(0, os.SEEK_END)
+            try:
+                if self.file.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(self.file.fileno())
+            except OSError as error:
+                self._forget(begin)
+                raise UsageError(f"{self.flag} {self.path.parent}: cannot be written ({error.strerror})") from error
 
     def _forget(self, size: int) -> None:
         try:

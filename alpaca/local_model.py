@@ -49,7 +49,10 @@ class LocalModel:
             raise UsageError(f"{batch_size_flag}: expected 1 or more, got {batch_size}.")
         self.batch_size, self.batch_size_flag, self.name = batch_size, batch_size_flag, str(folder)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = open_tokenizer(str(folder))
+        try:
+            self.tokenizer = open_tokenizer(str(folder))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--model_name {folder}: its tokenizer cannot be read ({error})") from error
         self.api = "chat" if chat and self.tokenizer.chat_template else "completions"
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=best_dtype(self.device))
         self.model.to(self.device).eval()

@@ -13,13 +13,15 @@ class Progress:
     """Counts things that are done (tasks kept, rows answered) and the requests behind them."""
 
     def __init__(self, unit: str, total: int, done: int, budget: Budget):
-        self.unit, self.budget, self.first, self.done, self.requests = unit, budget, done, done, 0
+        self.unit, self.budget, self.first, self.done = unit, budget, done, done
+        self.requests = self.retries = 0
         self.began = time.monotonic()
         calm = {} if sys.stderr.isatty() else {"mininterval": 30.0, "miniters": 1}  # a line now and then in a log file
         self.bar = tqdm(total=total, initial=done, unit=f" {unit}", dynamic_ncols=True, **calm)
 
-    def show(self, done: int, requests: int) -> None:
-        self.done, self.requests = done, self.requests + requests
+    def show(self, done: int, requests: int, retries: int) -> None:
+        """Things done in all; requests and retries of this run."""
+        self.done, self.requests, self.retries = done, requests, retries
         self.bar.set_postfix_str(self._rates(), refresh=False)
         self.bar.update(done - self.bar.n)
 
@@ -29,7 +31,9 @@ class Progress:
     def _rates(self) -> str:
         seconds = max(time.monotonic() - self.began, 1e-3)
         cost = f", ${self.budget.cost:.4f}" if self.budget.price_in or self.budget.price_out else ""
-        return f"{self.requests / seconds:.2f} requests/s, {(self.done - self.first) / seconds:.2f} {self.unit}/s{cost}"
+        retries = f", {self.retries} retries" if self.retries else ""
+        done = f"{(self.done - self.first) / seconds:.2f} {self.unit}/s"
+        return f"{self.requests / seconds:.2f} requests/s, {done}{retries}{cost}"
 
     def told(self) -> str:
         tokens = f"{self.budget.prompt_tokens:,} prompt tokens and {self.budget.completion_tokens:,} generated tokens"
@@ -39,9 +43,22 @@ class Progress:
         """Of this run: seconds, requests, rates; of all runs with this journal: tokens and dollars."""
         seconds = max(time.monotonic() - self.began, 1e-3)
         return {
-            "seconds": round(seconds, 1), "requests_of_this_run": self.requests,
+            "seconds": round(seconds, 1), "requests_of_this_run": self.requests, "retries": self.retries,
             "requests_per_second": round(self.requests / seconds, 3),
             f"{self.unit}_per_second": round((self.done - self.first) / seconds, 3),
             "prompt_tokens": self.budget.prompt_tokens, "completion_tokens": self.budget.completion_tokens,
             "cost_dollars": round(self.budget.cost, 6),
         }  # fmt: skip
+
+
+def estimate(prompts: list[str], requests: int, max_tokens: int, budget: Budget) -> str:
+    """One prompt, and what all would cost; a token is taken for four characters."""
+    tokens = round(sum(map(len, prompts)) / len(prompts) / 4)
+    likely, most = (requests * (tokens * budget.price_in + generated * budget.price_out) / 1e6
+                    for generated in (max_tokens // 2, max_tokens))  # fmt: skip
+    cost = f": about ${likely:.2f}, at most ${most:.2f}" if most else "; --price_in and --price_out give the cost"
+    return (
+        f"{prompts[0]}\n\n--- dry run: this is such a prompt; nothing was asked ---\n"
+        f"about {requests:,} requests of about {tokens:,} prompt tokens "
+        f"and {max_tokens // 2:,} generated ones (at most {max_tokens:,}){cost}"
+    )

@@ -22,10 +22,11 @@ BLACKLIST = (
 PARSERS = ("original", "robust")
 
 BOLD = r"[*_]{0,3}"
-CUE = rf"^[ \t]*(?:\#{{1,6}}[ \t]+)?{BOLD}[ \t]*"  # of a line: a heading, bold
+CUE = rf"^[ \t>]*(?:(?:\#{{1,6}}|[-*+])[ \t]+)?{BOLD}[ \t]*"  # of a line: a heading, a bullet, bold
 NUMBER = r"(?P<number>\d+)[ \t]*[.):][ \t]*"
-ITEM = re.compile(rf"{CUE}{NUMBER}{BOLD}[ \t]*Instruction[ \t]*{BOLD}[ \t]*:{BOLD}", re.IGNORECASE)
-FIELD = re.compile(rf"{CUE}(?:{NUMBER})?{BOLD}[ \t]*(?P<field>Input|Output){BOLD}[ \t]*:{BOLD}", re.IGNORECASE)
+ITEM = re.compile(rf"{CUE}(?:Task[ \t]+)?{NUMBER}{BOLD}[ \t]*Instruction[ \t]*{BOLD}[ \t]*:{BOLD}", re.IGNORECASE)
+UNNUMBERED = re.compile(rf"{CUE}Instruction[ \t]*{BOLD}[ \t]*:{BOLD}", re.IGNORECASE)
+FIELD = re.compile(rf"{CUE}(?:{NUMBER})?{BOLD}[ \t]*(?P<field>Input|Output)[ \t]*{BOLD}[ \t]*:{BOLD}", re.IGNORECASE)
 FENCE = re.compile(r"^[ \t]*(```|~~~)")
 
 
@@ -51,7 +52,7 @@ def load_seed_tasks(path: str) -> list[dict[str, str]]:
     """
     rows = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--seed_tasks_path {path}: cannot be read ({error})") from error
     for number, line in enumerate(lines, 1):
@@ -152,58 +153,96 @@ def _split_as_in_2023(text: str, num_prompt_instructions: int) -> list[Fields | 
 
 
 def _split_robustly(text: str, num_prompt_instructions: int) -> list[Fields | None]:
-    """A task begins at a line with a number and "Instruction:"; its fields at lines with that number, or with none if
-    it numbers none. Lines inside a code fence are not looked at."""
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    lines = _without_outer_fence(lines)
-    begin = next((line for line in lines if line.strip(" \t#*")), "")
-    if not ITEM.match(begin):
-        first = lines.index(begin) if begin else 0
-        lines = [f"{num_prompt_instructions + 1}. Instruction: {begin}", *lines[first + 1 :]]
+    """A task begins at a line with a number and "Instruction:" (or at every "Instruction:" if none is numbered), its
+    fields at lines with its number or without one. Lines inside a code fence are not looked at."""
+    text = re.sub(r"(?s)^\s*<think>.*?</think>", "", text).replace("\r\n", "\n").replace("\r", "\n")
+    lines = _without_outer_fences(text.split("\n"))
+    begin = next((number for number, line in enumerate(lines) if line.strip(" \t#*")), None)
+    if begin is None:
+        return []
+    numbered = [number for number, line in enumerate(lines) if ITEM.match(line)]
+    bare = [] if numbered else [number for number, line in enumerate(lines) if UNNUMBERED.match(line)]
+    preface = lines[begin].rstrip(" *_").endswith(":") or begin + 1 in numbered + bare
+    if not bare and begin not in numbered and not preface:  # it goes on where the prompt ended
+        lines[begin] = f"{num_prompt_instructions + 1}. Instruction: {lines[begin]}"
+    for number in bare:
+        lines[number] = UNNUMBERED.sub("0. Instruction:", lines[number], count=1)
     fenced = _inside_fences(lines)
     starts = [number for number, line in enumerate(lines) if not fenced[number] and ITEM.match(line)]
     ends = [*starts[1:], len(lines)]
-    return [_fields(lines[start:end], fenced[start:end]) for start, end in zip(starts, ends)]
+    found = [_fields(lines[start:end], fenced[start:end]) for start, end in zip(starts, ends)]
+    return found or [None]
 
 
-def _without_outer_fence(lines: list[str]) -> list[str]:
-    """Some models wrap the whole list in a code fence."""
-    filled = [number for number, line in enumerate(lines) if line.strip(" \t#")]
-    if len(filled) > 2 and FENCE.match(lines[filled[0]]) and ITEM.match(lines[filled[1]]):
-        lines, last = lines[filled[0] + 1 :], filled[-1] - filled[0] - 1
-        return lines[:last] if FENCE.match(lines[last]) else lines
-    return lines
+def _without_outer_fences(lines: list[str]) -> list[str]:
+    """Some models wrap the whole list, or each task, in a code fence: one that opens right before a task."""
+    kept, wrapped, outside = [], False, True  # outside: of any task
+    for number, line in enumerate(lines):
+        if FENCE.match(line):
+            after = next((other for other in lines[number + 1 :] if other.strip(" \t#")), "")
+            if outside and not wrapped and ITEM.match(after):
+                wrapped = True
+                continue
+            later = sum(bool(FENCE.match(other)) for other in lines[number + 1 :])
+            if wrapped and line.strip() in ("```", "~~~") and later % 2 == 0:
+                wrapped, outside = False, True
+                continue
+        elif ITEM.match(line):
+            outside = False
+        kept.append(line)
+    return kept
 
 
 def _inside_fences(lines: list[str]) -> list[bool]:
-    """Per line, whether it is code. A fence that is never closed opens nothing."""
-    marks = [number for number, line in enumerate(lines) if FENCE.match(line)]
-    inside = [False] * len(lines)
-    for start, end in zip(marks[::2], marks[1::2]):
-        inside[start : end + 1] = [True] * (end + 1 - start)
+    """Per line, whether it is code. A fence that is not closed before the next task by number opens nothing."""
+    inside, opened, last = [False] * len(lines), None, None
+    for number, line in enumerate(lines):
+        item = ITEM.match(line)
+        if opened is not None and item and last is not None and int(item["number"]) == last + 1:
+            rest = [other for other in lines[number:] if FENCE.match(other)]
+            if len(rest) % 2 == 0:  # no fence is left over that could close this one
+                opened = None
+        if FENCE.match(line):
+            if opened is not None:
+                inside[opened : number + 1] = [True] * (number + 1 - opened)
+            opened = number if opened is None else None
+        elif item and opened is None:
+            last = int(item["number"])
     return inside
 
 
 def _fields(lines: list[str], fenced: list[bool]) -> Fields | None:
     number = ITEM.match(lines[0])["number"]
     cues = [(at, match) for at, line in enumerate(lines[1:], 1) if not fenced[at] and (match := FIELD.match(line))]
-    numbered = [(at, match) for at, match in cues if match["number"] == number]
-    cues = numbered or [(at, match) for at, match in cues if match["number"] is None]
-    inputs = [cue for cue in cues if cue[1]["field"].lower() == "input"][:1]
-    outputs = [cue for cue in cues if cue[1]["field"].lower() == "output" and (not inputs or cue[0] > inputs[0][0])][:1]
-    if not outputs:
+    found = {}
+    for field in ("input", "output"):
+        of_field = [cue for cue in cues if cue[1]["field"].lower() == field and cue[0] >= found.get("input", (0,))[0]]
+        own = [cue for cue in of_field if cue[1]["number"] == number] or [
+            cue for cue in of_field if not cue[1]["number"]
+        ]
+        if own:
+            found[field] = own[0]
+    if "output" not in found:
         return None
-    (output_at, output), (input_at, input) = outputs[0], (inputs or outputs)[0]
+    output_at, output = found["output"]
+    input_at, input = found.get("input", found["output"])
     instruction = [ITEM.sub("", lines[0], count=1), *lines[1:input_at]]
-    given = [lines[input_at][input.end() :], *lines[input_at + 1 : output_at]] if inputs else []
+    given = [lines[input_at][input.end() :], *lines[input_at + 1 : output_at]] if "input" in found else []
     answer = [lines[output_at][output.end() :], *lines[output_at + 1 :]]
-    while answer and re.fullmatch(r"[ \t]*(#+|-{3,}|\*{3,})?[ \t]*", answer[-1]):  # what separates it from the next
+    while answer and re.fullmatch(r"[ \t>]*(#+|-{3,}|\*{3,})?[ \t]*", answer[-1]):  # what separates it from the next
         answer.pop()
-    return "\n".join(instruction), "\n".join(given), "\n".join(answer)
+    return _balanced("\n".join(instruction)), "\n".join(given), "\n".join(answer)
+
+
+def _balanced(text: str) -> str:
+    """Without the end of a bold whose begin was before the cue."""
+    text = text.strip()
+    return text[:-2].rstrip() if text.endswith("**") and text.count("**") % 2 else text
 
 
 def _is_no_input(text: str) -> bool:
-    return text.strip(" \t\n*_`().<>").lower() in ("noinput", "no input", "none", "n/a", "")
+    plain = text.replace("&lt;", "").replace("&gt;", "").strip(" \t\n*_`().<>[]\\-").lower()
+    return plain in ("noinput", "no input", "no input needed", "no input required", "none", "n/a", "not applicable", "")
 
 
 def rows_of_response(num_prompt_instructions: int, response: Mapping[str, Any] | None) -> list[dict[str, str]]:

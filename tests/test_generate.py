@@ -430,8 +430,9 @@ def test_generate_responses_keeps_rows_and_order(tmp_path):
         generate_responses(str(tmp_path / "rows.json"), str(tmp_path / "b.json"), "tiny", api="completions", **flags)
         assert "### Instruction:\nSay 0.\n\n### Response:" in json.loads((tmp_path / "b.json").read_text())[0]["output"]
         rows_file(tmp_path, 31)
-        with pytest.raises(UsageError, match="has answers to other rows; choose another --output_path"):
-            generate_responses(str(tmp_path / "rows.json"), str(tmp_path / "new.json"), "tiny", api="chat", **flags)
+        for model in ("tiny", "other"):
+            with pytest.raises(UsageError, match=r"has answers to another question \(.*; choose another --output_path"):
+                generate_responses(str(tmp_path / "rows.json"), str(tmp_path / "new.json"), model, api="chat", **flags)
 
 
 def test_rows_without_an_answer_are_said_and_asked_again(tmp_path, monkeypatch):
@@ -442,6 +443,9 @@ def test_rows_without_an_answer_are_said_and_asked_again(tmp_path, monkeypatch):
         server.faults = lambda request: Fault(500) if "Say 7." in request.prompt else None
         with pytest.raises(UsageError, match=r"1 of 30 rows have no answer \(rows \[7\]"):
             generate_responses(*paths, "tiny", server.url, "chat")
+        generate_responses(str(tmp_path / "rows.json"), str(tmp_path / "b.json"), "tiny", server.url, "chat",
+                           drop_failed=True)  # fmt: skip
+        assert [row["instruction"] for row in json.loads((tmp_path / "b.json").read_text())].count("Say 7.") == 0
         server.faults = None
         asked = len(server.requests)
         generate_responses(*paths, "tiny", server.url, "chat")

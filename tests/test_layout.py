@@ -45,7 +45,8 @@ def test_modules_and_functions_stay_small(path):
     assert len(text.splitlines()) <= (420 if path.name == "train.py" else 400)
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            assert node.end_lineno - node.lineno < 60, node.name
+            first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
+            assert node.end_lineno - first.lineno < 60, f"{node.name}, parameters and docstring not counted"
         assert not isinstance(node, ast.ExceptHandler) or node.type is not None, "bare except"
 
 

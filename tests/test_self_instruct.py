@@ -22,7 +22,7 @@ def test_post_processing_is_that_of_2023(number):
 def test_nothing_gives_nothing():
     assert generate_instruction.post_process_gpt3_response(3, None) == []
     assert parse("", "stop", 3, "original")[0].reason == "malformed"
-    assert [item.row for item in parse("", "stop", 3, "robust")] == [None]
+    assert parse("", "stop", 3, "robust") == []
 
 
 def test_the_prompt_ends_where_the_answer_begins():
@@ -88,14 +88,24 @@ CHAT = {
     "parentheses": answer("{n}) Instruction: {instruction}\n{n}) Input: {input}\n{n}) Output: {output}\n"),
     "a separator at the end": answer(end="###\n"),
     "indented": answer("  {n}. Instruction: {instruction}\n  {n}. Input: {input}\n  {n}. Output: {output}\n"),
+    "a comment, then a fence around all": answer(begin="Here are the tasks:\n\n```\n", end="```\n"),
+    "a fence around each": answer("```\n" + BODY + "```\n", ""),
+    "bullets": answer("{n}. Instruction: {instruction}\n- **Input:** {input}\n- **Output:** {output}\n"),
+    "quotes": answer("> {n}. Instruction: {instruction}\n> {n}. Input: {input}\n> {n}. Output: {output}\n>\n"),
+    "no numbers at all": answer("Instruction: {instruction}\nInput: {input}\nOutput: {output}\n"),
+    "bold, no numbers": answer("**Instruction:** {instruction}\n**Input:** {input}\n**Output:** {output}\n"),
+    "some numbers": answer("{n}. Instruction: {instruction}\nInput: {input}\n{n}. Output: {output}\n"),
+    "a bold instruction": answer("**{n}. Instruction: {instruction}**\nInput: {input}\nOutput: {output}\n"),
+    "a thought before": answer(begin="<think>4. Instruction: I should\n4. Output: think</think>\n"),
+    "escaped": answer(noinput="\\<noinput>"),
+    "in words": answer(noinput="No input required."),
     "lower case": answer("{n}. instruction: {instruction}\n{n}. input: {input}\n{n}. output: {output}\n"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CHAT)
 def test_the_robust_parser_reads(case):
-    rows = [item.row for item in parse(CHAT[case], "stop", 3, "robust") if item.row]
-    assert rows == TASKS, rows
+    assert [item.row for item in parse(CHAT[case], "stop", 3, "robust")] == TASKS
 
 
 OUTPUTS = {
@@ -105,6 +115,7 @@ OUTPUTS = {
     "cues of other numbers": "1. Input: water\n2. Output: steam",
     "cues without number": "Input: 5\nOutput: 120",
     "a fence that is not closed": "```python\nprint(1)",
+    "a fence that is not closed, but for one in the next answer": "```python\nprint(1)",
     "a numbered list": "1. One\n2. Two\n20. Twenty, in 2020.",
 }
 
