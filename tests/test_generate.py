@@ -152,6 +152,44 @@ def test_max_cost_is_never_exceeded(tmp_path):
         assert len(server.requests) == asked
 
 
+def test_the_servers_bill_stays_below_the_limit(tmp_path):
+    """Counted by the server: every answer that it wrote, those that were torn on the way included, and over kills."""
+    draw, bill = random.Random(5), []
+
+    def answer(prompt, body):
+        text = tasks(prompt)
+        bill.append(len(prompt.split()) + 20 * len(text.split(" ")))
+        return text
+
+    with CompletionServer(answer=answer, delay=0.05) as server:
+        server.faults = lambda request: TRUNCATED if draw.random() < 0.3 else None
+        command = [sys.executable, "-m", "generate_instruction", "generate_instruction_following_data", "--output_dir",
+                   str(tmp_path), "--num_instructions_to_generate", "5000", "--model_name", "tiny", "--num_cpus", "1",
+                   "--base_url", server.url, "--price_in", "1", "--price_out", "20", "--max_cost", "1"]  # fmt: skip
+        for kind in (signal.SIGKILL, signal.SIGINT):
+            asked = len(server.requests)
+            process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while len(server.requests) < asked + 4 and process.poll() is None:
+                time.sleep(0.01)
+            process.send_signal(kind)
+            process.wait()
+        result = run(command, check=False)
+    assert result.returncode == 2 and "--max_cost 1.0: stopped" in result.stderr
+    assert 0.02 < sum(bill) / 1e6 <= report(tmp_path)["cost_dollars"] <= 1.0
+
+
+def test_a_server_that_counts_no_tokens_is_not_for_free(tmp_path):
+    def no_usage(request):
+        body = {"choices": [{"text": tasks(request.prompt), "finish_reason": "stop"}]}
+        return Fault(200, body=body)
+
+    with CompletionServer() as server:
+        server.faults = no_usage
+        with pytest.raises(UsageError, match="--max_cost"):
+            generate(tmp_path, server, 5000, price_in=1.0, price_out=20.0, max_cost=0.5)
+        assert 5 <= len(server.requests) <= 8
+
+
 def test_dry_run_asks_nothing(tmp_path, capsys):
     flags = {"model_name": "gpt-x", "price_in": 1.0, "price_out": 2.0, "dry_run": True}
     generate_instruction_following_data(str(tmp_path / "new"), str(SEEDS), 1000, **flags)
@@ -463,6 +501,28 @@ def test_export(tmp_path):
         assert len(test) == held_out and [row for row in plain if row not in test] == train
     with pytest.raises(UsageError, match="--eval_size 1000000"):
         export(str(GOLDEN / "generate" / "regen.json"), str(tmp_path / "data.json"), 10**6)
+
+
+def test_export_names_what_is_wrong(tmp_path):
+    for content in (None, "{", '[{"instruction": "x"}]', "{}x"):
+        if content is not None:
+            (tmp_path / "regen.json").write_text(content)
+        with pytest.raises(UsageError, match="--regen_path .*regen.json: is not a list of tasks"):
+            export(str(tmp_path / "regen.json"), str(tmp_path / "data.json"))
+
+
+@pytest.mark.slow
+def test_a_folder_answers_without_a_server(tiny, tmp_path):
+    """The command line, a real model in the process; a rerun asks it nothing."""
+    rows_file(tmp_path, 5)
+    command = [sys.executable, "-m", "generate_instruction", "generate_responses", "--data_path",
+               tmp_path / "rows.json", "--output_path", tmp_path / "new.json", "--model_name", tiny("llama"), "--max_tokens", "8"]  # fmt: skip
+    first = run(command)
+    rows = json.loads((tmp_path / "new.json").read_text())
+    assert len(rows) == 5 and "5 rows in" in first.stdout and "5 requests in this run" in first.stdout
+    assert "0 requests in this run" in run(command).stdout and json.loads((tmp_path / "new.json").read_text()) == rows
+    wrong = run([*command[:-4], "--model_name", tiny("llama"), "--api", "chat"], check=False)
+    assert wrong.returncode == 2 and "has no chat template" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
 def test_importing_generate_instruction_is_light():
