@@ -515,13 +515,14 @@ def test_export_names_what_is_wrong(tmp_path):
 def test_a_folder_answers_without_a_server(tiny, tmp_path):
     """The command line, a real model in the process; a rerun asks it nothing."""
     rows_file(tmp_path, 5)
-    command = [sys.executable, "-m", "generate_instruction", "generate_responses", "--data_path",
-               tmp_path / "rows.json", "--output_path", tmp_path / "new.json", "--model_name", tiny("llama"), "--max_tokens", "8"]  # fmt: skip
+    paths = ["--data_path", tmp_path / "rows.json", "--output_path", tmp_path / "new.json"]
+    command = [sys.executable, "-m", "generate_instruction", "generate_responses", *paths, "--max_tokens", "8"]
+    command += ["--model_name", tiny("llama")]
     first = run(command)
     rows = json.loads((tmp_path / "new.json").read_text())
     assert len(rows) == 5 and "5 rows in" in first.stdout and "5 requests in this run" in first.stdout
     assert "0 requests in this run" in run(command).stdout and json.loads((tmp_path / "new.json").read_text()) == rows
-    wrong = run([*command[:-4], "--model_name", tiny("llama"), "--api", "chat"], check=False)
+    wrong = run([*command, "--api", "chat"], check=False)
     assert wrong.returncode == 2 and "has no chat template" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
