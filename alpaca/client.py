@@ -292,10 +292,18 @@ def read_completion(answer: Any, stop: Sequence[str]) -> Completion:
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise Again(f"an answer without a completion: {str(answer)[:200]}") from error
     text = text or ""  # None: refused, or all of max_tokens went into reasoning
-    left = next((word for word in stop if word and text.endswith(word)), "")  # `transformers serve` leaves it in
-    text, reason = text.removesuffix(left), "stop" if left else str(choice.get("finish_reason") or "unknown")
+    reason = str(choice.get("finish_reason") or "unknown")
+    if reason != "stop" or text.endswith(tuple(stop)):  # `transformers serve` goes on, or leaves the stop string in
+        text, stopped = cut_at_stop(text, stop)
+        reason = "stop" if stopped else reason
     counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
     return Completion(text, reason, *counts, choice.get("logprobs"))
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """`text` up to the first of the `stop` strings, and whether there was one."""
+    ends = [text.find(word) for word in stop if word and word in text]
+    return (text[: min(ends)], True) if ends else (text, False)
 
 
 def _json(content: bytes) -> Any:

@@ -110,7 +110,7 @@ class Generation:
                     self.counts[f"rejected: {item.reason or 'too similar'}"] += 1
             kept = len(self.rows) - before
             self.counts.update(requests=1, answers=entry["kind"] == "answer", proposed=len(of_one), kept=kept)
-            self.useless = 0 if kept else self.useless + 1
+            self.useless = 0 if kept else self.useless + (entry["kind"] == "answer")
             self.next = entry["index"] + 1
             self.kept_at[self.next] = len(self.rows)
             self.kept_at.pop(self.next - LAG - 1, None)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from alpaca.client import MOST_CUTS, Completion, Prompt, Sampling
+from alpaca.client import MOST_CUTS, Completion, Prompt, Sampling, cut_at_stop
 from alpaca.errors import UsageError
 from alpaca.refusals import ContextOverflow
 from alpaca.tokenizer import open_tokenizer
@@ -207,12 +207,6 @@ class Draw(LogitsProcessor):
         for row, generator in zip(noise, self.generators):
             row.exponential_(generator=generator)
         return scores - noise.log()
-
-
-def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """`text` up to the first of the `stop` strings, and whether there was one. `transformers serve` leaves them in."""
-    ends = [text.find(word) for word in stop if word and word in text]
-    return (text[: min(ends)], True) if ends else (text, False)
 
 
 def best_dtype(device: str) -> torch.dtype:

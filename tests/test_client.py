@@ -98,11 +98,17 @@ def test_none_is_not_sent():
     assert set(server.requests[0].body) == {"model", "prompt", "max_tokens"}
 
 
-def test_a_stop_string_that_the_server_left_at_the_end_is_dropped():
-    """`transformers serve` does. In the middle it is the server's business, as in 2023."""
-    with CompletionServer(lambda prompt, body: ("one STOP two END", "length")) as server:
-        got = ask(server, sampling=Sampling(stop=("END", "STOP")))
-    assert (got.text, got.finish_reason) == ("one STOP two ", "stop")
+def test_text_ends_at_a_stop_string_that_the_server_left_in():
+    """`transformers serve` does. Where a server says that it stopped, its text is taken as it is, as in 2023."""
+    for text, reason, expected in (
+        ("one STOP two END", "length", ("one ", "stop")),
+        ("one END", "stop", ("one ", "stop")),
+        ("one STOP two", "stop", ("one STOP two", "stop")),
+        ("one", "length", ("one", "length")),
+    ):
+        with CompletionServer(lambda prompt, body, answer=(text, reason): answer) as server:
+            got = ask(server, sampling=Sampling(stop=("END", "STOP")))
+        assert (got.text, got.finish_reason) == expected
 
 
 def test_length_and_missing_usage():

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from completion_server import BAD_KEY, DROP, NO_MODEL, QUOTA, TRUNCATED, CompletionServer, Fault
+from completion_server import BAD_KEY, DROP, EMPTY, HANG, NO_MODEL, QUOTA, TRUNCATED, CompletionServer, Fault
 from conftest import GOLDEN, ROOT, run
 from test_layout import loaded_by
 
@@ -334,10 +334,11 @@ def test_ctrl_c_keeps_what_was_answered(tmp_path):
 # ---- what goes wrong ----
 
 
-def test_faults_of_a_server_cost_no_row(tmp_path):
+def test_faults_of_a_server_cost_no_row(tmp_path, monkeypatch):
     with CompletionServer(answer=tasks) as server:
         whole = generate(tmp_path / "whole", server, 150)
-    bad = [Fault(429, headers={"Retry-After": "0.05"}), Fault(500), DROP, TRUNCATED, Fault(503)]
+    monkeypatch.setattr(client.Client.__init__, "__defaults__", (None, "auto", 8, 0.5, 0.01))  # a hang is 0.5 s
+    bad = [Fault(429, headers={"Retry-After": "0.05"}), Fault(500), DROP, TRUNCATED, EMPTY, HANG, Fault(503)]
     draw = random.Random(2)
     with CompletionServer(answer=tasks) as server:
         server.faults = lambda request: draw.choice(bad) if draw.random() < 0.3 else None
