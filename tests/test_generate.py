@@ -19,6 +19,7 @@ from test_layout import loaded_by
 import generate_instruction
 from alpaca import asking, client, generation
 from alpaca.errors import UsageError
+from alpaca.journal import Journal
 from generate_instruction import export, generate_instruction_following_data, generate_responses
 
 SEEDS = ROOT / "seed_tasks.jsonl"
@@ -147,6 +148,7 @@ def test_max_cost_is_never_exceeded(tmp_path):
         spent = report(tmp_path)["cost_dollars"]
         asked = len(server.requests)
         assert limit - 0.065 < spent <= limit and asked > 5
+        assert [entry["index"] for entry in journal(tmp_path, "sent")] == list(range(asked))
         with pytest.raises(UsageError, match="--max_cost"):
             generate(tmp_path, server, 5000, **flags)
         assert len(server.requests) == asked
@@ -176,6 +178,18 @@ def test_the_servers_bill_stays_below_the_limit(tmp_path):
         result = run(command, check=False)
     assert result.returncode == 2 and "--max_cost 1.0: stopped" in result.stderr
     assert 0.02 < sum(bill) / 1e6 <= report(tmp_path)["cost_dollars"] <= 1.0
+
+
+def test_requests_without_an_answer_in_the_journal_count_as_paid(tmp_path):
+    """Sent before a kill; sent, killed, sent again and answered; answered at once."""
+    entries = [("sent", 0), ("sent", 1), ("sent", 2), ("answer", 2), ("sent", 1), ("answer", 1)]
+    with Journal(tmp_path / "journal.jsonl") as file:
+        for kind, index in entries:
+            file.append({"kind": kind, "index": index, "most": 0.25, "prompt_tokens": 1000, "completion_tokens": 0})
+        budget = asking.Budget(price_in=1.0, max_cost=1.0)
+        assert sorted(asking.answered_before(file, 2, budget)) == [2]
+    assert budget.unanswered == 0.5 and budget.cost == pytest.approx(0.502)
+    assert budget.allows(0.49) and not budget.allows(0.5)
 
 
 def test_a_server_that_counts_no_tokens_is_not_for_free(tmp_path):

@@ -140,6 +140,10 @@ def test_the_manifest_and_its_digest(llama, capsys):
         assert (diff / name).stat().st_size == entry["bytes"]
     states = [state_of(folder) for folder in (base, diff, tuned)]
     for name, entry in manifest["tensors"].items():
+        of_base, stored, of_tuned = (bits(state[name]) for state in states)
+        rows = len(of_base)
+        assert torch.equal(stored[:rows], of_tuned[:rows] ^ of_base), "the base's licence: no weights in the clear"
+        assert torch.equal(stored[rows:], of_tuned[rows:])
         digests = [hashlib.sha256(bits(state[name]).numpy().tobytes()).hexdigest() for state in states]
         assert digests == [entry["base"]["sha256"], entry["diff_sha256"], entry["sha256"]]
     subprocess.run(["sha256sum", "-c", "weight_diff.json.sha256"], cwd=diff, check=True, stdout=subprocess.DEVNULL)
