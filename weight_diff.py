@@ -141,14 +141,12 @@ def verify(path_diff: str, path_tuned: str, path_raw: str | None = None, digest:
             print(f"proved: {path_tuned} is {diff.told}", flush=True)
             if path_raw is not None:
                 _recover(path_raw, path_diff, digest=digest)
-        elif digest is not None:
-            raise UsageError(f"--digest: {path_diff} is in the format of 2023, which has none")
         elif path_raw is None:
             raise UsageError(f"--path_diff {path_diff}: is in the format of 2023, without digests; give --path_raw too")
         else:
-            with open_weights(path_raw, "--path_raw") as base, open_weights(folder, "--path_diff") as diff:
-                with Pipeline(diff.nbytes, "verify") as pipe:
-                    FloatDiff(base, diff, sign=1).verify(pipe, tuned)
+            with open_weights(path_raw, "--path_raw") as base, _open_diff(base, path_diff, digest) as diff:
+                with Pipeline(diff.weights.nbytes, "verify") as pipe:
+                    diff.verify(pipe, tuned)
             kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tuned.tensors.values()}))
             print(f"proved: {path_tuned} is the sum of {path_raw} and {path_diff}, cast to {kinds}", flush=True)
 

@@ -8,6 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 @contextmanager
 def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
@@ -30,6 +35,20 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def lock(handle: int, path: str | Path) -> bool:
+    """Take the lock of an open file or folder; it ends with the handle, or the process. False: another process has it.
+    A file system without locks is said, once per call; a system without them (Windows) is not."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        print(f"note: the file system of {path} has no locks: do not start two runs in it", flush=True)
+    return True
 
 
 def free_bytes(folder: Path) -> int:

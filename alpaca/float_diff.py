@@ -35,11 +35,13 @@ class FloatDiff:
         self.base, self.weights, self.sign = base, other, sign
         tokenizer = _base_tokenizer(base)
         self.specs: list[Spec] = []
+        self.left_out: list[str] = []
         self.pairs: dict[str, tuple[Tensor | None, int]] = {}  # name -> base tensor, how many of its rows are used
         missing, misfits = [], []
         for name, tensor in other.tensors.items():
             if not tensor.dtype.is_floating_point:
-                continue  # causal masks of old checkpoints, which today's models make themselves
+                self.left_out.append(name)  # causal masks of old checkpoints, which today's models make themselves
+                continue
             self.specs.append(Spec(name, torch.float32, tensor.shape))
             found, rows = base.find(name), None
             if found is not None:
@@ -127,6 +129,8 @@ class FloatDiff:
     def notes(self) -> list[str]:
         """What speaks against this base. Nothing in the format proves that it is the right one."""
         told = []
+        if self.left_out:
+            told.append(f"note: {len(self.left_out)} tensors that are not of floats are left out: {self.left_out[0]} …")
         if differences := config_differences(self.base.config, self.weights.config):
             told.append(
                 f"note: in the base's config.json {differences}; is it the base that the diff was made against?"

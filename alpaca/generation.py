@@ -52,7 +52,7 @@ class Generation:
         self.seed = self._continue(digest, seed)
         known = [row["instruction"] for row in (*seeds, *rows)]
         self.filter = NoveltyFilter(known, workers=workers, stable_ties=stable_ties)
-        self.saved_at, self.saving_took, self.unsaved, self.useless = time.monotonic(), 0.0, False, 0
+        self.saved_at, self.saving_took, self.useless = time.monotonic(), 0.0, 0
 
     def _continue(self, digest: str | None, seed: int | None) -> int:
         """Go to where an earlier run in this folder was stopped. Returns the seed."""
@@ -114,7 +114,6 @@ class Generation:
             self.next = entry["index"] + 1
             self.kept_at[self.next] = len(self.rows)
             self.kept_at.pop(self.next - LAG - 1, None)
-        self.unsaved = True
         if time.monotonic() - self.saved_at > max(SAVE_EVERY, 20 * self.saving_took):
             self.save()
         if self.useless >= USELESS:
@@ -155,7 +154,7 @@ class Generation:
         except OSError as error:
             raise UsageError(f"--output_dir {self.output_dir}: {REGEN} cannot be written ({error.strerror}); nothing "
                              "is lost, every answer is in the journal") from error  # fmt: skip
-        self.saved_at, self.unsaved = time.monotonic(), False
+        self.saved_at = time.monotonic()
         self.saving_took = self.saved_at - begin
 
 

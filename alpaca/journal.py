@@ -13,11 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.errors import UsageError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from alpaca.files import lock
 
 
 class Journal:
@@ -44,18 +40,12 @@ class Journal:
         self.file.close()
 
     def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock(self.file.fileno(), self.path):
             self.file.close()
             raise UsageError(
                 f"{self.flag} {self.path.parent}: another process is working in this folder; wait for it, stop it, or "
                 "choose another folder"
-            ) from error
-        except OSError:
-            print(f"note: the file system of {self.path} has no locks: do not start two runs in it", flush=True)
+            )
 
     def _cut_torn_line(self) -> None:
         """A line is complete when its newline is there, which is written with it."""

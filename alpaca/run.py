@@ -11,11 +11,7 @@ from alpaca import contract, forecast
 from alpaca.checkpoints import read_manifest
 from alpaca.console import say
 from alpaca.errors import UsageError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from alpaca.files import lock
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
@@ -47,15 +43,11 @@ def check_output_dir(args: "TrainingArguments") -> None:
             file.write(b"x")
     except OSError as error:
         raise UsageError(f"--output_dir {args.output_dir}: cannot be written ({error.strerror})") from error
-    if args.process_index == 0 and fcntl is not None:
+    if args.process_index == 0 and os.name == "posix":
         folder = os.open(args.output_dir, os.O_RDONLY)
         weakref.finalize(args, os.close, folder)
-        try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"--output_dir {args.output_dir}: another process is training in this folder") from error
-        except OSError:
-            say(f"note: the file system of {args.output_dir} has no locks: do not start two runs in it", 0)
+        if not lock(folder, args.output_dir):
+            raise UsageError(f"--output_dir {args.output_dir}: another process is training in this folder")
 
 
 def check_evaluation(args: "TrainingArguments", eval_data_path: str | None) -> None:

@@ -14,13 +14,8 @@ from typing import IO, NamedTuple
 import torch
 
 from alpaca.errors import UsageError
-from alpaca.files import free_bytes, human
+from alpaca.files import free_bytes, human, lock
 from alpaca.weights import COMPANIONS, DTYPE_NAMES, memory
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 MARKER = ".incomplete"  # in a folder that is being written
 OF_A_CHECKPOINT = (".safetensors", ".bin", ".sha256", ".png", ".md", ".gitattributes", "LICENSE", *COMPANIONS)
@@ -44,7 +39,7 @@ def new_folder(path: str | Path, flag: str, nbytes: int, overwrite: bool, inputs
         _check_target(target, replaced, flag, overwrite, inputs)
         if free_bytes(target) < nbytes + 10**7:
             raise UsageError(f"{flag} {path}: needs {human(nbytes)}, its disk has {human(free_bytes(target))} free")
-        lock, ours = _lock(partial, flag), False
+        handle, ours = _lock(partial, flag), False
         try:
             _clear(partial, flag)
             ours = True
@@ -56,8 +51,8 @@ def new_folder(path: str | Path, flag: str, nbytes: int, overwrite: bool, inputs
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         finally:
-            if lock is not None:
-                os.close(lock)
+            if handle is not None:
+                os.close(handle)
     except OSError as error:
         raise UsageError(f"{flag} {path}: could not be written ({error})") from error
 
@@ -99,17 +94,13 @@ def _put_in_place(partial: Path, target: Path, replaced: Path) -> None:
 def _lock(partial: Path, flag: str) -> int | None:
     """Make the folder that is written, or find it; while it is locked its process is alive."""
     partial.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
+    if os.name != "posix":
         return None
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise UsageError(f"{flag}: another process is writing {partial}") from error
-    except OSError:
-        pass  # a file system without locks
-    return lock
+    handle = os.open(partial, os.O_RDONLY)
+    if not lock(handle, partial):
+        os.close(handle)
+        raise UsageError(f"{flag}: another process is writing {partial}")
+    return handle
 
 
 def _clear(partial: Path, flag: str) -> None:

@@ -168,6 +168,14 @@ def test_a_base_whose_tokenizer_does_not_say_it(released, tmp_path, capsys, toke
     assert ("tokenizer cannot be read" in capsys.readouterr().out) == (tokenizer == "is damaged")
 
 
+def test_tensors_that_are_left_out_are_counted(released, tmp_path, capsys):
+    base, _, diff = released
+    mask = {"model.mask": torch.ones(3, dtype=torch.bool)}
+    recover(base, write(tmp_path / "with_mask", diff, state_of(diff) | mask), tmp_path / "result")
+    assert "note: 1 tensors that are not of floats are left out: model.mask" in capsys.readouterr().out
+    assert "model.mask" not in state_of(tmp_path / "result")
+
+
 def test_what_speaks_against_a_base_is_said(released, tmp_path, capsys):
     """Nothing in the format proves a base: Llama-2's shapes are LLaMA's, and a diff has the shapes of a model."""
     base, _, diff = released

@@ -606,6 +606,16 @@ def test_what_a_killed_process_left_is_cleared_but_nothing_else(llama, tmp_path)
     assert not left.exists()
 
 
+def test_two_processes_do_not_write_one_folder(llama, tmp_path):
+    base, _, diff = llama
+    with shards.new_folder(tmp_path / "result", "--path_tuned", 0, False, ()) as first:
+        (first / "half").touch()
+        with pytest.raises(UsageError, match="another process is writing .*result.incomplete"):
+            recover(base, diff, tmp_path / "result")
+        assert (first / "half").exists()
+    assert (tmp_path / "result" / "half").exists()
+
+
 def kill_at_random(command, target, draw) -> bool:
     """Start, kill at a random moment, and say whether `target` was there, which must then be whole."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
