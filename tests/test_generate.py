@@ -154,6 +154,7 @@ def test_max_cost_is_never_exceeded(tmp_path):
         assert len(server.requests) == asked
 
 
+@pytest.mark.slow
 def test_the_servers_bill_stays_below_the_limit(tmp_path):
     """Counted by the server: every answer that it wrote, those that were torn on the way included, and over kills."""
     draw, bill = random.Random(5), []

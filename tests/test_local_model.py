@@ -15,6 +15,8 @@ from alpaca.refusals import ContextOverflow, RequestFailed
 
 PROMPTS = ["Give three tips.", "1.", "Write a long story about a " + "very " * 30 + "old dog.", "What is the capital?",
            "2 + 2 =", "Below is an instruction.", "é早🙂", "List the days of the week."]  # fmt: skip
+pytestmark = pytest.mark.slow  # a model in every test
+
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
 TEMPLATE = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
