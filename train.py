@@ -93,7 +93,17 @@ class DataArguments:
 class TrainingArguments(transformers.TrainingArguments):
     _argument_group_name = "training (ours first, then every flag of transformers.TrainingArguments)"
     cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and tokenized data are kept."})
-    optim: str = field(default="adamw_torch", metadata={"help": "The optimizer; names as in transformers."})
+    batching: str = field(
+        default="packed",
+        metadata={
+            "help": "packed: rows of a step behind one another, without padding. padded: 2023's micro-batches.",
+            "choices": ["packed", "padded"],
+        },
+    )
+    max_tokens_per_pack: str = field(default="auto", metadata={"help": "Tokens of a pack; auto: what fits."})
+    share_prefix: bool = field(
+        default=True, metadata={"help": "Compute the template that rows begin with once per pack."}
+    )
     model_max_length: int = field(
         default=512, metadata={"help": "Maximum sequence length in tokens. Longer rows are cut on the right."}
     )

@@ -2,7 +2,7 @@
 in it is written to a file."""
 
 import json
-from functools import partial
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,61 +19,42 @@ from alpaca.waiting import gather_from_all_ranks
 DECODED_TOKENS = 128  # of a row, for the file: the template's preamble and the beginning of the instruction
 
 
-class NumberedRows(Dataset):
-    """Pairs (row number, row), so that a batch knows which rows it holds."""
-
-    def __init__(self, dataset: Dataset):
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, i: int) -> tuple[int, Any]:
-        return i, self.dataset[i]
-
-
-def numbered(collate: Any) -> Any:
-    """`collate` for pairs of NumberedRows: the batch has its row numbers under "rows"."""
-    return partial(_collate, collate)
-
-
-def _collate(collate: Any, pairs: list[tuple[int, Any]]) -> dict[str, Any]:
-    return {**collate([row for _, row in pairs]), "rows": [number for number, _ in pairs]}
-
-
 class BlackBox(TrainerCallback):
-    """Keeps the micro-batches of the optimizer step under way and their losses, and looks at all losses and the
-    gradient norm at once, right before the optimizer does: one host-device synchronisation a step.
+    """Keeps which rows are in the micro-batches of the optimizer step under way and their losses, and looks at the loss
+    of the step over all ranks and the gradient norm, right before the optimizer does: the only time in a step that the
+    host waits for the device. What it read is what gets logged.
 
     float16: its loss scaler skips steps whose gradients overflow, so there only the loss counts.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None):
-        self.tokenizer = tokenizer
-        self.batches: list[dict[str, Any]] = []
+    def __init__(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase | None):
+        self.dataset, self.tokenizer = dataset, tokenizer
+        self.rows: list[list[int]] = []
         self.losses: list[Tensor] = []
         self.grad_norm: Tensor | float | None = None
+        self.unlogged: list[float] = []  # losses of the steps since the last log line
+        self.norm: float | None = None  # the gradient norm of the last step
 
-    def begin_step(self, batches: list[dict[str, Any]]) -> None:
-        """Takes the row numbers out of the batches, which the model would not know what to do with."""
-        self.losses, self.grad_norm = [], None
-        self.batches = [
-            {"rows": batch.pop("rows", None), "ids": batch["input_ids"], "lengths": batch["attention_mask"].sum(1)}
-            for batch in batches
-        ]
+    def begin_step(self, rows: list[list[int]]) -> None:
+        """`rows`: row numbers of each micro-batch of this rank."""
+        self.rows, self.losses, self.grad_norm = rows, [], None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         norm = self.grad_norm.full_tensor() if isinstance(self.grad_norm, DTensor) else self.grad_norm
-        watched = [loss.float() for loss in self.losses]
-        if norm is not None and not args.fp16:
-            watched.append(torch.as_tensor(norm, dtype=torch.float32, device=watched[0].device))
-        finite = torch.isfinite(torch.stack(watched)).all().int()
-        if args.world_size > 1:
-            torch.distributed.all_reduce(finite, torch.distributed.ReduceOp.MIN)
-        if not finite.item():
-            self._stop(args, state, norm)
+        loss = torch.stack([loss.float() for loss in self.losses]).sum()
+        if args.world_size > 1:  # the micro-batches of all ranks; a loss that is not finite stays so in the sum
+            torch.distributed.all_reduce(loss)
+        norm_here = torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32, device=loss.device)
+        loss, self.norm = torch.stack([loss / args.world_size, norm_here]).tolist()
+        if not math.isfinite(loss) or not (args.fp16 or math.isfinite(self.norm)):
+            self._stop(args, state, None if norm is None else self.norm)
+        self.unlogged.append(loss)
 
-    def _stop(self, args, state, norm: Tensor | float | None) -> None:
+    def take_losses(self) -> list[float]:
+        losses, self.unlogged = self.unlogged, []
+        return losses
+
+    def _stop(self, args, state, norm: float | None) -> None:
         """Collective: every rank gets here."""
         step = state.global_step + 1
         found = [self._describe(number, args.process_index) for number in range(len(self.losses))]
@@ -87,7 +68,7 @@ class BlackBox(TrainerCallback):
                 "step": step,
                 "epoch": state.epoch,
                 "what": what,
-                "gradient_norm": str(float(norm)) if norm is not None else None,
+                "gradient_norm": str(norm) if norm is not None else None,
                 "rows": rows,
                 "micro_batches": suspects,
                 "last_log_lines": state.log_history[-10:],
@@ -96,24 +77,23 @@ class BlackBox(TrainerCallback):
                 json.dump(content, file, indent=1, ensure_ascii=False)
         shown = ", ".join(map(str, rows[:16])) + ", ..." * (len(rows) > 16)
         raise UsageError(
-            f"step {step}: the {what} is not finite. Rows in that {'micro-batch' if bad else 'step'}: "
-            f"{'not known' if None in rows else shown}. Their text is in {path}; the weights are as before the step. "
+            f"step {step}: the {what} is not finite. Rows in that {'micro-batch' if bad else 'step'}: {shown}. "
+            f"Their text is in {path}; the weights are as before the step. "
             "Common causes: a learning rate that is too high, float16 where bfloat16 is needed, a damaged base model, "
             "or such a row (look with python -m scripts.inspect_data --rows)"
         )
 
     def _describe(self, number: int, rank: int) -> dict[str, Any]:
-        batch, loss = self.batches[number], self.losses[number]
-        lengths = batch["lengths"].tolist()
-        rows = batch["rows"] if batch["rows"] is not None else [None] * len(lengths)
-        starts = [ids[: min(length, DECODED_TOKENS)].tolist() for ids, length in zip(batch["ids"], lengths)]
+        loss = self.losses[number]
+        ids = [self.dataset[row]["input_ids"].tolist() for row in self.rows[number]]
         return {
             "rank": rank,
             "micro_batch": number,
             "loss": str(loss.item()),
             "finite": bool(torch.isfinite(loss)),
-            "rows": [
-                {"row": row, "tokens": length, "starts": self.tokenizer.decode(ids) if self.tokenizer else ids}
-                for row, length, ids in zip(rows, lengths, starts)
-            ],
-        }
+            "rows": [{"row": row, "tokens": len(tokens), "starts": self._text(tokens[:DECODED_TOKENS])}
+                     for row, tokens in zip(self.rows[number], ids)],
+        }  # fmt: skip
+
+    def _text(self, ids: list[int]) -> str | list[int]:
+        return self.tokenizer.decode(ids) if self.tokenizer else ids

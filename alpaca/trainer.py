@@ -4,30 +4,28 @@ saved is always a plain checkpoint that `from_pretrained` reads, whole or not th
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
-from alpaca.batching import StepLoader, StepSampler
-from alpaca.blackbox import BlackBox, NumberedRows, numbered
+from alpaca.attention import PackLayout, confined_to_rows
+from alpaca.batching import StepLoader, StepSampler, StepTotals
+from alpaca.blackbox import BlackBox
 from alpaca.checkpoints import delete_old_checkpoints, load_optimizer_of_other_layout, write_patiently, written_whole
 from alpaca.console import ConsoleCallback, say
+from alpaca.exactness import check_packing, choose_packing
 from alpaca.fsdp import full_state_dict, shard_on_cpu
-from alpaca.tokens import IGNORE_INDEX
-
-
-def target_mask(labels: Tensor) -> Tensor:
-    """Which positions are predicted: (B, T) labels -> (B, T - 1) bool. Position 0 has nothing before it."""
-    return labels[:, 1:] != IGNORE_INDEX
+from alpaca.loss import weighted_cross_entropy
+from alpaca.packing import MicroBatches, measure_rows
+from alpaca.speed import SpeedMeter
 
 
 class AlpacaTrainer(Trainer):
@@ -36,20 +34,28 @@ class AlpacaTrainer(Trainer):
         token (today's Trainer):  sum over all t of -log p(t)  /  number of t in the step
         microbatch (2023):        mean over m of (sum over t in m of -log p(t)  /  number of t in m)
 
-    A micro-batch without a target (2023: NaN) counts in neither.
+    where m are 2023's micro-batches, of `per_device_train_batch_size` rows, also if rows are packed. A micro-batch
+    without a target (2023: NaN) counts in neither.
     """
 
-    def __init__(self, contract: dict[str, Any] | None = None, **kwargs):
-        """`contract` (alpaca/contract.py) is kept with every checkpoint."""
-        super().__init__(compute_loss_func=self.step_loss, **kwargs)
-        self.contract, self.black_box = contract or {}, BlackBox(self.processing_class)
+    def __init__(self, contract: dict[str, Any] | None = None, hold_gradients: bool = False, **kwargs):
+        """`contract` (alpaca/contract.py) is kept with every checkpoint. `hold_gradients`: under FSDP, reduce gradients
+        once a step, which takes 4 bytes a parameter on every rank."""
+        super().__init__(**kwargs)
+        self.loss_is_scaled_for_ga = True  # by the weights of the targets
+        self.contract, self.hold_gradients = contract or {}, hold_gradients
+        self.black_box = BlackBox(self.train_dataset, self.processing_class)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
         self.add_callback(self.black_box)
         self.add_callback(ConsoleCallback)
         self.add_callback(SaveOnlyWhenAsked)
-        self._tokens_seen = torch.zeros((), dtype=torch.int64, device=self.args.device)
-        self._last_log: tuple[int, float] | None = None  # tokens seen and time, from the first step on
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+        self.speed = SpeedMeter(self.model, self.args.device, dtype, self.args.world_size)
+        chosen = self.model.config._attn_implementation or ""
+        self.pack_kernel = chosen if chosen.startswith("flash_attention") else None
+        self._step: StepTotals | None = None
+        self._packing_checked = False
 
     def create_accelerator_and_postprocess(self) -> None:
         if not (self.args.fsdp and self.args.device.type == "cpu"):
@@ -61,34 +67,35 @@ class AlpacaTrainer(Trainer):
     # ---- rows ----
 
     def get_train_dataloader(self) -> DataLoader:
-        args = self.args
-        if args.train_sampling_strategy not in ("random", "sequential"):
-            note = f"note: {args.train_sampling_strategy} trains some rows twice in an epoch, to fill the last batch"
-            say(f"{note}; a resumed run may see the rows of an epoch in another order", args.process_index)
-            return super().get_train_dataloader()
+        args, dataset = self.args, self.train_dataset
+        sizes = measure_rows(dataset)
         seed = args.seed if args.data_seed is None else args.data_seed
         sampler = StepSampler(
-            num_rows=len(self.train_dataset),
+            sizes,
             batch_size=self._train_batch_size,
             accumulation=args.gradient_accumulation_steps,
             world_size=args.world_size,
             rank=args.process_index,
-            seed=seed if args.train_sampling_strategy == "random" else None,
+            seed=None if args.train_sampling_strategy == "sequential" else seed,
             drop_last=args.dataloader_drop_last,
+            normalization=args.loss_normalization,
+            packing=choose_packing(self.model, args, dataset, sizes),
+            group_by_length=args.train_sampling_strategy == "group_by_length",
         )
-        return self._loader(NumberedRows(self.train_dataset), sampler, numbered(self.data_collator))
+        return self._loader(dataset, sampler)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         args, dataset = self.args, self.eval_dataset if eval_dataset is None else eval_dataset
-        sampler = StepSampler(len(dataset), args.eval_batch_size, 1, args.world_size, args.process_index)
-        return self._loader(dataset, sampler, self.data_collator)
+        sampler = StepSampler(measure_rows(dataset), args.eval_batch_size, world_size=args.world_size,
+                              rank=args.process_index, normalization="sum")  # fmt: skip
+        return self._loader(dataset, sampler)
 
-    def _loader(self, dataset: Dataset, sampler: StepSampler, collate: Callable) -> DataLoader:
+    def _loader(self, dataset: Dataset, sampler: StepSampler) -> DataLoader:
         args = self.args
         return StepLoader(
-            dataset,
+            MicroBatches(dataset, self.data_collator, sampler.packing),
             batch_sampler=sampler,
-            collate_fn=collate,
+            collate_fn=list,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
             persistent_workers=args.dataloader_persistent_workers,
@@ -97,55 +104,87 @@ class AlpacaTrainer(Trainer):
             multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         )
 
-    # ---- loss ----
+    # ---- steps ----
 
-    def get_batch_samples(
-        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
-    ) -> tuple[list, Tensor]:
-        """The micro-batches of one optimizer step and what their losses are divided by, summed over all ranks:
-        targets (`token`) or micro-batches that have one (`microbatch`). One small reduction a step, no host sync."""
-        self._last_log = self._last_log or (0, time.time())
-        batches = list(islice(epoch_iterator, num_batches))
-        self.black_box.begin_step(batches)
-        targets = [int(target_mask(batch["labels"]).sum()) for batch in batches]
-        tokens = sum(int(batch["attention_mask"].sum()) for batch in batches)
-        counts = torch.tensor([sum(targets), sum(n > 0 for n in targets), tokens], pin_memory=device.type == "cuda")
-        counts = counts.to(device, non_blocking=True)
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(counts)
-        self._tokens_seen += counts[2]
-        divisor = counts[0] if self.args.loss_normalization == "token" else counts[1]
-        return batches, divisor.clamp(min=1)
+    def _run_epoch(self, train_dataloader: DataLoader, **kwargs: Any) -> None:
+        """Not even one step where the checkpoint is of the run's last: the Trainer would look only after a step."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        if not self._packing_checked:
+            check_packing(self, train_dataloader)
+            self._packing_checked = True
+        super()._run_epoch(train_dataloader=train_dataloader, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
-        self.black_box.losses.append(loss)
-        return loss
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
+        """All micro-batches of an optimizer step in place of the Trainer's last micro-batch, and nothing in place of
+        the others: how many there are is not its business."""
+        slots = list(islice(epoch_iterator, num_batches))
+        batches = [batch for slot in slots for batch in slot]
+        self._step = [batch.pop("step") for batch in batches][0]
+        self.black_box.begin_step([batch.pop("rows") for batch in batches])
+        self.speed.begin_step(self._step)
+        return [[]] * (len(slots) - 1) + [batches], None
+
+    def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: None = None) -> Tensor:
+        """Forward and backward pass of each micro-batch in `inputs`. Returns their loss on this rank, times the number
+        of ranks: the mean over the ranks is the loss of the step."""
+        total = torch.zeros((), device=self.args.device)
+        for number, batch in enumerate(inputs):
+            last = number == len(inputs) - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed takes its step then
+            hold = not last and (self.hold_gradients or not self.is_fsdp_enabled)
+            with self.accelerator.no_sync(model) if hold else nullcontext(), self.attention_for(batch):
+                loss = super().training_step(model, batch)
+            self.black_box.losses.append(loss)
+            total += loss
+        return total
+
+    def attention_for(self, batch: dict[str, Any]) -> AbstractContextManager:
+        """Also around the backward pass: checkpointed layers run again there."""
+        return confined_to_rows(self.model.config) if "pack" in batch else nullcontext()
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """This micro-batch's share of the step's loss, times the number of ranks: gradients are averaged over them."""
+        return self.weighted_loss(model, inputs, self.args.label_smoothing_factor) * self.args.world_size
+
+    def weighted_loss(self, model: nn.Module, batch: dict[str, Any], label_smoothing: float = 0.0) -> Tensor:
+        """The cross entropies of a batch of MicroBatches, each times its weight, summed in float32."""
+        batch = dict(batch)
+        keep, targets, weights = (batch.pop(name) for name in ("keep", "targets", "weights"))
+        if "pack" in batch:
+            logits = model(**batch, logits_to_keep=keep, pack_kernel=self.pack_kernel).logits[0]  # (K, V)
+        else:
+            logits = model(**batch).logits.flatten(0, 1)[keep]
+        return weighted_cross_entropy(logits, targets, weights, label_smoothing)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         self.black_box.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self.black_box.grad_norm
 
-    def step_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | None = None) -> Tensor:
-        """This micro-batch's share of the step's loss: `outputs.logits` (B, T, V), `labels` (B, T) -> scalar.
-        `num_items_in_batch` is the divisor of `get_batch_samples`."""
-        loss = self._summed_loss(outputs.logits, labels)
-        if self.args.loss_normalization == "microbatch":
-            loss = loss / target_mask(labels).sum().clamp(min=1)
-        return loss / num_items_in_batch
+    def floating_point_ops(self, inputs: list[dict[str, Any]]) -> float:
+        return self.speed.flops(self._step) if inputs else 0.0
 
-    def _summed_loss(self, logits: Tensor, labels: Tensor, label_smoothing: float | None = None) -> Tensor:
-        """Sum of the cross entropies in float32. Shifting the labels, not the logits, saves a copy of the logits."""
-        shifted = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        if label_smoothing is None:
-            label_smoothing = self.args.label_smoothing_factor
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(),
-            shifted.flatten().to(logits.device),
-            ignore_index=IGNORE_INDEX,
-            reduction="sum",
-            label_smoothing=label_smoothing,
-        )
+    def _track_num_input_tokens(self, inputs: list[dict[str, Any]]) -> None:
+        if inputs and self.args.include_num_input_tokens_seen != "no":
+            padding = self._step.padding if self.args.include_num_input_tokens_seen == "all" else 0
+            self.state.num_input_tokens_seen += self._step.tokens + padding
+
+    def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        """Logs what the black box has read already, where the Trainer would wait for the device once more."""
+        if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
+            losses = self.black_box.take_losses()
+            logs = {"loss": sum(losses) / len(losses)}
+            if grad_norm is not None:
+                logs["grad_norm"] = self.black_box.norm
+            rate = kwargs.get("learning_rate")
+            logs["learning_rate"] = self._get_learning_rate() if rate is None else rate
+            tr_loss.zero_()
+            self._total_loss_scalar += sum(losses)
+            self._globalstep_last_logged = self.state.global_step
+            self.store_flos()
+            self.log({**logs, **self.speed.read()})
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
 
     def evaluate(
         self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -156,11 +195,10 @@ class AlpacaTrainer(Trainer):
         total = torch.zeros(2, dtype=torch.float64, device="cpu")  # summed loss, targets
         model.eval()
         with torch.no_grad():
-            for batch in loader:
-                batch = self._prepare_inputs(batch)
-                labels = batch.pop("labels")
-                loss = self._summed_loss(model(**batch).logits, labels, label_smoothing=0.0)
-                total += torch.stack([loss, target_mask(labels).sum()]).cpu()
+            for batch in (batch for slot in loader for batch in slot):
+                batch = {name: batch[name] for name in batch.keys() - {"rows", "step"}}
+                loss = self.weighted_loss(model, self._prepare_inputs(batch))
+                total += torch.stack([loss, batch["weights"].sum().to(loss.device)]).cpu()
         total = total.to(self.args.device, torch.float32 if self.args.device.type == "mps" else torch.float64)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(total)
@@ -170,14 +208,6 @@ class AlpacaTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `tokens_per_second` since the last log line: real tokens of all ranks, padding not counted."""
-        if "loss" in logs:
-            (seen, then), now = self._last_log, time.time()
-            self._last_log = (int(self._tokens_seen), now)
-            logs["tokens_per_second"] = round((self._last_log[0] - seen) / max(now - then, 1e-9), 1)
-        super().log(logs, start_time)
 
     # ---- saving and resuming ----
 
@@ -254,7 +284,8 @@ class AlpacaTrainer(Trainer):
 
     def _prepare_input(self, data: Any) -> Any:
         """Micro-batches in pinned memory go to the GPU while the host goes on: no synchronisation for each."""
-        if isinstance(data, Tensor) and data.device.type == "cpu" and data.is_pinned():
+        pinned = isinstance(data, Tensor) and data.device.type == "cpu" and data.is_pinned()
+        if pinned or isinstance(data, PackLayout):
             return data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 
@@ -263,13 +294,6 @@ class AlpacaTrainer(Trainer):
         progress = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
         return progress
-
-    def _run_epoch(self, **kwargs: Any) -> None:
-        """Not even one step where the checkpoint is of the run's last: the Trainer would look only after a step."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(**kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing to do: train.py has already read the weights of the checkpoint instead of the base model's."""

@@ -1,0 +1,55 @@
+"""The loss: cross entropies of target tokens, each with its own weight."""
+
+import torch
+from torch import Tensor
+
+CHUNK = 1024  # positions whose probabilities stand in float32 at a time
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    """Keeps the logits in their own dtype and one float32 number a position for the backward pass, which makes the
+    gradient of the logits chunk by chunk. Autograd would keep a float32 copy of the logits, its softmax and the
+    gradients of both."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float) -> Tensor:
+        loss = logits.new_zeros((), dtype=torch.float32)
+        normalizers = torch.empty_like(weights)
+        for part, target, weight, normalizer in _chunks(logits, targets, weights, normalizers):
+            part = part.float()
+            normalizer.copy_(part.logsumexp(dim=-1))
+            nll = normalizer - part.gather(1, target.unsqueeze(1)).squeeze(1)
+            if smoothing:
+                nll = (1 - smoothing) * nll + smoothing * (normalizer - part.mean(dim=-1))
+            loss += nll @ weight
+        ctx.save_for_backward(logits, targets, weights, normalizers)
+        ctx.smoothing = smoothing
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, targets, weights, normalizers = ctx.saved_tensors
+        result, smoothing = torch.empty_like(logits), ctx.smoothing
+        for part, target, weight, normalizer, out in _chunks(logits, targets, weights, normalizers, result):
+            gradient = (part.float() - normalizer.unsqueeze(1)).exp_()  # the softmax
+            if smoothing:
+                gradient -= smoothing / logits.shape[-1]
+            gradient.scatter_add_(1, target.unsqueeze(1), gradient.new_full((len(target), 1), smoothing - 1))
+            out.copy_(gradient.mul_((weight * grad).unsqueeze(1)))
+        return result, None, None, None
+
+
+def _chunks(*tensors: Tensor):
+    return zip(*(tensor.split(CHUNK) for tensor in tensors))
+
+
+def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The sum over k of weights[k] * cross entropy(logits[k], targets[k]), in float32 whatever the dtype of the logits.
+
+    Args:
+        logits: (K, V). targets: (K,) int64. weights: (K,) float32. K may be 0.
+        label_smoothing: as in torch.nn.functional.cross_entropy.
+    """
+    if len(targets) == 0:  # a micro-batch without a target: 0, and a backward pass that all ranks share
+        return logits.float().sum()
+    return _WeightedCrossEntropy.apply(logits, targets, weights, label_smoothing)

@@ -1,0 +1,90 @@
+"""How fast the training goes, for its log lines and trainer_state.json.
+
+tokens_per_second     tokens of the rows, all ranks together; padding is not counted, a shared prefix in every row
+examples_per_second   rows
+padding_share         padding among all tokens that went through the model
+mfu                   6 x parameters x tokens_per_second / (ranks x the rate of a large matrix product here): the
+                      share of what this hardware can do that went into the rows' tokens. The input embedding, which
+                      is looked up, is not counted, nor is attention. The rate is measured when training starts, in
+                      the dtype of the arithmetic; published figures divide by the data sheet's, which is higher.
+peak_memory_gb        10^9 bytes: allocated on the GPU of rank 0 by torch; on a CPU, of its process
+"""
+
+import resource
+import sys
+import time
+
+import torch
+from torch import nn
+
+from alpaca.batching import StepTotals
+
+
+class SpeedMeter:
+    """Counts steps between log lines; all counts are known from the plan, so that nothing waits for the device."""
+
+    def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, world_size: int):
+        self.device, self.dtype, self.world_size = device, dtype, world_size
+        self.flops_per_token = 6 * matmul_parameters(model)
+        self.rate: float | None = None
+        self._since: float | None = None
+        self._counted: list[StepTotals] = []
+
+    def begin_step(self, step: StepTotals) -> None:
+        if self._since is None:
+            self.rate = matmul_rate(self.device, self.dtype)
+            self._since = time.time()
+        self._counted.append(step)
+
+    def flops(self, step: StepTotals) -> float:
+        """Useful floating point operations of a step, per rank."""
+        return self.flops_per_token * step.tokens / self.world_size
+
+    def read(self) -> dict[str, float]:
+        """The figures since the last call."""
+        seconds, steps = max(time.time() - self._since, 1e-9), self._counted
+        self._since, self._counted = time.time(), []
+        rows, tokens, computed, padding = (
+            sum(getattr(step, name) for step in steps) for name in ("rows", "tokens", "computed", "padding")
+        )
+        return {
+            "tokens_per_second": round(tokens / seconds, 1),
+            "examples_per_second": round(rows / seconds, 2),
+            "padding_share": round(padding / max(computed, 1), 4),
+            "mfu": round(self.flops_per_token * tokens / seconds / (self.world_size * self.rate), 4),
+            "peak_memory_gb": round(peak_memory(self.device) / 1e9, 2),
+        }
+
+
+def matmul_parameters(model: nn.Module) -> int:
+    """Parameters that every token is multiplied with: all but the input embedding, unless it is the output's too."""
+    embedding = model.get_input_embeddings().weight
+    output = model.get_output_embeddings()
+    tied = output is not None and output.weight is embedding
+    return sum(parameter.numel() for parameter in model.parameters()) - (0 if tied else embedding.numel())
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating point operations per second of a product of two square matrices, the best of five."""
+    size = 8192 if device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):  # the first warms up
+        _wait_for(device)
+        start = time.perf_counter()
+        left @ right
+        _wait_for(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
