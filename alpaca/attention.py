@@ -115,11 +115,11 @@ def _ranges(begin: np.ndarray, length: np.ndarray) -> np.ndarray:
 
 
 def register() -> None:
-    """Make `attn_implementation="alpaca_packed"` known to transformers; models then ask for no mask."""
-    from transformers import AttentionInterface, AttentionMaskInterface
+    """Make `attn_implementation="alpaca_packed"` known to transformers. It has no mask function: models then ask for no
+    mask, and do not look for packed rows in the position ids, for which a GPU would have to be waited for."""
+    from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
 @contextmanager

@@ -29,15 +29,16 @@ class BlackBox(TrainerCallback):
 
     def __init__(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase | None):
         self.dataset, self.tokenizer = dataset, tokenizer
-        self.rows: list[list[int]] = []
+        self.rows: list[list[tuple[int, int]]] = []
+        self.target_losses: list[Tensor] = []  # (K,) of each micro-batch
         self.losses: list[Tensor] = []
         self.grad_norm: Tensor | float | None = None
         self.unlogged: list[float] = []  # losses of the steps since the last log line
         self.norm: float | None = None  # the gradient norm of the last step
 
-    def begin_step(self, rows: list[list[int]]) -> None:
-        """`rows`: row numbers of each micro-batch of this rank."""
-        self.rows, self.losses, self.grad_norm = rows, [], None
+    def begin_step(self, rows: list[list[tuple[int, int]]]) -> None:
+        """`rows`: of each micro-batch of this rank, row numbers with the number of their targets."""
+        self.rows, self.target_losses, self.losses, self.grad_norm = rows, [], [], None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         norm = self.grad_norm.full_tensor() if isinstance(self.grad_norm, DTensor) else self.grad_norm
@@ -61,7 +62,7 @@ class BlackBox(TrainerCallback):
         of_all_ranks = [batch for batches in gather_from_all_ranks(found) for batch in batches]
         bad = [batch for batch in of_all_ranks if not batch["finite"]]
         what, suspects = ("loss", bad) if bad else ("gradient norm", of_all_ranks)
-        rows = [row["row"] for batch in suspects for row in batch["rows"]]
+        rows = [row["row"] for batch in suspects for row in batch["rows"] if not (bad and row["finite"])]
         path = Path(args.output_dir) / f"nonfinite_step_{step}.json"
         if args.process_index == 0:
             content = {
@@ -76,24 +77,28 @@ class BlackBox(TrainerCallback):
             with atomic_write(path) as file:
                 json.dump(content, file, indent=1, ensure_ascii=False)
         shown = ", ".join(map(str, rows[:16])) + ", ..." * (len(rows) > 16)
+        which = "Rows where it is not" if bad else "Rows in that step"
         raise UsageError(
-            f"step {step}: the {what} is not finite. Rows in that {'micro-batch' if bad else 'step'}: {shown}. "
+            f"step {step}: the {what} is not finite. {which}: {shown}. "
             f"Their text is in {path}; the weights are as before the step. "
             "Common causes: a learning rate that is too high, float16 where bfloat16 is needed, a damaged base model, "
             "or such a row (look with python -m scripts.inspect_data --rows)"
         )
 
     def _describe(self, number: int, rank: int) -> dict[str, Any]:
-        loss = self.losses[number]
-        ids = [self.dataset[row]["input_ids"].tolist() for row in self.rows[number]]
+        loss, targets = self.losses[number], [count for _, count in self.rows[number]]
+        finite = [bool(torch.isfinite(part).all()) for part in self.target_losses[number].split(targets)]
+        ids = [self.dataset[row]["input_ids"].tolist() for row, _ in self.rows[number]]
         return {
             "rank": rank,
             "micro_batch": number,
             "loss": str(loss.item()),
             "finite": bool(torch.isfinite(loss)),
-            "rows": [{"row": row, "tokens": len(tokens), "starts": self._text(tokens[:DECODED_TOKENS])}
-                     for row, tokens in zip(self.rows[number], ids)],
-        }  # fmt: skip
+            "rows": [
+                {"row": row, "tokens": len(tokens), "finite": whole, "starts": self._text(tokens[:DECODED_TOKENS])}
+                for (row, _), tokens, whole in zip(self.rows[number], ids, finite)
+            ],
+        }
 
     def _text(self, ids: list[int]) -> str | list[int]:
         return self.tokenizer.decode(ids) if self.tokenizer else ids

@@ -1,7 +1,9 @@
 """The loss: cross entropies of target tokens, each with its own weight."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CHUNK = 1024  # positions whose probabilities stand in float32 at a time
 
@@ -12,22 +14,21 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     gradients of both."""
 
     @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float) -> Tensor:
-        loss = logits.new_zeros((), dtype=torch.float32)
-        normalizers = torch.empty_like(weights)
-        for part, target, weight, normalizer in _chunks(logits, targets, weights, normalizers):
+    def forward(ctx, logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+        losses, normalizers = torch.empty_like(weights), torch.empty_like(weights)
+        for part, target, loss, normalizer in _chunks(logits, targets, losses, normalizers):
             part = part.float()
             normalizer.copy_(part.logsumexp(dim=-1))
-            nll = normalizer - part.gather(1, target.unsqueeze(1)).squeeze(1)
+            loss.copy_(normalizer - part.gather(1, target.unsqueeze(1)).squeeze(1))
             if smoothing:
-                nll = (1 - smoothing) * nll + smoothing * (normalizer - part.mean(dim=-1))
-            loss += nll @ weight
+                loss.mul_(1 - smoothing).add_(normalizer - part.mean(dim=-1), alpha=smoothing)
         ctx.save_for_backward(logits, targets, weights, normalizers)
         ctx.smoothing = smoothing
-        return loss
+        ctx.mark_non_differentiable(losses)
+        return (losses * weights).sum(), losses  # a dot product would be cast by autocast
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, grad: Tensor, _: None) -> tuple[Tensor, None, None, None]:
         logits, targets, weights, normalizers = ctx.saved_tensors
         result, smoothing = torch.empty_like(logits), ctx.smoothing
         for part, target, weight, normalizer, out in _chunks(logits, targets, weights, normalizers, result):
@@ -43,13 +44,30 @@ def _chunks(*tensors: Tensor):
     return zip(*(tensor.split(CHUNK) for tensor in tensors))
 
 
-def weighted_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float = 0.0) -> Tensor:
-    """The sum over k of weights[k] * cross entropy(logits[k], targets[k]), in float32 whatever the dtype of the logits.
+def weighted_cross_entropy(
+    logits: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """The sum over k of weights[k] * cross entropy(logits[k], targets[k]), and the (K,) cross entropies, which have no
+    gradient; in float32 whatever the dtype of the logits.
 
     Args:
         logits: (K, V). targets: (K,) int64. weights: (K,) float32. K may be 0.
         label_smoothing: as in torch.nn.functional.cross_entropy.
     """
     if len(targets) == 0:  # a micro-batch without a target: 0, and a backward pass that all ranks share
-        return logits.float().sum()
+        return logits.float().sum(), weights
     return _WeightedCrossEntropy.apply(logits, targets, weights, label_smoothing)
+
+
+def batch_loss(
+    model: nn.Module, batch: dict[str, Any], label_smoothing: float = 0.0, pack_kernel: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`weighted_cross_entropy` of a batch of alpaca.packing.MicroBatches. Of a packed one, whose model must be
+    alpaca.attention.confined_to_rows, logits are computed only where a token is predicted."""
+    batch = dict(batch)
+    keep, targets, weights = (batch.pop(name) for name in ("keep", "targets", "weights"))
+    if "pack" in batch:
+        logits = model(**batch, logits_to_keep=keep, pack_kernel=pack_kernel).logits[0]  # (K, V)
+    else:
+        logits = model(**batch).logits.flatten(0, 1)[keep]
+    return weighted_cross_entropy(logits, targets, weights, label_smoothing)

@@ -128,7 +128,7 @@ class MicroBatches(Dataset):
     input_ids, and attention_mask (padded: (B, T)) or position_ids and pack (packed: (1, T))
     keep     (K,) where the targets are predicted, in the flattened B x T positions
     targets  (K,) token ids; weights (K,) float32, of each in the loss of the step
-    rows     row numbers; step: StepTotals
+    rows     (row number, its targets) each; step: StepTotals
     """
 
     def __init__(self, dataset: Dataset, collate: Callable[[list[Any]], Batch], packing: Packing | None = None):
@@ -152,7 +152,8 @@ class MicroBatches(Dataset):
         keep = (following.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
         weights = torch.tensor(batch.weights or [0.0], dtype=torch.float32).repeat_interleave(counts)
         targets = following.flatten()[keep]
-        return dict(result, keep=keep, targets=targets, weights=weights, rows=batch.rows, step=batch.step)
+        numbered = list(zip(batch.rows, counts.tolist()))
+        return dict(result, keep=keep, targets=targets, weights=weights, rows=numbered, step=batch.step)
 
 
 def pack_rows(

@@ -23,7 +23,7 @@ from alpaca.checkpoints import delete_old_checkpoints, load_optimizer_of_other_l
 from alpaca.console import ConsoleCallback, say
 from alpaca.exactness import check_packing, choose_packing
 from alpaca.fsdp import full_state_dict, shard_on_cpu
-from alpaca.loss import weighted_cross_entropy
+from alpaca.loss import batch_loss
 from alpaca.packing import MicroBatches, measure_rows
 from alpaca.speed import SpeedMeter
 
@@ -146,17 +146,9 @@ class AlpacaTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """This micro-batch's share of the step's loss, times the number of ranks: gradients are averaged over them."""
-        return self.weighted_loss(model, inputs, self.args.label_smoothing_factor) * self.args.world_size
-
-    def weighted_loss(self, model: nn.Module, batch: dict[str, Any], label_smoothing: float = 0.0) -> Tensor:
-        """The cross entropies of a batch of MicroBatches, each times its weight, summed in float32."""
-        batch = dict(batch)
-        keep, targets, weights = (batch.pop(name) for name in ("keep", "targets", "weights"))
-        if "pack" in batch:
-            logits = model(**batch, logits_to_keep=keep, pack_kernel=self.pack_kernel).logits[0]  # (K, V)
-        else:
-            logits = model(**batch).logits.flatten(0, 1)[keep]
-        return weighted_cross_entropy(logits, targets, weights, label_smoothing)
+        loss, of_targets = batch_loss(model, inputs, self.args.label_smoothing_factor, self.pack_kernel)
+        self.black_box.target_losses.append(of_targets)
+        return loss * self.args.world_size
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
         self.black_box.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -197,7 +189,7 @@ class AlpacaTrainer(Trainer):
         with torch.no_grad():
             for batch in (batch for slot in loader for batch in slot):
                 batch = {name: batch[name] for name in batch.keys() - {"rows", "step"}}
-                loss = self.weighted_loss(model, self._prepare_inputs(batch))
+                loss, _ = batch_loss(model, self._prepare_inputs(batch))
                 total += torch.stack([loss, batch["weights"].sum().to(loss.device)]).cpu()
         total = total.to(self.args.device, torch.float32 if self.args.device.type == "mps" else torch.float64)
         if self.args.world_size > 1:

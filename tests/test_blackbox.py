@@ -26,8 +26,8 @@ def poisoned(folder, source, value) -> str:
 
 @pytest.mark.parametrize("processes, fsdp", [(0, ""), (2, "full_shard auto_wrap")])
 def test_rows_of_a_loss_that_is_not_finite_are_named(tiny, tmp_path, processes, fsdp):
-    """Row 13 holds the letter. In order, with 4 rows a step on one process, it is in step 4, micro-batch 1 with row 12;
-    on two ranks with 8 a step in step 2, on rank 0, micro-batch 1."""
+    """Row 13 holds the letter. In order, with 4 rows a step on one process, it is in step 4; on two ranks with 8 a step
+    in step 2. The rows it is packed with are not blamed."""
     rows = json.loads(open(write_rows(tmp_path / "rows.json", 20)).read())
     rows[13]["output"] += " Ω"
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -37,13 +37,14 @@ def test_rows_of_a_loss_that_is_not_finite_are_named(tiny, tmp_path, processes, 
     stopped = train(flags, processes, check=False)
     step = 2 if processes else 4
     assert stopped.returncode != 0 and stopped.stderr.count(f"step {step}: the loss is not finite") == 1
-    assert "Rows in that micro-batch: 12, 13." in stopped.stderr
+    assert "Rows where it is not: 13." in stopped.stderr
     assert f"step {step - 1}/" in stopped.stdout and f"step {step}/" not in stopped.stdout
     content = json.loads((out / f"nonfinite_step_{step}.json").read_text())
-    assert (content["step"], content["what"], content["rows"]) == (step, "loss", [12, 13])
+    assert (content["step"], content["what"], content["rows"]) == (step, "loss", [13])
     (batch,) = content["micro_batches"]
-    assert (batch["rank"], batch["micro_batch"], batch["loss"]) == (0, 1 if processes else 0, "nan")
-    assert rows[13]["instruction"] in batch["rows"][1]["starts"] and batch["rows"][1]["row"] == 13
+    assert (batch["micro_batch"], batch["loss"]) == (0, "nan")
+    (bad,) = [row for row in batch["rows"] if not row["finite"]]
+    assert rows[13]["instruction"] in bad["starts"] and bad["row"] == 13 and len(batch["rows"]) == 4
     assert content["last_log_lines"][-1]["step"] == step - 1
     saved = AutoModelForCausalLM.from_pretrained(out / f"checkpoint-{step - 1}").get_input_embeddings().weight
     assert int(torch.isnan(saved).any(1).sum()) == 1, "only the row that was poisoned from the start"
@@ -60,12 +61,10 @@ def test_a_gradient_that_is_not_finite_stops_too(tiny, tmp_path):
     class State:
         global_step, epoch, log_history = 6, 0.5, []
 
-    box = BlackBox(AutoTokenizer.from_pretrained(tiny("llama")))
-    ids = torch.tensor([[5, 6, 0], [7, 8, 9]])
-    batch = {"rows": [3, 1], "input_ids": ids, "attention_mask": (ids > 0).long()}
-    box.begin_step([batch])
-    assert "rows" not in batch, "the model would be given it"
-    box.losses = [torch.tensor(1.0)]
+    dataset = [dict(input_ids=torch.tensor([5, 6, 7])) for _ in range(4)]
+    box = BlackBox(dataset, AutoTokenizer.from_pretrained(tiny("llama")))
+    box.begin_step([[(3, 2), (1, 1)]])
+    box.losses, box.target_losses = [torch.tensor(1.0)], [torch.ones(3)]
     box.grad_norm = torch.tensor(2.0)
     box.on_pre_optimizer_step(Args, State, None)
     box.grad_norm = torch.tensor(float("inf"))
@@ -76,24 +75,33 @@ def test_a_gradient_that_is_not_finite_stops_too(tiny, tmp_path):
 
 
 def test_one_synchronisation_a_step(tiny, tmp_path, monkeypatch):
-    """Counted as reads of a tensor's value while BlackBox looks at a step of four micro-batches."""
-    from torch.utils._python_dispatch import TorchDispatchMode
+    """Reads of a tensor's value between the loader and the next step, with a log line for each: a host that trains on a
+    GPU waits for it at each."""
+    from alpaca.trainer import AlpacaTrainer
+    from train import DataCollatorForSupervisedDataset, SupervisedDataset, TrainingArguments
 
-    from alpaca.blackbox import BlackBox
+    reads, at_step = [], []
 
-    reads = []
+    class Counting(AlpacaTrainer):
+        def get_batch_samples(self, *args):
+            at_step.append(len(reads))
+            samples = super().get_batch_samples(*args)
+            del reads[at_step[-1] :]  # the loader's tensors are the host's own
+            return samples
 
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten._local_scalar_dense.default:
-                reads.append(function)
-            return function(*args, **(kwargs or {}))
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
 
-    class Args:
-        fp16, world_size = False, 1
+        def counted(self, *args, original=original, name=name):
+            reads.append(name)
+            return original(self, *args)
 
-    box = BlackBox(None)
-    box.losses, box.grad_norm = [torch.tensor(float(i)) for i in range(4)], torch.tensor(1.0)
-    with Count():
-        box.on_pre_optimizer_step(Args, None, None)
-    assert len(reads) == 1
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"), model_max_length=512, pad_token="<unk>")
+    args = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, max_steps=4, logging_steps=1,
+                             report_to="none", save_strategy="no", per_device_train_batch_size=2,
+                             gradient_accumulation_steps=4)  # fmt: skip
+    Counting(model=AutoModelForCausalLM.from_pretrained(tiny("llama")), args=args, processing_class=tokenizer,
+             train_dataset=SupervisedDataset(write_rows(tmp_path / "rows.json", 32), tokenizer),
+             data_collator=DataCollatorForSupervisedDataset(tokenizer)).train()  # fmt: skip
+    assert [after - before for before, after in zip(at_step, at_step[1:])] == [1, 1, 1], reads

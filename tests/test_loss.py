@@ -7,6 +7,8 @@ from conftest import train, weights, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca.batching import StepSampler
+from alpaca.loss import weighted_cross_entropy
+from alpaca.packing import measure_rows
 from train import DataCollatorForSupervisedDataset, SupervisedDataset
 
 ONE_STEP = dict(optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0, max_steps=1,
@@ -23,7 +25,7 @@ def plain_torch_step(model_path, data_path, normalization, num_rows, batch_size,
         for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
             weight[-1] = weight[:-1].mean(dim=0)
     dataset = SupervisedDataset(data_path, tokenizer, prompt_boundary=boundary)
-    order = StepSampler(len(dataset), batch_size, seed=42).order()[:num_rows]
+    order = StepSampler(measure_rows(dataset), batch_size, seed=42).order()[:num_rows]
     collate = DataCollatorForSupervisedDataset(tokenizer)
     sums, counts = [], []
     for start in range(0, num_rows, batch_size):
@@ -65,17 +67,34 @@ def test_gradient_of_a_step(tiny, tmp_path, normalization, processes):
     assert history(output)[0]["loss"] == pytest.approx(loss, abs=1e-5)
 
 
-def test_the_loss_of_bf16_logits_is_computed_in_float32():
-    from argparse import Namespace
-
-    from alpaca.trainer import AlpacaTrainer
-
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_torchs_in_value_and_gradient(smoothing):
+    """2,500 targets are three chunks. A scale in between, as float16's loss scaler puts there, reaches the gradient."""
     torch.manual_seed(0)
-    logits, labels = torch.randn(2, 50, 997).bfloat16() * 5, torch.randint(0, 997, (2, 50))
-    trainer = Namespace(args=Namespace(label_smoothing_factor=0.0))
-    ours = AlpacaTrainer._summed_loss(trainer, logits, labels)
-    exact = F.cross_entropy(logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-    assert ours.dtype == torch.float32 and ours.item() == pytest.approx(exact.item(), rel=1e-6)
+    logits = torch.randn(2500, 97, dtype=torch.float64) * 5
+    targets, weights = torch.randint(0, 97, (2500,)), torch.rand(2500)
+    ours, plain = logits.float().requires_grad_(), logits.requires_grad_()
+    loss, of_targets = weighted_cross_entropy(ours, targets, weights, smoothing)
+    expected = F.cross_entropy(plain, targets, reduction="none", label_smoothing=smoothing)
+    (loss * 3).backward()
+    ((expected * weights).sum() * 3).backward()
+    assert loss.item() == pytest.approx((expected * weights).sum().item(), rel=1e-6)
+    torch.testing.assert_close(of_targets.double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.grad.double(), plain.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_the_loss_of_half_precision_logits_is_computed_in_float32():
+    """Also the gradient: weights as small as those of a step of 8,000 targets vanish in float16 without its scaler."""
+    torch.manual_seed(0)
+    logits, targets = torch.randn(100, 997).bfloat16() * 5, torch.randint(0, 997, (100,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = weighted_cross_entropy(logits, targets, torch.ones(100))
+    exact = F.cross_entropy(logits.double(), targets, reduction="sum")
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact.item(), rel=1e-6)
+    half = torch.randn(8, 997).half().requires_grad_()
+    loss, _ = weighted_cross_entropy(half, targets[:8], torch.full((8,), 1 / 8000))
+    (loss * 65536).backward()
+    assert half.grad.float().abs().min() > 0
 
 
 @pytest.mark.slow
