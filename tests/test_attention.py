@@ -159,25 +159,28 @@ def test_dropout_keeps_the_mean(route):
     (torch.bfloat16, 0.1, "flash_attention_2", "_named_kernel"),
 ])  # fmt: skip
 def test_routes_on_a_gpu(dtype, dropout, kernel, expected, monkeypatch):
-    """Shapes without values: no GPU is needed, and the varlen_attn of this torch sees the arguments it will get."""
-    taken = []
-    for name in ("_varlen", "_padded", "_row_by_row"):
-        whole = getattr(attention, name)
-        monkeypatch.setattr(attention, name, lambda *given, name=name, run=whole: taken.append(name) or run(*given))
-    monkeypatch.setattr(attention, "_named_kernel", lambda query, *given: taken.append("_named_kernel"))
-    with FakeTensorMode():
-        query, key = (torch.empty((1, heads, 15, 8), dtype=dtype, device="cuda") for heads in (4, 2))
-        pack = PackLayout.of((3, 2), (4, 1, 5), (1, -1, 0))
-        pack = pack._each_tensor(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda"))
-        output, _ = packed_attention(None, query, key, key, None, dropout, pack=pack, pack_kernel=kernel)
-    assert taken == [expected]
-    assert output is None or (output.shape == (1, 15, 4, 8) and output.dtype == dtype)
+    for name in ("_varlen", "_padded", "_named_kernel", "_row_by_row"):
+        monkeypatch.setattr(attention, name, lambda *given, name=name: name)
+    with FakeTensorMode():  # tensors of a device that is not there
+        query = torch.empty((1, 2, 15, 8), dtype=dtype, device="cuda")
+    pack = PackLayout.of((3, 2), (4, 1, 5), (1, -1, 0))
+    taken, _ = packed_attention(None, query, query, query, None, dropout, pack=pack, pack_kernel=kernel)
+    assert taken == expected
+
+
+def test_the_varlen_attn_of_this_torch_takes_the_arguments():
+    pack = PackLayout.of((3, 2), (4, 1, 5), (1, -1, 0)).to("meta")  # shapes without values
+    query, key = (torch.empty((1, h, 15, 8), dtype=torch.float16, device="meta", requires_grad=True) for h in (4, 2))
+    output = attention._varlen(query, key, key, pack, 0.5)
+    assert output.shape == (1, 15, 4, 8)
+    output.sum().backward()
+    assert key.grad.shape == key.shape
 
 
 def test_what_is_not_implemented_is_refused():
     states, _ = inputs(10)
     pack, module = PackLayout.of((3,), (4, 3), (0, 0)), SimpleNamespace(is_causal=True)
-    packed_attention(module, *states, None, pack=pack, sliding_window=7, softcap=None, use_cache=False, position_ids=1)
+    packed_attention(module, *states, None, pack=pack, sliding_window=7, softcap=None, use_cache=False)
     for name, value in (("softcap", 5.0), ("s_aux", torch.ones(2)), ("position_bias", torch.ones(1)),
                         ("sliding_window", 6), ("is_causal", False), ("output_attentions", True)):  # fmt: skip
         with pytest.raises(NotImplementedError, match=name):
