@@ -231,7 +231,7 @@ class _Unshare(torch.autograd.Function):
         for i, length in enumerate(pack.prefix_lengths):
             tokens = length * (1 + pack.row_prefix.count(i))
             copies = gradient.index_select(0, pack.copies[at : at + tokens]).unflatten(0, (-1, length))
-            sums.append(copies.sum(0, dtype=torch.promote_types(gradient.dtype, torch.float32)).to(gradient.dtype))
+            sums.append(copies.sum(0))  # sum() adds up in float32 and rounds once
             at += tokens
         suffixes = gradient.index_select(0, pack.scatter[sum(pack.prefix_lengths) :])
         return torch.cat((*sums, suffixes)).transpose(0, 1)[None], None

@@ -131,12 +131,15 @@ def test_positions_and_order_of_a_pack():
             PackLayout.of(*wrong)
 
 
-def test_autocast_brings_all_to_one_type():
+def test_autocast_brings_all_to_one_type(monkeypatch):
     layout = ((3,), (4, 6), (0, -1))
     states, _ = inputs(13, dtype=torch.float32)
     mixed = [states[0], states[1], states[2].bfloat16()]
     with torch.autocast("cpu", torch.bfloat16):
         output, _ = packed_attention(None, *mixed, None, pack=PackLayout.of(*layout))
+        monkeypatch.setattr(attention, "_named_kernel", lambda *given: [x.dtype for x in given[:3]])
+        given, _ = packed_attention(None, *mixed, None, pack=PackLayout.of(*layout), pack_kernel="flash")
+    assert given == [torch.bfloat16] * 3, "before the route is chosen"
     assert output.dtype == torch.bfloat16
     torch.testing.assert_close(output.float(), dense(*states, layout, 0.5), atol=0.03, rtol=0.03)
 
