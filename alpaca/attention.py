@@ -1,8 +1,9 @@
 """Attention confined to each row of a pack, as an attention function of transformers.
 
-A pack is one sequence without padding, [prefix 0][prefix 1]...[suffix of row 0][suffix of row 1]...: a row's tokens are
-those of its prefix followed by those of its suffix. A prefix that many rows share is computed once; under causal
-attention its hidden states are the same in each of them. Every row attends to its prefix and itself, nothing else.
+A pack is one sequence without padding, [prefix 0][prefix 1]...[suffix of row 0][suffix of row 1]...: the tokens of a
+row are those of its prefix followed by those of its suffix. A prefix that many rows share is computed once: under
+causal attention its hidden states are the same in each of them (without dropout, which would draw once for them all).
+Every row attends to its prefix and itself, nothing else.
 
 The kernels of a GPU take sequences that lie one behind the other, so there a prefix is copied in front of every row
 that continues it (the "unshared" layout) and the outputs are picked from the result. On a CPU one call per row is
@@ -63,7 +64,7 @@ class PackLayout:
         if not rows or min(prefixes + rows) < 1:
             raise ValueError(f"a pack needs rows, and lengths of at least 1; got prefixes {prefixes} and rows {rows}")
         if len(chosen) != len(rows) or min(chosen) < -1 or max(chosen) >= len(prefixes):
-            raise ValueError(f"row_prefix {chosen} does not name one of {len(prefixes)} prefixes, or -1, for each row")
+            raise ValueError(f"row_prefix {chosen} does not name a prefix of {len(prefixes)}, or -1, for each row")
         starts = np.cumsum((0, *prefixes, *rows))
         pieces = [(starts[i], 0, length) for i, length in enumerate(prefixes)]  # place in the pack, position, length
         own, owners = list(range(len(prefixes))), list(range(len(prefixes)))
@@ -194,9 +195,16 @@ def _repeat_heads(states: Tensor, heads: int, dim: int) -> Tensor:
     return states if states.shape[dim] == heads else states.repeat_interleave(heads // states.shape[dim], dim)
 
 
-def _row_by_row(query: Tensor, key: Tensor, value: Tensor, pack: PackLayout, scaling: float, dropout: float) -> Tensor:
-    """One call of sdpa for every prefix and row. Splitting costs nothing; a slice per row would fill its gradient with
-    zeros to the length of the pack."""
+def _row_by_row(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pack: PackLayout,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """One call of sdpa for every prefix and row. The tensors are split: with a slice for each row, each would have a
+    gradient of the pack's length."""
     heads, number = query.shape[1], len(pack.prefix_lengths)
     key, value = _repeat_heads(key, heads, dim=1), _repeat_heads(value, heads, dim=1)
     lengths = (*pack.prefix_lengths, *pack.row_lengths)
@@ -221,8 +229,11 @@ def _row_by_row(query: Tensor, key: Tensor, value: Tensor, pack: PackLayout, sca
 
 
 class _Unshare(torch.autograd.Function):
-    """(1, H, T, D) of a pack -> (T_full, H, D) of its unshared layout. The gradients of a prefix's copies are summed in
-    float32 and in a fixed order, which index_select would do in the given precision and, on a GPU, in any order."""
+    """(1, H, T, D) of a pack -> (T_full, H, D) of its unshared layout.
+
+    The gradients of a prefix's copies are summed in float32 and in a fixed order; index_select would sum them in the
+    precision of its input and, on a GPU, in any order.
+    """
 
     @staticmethod
     def forward(ctx, states: Tensor, pack: PackLayout) -> Tensor:
@@ -236,7 +247,7 @@ class _Unshare(torch.autograd.Function):
         for i, length in enumerate(pack.prefix_lengths):
             tokens = length * (1 + pack.row_prefix.count(i))
             copies = gradient.index_select(0, pack.copies[at : at + tokens]).unflatten(0, (-1, length))
-            sums.append(copies.sum(0, dtype=torch.promote_types(gradient.dtype, torch.float32)).to(gradient.dtype))
+            sums.append(copies.sum(0))  # sum() adds up in float32 and rounds once
             at += tokens
         suffixes = gradient.index_select(0, pack.scatter[sum(pack.prefix_lengths) :])
         return torch.cat((*sums, suffixes)).transpose(0, 1)[None], None
