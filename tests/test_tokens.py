@@ -10,7 +10,7 @@ from conftest import GOLDEN, SHARED
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import train
-from alpaca.encoding import WordEncoder
+from alpaca.encoding import WordEncoder, ragged, starts_with
 from alpaca.prompts import PROMPT_DICT, format_prompt
 from train import IGNORE_INDEX, DataCollatorForSupervisedDataset, SupervisedDataset, preprocess
 
@@ -150,6 +150,11 @@ def test_a_tokenizer_with_its_own_way_keeps_it():
     own = Backwards(tokenizer_object=plain.backend_tokenizer, eos_token="</s>", model_max_length=512)
     ids = preprocess(["one two"], [" three"], own)["input_ids"][0].tolist()
     assert ids == plain("one two three")["input_ids"][::-1]
+
+
+def test_a_row_shorter_than_its_prompt_does_not_start_with_it():
+    rows, prompts = ragged([[5], [5, 6], [7, 6], []]), ragged([[5, 6], [5, 6], [5], []])
+    assert starts_with(rows, prompts).tolist() == [False, True, False, True]
 
 
 def assert_counts(lengths, num_targets, tokens):
