@@ -20,11 +20,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca import flags, fsdp
@@ -32,12 +32,13 @@ from alpaca.checkpoints import find_checkpoint
 from alpaca.console import hide_progress_bars, plot_loss, say
 from alpaca.contract import already_finished, begin, check_contract, describe_run, finish
 from alpaca.data import fingerprint, load_rows
+from alpaca.encoding import Ragged, cut, encode, joined, starts_with
 from alpaca.errors import UsageError, reported
 from alpaca.prompts import PROMPT_DICT, format_prompt, load_prompt_template
 from alpaca.report import report, text_problems
 from alpaca.run import check_before_loading, check_combinations, check_evaluation, repair_generation_config
 from alpaca.tokenizer import SPECIAL_TOKENS, identity, open_tokenizer
-from alpaca.tokens import IGNORE_INDEX, cached_tokens, mask
+from alpaca.tokens import IGNORE_INDEX, cached_tokens, make_tokens
 from alpaca.trainer import AlpacaTrainer
 from alpaca.waiting import leave, wait_for_all_ranks
 
@@ -162,19 +163,6 @@ def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Tra
 # ---- tokens and labels ----
 
 
-def _tokenize_fn(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, **kwargs) -> list[list[int]]:
-    """Token ids of each string, as long as they come. Text such as "</s>" stays text: it never becomes the token."""
-    ids: list[list[int]] = []
-    for start in tqdm(
-        range(0, len(strings), 1000), desc="tokenizing", unit="k rows", disable=True if len(strings) < 5000 else None
-    ):
-        batch = list(strings[start : start + 1000])
-        ids += tokenizer(batch, split_special_tokens=True, return_attention_mask=False, verbose=False, **kwargs)[
-            "input_ids"
-        ]
-    return ids
-
-
 def preprocess(
     sources: Sequence[str],
     targets: Sequence[str],
@@ -193,35 +181,23 @@ def preprocess(
     control token is plain text (2023 parsed it).
 
     Returns:
-        input_ids, labels: lists of (length,) int64 tensors. problems: row numbers per name in alpaca/report.py.
+        As alpaca.tokens.make_tokens: input_ids, labels, lengths, num_targets, and problems as in alpaca/report.py.
     """
     eos, limit = tokenizer.eos_token, tokenizer.model_max_length
-    ends = [target.endswith(eos) for target in targets]
+    ends = np.array([target.endswith(eos) for target in targets], dtype=bool)
     answers = [target.removesuffix(eos) for target in targets]
-    prompt_ids = _tokenize_fn(sources, tokenizer)
-    if prompt_boundary == "split":
-        answer_ids = _tokenize_fn(answers, tokenizer, add_special_tokens=False)
-        row_ids = [prompt + answer for prompt, answer in zip(prompt_ids, answer_ids)]
-    else:
-        row_ids = _tokenize_fn([source + answer for source, answer in zip(sources, answers)], tokenizer)
-
-    input_ids, labels = [], []
-    names = ("truncated", "no_eos", "nothing_to_learn", "merged_boundary")
-    problems: dict[str, list[int]] = {name: [] for name in names}
-    for number, (prompt, row, end) in enumerate(zip(prompt_ids, row_ids, ends)):
-        whole = row + [tokenizer.eos_token_id] * end
-        input_ids.append(torch.tensor(whole[:limit]))
-        labels.append(mask(input_ids[-1], min(len(prompt), limit)))
-        noticed = {
-            "truncated": len(whole) > limit,
-            "no_eos": end and len(whole) > limit,
-            "nothing_to_learn": bool((labels[-1][1:] == IGNORE_INDEX).all()),
-            "merged_boundary": row[: len(prompt)] != prompt,
-        }
-        for name in names:
-            if noticed[name]:
-                problems[name].append(number)
-    return dict(input_ids=input_ids, labels=labels, problems=problems)
+    prompts, rows = encode(sources, answers, tokenizer, apart=prompt_boundary == "split")
+    merged = ~starts_with(rows, prompts)
+    whole = joined(rows, Ragged(np.full(ends.sum(), tokenizer.eos_token_id), ends.astype(np.int64)))
+    rows = cut(whole, limit)
+    masked, truncated = np.minimum(prompts.lengths, rows.lengths), whole.lengths > limit
+    noticed = {
+        "truncated": truncated,
+        "no_eos": truncated & ends,
+        "nothing_to_learn": rows.lengths <= np.maximum(masked, 1),
+        "merged_boundary": merged,
+    }
+    return make_tokens(rows, masked, {name: np.flatnonzero(found).tolist() for name, found in noticed.items()})
 
 
 class SupervisedDataset(Dataset):
@@ -241,7 +217,8 @@ class SupervisedDataset(Dataset):
         targets = [f"{row['output']}{tokenizer.eos_token}" for row in rows]
         key = fingerprint(sources, targets, prompt_boundary, identity(tokenizer), TOKENS_VERSION)
         tokens = cached_tokens(key, lambda: preprocess(sources, targets, tokenizer, prompt_boundary), cache_dir)
-        self.input_ids, self.labels = tokens["input_ids"], tokens["labels"]
+        self.input_ids, self.labels = tokens["input_ids"], tokens["labels"]  # lists of (length,) int64 tensors
+        self.lengths, self.num_targets = tokens["lengths"], tokens["num_targets"]  # (rows,) int64 arrays
         self.data_fingerprint = fingerprint(
             [(row["instruction"], row.get("input") or "", row["output"]) for row in rows]
         )

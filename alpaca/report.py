@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 
-import torch
-
 from alpaca.data import Row
-from alpaca.tokens import IGNORE_INDEX, Tokens
+from alpaca.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,8 @@ def _rows(count: int) -> str:
 
 def report(name: str, tokens: Tokens, texts: Mapping[str, list[int]]) -> DataReport:
     """From the tokenized rows, and from the `text_problems` of the same rows."""
-    lengths = list(map(len, tokens["input_ids"]))
-    num_targets = int((torch.cat(tokens["labels"]) != IGNORE_INDEX).sum())
+    lengths = tokens["lengths"].tolist()
+    num_targets = int((tokens["lengths"] - tokens["masked"]).sum())
     found = {**tokens["problems"], **texts}
     return DataReport(name, lengths, num_targets, {problem: found[problem] for problem in PROBLEMS})
 
@@ -92,6 +90,8 @@ def text_problems(
     """The problems that can be seen without a tokenizer: row numbers per name."""
     headings = _headings(templates)
     in_template = any(token in template for token in control_tokens for template in templates.values())
+    everything = "\0".join(value for row in rows for value in row.values() if isinstance(value, str))
+    control_tokens, headings = ([text for text in texts if text in everything] for texts in (control_tokens, headings))
     seen: dict[tuple[str, str], set[str]] = {}
     names = ("empty_answer", "control_text", "template_text", "duplicate", "repeated_prompt")
     problems: dict[str, list[int]] = {name: [] for name in names}

@@ -8,14 +8,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from alpaca.encoding import Ragged
 from alpaca.errors import UsageError
 from alpaca.files import atomic_write
 from alpaca.waiting import wait_for_all_ranks
 
-Tokens = dict[str, Any]  # input_ids and labels: lists of (length,) int64 tensors; problems: {name: row numbers}
+Tokens = dict[str, Any]  # as `make_tokens` returns them
 IGNORE_INDEX = -100
+
+
+def make_tokens(rows: Ragged, masked: np.ndarray, problems: dict[str, list[int]]) -> Tokens:
+    """Rows of ids whose first `masked` labels, one number per row, are IGNORE_INDEX; the other labels are the ids.
+
+    Returns:
+        input_ids, labels: lists of (length,) int64 tensors, views of one tensor each. lengths, masked, num_targets
+        (targets are labels[1:] that are not IGNORE_INDEX): (rows,) int64 arrays. problems: row numbers per name.
+    """
+    ids, lengths = torch.from_numpy(rows.ids.astype(np.int64)), rows.lengths
+    sizes = lengths.tolist()
+    prefixes = np.repeat(np.tile([True, False], len(lengths)), np.stack([masked, lengths - masked], axis=1).ravel())
+    return {
+        "input_ids": list(ids.split(sizes)),
+        "labels": list(ids.masked_fill(torch.from_numpy(prefixes), IGNORE_INDEX).split(sizes)),
+        "lengths": lengths,
+        "masked": masked,
+        "num_targets": np.maximum(lengths - np.maximum(masked, 1), 0),
+        "problems": problems,
+    }
 
 
 def cached_tokens(key: str, build: Callable[[], Tokens], cache_dir: str | None = None) -> Tokens:
@@ -41,14 +61,13 @@ def _cache_folder(cache_dir: str | None) -> Path:
 
 
 def _write(path: Path, tokens: Tokens) -> None:
-    """Labels equal the ids after a masked prefix, so its length is enough."""
-    lengths = np.array([len(ids) for ids in tokens["input_ids"]], dtype=np.int64)
-    masked = np.array([int((labels == IGNORE_INDEX).sum()) for labels in tokens["labels"]], dtype=np.int64)
-    ids = torch.cat(tokens["input_ids"]).to(torch.int32).numpy()
+    """Labels equal the ids after a masked prefix, so its length is enough. Two bytes an id where they suffice."""
+    ids = torch.cat(tokens["input_ids"]).numpy()
+    ids = ids.astype(np.uint16 if ids.max() < 2**16 else np.int32)
     problems = {f"problem_{name}": np.array(rows, dtype=np.int64) for name, rows in tokens["problems"].items()}
     try:
         with atomic_write(path, "wb") as file:
-            np.savez(file, ids=ids, lengths=lengths, masked=masked, **problems)
+            np.savez(file, ids=ids, lengths=tokens["lengths"], masked=tokens["masked"], **problems)
     except OSError as error:
         raise UsageError(f"cannot write the token cache {path} ({error}); choose a folder with --cache_dir") from error
 
@@ -57,19 +76,9 @@ def _read(path: Path) -> Tokens | None:
     """None where there is no file, or one that cannot be read."""
     try:
         with np.load(path) as arrays:
-            ids = torch.from_numpy(arrays["ids"].astype(np.int64))
-            lengths, masked = arrays["lengths"].tolist(), arrays["masked"].tolist()
             problems = {
                 name.removeprefix("problem_"): arrays[name].tolist() for name in arrays if name.startswith("problem_")
             }
+            return make_tokens(Ragged(arrays["ids"], arrays["lengths"]), arrays["masked"], problems)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    input_ids = list(ids.split(lengths))
-    return {"input_ids": input_ids, "labels": [mask(x, n) for x, n in zip(input_ids, masked)], "problems": problems}
-
-
-def mask(input_ids: Tensor, num_masked: int) -> Tensor:
-    """The labels of a row: its ids with the first `num_masked` replaced by IGNORE_INDEX."""
-    labels = input_ids.clone()
-    labels[:num_masked] = IGNORE_INDEX
-    return labels

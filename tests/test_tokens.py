@@ -1,13 +1,16 @@
 """Token ids and labels are those of the 2023 code; what is deliberately different is tested as such."""
 
 import json
+import random
 
 import pytest
+import tokenizers
 import torch
 from conftest import GOLDEN, SHARED
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import train
+from alpaca.encoding import WordEncoder, ragged, starts_with
 from alpaca.prompts import PROMPT_DICT, format_prompt
 from train import IGNORE_INDEX, DataCollatorForSupervisedDataset, SupervisedDataset, preprocess
 
@@ -57,6 +60,106 @@ def test_ids_and_labels_equal_2023_on_real_rows(name):
     result = preprocess(sources, targets, tokenizer)
     for i, (ids, labels) in enumerate(as_in_2023(sources, targets, tokenizer)):
         assert (result["input_ids"][i].tolist(), result["labels"][i].tolist()) == (ids, labels), rows[i]
+
+
+def one_by_one(sources, targets, tokenizer, apart):
+    """Ids and labels of every row by calls of the tokenizer for single texts."""
+    eos, limit = tokenizer.eos_token, tokenizer.model_max_length
+    for source, target in zip(sources, targets):
+        answer, end = target.removesuffix(eos), [tokenizer.eos_token_id] * target.endswith(eos)
+        prompt = tokenizer(source, split_special_tokens=True)["input_ids"]
+        if apart:
+            row = prompt + tokenizer(answer, split_special_tokens=True, add_special_tokens=False)["input_ids"] + end
+        else:
+            row = tokenizer(source + answer, split_special_tokens=True)["input_ids"] + end
+        yield row[:limit], ([IGNORE_INDEX] * len(prompt) + row[len(prompt) :])[:limit], row[: len(prompt)] != prompt
+
+
+def across_spaces():
+    """A sentencepiece kind of tokenizer, but one that joins over a space: "a b" is one token."""
+    vocab = {token: i for i, token in enumerate(["<unk>", "</s>", "▁", "a", "b", "▁a", "▁b", "▁a▁b"])}
+    merges = [("▁", "a"), ("▁", "b"), ("▁a", "▁b")]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>", model_max_length=20)
+
+
+def with_an_added_token():
+    tokenizer = golden_tokenizer("llama", 20)
+    tokenizer.add_tokens(["e e"])
+    return tokenizer
+
+
+class Backwards(PreTrainedTokenizerFast):
+    """A fast tokenizer that does something of its own."""
+
+    def _encode_plus(self, *args, **kwargs):
+        encoded = super()._encode_plus(*args, **kwargs)
+        encoded["input_ids"] = [ids[::-1] if isinstance(ids, list) else ids for ids in encoded["input_ids"]]
+        return encoded
+
+
+TOKENIZERS = {  # name: how to make it, whether it is encoded word by word
+    "llama": (lambda: golden_tokenizer("llama", 20), True),
+    "opt": (lambda: golden_tokenizer("opt", 20), False),
+    "a merge across words": (across_spaces, False),
+    "an added token across words": (with_an_added_token, False),
+    "without a fast backend": (lambda: ByT5Tokenizer(model_max_length=20), False),
+}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_shortcuts_give_what_the_tokenizer_gives(name, apart):
+    tokenizer, word_by_word = TOKENIZERS[name][0](), TOKENIZERS[name][1]
+    assert (WordEncoder.of(tokenizer) is not None) == word_by_word
+    draw = random.Random(0)
+    parts = [
+        "a",
+        "b",
+        "e",
+        "The",
+        " ",
+        " ",
+        "  ",
+        "▁",
+        "\n",
+        "\t",
+        ":",
+        '"',
+        "é",
+        "🙂",
+        "12",
+        "</s>",
+        "<s>",
+        "",
+        "[PAD]",
+    ]
+    texts = ["".join(draw.choices(parts, k=draw.randrange(9))) for _ in range(800)]
+    sources, targets = texts[:400], [text + tokenizer.eos_token * (i % 5 > 0) for i, text in enumerate(texts[400:])]
+    result = preprocess(sources, targets, tokenizer, "split" if apart else "stanford")
+    for i, (ids, labels, merged) in enumerate(one_by_one(sources, targets, tokenizer, apart)):
+        found = (result["input_ids"][i].tolist(), result["labels"][i].tolist())
+        assert found == (ids, labels), (sources[i], targets[i])
+        assert (i in result["problems"]["merged_boundary"]) == merged, (sources[i], targets[i])
+    assert_counts(result["lengths"], result["num_targets"], result)
+
+
+def test_a_tokenizer_with_its_own_way_keeps_it():
+    plain = golden_tokenizer("opt")
+    own = Backwards(tokenizer_object=plain.backend_tokenizer, eos_token="</s>", model_max_length=512)
+    ids = preprocess(["one two"], [" three"], own)["input_ids"][0].tolist()
+    assert ids == plain("one two three")["input_ids"][::-1]
+
+
+def test_a_row_shorter_than_its_prompt_does_not_start_with_it():
+    rows, prompts = ragged([[5], [5, 6], [7, 6], []]), ragged([[5, 6], [5, 6], [5], []])
+    assert starts_with(rows, prompts).tolist() == [False, True, False, True]
+
+
+def assert_counts(lengths, num_targets, tokens):
+    assert lengths.tolist() == [len(ids) for ids in tokens["input_ids"]]
+    assert num_targets.tolist() == [int((labels[1:] != IGNORE_INDEX).sum()) for labels in tokens["labels"]]
 
 
 def test_control_text_is_plain_text_and_eos_is_the_token():
@@ -158,6 +261,8 @@ def test_dataset_is_tokenized_once(tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(first.input_ids, again.input_ids))
     assert all(torch.equal(a, b) for a, b in zip(first.labels, again.labels))
     assert str(first.report) == str(again.report)
+    for dataset in (first, again):
+        assert_counts(dataset.lengths, dataset.num_targets, vars(dataset))
     SupervisedDataset(path, golden_tokenizer("llama", 40), cache_dir=str(tmp_path))  # another length: not the same
     SupervisedDataset(path, tokenizer, prompt_boundary="split", cache_dir=str(tmp_path))
     assert len(calls) == 2
