@@ -48,88 +48,86 @@ DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = SPE
 # ---- flags ----
 
 
+def _flag(default: Any, text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
+
+
 @dataclass
 class ModelArguments:
     _argument_group_name = "model"
-    model_name_or_path: str | None = field(
-        default="facebook/opt-125m", metadata={"help": "A local folder or a hub id with weights and tokenizer."}
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ...; by default the model's own choice."}
-    )
-    pad_token: str | None = field(
-        default=None,
-        metadata={
-            "help": "An existing token to pad with, instead of adding [PAD] where the tokenizer has no pad token."
-        },
+    model_name_or_path: str | None = _flag("facebook/opt-125m", "A local folder or hub id: weights and tokenizer.")
+    attn_implementation: str | None = _flag(None, "eager, sdpa, flash_attention_2, ...; by default the model's choice.")
+    pad_token: str | None = _flag(
+        None, "An existing token to pad with, instead of adding [PAD] where the tokenizer has no pad token."
     )
 
 
 @dataclass
 class DataArguments:
     _argument_group_name = "data"
-    data_path: str = field(
-        default=None,
-        metadata={"help": "Rows to train on: Alpaca .json, .jsonl, .csv, .parquet, seed_tasks.jsonl, or a hub id."},
+    data_path: str = _flag(
+        None, "Rows to train on: Alpaca .json, .jsonl, .csv, .parquet, seed_tasks.jsonl, or a hub id."
     )
-    eval_data_path: str | None = field(
-        default=None, metadata={"help": "Rows to evaluate on when --eval_strategy is steps or epoch."}
-    )
-    data_split: str = field(default="train", metadata={"help": "Split of a hub dataset, e.g. train or train[:1000]."})
-    prompt_template: str | None = field(
-        default=None, metadata={"help": "JSON with prompt_input and prompt_no_input; by default Alpaca's two prompts."}
-    )
-    prompt_boundary: str = field(
-        default="stanford",
-        metadata={
-            "help": "stanford: prompt and answer are tokenized as one text; an answer whose first character merges "
-            "with the prompt's last token loses it to the mask. split: tokenized apart, as generation sees them.",
-            "choices": ["stanford", "split"],
-        },
+    eval_data_path: str | None = _flag(None, "Rows to evaluate on when --eval_strategy is steps or epoch.")
+    data_split: str = _flag("train", "Split of a hub dataset, e.g. train or train[:1000].")
+    prompt_template: str | None = _flag(None, "JSON with prompt_input and prompt_no_input; else Alpaca's two prompts.")
+    prompt_boundary: str = _flag(
+        "stanford",
+        "stanford: prompt and answer are tokenized as one text; an answer whose first character merges with the "
+        "prompt's last token loses it to the mask. split: tokenized apart, as generation sees them.",
+        choices=["stanford", "split"],
     )
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     _argument_group_name = "training (ours first, then every flag of transformers.TrainingArguments)"
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and tokenized data are kept."})
-    optim: str = field(default="adamw_torch", metadata={"help": "The optimizer; names as in transformers."})
-    model_max_length: int = field(
-        default=512, metadata={"help": "Maximum sequence length in tokens. Longer rows are cut on the right."}
+    cache_dir: str | None = _flag(None, "Where downloads and tokenized data are kept.")
+    model_max_length: int = _flag(512, "Maximum sequence length in tokens. Longer rows are cut on the right.")
+    batching: str = _flag(
+        "packed",
+        "packed: the rows of an optimizer step are laid end to end, without padding, each seeing only itself. padded: "
+        "micro-batches of --per_device_train_batch_size rows, padded to the longest, as in 2023.",
+        choices=["packed", "padded"],
     )
-    save_dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "Of the final model. bfloat16 halves it, right before publishing. Checkpoints stay float32.",
-            "choices": ["float32", "bfloat16", "float16"],
-        },
+    max_tokens_per_pack: str = _flag(
+        "auto",
+        "Tokens that a pack has at most (a longer row makes its own); auto: as many as the memory forecast allows.",
     )
-    loss_normalization: str = field(
-        default="token",
-        metadata={
-            "help": "token: mean over all target tokens of the optimizer step. microbatch: 2023's mean over the means "
-            "of the micro-batches.",
-            "choices": ["token", "microbatch"],
-        },
+    share_prefix: bool = _flag(
+        True, "Compute the template's beginning, which rows of a pack have in common, once per pack."
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Train from the start in a folder that already holds a run."}
+    gradient_checkpointing: bool | None = _flag(
+        None,
+        "Compute activations again in the backward pass: slower, far less memory. By default only where the memory "
+        "forecast asks for it.",
+        nargs="?",
+        const=True,
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
+    save_dtype: str = _flag(
+        "float32",
+        "Of the final model. bfloat16 halves it, right before publishing. Checkpoints stay float32.",
+        choices=["float32", "bfloat16", "float16"],
+    )
+    loss_normalization: str = _flag(
+        "token",
+        "token: mean over all target tokens of the optimizer step. microbatch: 2023's mean over the means of the "
+        "micro-batches.",
+        choices=["token", "microbatch"],
+    )
+    overwrite_output_dir: bool = _flag(False, "Train from the start in a folder that already holds a run.")
+    logging_nan_inf_filter: bool = _flag(False, "Hide non-finite losses from the log.")
 
     def __post_init__(self):
-        if self.model_max_length < 1:
-            raise UsageError(f"--model_max_length {self.model_max_length}: expected a positive number of tokens")
         check_combinations(self)
-        if not self.average_tokens_across_devices:
-            raise UsageError(
-                "--average_tokens_across_devices False: use --loss_normalization microbatch for 2023's loss"
-            )
         if self.fsdp:
             fsdp.configure_fsdp(self)
         if self.use_cpu and "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=self.ddp_timeout_delta)  # transformers drops it on CPU
+        new_name = getattr(self, "activation_checkpointing", None)  # of transformers 5.18 and later
+        recompute = self.activation_checkpointing = self.gradient_checkpointing if new_name is None else new_name
         super().__post_init__()
+        self.gradient_checkpointing = recompute  # None, which transformers makes False: check_before_loading decides
         if self.fsdp and (policy := fsdp.mixed_precision_policy(self.mixed_precision)):
             self.fsdp_plugin_args["mixed_precision_policy"] = policy
 

@@ -218,7 +218,7 @@ def test_readme_command_parses_here(tmp_path):
          "--tf32", "True"]
     )  # fmt: skip
     assert training.get_warmup_steps(1000) == 30 and training.save_total_limit == 1 and training.bf16
-    assert (training.optim, training.model_max_length, model.model_name_or_path) == ("adamw_torch", 512, "x")
+    assert (training.optim, training.model_max_length, model.model_name_or_path) == ("adamw_torch_fused", 512, "x")
     assert data.data_path == "./alpaca_data.json"
 
 
