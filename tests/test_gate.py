@@ -184,7 +184,9 @@ def test_memory_by_hand():
     recomputed = forecast.memory(SEVEN, replace(ON_FOUR, tokens=4096, checkpointing=True))
     assert packed["activations"] - recomputed["activations"] == 4096 * (6e6 - 6e6 / 32 - 0.25e6)
     assert forecast.memory(SEVEN, replace(ON_FOUR, whole_gradients=True))["whole gradients"] == 28e9
-    stepping = forecast.memory(SEVEN, replace(ALONE, half=False, tokens=512, foreach=True))
+    one_row = replace(ALONE, half=False, tokens=512)
+    assert forecast.memory(SEVEN, one_row)["activations"] < 4e9
+    stepping = forecast.memory(SEVEN, replace(one_row, foreach=True))
     assert stepping["activations"] == 28e9, "foreach kernels take 4 bytes a parameter while they step"
     offloaded = forecast.memory(SEVEN, replace(ON_FOUR, offload=True, tokens=512))
     assert offloaded["host"] == 28e9 and offloaded["weights"] == 0
@@ -212,6 +214,7 @@ def test_memory_by_hand():
         (80, ALONE, ROWS, (1024, False, False)),
         (139, ALONE, ROWS, (2048, False, False)),
         (139, replace(ALONE, world_size=4), ROWS, (1024, False, False)),
+        (300, ALONE, LONG_STEPS, (16384, False, False)),  # nobody to reduce gradients with
         # padded micro-batches are as large as the flags say
         (80, PADDED, ROWS, (0, False, False)),
         (40, PADDED, ROWS, (0, True, False)),
@@ -329,7 +332,10 @@ def test_a_model_too_large_for_this_machine_is_said_with_a_way_out(capsys, monke
 
 
 def test_without_a_forecast_the_decision_is_cautious(capsys, monkeypatch):
+    autocast = []
+
     def fails(*args, **kwargs):
+        autocast.append(kwargs["autocast"])
         raise RuntimeError("data-dependent shape")
 
     monkeypatch.setattr(forecast, "measure", fails)
@@ -338,6 +344,15 @@ def test_without_a_forecast_the_decision_is_cautious(capsys, monkeypatch):
     changed = flags_of(max_tokens_per_pack="100", gradient_checkpointing=True)
     assert forecast.forecast_memory(changed, None, ROWS)[1] == forecast.Decision(512, True, False)
     assert forecast.forecast_memory(flags_of(batching="padded"), None, ROWS)[1].max_tokens_per_pack == 0
+    forecast.forecast_memory(flags_of(fsdp=None), None, ROWS)
+    assert autocast == [False, False, False, True], "FSDP's weights are bfloat16 themselves"
+
+
+def test_flags_become_a_plan():
+    by_fsdp = flags_of(fsdp_config={"activation_checkpointing": True, "cpu_offload": True}, optim="adamw_torch")
+    assert forecast.plan_of(by_fsdp, ROWS) == replace(ON_FOUR, checkpointing=True, offload=True, foreach=True)
+    assert forecast.plan_of(flags_of(batching="padded"), ROWS) == PADDED
+    assert not forecast.plan_of(flags_of(optim="adafactor"), ROWS).foreach
 
 
 def test_the_decision_reaches_the_flags_of_the_trainer(tiny, tmp_path, monkeypatch):
@@ -357,6 +372,14 @@ def test_the_decision_reaches_the_flags_of_the_trainer(tiny, tmp_path, monkeypat
     assert [each.gradient_checkpointing for each in decided.values()] == [False, True, False]
     total = sum(map(len, data["train_dataset"].input_ids))
     assert decided[""].max_tokens_per_pack == total and not decided[""].hold_gradients, "8 rows are one step"
+
+    chosen = forecast.Decision(512, True, False)
+    monkeypatch.setattr(forecast, "forecast_memory", lambda args, config, rows: (None, chosen))
+    for fsdp_config, expected in (({}, True), ({"activation_checkpointing": True}, False)):  # which does it itself
+        model_args, data_args, args = parse_flags(words)
+        args.fsdp, args.fsdp_config = True, fsdp_config
+        assert check_before_loading(args, load_config(model_args, args), data, None) == chosen
+        assert args.gradient_checkpointing is args.activation_checkpointing is expected
 
 
 # ---- disk ----
