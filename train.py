@@ -30,7 +30,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from alpaca import flags, fsdp
 from alpaca.checkpoints import find_checkpoint
 from alpaca.console import hide_progress_bars, plot_loss, say
-from alpaca.contract import already_finished, begin, check_contract, describe_run, finish
+from alpaca.contract import (
+    already_finished,
+    begin,
+    check_contract,
+    describe_run,
+    finish,
+    keep_decisions,
+    note_decisions,
+)
 from alpaca.data import fingerprint, load_rows
 from alpaca.encoding import Ragged, cut, encode, joined, starts_with
 from alpaca.errors import UsageError, reported
@@ -49,98 +57,86 @@ DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = SPE
 # ---- flags ----
 
 
+def _flag(default: Any, text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": text, **metadata})
+
+
 @dataclass
 class ModelArguments:
     _argument_group_name = "model"
-    model_name_or_path: str | None = field(
-        default="facebook/opt-125m", metadata={"help": "A local folder or a hub id with weights and tokenizer."}
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2, ...; by default the model's own choice."}
-    )
-    pad_token: str | None = field(
-        default=None,
-        metadata={
-            "help": "An existing token to pad with, instead of adding [PAD] where the tokenizer has no pad token."
-        },
+    model_name_or_path: str | None = _flag("facebook/opt-125m", "A local folder or hub id: weights and tokenizer.")
+    attn_implementation: str | None = _flag(None, "eager, sdpa, flash_attention_2, ...; by default the model's choice.")
+    pad_token: str | None = _flag(
+        None, "An existing token to pad with, instead of adding [PAD] where the tokenizer has no pad token."
     )
 
 
 @dataclass
 class DataArguments:
     _argument_group_name = "data"
-    data_path: str = field(
-        default=None,
-        metadata={"help": "Rows to train on: Alpaca .json, .jsonl, .csv, .parquet, seed_tasks.jsonl, or a hub id."},
+    data_path: str = _flag(
+        None, "Rows to train on: Alpaca .json, .jsonl, .csv, .parquet, seed_tasks.jsonl, or a hub id."
     )
-    eval_data_path: str | None = field(
-        default=None, metadata={"help": "Rows to evaluate on when --eval_strategy is steps or epoch."}
-    )
-    data_split: str = field(default="train", metadata={"help": "Split of a hub dataset, e.g. train or train[:1000]."})
-    prompt_template: str | None = field(
-        default=None, metadata={"help": "JSON with prompt_input and prompt_no_input; by default Alpaca's two prompts."}
-    )
-    prompt_boundary: str = field(
-        default="stanford",
-        metadata={
-            "help": "stanford: prompt and answer are tokenized as one text; an answer whose first character merges "
-            "with the prompt's last token loses it to the mask. split: tokenized apart, as generation sees them.",
-            "choices": ["stanford", "split"],
-        },
+    eval_data_path: str | None = _flag(None, "Rows to evaluate on when --eval_strategy is steps or epoch.")
+    data_split: str = _flag("train", "Split of a hub dataset, e.g. train or train[:1000].")
+    prompt_template: str | None = _flag(None, "JSON with prompt_input and prompt_no_input; else Alpaca's two prompts.")
+    prompt_boundary: str = _flag(
+        "stanford",
+        "stanford: prompt and answer are tokenized as one text; an answer whose first character merges with the "
+        "prompt's last token loses it to the mask. split: tokenized apart, as generation sees them.",
+        choices=["stanford", "split"],
     )
 
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     _argument_group_name = "training (ours first, then every flag of transformers.TrainingArguments)"
-    cache_dir: str | None = field(default=None, metadata={"help": "Where downloads and tokenized data are kept."})
-    batching: str = field(
-        default="packed",
-        metadata={
-            "help": "packed: rows of a step behind one another, without padding. padded: 2023's micro-batches.",
-            "choices": ["packed", "padded"],
-        },
+    cache_dir: str | None = _flag(None, "Where downloads and tokenized data are kept.")
+    model_max_length: int = _flag(512, "Maximum sequence length in tokens. Longer rows are cut on the right.")
+    batching: str = _flag(
+        "packed",
+        "packed: the rows of an optimizer step are laid end to end, without padding, each seeing only itself. padded: "
+        "micro-batches of --per_device_train_batch_size rows, padded to the longest, as in 2023.",
+        choices=["packed", "padded"],
     )
-    max_tokens_per_pack: str = field(default="auto", metadata={"help": "Tokens of a pack; auto: what fits."})
-    share_prefix: bool = field(
-        default=True, metadata={"help": "Compute the template that rows begin with once per pack."}
+    max_tokens_per_pack: str = _flag(
+        "auto",
+        "Tokens that a pack has at most (a longer row makes its own); auto: as many as the memory forecast allows.",
     )
-    model_max_length: int = field(
-        default=512, metadata={"help": "Maximum sequence length in tokens. Longer rows are cut on the right."}
+    share_prefix: bool = _flag(
+        True, "Compute the template's beginning, which rows of a pack have in common, once per pack."
     )
-    save_dtype: str = field(
-        default="float32",
-        metadata={
-            "help": "Of the final model. bfloat16 halves it, right before publishing. Checkpoints stay float32.",
-            "choices": ["float32", "bfloat16", "float16"],
-        },
+    gradient_checkpointing: bool | None = _flag(
+        None,
+        "Compute activations again in the backward pass: slower, far less memory. By default only where the memory "
+        "forecast asks for it.",
+        nargs="?",
+        const=True,
     )
-    loss_normalization: str = field(
-        default="token",
-        metadata={
-            "help": "token: mean over all target tokens of the optimizer step. microbatch: 2023's mean over the means "
-            "of the micro-batches.",
-            "choices": ["token", "microbatch"],
-        },
+    save_dtype: str = _flag(
+        "float32",
+        "Of the final model. bfloat16 halves it, right before publishing. Checkpoints stay float32.",
+        choices=["float32", "bfloat16", "float16"],
     )
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Train from the start in a folder that already holds a run."}
+    loss_normalization: str = _flag(
+        "token",
+        "token: mean over all target tokens of the optimizer step. microbatch: 2023's mean over the means of the "
+        "micro-batches.",
+        choices=["token", "microbatch"],
     )
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide non-finite losses from the log."})
+    overwrite_output_dir: bool = _flag(False, "Train from the start in a folder that already holds a run.")
+    logging_nan_inf_filter: bool = _flag(False, "Hide non-finite losses from the log.")
 
     def __post_init__(self):
-        if self.model_max_length < 1:
-            raise UsageError(f"--model_max_length {self.model_max_length}: expected a positive number of tokens")
         check_combinations(self)
-        if not self.average_tokens_across_devices:
-            raise UsageError(
-                "--average_tokens_across_devices False: use --loss_normalization microbatch for 2023's loss"
-            )
         if self.fsdp:
             fsdp.configure_fsdp(self)
         if self.use_cpu and "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized():
             torch.distributed.init_process_group("gloo", timeout=self.ddp_timeout_delta)  # transformers drops it on CPU
+        new_name = getattr(self, "activation_checkpointing", None)  # of transformers 5.18 and later
+        recompute = self.activation_checkpointing = self.gradient_checkpointing if new_name is None else new_name
         super().__post_init__()
+        self.gradient_checkpointing = recompute  # None, which transformers makes False: check_before_loading decides
         if self.fsdp and (policy := fsdp.mixed_precision_policy(self.mixed_precision)):
             self.fsdp_plugin_args["mixed_precision_policy"] = policy
 
@@ -372,13 +368,15 @@ def train(argv: Sequence[str] | None = None) -> None:
     for dataset in filter(None, (data_module["train_dataset"], data_module["eval_dataset"])):
         say(str(dataset.report), training_args.process_index)
 
+    keep_decisions(training_args, checkpoint)
     contract = describe_run(training_args, model_args, data_args, data_module["train_dataset"], tokenizer)
     if already_finished(training_args, contract, checkpoint):
         return leave()
     check_contract(training_args, contract, checkpoint)
 
     config = load_config(model_args, training_args, checkpoint)
-    check_before_loading(training_args, config, data_module, checkpoint)
+    decision = check_before_loading(training_args, config, data_module, checkpoint)
+    note_decisions(training_args, contract)
     model = load_model(model_args, training_args, checkpoint)
     wait_for_all_ranks()
     repair_generation_config(model, tokenizer.pad_token_id, training_args.process_index)
@@ -388,8 +386,9 @@ def train(argv: Sequence[str] | None = None) -> None:
         fsdp.materialize(model)
 
     trainer = AlpacaTrainer(
-        model=model, processing_class=tokenizer, args=training_args, contract=contract, **data_module
-    )
+        model=model, processing_class=tokenizer, args=training_args, contract=contract,
+        hold_gradients=decision.hold_gradients, **data_module,
+    )  # fmt: skip
     begin(training_args, contract)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.was_stopped_early():

@@ -29,7 +29,12 @@ FIXED = (
     "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon lr_scheduler_type lr_scheduler_kwargs warmup_steps"
 ).split()
 FREE = "bf16 fp16 max_grad_norm label_smoothing_factor neftune_noise_alpha save_dtype".split()
-ROUNDING = "tf32 gradient_checkpointing fsdp per_device_train_batch_size gradient_accumulation_steps".split()
+ROUNDING = (
+    "tf32 gradient_checkpointing fsdp per_device_train_batch_size gradient_accumulation_steps batching "
+    "max_tokens_per_pack share_prefix torch_compile"
+).split()
+# Of these, what the memory forecast decides where the flags leave it open, and what they are then.
+DECIDED = {"max_tokens_per_pack": "auto", "gradient_checkpointing": None}
 STEPS = "the steps of the run (--num_train_epochs, --max_steps)"
 
 
@@ -62,6 +67,20 @@ def describe_run(
     tokens = hashlib.sha256(torch.cat(dataset.input_ids).numpy().tobytes()).hexdigest()[:12]
     contract = {"fixed": fixed, "free": free, "rounding": rounding, "tokens": tokens}
     return json.loads(json.dumps(contract, default=str))
+
+
+def keep_decisions(args: "TrainingArguments", checkpoint: str | None) -> None:
+    """Set in `args` what was decided for the run that `checkpoint` is of, where the flags leave it open: another amount
+    of free memory must not change how it goes on."""
+    saved = read_manifest(checkpoint)["contract"]["rounding"] if checkpoint else {}
+    for name, open_value in DECIDED.items():
+        if getattr(args, name) == open_value and saved.get(f"--{name}") is not None:
+            setattr(args, name, saved[f"--{name}"])
+
+
+def note_decisions(args: "TrainingArguments", contract: Contract) -> None:
+    """Put into the contract what has been decided since it was described."""
+    contract["rounding"].update({f"--{name}": getattr(args, name) for name in DECIDED})
 
 
 def rows_per_step(args: "TrainingArguments") -> int:

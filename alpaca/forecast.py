@@ -1,19 +1,24 @@
-"""What a run will take, said before the model is loaded: memory per GPU, disk for its checkpoints.
+"""What a run will take, said before the model is loaded, and what the flags leave open decided by it: memory per GPU,
+the size of packs, gradient checkpointing; and the disk for its checkpoints.
 
 Memory is the sum of
 
     weights, gradients   4 bytes a parameter each: float32 master weights. Sharded over the ranks under FSDP
-    optimizer            8 bytes a parameter for AdamW, and 4 more while it steps (torch's foreach kernels)
+    optimizer            8 bytes a parameter for AdamW; with torch's foreach kernels (adamw_torch) 4 more while it steps
+    whole gradients      under FSDP, where they fit: 4 bytes a parameter, so that they are reduced once a step and not
+                         after every pack
     gathered             under FSDP: the embeddings and two decoder layers whole, in the dtype of the arithmetic, and
                          the gradients of one on their way to float32; else the bfloat16 copies that autocast keeps
     activations          what the forward pass of the largest micro-batch keeps for the backward pass, counted on fake
-                         tensors (shapes without memory), and the logits with their float32 softmax and its gradient
+                         tensors (shapes without memory), and its logits with their gradient and the loss's float32
 
-and 1 GB for CUDA itself. 1 GB is 10^9 bytes. It is a forecast: an allocator that fragments takes more.
+and 1 GB for CUDA itself. 1 GB is 10^9 bytes. It is a forecast: an allocator that fragments takes more, so what is
+decided here leaves room for a tenth more of the last two, which come and go with every pack.
 """
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,19 +33,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, TrainingArguments
 
 GB = 1e9
+SPARE = 0.1  # of what is gathered and of the activations, where the size is decided here
+PACK_TOKENS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024)  # of --max_tokens_per_pack auto
+CPU_PACK_TOKENS = 4096  # its most on a CPU
+LOSS_CHUNK = 1024  # positions of which the loss has float32 values at a time
 OPTIMIZER_BYTES = {"adafactor": 0.1, "sgd": 0, "rmsprop": 4, "adagrad": 4, "lion": 4, "8bit": 2}  # else AdamW's 8
 
 
 @dataclass(frozen=True)
 class Model:
-    """Counted on fake tensors by `measure`. Bytes are those of the micro-batch it was measured with."""
+    """Counted on fake tensors by `measure`."""
 
     parameters: int
     largest_layer: int  # parameters of one decoder layer
     layers: int
-    activations: float  # bytes kept for the backward pass
-    layer_inputs: float  # bytes of the inputs of all decoder layers
-    logits: float  # bytes of the logits and their loss, forward and backward
+    activations: float  # bytes that a token keeps for the backward pass
+    layer_inputs: float  # bytes of a token in the inputs of all decoder layers
+    vocabulary: int  # logits of a token
+    recomputes: bool = True  # whether it has gradient checkpointing
 
 
 @dataclass(frozen=True)
@@ -51,41 +61,73 @@ class Plan:
     sharded: bool
     group: int  # ranks that share one copy of the parameters if sharded: all, or those of a node under hybrid_shard
     offload: bool
-    checkpointing: bool
+    checkpointing: bool | None  # None: `decide` chooses
     half: bool  # bfloat16 or float16 arithmetic
     optimizer_bytes: float
-    rows: int  # per device and micro-batch
-    accumulation: int  # micro-batches a step
+    foreach: bool  # the optimizer steps with torch's foreach kernels
     on_gpu: bool
+    packed: bool
+    rows: int  # per device and micro-batch, if padded
+    accumulation: int  # micro-batches a step, if padded
+    tokens: int  # of the largest micro-batch or pack, padding counted; 0: `decide` chooses a pack's
+    share: float  # of the tokens that are targets
+    whole_gradients: bool = False  # between the packs of a step
 
 
-def measure(config: "PreTrainedConfig", rows: int, tokens: int, half: bool) -> Model:
-    """Count parameters, and the bytes that a forward pass of (`rows`, `tokens`) keeps for the backward pass. Nothing is
-    computed and no memory is taken; a 7B model takes half a second."""
+@dataclass(frozen=True)
+class Rows:
+    """What the forecast must know of the data, in tokens."""
+
+    longest: int
+    share: float  # of the tokens that are targets
+    step: int  # a rank's in an optimizer step: at most so many but for one step in a thousand
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What training takes over from the forecast."""
+
+    max_tokens_per_pack: int  # at least the longest row; 0 if padded
+    gradient_checkpointing: bool
+    hold_gradients: bool  # sharded: reduce gradients once a step, not after every pack
+
+
+def measure(config: "PreTrainedConfig", tokens: int, half: bool, autocast: bool = False) -> Model:
+    """Count parameters, and the bytes that the forward pass of a row of `tokens` keeps for the backward pass: two rows
+    less one row, so that what is there once (weights cast by autocast) does not count. `half`: bfloat16 arithmetic, of
+    weights that are bfloat16 as under FSDP or, with `autocast`, float32. Nothing is computed and no memory is taken; a
+    7B model takes a second."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.bfloat16 if half else torch.float32
-    kept: dict[int, torch.UntypedStorage] = {}
+    dtype = torch.bfloat16 if half and not autocast else torch.float32
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage
-        return tensor
+    def forward(model: torch.nn.Module, rows: int) -> tuple[int, int]:
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage
+            return tensor
+
+        context = torch.autocast("cpu", torch.bfloat16, enabled=half and autocast)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), context:
+            logits = model(input_ids=torch.ones(rows, tokens, dtype=torch.long), use_cache=False).logits
+        return sum(storage.nbytes() for storage in kept.values()), logits.shape[-1]
 
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
         weights = {parameter.untyped_storage()._cdata: parameter.numel() for parameter in model.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = model(input_ids=torch.ones(rows, tokens, dtype=torch.long), use_cache=False).logits
+        (one, vocabulary), (two, _) = forward(model, 1), forward(model, 2)
         blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or [])]
         return Model(
             parameters=sum(weights.values()),
             largest_layer=max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0),
             layers=max(len(blocks), 1),
-            activations=sum(storage.nbytes() for key, storage in kept.items() if key not in weights),
-            layer_inputs=len(blocks) * rows * tokens * config.get_text_config().hidden_size * dtype.itemsize,
-            logits=logits.numel() * (10 if half else 8),
+            activations=(two - one) / tokens,
+            layer_inputs=len(blocks) * config.get_text_config().hidden_size * dtype.itemsize,
+            vocabulary=vocabulary,
+            recomputes=bool(model.supports_gradient_checkpointing),
         )
 
 
@@ -101,67 +143,129 @@ def memory(model: Model, plan: Plan) -> dict[str, float]:
     else:
         gathered = (2 if plan.half else 0) * model.parameters + (4 * model.parameters if plan.world_size > 1 else 0)
     kept = model.activations / model.layers + model.layer_inputs if plan.checkpointing else model.activations
-    stepping = 4 * model.parameters / shards if plan.optimizer_bytes >= 4 and not plan.offload else 0
-    parts = {**static, "gathered": gathered, "activations": kept + model.logits}
-    parts["activations"] += max(0.0, stepping - gathered - parts["activations"])  # only one of the two at a time
+    whole = 4.0 * model.parameters * plan.whole_gradients
+    parts = {**static, "whole gradients": whole, "gathered": gathered}
+    parts["activations"] = kept * plan.tokens + _logits(model, plan)
+    stepping = 4 * model.parameters / shards if plan.foreach and not plan.offload else 0
+    training = whole + gathered + parts["activations"]
+    parts["activations"] += max(0.0, stepping - training)  # only one of the two at a time
     if plan.offload and plan.sharded:
         parts = {**parts, **dict.fromkeys(static, 0.0), "host": sum(static.values()) + stepping}
     return parts
+
+
+def _logits(model: Model, plan: Plan) -> float:
+    """Bytes of the targets' logits, their gradient and three float32 temporaries of a chunk; padded batches have the
+    logits of all positions and their gradient besides. accelerate makes what leaves a model under autocast float32."""
+    item, targets = 2 if plan.half and plan.sharded else 4, plan.share * plan.tokens
+    positions = targets + (0 if plan.packed else plan.tokens)
+    return model.vocabulary * (2 * item * positions + 3 * 4 * min(LOSS_CHUNK, targets))
 
 
 def total(parts: dict[str, float]) -> float:
     return sum(size for name, size in parts.items() if name != "host")
 
 
-def what_fits(model: Model, plan: Plan, available: float) -> str | None:
+def pack_sizes(plan: Plan, rows: Rows, budget: int | None = None) -> list[int]:
+    """Tokens of a pack to choose from, the largest first: the user's `budget`, or PACK_TOKENS; never less than the
+    longest row, nor more than a step has."""
+    sizes = [budget] if budget else [size if plan.on_gpu else min(size, CPU_PACK_TOKENS) for size in PACK_TOKENS]
+    return sorted({max(min(size, rows.step), rows.longest) for size in sizes}, reverse=True)
+
+
+def decide(model: Model, plan: Plan, rows: Rows, available: float, budget: int | None = None) -> Decision:
+    """The largest packs that fit into `available` bytes. Where nothing fits, and the user has not said otherwise, with
+    gradient checkpointing; where nothing fits with it either, the smallest packs without it."""
+
+    def fits(way: Plan) -> bool:
+        parts = memory(model, way)
+        return total(parts) + SPARE * (parts["gathered"] + parts["activations"]) <= available
+
+    sizes = pack_sizes(plan, rows, budget) if plan.packed else [plan.tokens]
+    ways = [False] + [True] * model.recomputes if plan.checkpointing is None else [plan.checkpointing]
+    plans = [replace(plan, tokens=size, checkpointing=way) for way in ways for size in sizes]
+    smallest = plans[len(sizes) - 1]
+    chosen = next(filter(fits, plans), smallest)
+    holding = replace(chosen, whole_gradients=True)
+    several = plan.packed and rows.step > chosen.tokens
+    return Decision(
+        max_tokens_per_pack=chosen.tokens if plan.packed else 0,
+        gradient_checkpointing=bool(chosen.checkpointing),
+        hold_gradients=plan.sharded and several and fits(holding),
+    )
+
+
+def what_fits(model: Model, plan: Plan, rows: Rows, available: float) -> str | None:
     """The first change of flags, from the cheapest in time to the dearest, with which the run fits into `available`
     bytes; None where none does."""
-    smaller = [2**k for k in range(plan.rows.bit_length()) if 2**k < plan.rows and plan.rows % 2**k == 0][::-1]
     ways = [("", plan)]
     if not plan.sharded and plan.world_size > 1:
         ways.append(('--fsdp "full_shard auto_wrap"', replace(plan, sharded=True)))
-    ways += [(f"{flags} --gradient_checkpointing True", replace(way, checkpointing=True)) for flags, way in ways]
+    recompute = " --gradient_checkpointing True" if model.recomputes and not plan.checkpointing else ""
+    ways += [(flags + recompute, replace(way, checkpointing=True)) for flags, way in ways if recompute]
     if plan.on_gpu:
         launch = "torchrun --nproc_per_node=1 " if plan.world_size == 1 else ""
-        offload = f'{launch}--fsdp "full_shard auto_wrap offload"'
-        ways += [
-            (f"{offload}{' --gradient_checkpointing True' * checkpointing}",
-             replace(plan, sharded=True, offload=True, checkpointing=plan.checkpointing or checkpointing))
-            for checkpointing in (False, True)
-        ]  # fmt: skip
+        offload = f'{launch}--fsdp "full_shard auto_wrap offload"', replace(plan, sharded=True, offload=True)
+        ways.append(offload)
+        ways += [(offload[0] + recompute, replace(offload[1], checkpointing=True))] if recompute else []
     for flags, way in ways:
-        for rows in (plan.rows, *smaller):
-            size = total(memory(_with_rows(model, rows / plan.rows), way))
-            if size <= available and (flags or rows < plan.rows):
-                accumulation = plan.accumulation * plan.rows // rows  # the same rows a step
-                batch = f" --per_device_train_batch_size {rows} --gradient_accumulation_steps {accumulation}"
-                host = memory(model, way).get("host", 0)
-                where = human(size) + f" and {human(host)} of CPU memory a process" * (host > 0)
-                return f"{flags}{batch if rows < plan.rows else ''}".strip() + f" (about {where})"
+        for smaller, tokens in [("", plan.tokens), *_smaller(plan, rows)]:
+            parts = memory(model, replace(way, tokens=tokens))
+            if total(parts) <= available and (flags or smaller):
+                host = parts.get("host", 0)
+                where = human(total(parts)) + f" and {human(host)} of CPU memory a process" * (host > 0)
+                return f"{flags}{smaller}".strip() + f" (about {where})"
     return None
 
 
-def _with_rows(model: Model, share: float) -> Model:
-    return replace(model, activations=model.activations * share, layer_inputs=model.layer_inputs * share,
-                   logits=model.logits * share)  # fmt: skip
+def _smaller(plan: Plan, rows: Rows) -> list[tuple[str, int]]:
+    """(flags, tokens of a micro-batch) of the same steps in smaller pieces, the largest first."""
+    if plan.packed:
+        return [(f" --max_tokens_per_pack {size}", size) for size in pack_sizes(plan, rows) if size < plan.tokens]
+    parts = [2**k for k in range(1, plan.rows.bit_length()) if plan.rows % 2**k == 0]
+    return [
+        (f" --per_device_train_batch_size {plan.rows // part} --gradient_accumulation_steps {plan.accumulation * part}",
+         plan.tokens // part)
+        for part in parts
+    ]  # fmt: skip
 
 
-def plan_of(args: "TrainingArguments") -> Plan:
-    name = str(getattr(args.optim, "value", args.optim))
-    optimizer = next((size for key, size in OPTIMIZER_BYTES.items() if key in name), 8)
-    fsdp_config = args.fsdp_config if args.fsdp else {}
+def rows_of(lengths: Sequence[int], num_targets: int, rows_per_step: int, world_size: int) -> Rows:
+    """`lengths`: tokens of each row of the data set. The ranks share the tokens of a step evenly."""
+    sizes = torch.tensor(lengths, dtype=torch.float64)
+    drawn = min(rows_per_step, len(lengths))
+    spread = math.sqrt(drawn * (1 - drawn / len(lengths))) * sizes.std(correction=0).item()
+    step = drawn * sizes.mean().item() + 3 * spread
+    return Rows(max(lengths), num_targets / sum(lengths), math.ceil(step / world_size))
+
+
+def plan_of(args: "TrainingArguments", rows: Rows) -> Plan:
+    fsdp_config, packed = args.fsdp_config if args.fsdp else {}, args.batching == "packed"
     return Plan(
         world_size=args.world_size,
         sharded=bool(args.fsdp),
         group=args.parallelism_config.dp_shard_size if args.parallelism_config else args.world_size,
         offload=bool(fsdp_config.get("cpu_offload")),
-        checkpointing=bool(args.gradient_checkpointing or fsdp_config.get("activation_checkpointing")),
+        checkpointing=True if fsdp_config.get("activation_checkpointing") else args.gradient_checkpointing,
         half=bool(args.bf16 or args.fp16),
-        optimizer_bytes=optimizer,
+        optimizer_bytes=optimizer_bytes(args),
+        foreach=optimizer_bytes(args) >= 4 and "fused" not in _optimizer(args),
+        on_gpu=args.device.type != "cpu",
+        packed=packed,
         rows=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
-        on_gpu=args.device.type != "cpu",
+        tokens=0 if packed else args.per_device_train_batch_size * rows.longest,
+        share=rows.share,
     )
+
+
+def _optimizer(args: "TrainingArguments") -> str:
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def optimizer_bytes(args: "TrainingArguments") -> float:
+    """A parameter's, of the state that --optim keeps."""
+    return next((size for key, size in OPTIMIZER_BYTES.items() if key in _optimizer(args)), 8)
 
 
 def local_world_size() -> int:
@@ -176,28 +280,43 @@ def available_memory(device: torch.device) -> tuple[float, float]:
     return (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host), host
 
 
-def forecast_memory(args: "TrainingArguments", config: "PreTrainedConfig", longest: int) -> Model | None:
-    """Print what a process will take for micro-batches of rows of `longest` tokens, whether that is there, and which
-    flags to change if it is not. None where the model cannot be run on fake tensors."""
-    plan = plan_of(args)
+def forecast_memory(args: "TrainingArguments", config: "PreTrainedConfig", rows: Rows) -> tuple[Model | None, Decision]:
+    """Decide what the flags leave open, and print what a process will take, whether that is there, and which flags to
+    change if it is not. Where the model cannot be run on fake tensors: None, and a cautious decision."""
+    plan = plan_of(args, rows)
+    budget = int(args.max_tokens_per_pack) if plan.packed and args.max_tokens_per_pack != "auto" else None
     try:
-        model = measure(config, plan.rows, longest, plan.half)
+        model = measure(config, rows.longest, plan.half, autocast=not plan.sharded)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0]:.100}"
         say(f"memory and disk: no forecast, this model does not run on fake tensors ({reason})", 0)
-        return None
-    parts, (available, host) = memory(model, plan), available_memory(args.device)
+        tokens = max(budget or (4096 if plan.on_gpu else CPU_PACK_TOKENS), rows.longest)
+        return None, Decision(tokens if plan.packed else 0, bool(plan.checkpointing), hold_gradients=False)
+    available, host = available_memory(args.device)
     available -= GB if plan.on_gpu else 0
+    decision = decide(model, plan, rows, available, budget)
+    chosen = replace(plan, tokens=decision.max_tokens_per_pack or plan.tokens, whole_gradients=decision.hold_gradients,
+                     checkpointing=decision.gradient_checkpointing)  # fmt: skip
+    _say_forecast(model, chosen, rows, available, host)
+    if chosen.checkpointing and plan.checkpointing is None:
+        least = pack_sizes(plan, rows, budget)[-1] if plan.packed else plan.tokens
+        size = total(memory(model, replace(plan, tokens=least)))
+        say(f"  --gradient_checkpointing True is chosen: without it {least} tokens at a time take {human(size)}", 0)
+    return model, decision
+
+
+def _say_forecast(model: Model, plan: Plan, rows: Rows, available: float, host: float) -> None:
+    parts = memory(model, plan)
     size = total(parts)
     described = " + ".join(f"{name} {human(part)}" for name, part in parts.items() if name != "host" and part)
-    unit = f"per {'GPU' if plan.on_gpu else 'process'} ({plan.rows} rows of {longest} tokens)"
+    batch = f"packs of at most {plan.tokens}" if plan.packed else f"{plan.rows} rows of {rows.longest}"
+    unit = f"per {'GPU' if plan.on_gpu else 'process'} ({batch} tokens)"
     say(f"memory {unit}, forecast: {described} = {human(size)}, available {human(available)}", 0)
     if size > available:
-        fits = what_fits(model, plan, available)
+        fits = what_fits(model, plan, rows, available)
         say(f"  does not fit; {'this would: ' + fits if fits else 'take more GPUs, or a smaller model'}", 0)
     if parts.get("host", 0) > host:
         say(f"  offloading takes {human(parts['host'])} of CPU memory a process, available {human(host)}", 0)
-    return model
 
 
 # ---- disk ----
@@ -205,7 +324,7 @@ def forecast_memory(args: "TrainingArguments", config: "PreTrainedConfig", longe
 
 def checkpoint_sizes(args: "TrainingArguments", parameters: int) -> tuple[float, float]:
     """(bytes of a checkpoint, of the final model): float32 weights and, unless --save_only_model, the optimizer."""
-    optimizer = 0 if args.save_only_model else plan_of(args).optimizer_bytes
+    optimizer = 0 if args.save_only_model else optimizer_bytes(args)
     return parameters * (4 + optimizer), parameters * (4 if args.save_dtype == "float32" else 2)
 
 

@@ -31,8 +31,7 @@ FSDP_KEYS = {
 def configure_fsdp(args: "TrainingArguments") -> None:
     """Complete `args.fsdp_config` before TrainingArguments turns it into accelerate's plugin arguments.
 
-    Weights are broadcast from rank 0, the optimizer is saved in shards (weights whole, see `full_state_dict`), and
-    gradients stay sharded between micro-batches: holding them whole would take 4 bytes a parameter on every GPU.
+    Weights are broadcast from rank 0, and the optimizer is saved in shards (weights whole, see `full_state_dict`).
     """
     given = args.fsdp_config or {}
     given = read_config(given, "--fsdp_config") if isinstance(given, str) else given
@@ -50,11 +49,6 @@ def configure_fsdp(args: "TrainingArguments") -> None:
         args.parallelism_config = hybrid_mesh()
     config["cpu_ram_efficient_loading"] = True
     config["state_dict_type"] = "FULL_STATE_DICT" if args.save_only_model else "SHARDED_STATE_DICT"
-    accelerator_config = args.accelerator_config or {}
-    if isinstance(accelerator_config, str):
-        accelerator_config = read_config(accelerator_config, "--accelerator_config")
-    accelerator_config.setdefault("gradient_accumulation_kwargs", {"sync_each_batch": True})
-    args.accelerator_config = accelerator_config
     # accelerate reads these two when it opens the process group: clipping offloaded gradients reduces on the CPU,
     # which NCCL alone cannot do.
     os.environ["ACCELERATE_USE_FSDP"] = "true"

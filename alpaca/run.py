@@ -12,6 +12,7 @@ from alpaca.checkpoints import read_manifest
 from alpaca.console import say
 from alpaca.errors import UsageError
 from alpaca.files import lock
+from alpaca.waiting import gather_from_all_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 def check_combinations(args: "TrainingArguments") -> None:
     """Raise UsageError for values that the Trainer would meet with a traceback, some of them only after hours."""
+    if args.model_max_length < 1:
+        raise UsageError(f"--model_max_length {args.model_max_length}: expected a positive number of tokens")
+    if not args.average_tokens_across_devices:
+        raise UsageError("--average_tokens_across_devices False: use --loss_normalization microbatch for 2023's loss")
     if args.gradient_accumulation_steps < 1:
         raise UsageError(f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: expected at least 1")
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
@@ -30,6 +35,11 @@ def check_combinations(args: "TrainingArguments") -> None:
             "--auto_find_batch_size: changes the rows of a step in the middle of a run; the forecast of memory says "
             "which --per_device_train_batch_size fits"
         )
+    tokens = args.max_tokens_per_pack = str(args.max_tokens_per_pack)
+    if tokens != "auto" and not (tokens.isdecimal() and int(tokens) > 0):
+        raise UsageError(f"--max_tokens_per_pack {tokens}: expected auto or a positive number of tokens")
+    if tokens != "auto" and args.batching == "padded":
+        raise UsageError(f"--max_tokens_per_pack {tokens}: padded batches are not packed; drop --batching padded")
     if args.metric_for_best_model not in (None, "loss", "eval_loss"):
         raise UsageError(f"--metric_for_best_model {args.metric_for_best_model}: only eval_loss is computed")
 
@@ -61,8 +71,9 @@ def check_evaluation(args: "TrainingArguments", eval_data_path: str | None) -> N
 
 def check_before_loading(
     args: "TrainingArguments", config: "PreTrainedConfig", data_module: Mapping[str, Any], checkpoint: str | None
-) -> None:
-    """Everything that can be known before the model is read: steps, room on the disk, memory.
+) -> forecast.Decision:
+    """Everything that can be known before the model is read: steps, room on the disk, memory. Collective: rank 0
+    decides for all what the flags leave to the memory, and `args` are set to it.
 
     Raises:
         UsageError: rows are longer than the model's positions, nothing can be saved, or the disk is too small.
@@ -74,12 +85,19 @@ def check_before_loading(
     if done > steps:
         raise UsageError(f"--resume_from_checkpoint: {checkpoint} is of step {done}, beyond the {steps} of this run")
     check_output_dir(args)
-    if args.process_index != 0:
-        return
-    model = forecast.forecast_memory(args, config, longest=max(map(len, dataset.input_ids)))
-    if model is not None:
-        checkpoints = forecast.checkpoints_to_come(args, steps, per_epoch, done)
-        forecast.check_room(args, model.parameters, checkpoints)
+    decision = None
+    if args.process_index == 0:
+        report = dataset.report
+        rows = forecast.rows_of(report.lengths, report.num_targets, contract.rows_per_step(args), args.world_size)
+        model, decision = forecast.forecast_memory(args, config, rows)
+        if model is not None:
+            checkpoints = forecast.checkpoints_to_come(args, steps, per_epoch, done)
+            forecast.check_room(args, model.parameters, checkpoints)
+    decision = gather_from_all_ranks(decision)[0]
+    by_fsdp = args.fsdp and args.fsdp_config.get("activation_checkpointing")  # the Trainer refuses both
+    args.max_tokens_per_pack = str(decision.max_tokens_per_pack or "auto")
+    args.gradient_checkpointing = args.activation_checkpointing = decision.gradient_checkpointing and not by_fsdp
+    return decision
 
 
 def plan_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, int]:

@@ -31,11 +31,13 @@ with reported("train.py"):
     train.train(sys.argv[1:])
     print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)
 """
+PADDED = ["--batching=padded", "--gradient_checkpointing=False"]
 RUNS = {
-    "one process": (1, []),
-    "one process, gradient checkpointing": (1, ["--gradient_checkpointing=True"]),
-    "two processes, DDP": (2, []),
-    "two processes, FSDP": (2, ["--fsdp=full_shard auto_wrap"]),
+    "one process": (1, PADDED),
+    "one process, gradient checkpointing": (1, ["--batching=padded", "--gradient_checkpointing=True"]),
+    "one process, packed": (1, ["--max_tokens_per_pack=2048", "--gradient_checkpointing=False"]),
+    "two processes, DDP": (2, PADDED),
+    "two processes, FSDP": (2, [*PADDED, "--fsdp=full_shard auto_wrap"]),
 }
 
 

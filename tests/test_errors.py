@@ -45,6 +45,13 @@ BAD_FLAGS = {
         "is not a complete checkpoint (no readable alpaca_checkpoint.json",
     ),
     "legacy loss": (dict(average_tokens_across_devices="False"), "--loss_normalization microbatch"),
+    "tokens of a pack": (dict(max_tokens_per_pack="4k"), "--max_tokens_per_pack 4k: expected auto or a positive"),
+    "no tokens in a pack": (dict(max_tokens_per_pack="0"), "--max_tokens_per_pack 0: expected auto or a positive"),
+    "packs of padded rows": (
+        dict(max_tokens_per_pack="512", batching="padded"),
+        "--max_tokens_per_pack 512: padded batches are not packed; drop --batching padded",
+    ),
+    "unknown batching": (dict(batching="sorted"), "invalid choice: 'sorted'"),
     "accumulation zero": (dict(gradient_accumulation_steps="0"), "--gradient_accumulation_steps 0"),
     "workers that persist": (dict(dataloader_persistent_workers="True"), "needs --dataloader_num_workers"),
     "batch that changes": (dict(auto_find_batch_size="True"), "changes the rows of a step in the middle of a run"),

@@ -1,8 +1,10 @@
 """What is said before training: counts of the rows that lose something, memory, disk; and what is refused for it."""
 
 import json
+import math
 import sys
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -157,28 +159,109 @@ def llama_7b():
     return LlamaConfig(vocab_size=32001, max_position_embeddings=2048)
 
 
-def test_memory_of_7b_on_known_machines():
-    """The README's command (4 rows of 512, bf16) fits 4 x 80 GB; 4 x 40 GB need offload, or less at a time; a card of
-    24 GB cannot hold the optimizer."""
-    model = forecast.measure(llama_7b(), rows=4, tokens=512, half=True)
-    assert model.parameters == 6_738_423_808 and model.layers == 32
-    plan = forecast.Plan(world_size=4, sharded=True, group=4, offload=False, checkpointing=False, half=True,
-                         optimizer_bytes=8, rows=4, accumulation=8, on_gpu=True)  # fmt: skip
-    on_80 = forecast.memory(model, plan)
-    assert on_80["weights"] == on_80["gradients"] == model.parameters and on_80["optimizer"] == 2 * model.parameters
-    assert 40e9 < forecast.total(on_80) < 60e9
-    assert "--per_device_train_batch_size 2" in forecast.what_fits(model, plan, 38e9)
-    from dataclasses import replace
+SEVEN = forecast.Model(parameters=7_000_000_000, largest_layer=200_000_000, layers=32, activations=6e6,
+                       layer_inputs=0.25e6, vocabulary=32_000)  # fmt: skip
+ON_FOUR = forecast.Plan(world_size=4, sharded=True, group=4, offload=False, checkpointing=None, half=True,
+                        optimizer_bytes=8, foreach=False, on_gpu=True, packed=True, rows=4, accumulation=8, tokens=0,
+                        share=0.5)  # fmt: skip
+ALONE = replace(ON_FOUR, world_size=1, group=1, sharded=False)
+PADDED = replace(ON_FOUR, packed=False, tokens=4 * 512)
+ROWS = forecast.Rows(longest=512, share=0.5, step=4600)
+LONG_STEPS = replace(ROWS, step=20_000)
 
-    offloaded = forecast.memory(model, replace(plan, offload=True))
-    assert forecast.total(offloaded) < 24e9 and offloaded["host"] >= 4 * model.parameters
-    assert "offload" in forecast.what_fits(model, plan, 17e9)
-    one = replace(plan, world_size=1, group=1, sharded=False, rows=1)
-    assert forecast.total(forecast.memory(model, one)) > 16 * model.parameters
-    assert forecast.what_fits(model, one, 23e9).startswith("torchrun --nproc_per_node=1 --fsdp")
-    assert forecast.what_fits(model, replace(one, on_gpu=False), 23e9) is None
-    copies = replace(plan, sharded=False)
-    assert forecast.what_fits(model, copies, 79e9).startswith('--fsdp "full_shard auto_wrap"')
+
+def test_memory_by_hand():
+    """The embeddings are 7.0 - 32 x 0.2 = 0.6 billion parameters. 10^9 bytes:"""
+    packed = forecast.memory(SEVEN, replace(ON_FOUR, tokens=4096))
+    chunk = 12 * 1024 * 32_000
+    assert packed == {
+        "weights": 7e9, "gradients": 7e9, "optimizer": 14e9, "whole gradients": 0,
+        "gathered": 2 * (0.6e9 + 0.4e9) + (2 + 4) * 0.6e9,
+        "activations": 4096 * 6e6 + 2048 * 32_000 * (2 + 2) + chunk,
+    }  # fmt: skip
+    padded = forecast.memory(SEVEN, replace(PADDED, tokens=4096))
+    assert padded["activations"] == packed["activations"] + 4096 * 32_000 * (2 + 2)
+    recomputed = forecast.memory(SEVEN, replace(ON_FOUR, tokens=4096, checkpointing=True))
+    assert packed["activations"] - recomputed["activations"] == 4096 * (6e6 - 6e6 / 32 - 0.25e6)
+    assert forecast.memory(SEVEN, replace(ON_FOUR, whole_gradients=True))["whole gradients"] == 28e9
+    one_row = replace(ALONE, half=False, tokens=512)
+    assert forecast.memory(SEVEN, one_row)["activations"] < 4e9
+    stepping = forecast.memory(SEVEN, replace(one_row, foreach=True))
+    assert stepping["activations"] == 28e9, "foreach kernels take 4 bytes a parameter while they step"
+    offloaded = forecast.memory(SEVEN, replace(ON_FOUR, offload=True, tokens=512))
+    assert offloaded["host"] == 28e9 and offloaded["weights"] == 0
+
+
+@pytest.mark.parametrize(
+    "gib, plan, rows, expected",
+    [
+        # 4 GPUs hold 28 + 5.6 GB each, a token takes 6.06 MB and recomputed 0.5 MB, a tenth stays spare
+        (24, ON_FOUR, ROWS, (1024, False, False)),  # nothing fits
+        (36, ON_FOUR, ROWS, (4600, True, False)),
+        (36, ON_FOUR, LONG_STEPS, (4096, True, False)),
+        (36, replace(ON_FOUR, checkpointing=False), ROWS, (1024, False, False)),  # will not fit, and that is said
+        (40, ON_FOUR, ROWS, (1024, False, False)),
+        (40, replace(ON_FOUR, checkpointing=True), LONG_STEPS, (12288, True, False)),
+        (80, ON_FOUR, ROWS, (4600, False, False)),
+        (80, ON_FOUR, LONG_STEPS, (6144, False, False)),
+        (80, replace(ON_FOUR, checkpointing=True), LONG_STEPS, (16384, True, True)),
+        (139, ON_FOUR, LONG_STEPS, (16384, False, False)),
+        (139, ON_FOUR, replace(ROWS, longest=5000), (5000, False, False)),  # never less than a row
+        # 8 GPUs hold 14 + 5.6 GB each
+        (24, replace(ON_FOUR, world_size=8, group=8), ROWS, (4600, True, False)),
+        (40, replace(ON_FOUR, world_size=8, group=8), ROWS, (3072, False, False)),
+        # one holds 112 + 14 GB of autocast's copies; of copies of the model, reduced in 28 GB of buckets, none fits
+        (80, ALONE, ROWS, (1024, False, False)),
+        (139, ALONE, ROWS, (2048, False, False)),
+        (139, replace(ALONE, world_size=4), ROWS, (1024, False, False)),
+        (300, ALONE, LONG_STEPS, (16384, False, False)),  # nobody to reduce gradients with
+        # padded micro-batches are as large as the flags say
+        (80, PADDED, ROWS, (0, False, False)),
+        (40, PADDED, ROWS, (0, True, False)),
+        (40, replace(PADDED, checkpointing=False), ROWS, (0, False, False)),
+        (40, replace(PADDED, tokens=300), ROWS, (0, False, False)),
+        # a CPU gains nothing from larger packs
+        (139, replace(ON_FOUR, on_gpu=False), LONG_STEPS, (forecast.CPU_PACK_TOKENS, False, True)),
+    ],
+)
+def test_what_is_decided_for_7b(gib, plan, rows, expected):
+    decision = forecast.decide(SEVEN, plan, rows, gib * 2**30 - 1e9)
+    assert decision == forecast.Decision(*expected)
+
+
+def test_what_the_user_gave_stays():
+    def decide(budget, gib, model=SEVEN):
+        return forecast.decide(model, ON_FOUR, LONG_STEPS, gib * 2**30 - 1e9, budget)
+
+    assert decide(3000, 80) == forecast.Decision(3000, False, True)
+    assert decide(10_000, 80) == forecast.Decision(10_000, True, True), "recomputed as it would not fit"
+    assert decide(10_000, 80, replace(SEVEN, recomputes=False)) == forecast.Decision(10_000, False, False)
+    assert decide(100, 80).max_tokens_per_pack == 512 and decide(10**6, 139).max_tokens_per_pack == 20_000
+
+
+def test_which_flags_would_fit():
+    packed = replace(ON_FOUR, checkpointing=False, tokens=4096)
+    assert forecast.what_fits(SEVEN, packed, ROWS, 55e9).startswith("--max_tokens_per_pack 3072 (about 52.")
+    assert forecast.what_fits(SEVEN, packed, ROWS, 41e9).startswith("--max_tokens_per_pack 1024")
+    assert forecast.what_fits(SEVEN, packed, ROWS, 37.5e9).startswith("--gradient_checkpointing True (")
+    offload = '--fsdp "full_shard auto_wrap offload" --max_tokens_per_pack 1536 ('
+    assert forecast.what_fits(SEVEN, packed, ROWS, 17e9).startswith(offload)
+    padded = replace(PADDED, checkpointing=False)
+    half = "--per_device_train_batch_size 2 --gradient_accumulation_steps 16 (about "
+    assert forecast.what_fits(SEVEN, padded, ROWS, 42e9).startswith(half)
+    alone = forecast.what_fits(SEVEN, replace(ALONE, tokens=1024), ROWS, 23e9)
+    assert alone.startswith("torchrun --nproc_per_node=1 --fsdp") and "112.0 GB of CPU memory" in alone
+    assert forecast.what_fits(SEVEN, replace(ALONE, tokens=1024, on_gpu=False), ROWS, 23e9) is None
+    copies = replace(ON_FOUR, sharded=False, tokens=1024)
+    assert forecast.what_fits(SEVEN, copies, ROWS, 79e9).startswith('--fsdp "full_shard auto_wrap" (')
+
+
+def test_tokens_of_a_step():
+    even = forecast.rows_of([100] * 1000, 50_000, rows_per_step=128, world_size=4)
+    assert even == forecast.Rows(longest=100, share=0.5, step=3200)
+    uneven = forecast.rows_of([50, 150] * 500, 50_000, rows_per_step=100, world_size=1)
+    assert uneven.step == math.ceil(100 * 100 + 3 * 50 * math.sqrt(100 * (1 - 0.1)))
+    assert forecast.rows_of([100, 100], 100, rows_per_step=128, world_size=1).step == 200
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
@@ -186,37 +269,117 @@ def test_activations_are_counted_as_a_real_forward_pass_keeps_them(tiny, archite
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(tiny(architecture))
-    counted = forecast.measure(config, rows=3, tokens=40, half=False)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    shapes = {tuple(parameter.shape) for parameter in model.parameters()}
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     kept = {}
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor) is None or tensor, lambda x: x
-    ):
-        model(input_ids=torch.ones(3, 40, dtype=torch.long), use_cache=False)
-    real = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in weights)
-    assert counted.activations == pytest.approx(real, rel=0.1)  # fake tensors cannot tell that no mask is needed
+
+    def keep(tensor):
+        if tuple(tensor.shape) not in shapes and tuple(tensor.shape)[::-1] not in shapes:
+            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    for half in (False, True):  # autocast keeps copies of the weights, which are no activations
+        counted = forecast.measure(config, tokens=40, half=half, autocast=True)
+        kept.clear()
+        context = torch.autocast("cpu", torch.bfloat16, enabled=half)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), context:
+            model(input_ids=torch.ones(3, 40, dtype=torch.long), use_cache=False)
+        real = sum(tensor.untyped_storage().nbytes() for pointer, tensor in kept.items() if pointer not in weights)
+        assert counted.activations * 120 == pytest.approx(real, rel=0.1)
     assert counted.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert counted.vocabulary == config.vocab_size and counted.recomputes
 
 
-def test_a_model_too_large_for_this_machine_is_said_with_a_way_out(tmp_path, capsys, monkeypatch):
-    args = Namespace(process_index=0, world_size=4, fsdp=True, fsdp_config={}, parallelism_config=None, bf16=True,
-                     fp16=False, optim="adamw_torch", gradient_checkpointing=False, per_device_train_batch_size=4,
-                     gradient_accumulation_steps=8, device=torch.device("cuda"))  # fmt: skip
+def flags_of(**changed):
+    return Namespace(**{**dict(
+        process_index=0, world_size=4, fsdp=True, fsdp_config={}, parallelism_config=None, bf16=True, fp16=False,
+        optim="adamw_torch_fused", gradient_checkpointing=None, per_device_train_batch_size=4,
+        gradient_accumulation_steps=8, device=torch.device("cuda"), batching="packed", max_tokens_per_pack="auto",
+    ), **changed})  # fmt: skip
+
+
+def test_a_model_too_large_for_this_machine_is_said_with_a_way_out(capsys, monkeypatch):
+    """The README's command: 7B in bfloat16 on four cards of 40 GB."""
+    measured = forecast.measure(llama_7b(), 512, half=True)
+    assert measured.parameters == 6_738_423_808 and measured.layers == 32
+    monkeypatch.setattr(forecast, "measure", lambda config, tokens, half, autocast: measured)
     monkeypatch.setattr(forecast, "available_memory", lambda device: (40e9, 500e9))
-    model = forecast.forecast_memory(args, llama_7b(), longest=512)
-    output = capsys.readouterr().out
-    assert model.parameters == 6_738_423_808
-    assert (
-        "memory per GPU (4 rows of 512 tokens), forecast: weights 6.7 GB + gradients 6.7 GB + optimizer 13.5 GB"
-        in output
-    )
+
+    def forecast_with(**changed):
+        model, decision = forecast.forecast_memory(flags_of(**changed), None, ROWS)
+        assert model is measured
+        return decision, capsys.readouterr().out
+
+    padded = dict(batching="padded", gradient_checkpointing=False)
+    decision, output = forecast_with(**padded)
+    parts = "weights 6.7 GB + gradients 6.7 GB + optimizer 13.5 GB + gathered "
+    assert f"memory per GPU (4 rows of 512 tokens), forecast: {parts}" in output
     assert "does not fit; this would: --per_device_train_batch_size 2 --gradient_accumulation_steps 16" in output
-    args.fsdp_config = {"cpu_offload": True}
+    assert decision == forecast.Decision(0, False, False)
+
+    _, output = forecast_with(gradient_checkpointing=False, max_tokens_per_pack="4096")
+    assert "packs of at most 4096 tokens" in output and "this would: --max_tokens_per_pack 1024 (about" in output
+    monkeypatch.setattr(forecast, "available_memory", lambda device: (37e9, 500e9))
+    decision, output = forecast_with()
+    assert f"memory per GPU (packs of at most 4600 tokens), forecast: {parts}" in output
+    assert "--gradient_checkpointing True is chosen: without it 1024 tokens at a time take 3" in output
+    assert decision == forecast.Decision(4600, True, False) and "does not fit" not in output
+
     monkeypatch.setattr(forecast, "available_memory", lambda device: (40e9, 20e9))
-    forecast.forecast_memory(args, llama_7b(), longest=512)
-    output = capsys.readouterr().out
+    _, output = forecast_with(**padded, fsdp_config={"cpu_offload": True})
     assert "does not fit" not in output and "offloading takes 27.0 GB of CPU memory a process, available 20.0" in output
+
+
+def test_without_a_forecast_the_decision_is_cautious(capsys, monkeypatch):
+    autocast = []
+
+    def fails(*args, **kwargs):
+        autocast.append(kwargs["autocast"])
+        raise RuntimeError("data-dependent shape")
+
+    monkeypatch.setattr(forecast, "measure", fails)
+    assert forecast.forecast_memory(flags_of(), None, ROWS) == (None, forecast.Decision(4096, False, False))
+    assert "no forecast, this model does not run on fake tensors (RuntimeError: data-dep" in capsys.readouterr().out
+    changed = flags_of(max_tokens_per_pack="100", gradient_checkpointing=True)
+    assert forecast.forecast_memory(changed, None, ROWS)[1] == forecast.Decision(512, True, False)
+    assert forecast.forecast_memory(flags_of(batching="padded"), None, ROWS)[1].max_tokens_per_pack == 0
+    forecast.forecast_memory(flags_of(fsdp=None), None, ROWS)
+    assert autocast == [False, False, False, True], "FSDP's weights are bfloat16 themselves"
+
+
+def test_flags_become_a_plan():
+    by_fsdp = flags_of(fsdp_config={"activation_checkpointing": True, "cpu_offload": True}, optim="adamw_torch")
+    assert forecast.plan_of(by_fsdp, ROWS) == replace(ON_FOUR, checkpointing=True, offload=True, foreach=True)
+    assert forecast.plan_of(flags_of(batching="padded"), ROWS) == PADDED
+    assert not forecast.plan_of(flags_of(optim="adafactor"), ROWS).foreach
+
+
+def test_the_decision_reaches_the_flags_of_the_trainer(tiny, tmp_path, monkeypatch):
+    """None stays None through transformers' own checks, and becomes what was decided."""
+    from alpaca.run import check_before_loading
+    from train import load_config, make_supervised_data_module, parse_flags
+
+    words = [f"--model_name_or_path={tiny('llama')}", f"--data_path={write_rows(tmp_path / 'rows.json', 8)}",
+             f"--output_dir={tmp_path / 'out'}", f"--cache_dir={tmp_path}", "--use_cpu"]  # fmt: skip
+    decided = {}
+    for flag in ("", "--gradient_checkpointing", "--gradient_checkpointing=False"):
+        model_args, data_args, args = parse_flags(words + [flag] * bool(flag))
+        assert args.gradient_checkpointing is {"": None}.get(flag, flag == "--gradient_checkpointing")
+        data = make_supervised_data_module(golden_tokenizer("llama"), data_args, str(tmp_path))
+        decided[flag] = check_before_loading(args, load_config(model_args, args), data, None)
+        assert args.gradient_checkpointing is args.activation_checkpointing is decided[flag].gradient_checkpointing
+    assert [each.gradient_checkpointing for each in decided.values()] == [False, True, False]
+    total = sum(map(len, data["train_dataset"].input_ids))
+    assert decided[""].max_tokens_per_pack == total and not decided[""].hold_gradients, "8 rows are one step"
+
+    chosen = forecast.Decision(512, True, False)
+    monkeypatch.setattr(forecast, "forecast_memory", lambda args, config, rows: (None, chosen))
+    for fsdp_config, expected in (({}, True), ({"activation_checkpointing": True}, False)):  # which does it itself
+        model_args, data_args, args = parse_flags(words)
+        args.fsdp, args.fsdp_config = True, fsdp_config
+        assert check_before_loading(args, load_config(model_args, args), data, None) == chosen
+        assert args.gradient_checkpointing is args.activation_checkpointing is expected
 
 
 # ---- disk ----
@@ -247,9 +410,7 @@ def test_how_many_checkpoints_stand_at_once(strategy, save_steps, limit, done, e
 
 def test_too_small_a_disk_is_refused_before_training(tmp_path, capsys):
     args = Namespace(output_dir=str(tmp_path / "new" / "out"), save_only_model=False, save_dtype="bfloat16", fsdp=None,
-                     optim="adamw_torch", world_size=1, parallelism_config=None, gradient_checkpointing=False,
-                     bf16=False, fp16=False, per_device_train_batch_size=1,
-                     gradient_accumulation_steps=1, device=torch.device("cpu"))  # fmt: skip
+                     optim="adamw_torch_fused")  # fmt: skip
     forecast.check_room(args, parameters=1_000_000, checkpoints=2)
     assert (
         "disk, forecast: 2 x 12.0 MB for checkpoints + 2.0 MB for the final model = 26.0 MB" in capsys.readouterr().out

@@ -75,7 +75,7 @@ def test_one_process_ddp_fsdp_and_offload_agree(tiny, tmp_path):
         "one": (0, dict(gradient_accumulation_steps=4)),
         "ddp": (2, dict(gradient_accumulation_steps=2)),
         "fsdp": (2, dict(gradient_accumulation_steps=2, fsdp="full_shard auto_wrap")),
-        "offload": (2, dict(gradient_accumulation_steps=2, fsdp="full_shard auto_wrap offload")),
+        "offload": (2, dict(gradient_accumulation_steps=2, fsdp="full_shard auto_wrap offload", batching="padded")),
     }
     for name, (processes, flags) in runs.items():
         train(dict(output_dir=tmp_path / name, **common, **flags), processes)
