@@ -166,6 +166,8 @@ def attempt(contender: Contender, setup: Setup, warmup: int, deadline: float) ->
     gc.collect()
     if setup.device.type == "cuda":
         torch.cuda.empty_cache()
+        if (left := torch.cuda.memory_allocated()) > 1e9:
+            print(f"{contender.name} left {left / 1e9:.0f} GB behind", file=sys.stderr)
     return turn
 
 
@@ -229,8 +231,9 @@ def run(options: argparse.Namespace, device: torch.device, folder: Path) -> dict
     setup = Setup(config, tokenizer, dataset, str(folder / "output"), device, per_step=128, steps=6)
     contenders = SECTIONS[options.section](options.tokens_per_pack)
     if options.section != "cpu":
-        small = setup if device.type == "cuda" else replace(setup, per_step=32, steps=3)  # a rehearsal
-        return {options.section: measure_section(contenders, small, options.rounds or 1, setup.steps // 3, deadline)}
+        if device.type == "cpu":  # a rehearsal
+            config.num_hidden_layers, setup = 1, replace(setup, per_step=16, steps=3)
+        return {options.section: measure_section(contenders, setup, options.rounds or 1, 2, deadline)}
     plans = {"32 examples a step": (32, 4, 3), "128 examples a step": (128, 3, 2)}  # examples, steps, rounds
     if options.quick:
         plans = {"32 examples a step": (32, 2, 1)}
