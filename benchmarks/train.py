@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from torch import Tensor, nn
@@ -106,6 +107,12 @@ class StepClock(TrainerCallback):
         control.should_training_stop |= self.ends[-1] > self.deadline
 
 
+def cpu_seconds() -> tuple[float, float]:
+    """CPU time that all processes of the machine have taken so far, and that this one has."""
+    times = psutil.cpu_times()
+    return sum(times) - times.idle - getattr(times, "iowait", 0.0), time.process_time()
+
+
 def count_packed_rows(trainer: Trainer) -> list[tuple[Tensor, int]]:
     """Rows and tokens of every micro-batch that `trainer` will train on, from its position ids."""
     counts, training_step = [], trainer.training_step
@@ -121,7 +128,8 @@ def count_packed_rows(trainer: Trainer) -> list[tuple[Tensor, int]]:
 
 def take_turn(contender: Contender, setup: Setup, warmup: int, deadline: float) -> dict[str, Any]:
     """Train `setup.steps` steps, the first `warmup` of them untimed: seconds, examples and tokens of the others, loss
-    and gradient norm of the first. A step lasts from the end of the one before: loading its rows is part of it."""
+    and gradient norm of the first. A step lasts from the end of the one before: loading its rows is part of it.
+    `others` is the share of the cores that other processes took meanwhile."""
     gpu = setup.device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -130,7 +138,10 @@ def take_turn(contender: Contender, setup: Setup, warmup: int, deadline: float) 
     clock = StepClock(deadline)
     trainer.add_callback(clock)
     counts = count_packed_rows(trainer) if contender.own_rows else []
+    before, begin = cpu_seconds(), time.perf_counter()
     trainer.train()
+    taken = time.perf_counter() - begin
+    others = (cpu_seconds()[0] - before[0]) - (cpu_seconds()[1] - before[1])
     if len(clock.ends) <= warmup:
         raise TimeoutError("not one step was timed before the time was over")
     seconds = [after - before for before, after in zip(clock.ends, clock.ends[1:])][warmup - 1 :]
@@ -144,7 +155,7 @@ def take_turn(contender: Contender, setup: Setup, warmup: int, deadline: float) 
         tokens = planned_tokens(setup.dataset, setup.per_step, setup.steps)[warmup : warmup + len(seconds)]
     first = trainer.state.log_history[0]
     turn = {"seconds": seconds, "examples": examples, "tokens": tokens, "loss": first["loss"],
-            "grad_norm": first["grad_norm"]}  # fmt: skip
+            "grad_norm": first["grad_norm"], "others": others / taken / os.cpu_count()}  # fmt: skip
     return {**turn, "peak_GB": torch.cuda.max_memory_allocated() / 1e9} if gpu else turn
 
 

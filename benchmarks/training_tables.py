@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 Turn = Mapping[str, Any]
+DISTURBED = 0.1  # share of the cores; torch's threads wait for each other, so a little costs much
 
 
 def difference(value: float, reference: float) -> float:
@@ -43,6 +44,7 @@ def summarize(
             "examples_per_step": round(statistics.mean(examples), 1),
             "seconds_of_steps": [[round(second, 3) for second in turn["seconds"]] for turn in mine],
             "seconds_per_step": round(statistics.mean(seconds), 3),
+            "cores_taken_by_others": [round(max(turn["others"], 0), 2) for turn in mine],
             "first_loss": mine[0]["loss"],
             "first_grad_norm": mine[0]["grad_norm"],
         }
@@ -90,4 +92,8 @@ def render(sections: Mapping[str, Mapping[str, Any]]) -> str:
             *("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head))),
             *("| " + " | ".join(cells + [""] * (len(head) - len(cells))) + " |" for cells in table), "",
         ]  # fmt: skip
+        shares = [one.get("cores_taken_by_others", [0]) for one in section["contenders"].values()]
+        taken = max(map(max, shares))
+        if taken > DISTURBED:
+            text += [f"Other processes took up to {taken:.0%} of the cores during a turn: measure again.", ""]
     return "\n".join(text)

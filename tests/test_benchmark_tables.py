@@ -5,7 +5,7 @@ from benchmarks.training_tables import render, summarize
 
 def turn(seconds: list[float], loss: float = 2.0, **more: float) -> dict:
     return {"seconds": seconds, "examples": [32] * len(seconds), "tokens": [4000] * len(seconds), "loss": loss,
-            "grad_norm": 1.0, **more}  # fmt: skip
+            "grad_norm": 1.0, "others": 0.0, **more}  # fmt: skip
 
 
 def test_ratios_are_taken_within_a_round():
@@ -20,7 +20,7 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_a_reference_that_failed_is_not_one():
-    turns = {"old": [{"failed": "out of memory"}], "new": [turn([1, 1], peak_GB=100.04)]}
+    turns = {"old": [{"failed": "out of memory"}], "new": [turn([1, 1], peak_GB=100.04, others=0.3)]}
     result = summarize(turns, [], parameters=10**9, flops=1e14)
     new = result["new"]
     assert (new["reference"], new["speedup"], new["peak_GB"], new["mfu"]) == ("new", 1.0, 100.0, 0.24)
@@ -30,3 +30,4 @@ def test_a_reference_that_failed_is_not_one():
     lines = render({"items": section}).splitlines()
     table = [line.split(" | ") for line in lines if line.startswith("|")]
     assert len({len(line) for line in table}) == 1 and table[2][:2] == ["| old", "out of memory"]
+    assert "took up to 30% of the cores" in lines[-1]
