@@ -245,7 +245,7 @@ def run(options: argparse.Namespace, device: torch.device, folder: Path) -> dict
         if device.type == "cpu":  # a rehearsal
             config.num_hidden_layers, setup = 1, replace(setup, per_step=16, steps=3)
         return {options.section: measure_section(contenders, setup, options.rounds or 1, 2, deadline)}
-    plans = {"32 examples a step": (32, 4, 3), "128 examples a step": (128, 3, 2)}  # examples, steps, rounds
+    plans = {"32 examples a step": (32, 3, 3), "128 examples a step": (128, 2, 3)}  # examples, steps, rounds
     if options.quick:
         plans = {"32 examples a step": (32, 2, 1)}
     sections = {}
@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1000, help="how many of them")
     parser.add_argument("--section", choices=SECTIONS, help="cpu, or what to measure on a GPU (rivals)")
     parser.add_argument("--quick", action="store_true", help="on a CPU: one step, one round, 32 examples a step")
-    parser.add_argument("--rounds", type=int, help="turns of every contender (CPU: 3 and 2, GPU: 1)")
+    parser.add_argument("--rounds", type=int, help="turns of every contender (CPU: 3, GPU: 1)")
     parser.add_argument("--tokens_per_pack", default="4096", help="of ours, in all sections but budget")
     parser.add_argument("--minutes", type=float, help="no turn begins later than that (CPU: 11.5, GPU: 8)")
     parser.add_argument("--output", type=Path, help="result file; other sections in it are kept")
