@@ -29,6 +29,7 @@ import numpy as np
 from rouge_score import rouge_scorer
 
 from alpaca.novelty import NoveltyFilter, Similarity
+from benchmarks.machine import cpu_name
 
 ROOT = Path(__file__).resolve().parent.parent
 CALL = 85
@@ -144,14 +145,6 @@ def whole_run(total: int, rows: list[dict]) -> dict:
         result[f"hours_{name}_integrated_not_run"] = round(hours, 2)
         result[f"times_faster_than_{name}_integrated_not_run"] = round(hours * 3600 / seconds)
     return result
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def main() -> None:
