@@ -36,7 +36,7 @@ GB = 1e9
 SPARE = 0.1  # of what is gathered and of the activations, where the size is decided here
 PACK_TOKENS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024)  # of --max_tokens_per_pack auto
 CPU_PACK_TOKENS = 4096  # its most on a CPU
-LOSS_CHUNK = 1024  # positions of which the loss has float32 values at a time
+LOSS_CHUNK = 2**24  # logits of which the loss has float32 values at a time
 OPTIMIZER_BYTES = {"adafactor": 0.1, "sgd": 0, "rmsprop": 4, "adagrad": 4, "lion": 4, "8bit": 2}  # else AdamW's 8
 
 
@@ -159,7 +159,7 @@ def _logits(model: Model, plan: Plan) -> float:
     logits of all positions and their gradient besides. accelerate makes what leaves a model under autocast float32."""
     item, targets = 2 if plan.half and plan.sharded else 4, plan.share * plan.tokens
     positions = targets + (0 if plan.packed else plan.tokens)
-    return model.vocabulary * (2 * item * positions + 3 * 4 * min(LOSS_CHUNK, targets))
+    return 2 * item * model.vocabulary * positions + 3 * 4 * min(LOSS_CHUNK, model.vocabulary * targets)
 
 
 def total(parts: dict[str, float]) -> float:

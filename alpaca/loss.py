@@ -1,11 +1,13 @@
 """The loss: cross entropies of target tokens, each with its own weight."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-CHUNK = 1024  # positions whose probabilities stand in float32 at a time
+# Logits whose probabilities stand in float32 at a time: on a CPU what its cache holds, else few launches of kernels.
+CHUNK = {"cpu": 2**20, "cuda": 2**24}
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
@@ -32,16 +34,20 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         logits, targets, weights, normalizers = ctx.saved_tensors
         result, smoothing = torch.empty_like(logits), ctx.smoothing
         for part, target, weight, normalizer, out in _chunks(logits, targets, weights, normalizers, result):
-            gradient = (part.float() - normalizer.unsqueeze(1)).exp_()  # the softmax
+            gradient = out if out.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
+            torch.sub(part, normalizer.unsqueeze(1), out=gradient).exp_()  # the softmax
             if smoothing:
                 gradient -= smoothing / logits.shape[-1]
             gradient.scatter_add_(1, target.unsqueeze(1), gradient.new_full((len(target), 1), smoothing - 1))
-            out.copy_(gradient.mul_((weight * grad).unsqueeze(1)))
+            gradient.mul_((weight * grad).unsqueeze(1))
+            if gradient is not out:
+                out.copy_(gradient)
         return result, None, None, None
 
 
-def _chunks(*tensors: Tensor):
-    return zip(*(tensor.split(CHUNK) for tensor in tensors))
+def _chunks(logits: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    positions = max(CHUNK.get(logits.device.type, CHUNK["cuda"]) // logits.shape[-1], 1)
+    return zip(*(tensor.split(positions) for tensor in (logits, *tensors)))
 
 
 def weighted_cross_entropy(

@@ -108,7 +108,7 @@ PADDED = Contender("padded, as in 2023", stock)
 REBALANCED = Contender("Trainer, batch_rebalance", stock, {"train_sampling_strategy": "batch_rebalance"})
 TRL_PADDED = Contender("TRL, padded", trl)
 TRL_FREE = Contender("TRL, padding_free", trl, {"padding_free": True})
-OURS_PADDED = Contender("ours: targets' logits only", ours, {"batching": "padded"})
+OURS_PADDED = Contender("ours, padded", ours, {"batching": "padded"})
 
 
 def packed(tokens: str, prefix: bool, name: str, **flags: Any) -> Contender:
@@ -161,7 +161,7 @@ def budgets(tokens: str) -> list[Contender]:
 def sharded(tokens: str) -> list[Contender]:
     """FSDP with one rank: its own cost, since there is nothing to send."""
     return [
-        Contender("ours: targets' logits only, FSDP", ours, {**OURS_PADDED.flags, "fsdp": True}),
+        Contender("ours, padded, FSDP", ours, {**OURS_PADDED.flags, "fsdp": True}),
         packed(tokens, True, "ours (all), FSDP", fsdp=True),
     ]
 
