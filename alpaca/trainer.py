@@ -42,7 +42,6 @@ class AlpacaTrainer(Trainer):
         """`contract` (alpaca/contract.py) is kept with every checkpoint. `hold_gradients`: under FSDP, reduce gradients
         once a step, which takes 4 bytes a parameter on every rank."""
         super().__init__(**kwargs)
-        self.loss_is_scaled_for_ga = True  # by the weights of the targets
         self.contract, self.hold_gradients = contract or {}, hold_gradients
         self.black_box = BlackBox(self.train_dataset, self.processing_class)
         for callback in (ProgressCallback, PrinterCallback):
@@ -129,6 +128,7 @@ class AlpacaTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: None = None) -> Tensor:
         """Forward and backward pass of each micro-batch in `inputs`. Returns their loss on this rank, times the number
         of ranks: the mean over the ranks is the loss of the step."""
+        self.current_gradient_accumulation_steps = 1  # the Trainer divides by it; the weights have done that
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(inputs):
             last = number == len(inputs) - 1

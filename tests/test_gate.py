@@ -173,7 +173,7 @@ LONG_STEPS = replace(ROWS, step=20_000)
 def test_memory_by_hand():
     """The embeddings are 7.0 - 32 x 0.2 = 0.6 billion parameters. 10^9 bytes:"""
     packed = forecast.memory(SEVEN, replace(ON_FOUR, tokens=4096))
-    chunk = 12 * 1024 * 32_000
+    chunk = 12 * 2**24
     assert packed == {
         "weights": 7e9, "gradients": 7e9, "optimizer": 14e9, "whole gradients": 0,
         "gathered": 2 * (0.6e9 + 0.4e9) + (2 + 4) * 0.6e9,
