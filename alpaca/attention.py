@@ -36,7 +36,7 @@ WITHOUT_EFFECT = {  # what models pass on to every layer and what does not chang
 }  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(eq=False)  # not frozen: torch.compile would look into it and compile anew for each pack
 class PackLayout:
     """Where the rows of a pack of T tokens lie. Build it with `PackLayout.of`, which describes the first fields."""
 
