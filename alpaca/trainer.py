@@ -133,12 +133,19 @@ class AlpacaTrainer(Trainer):
         for number, batch in enumerate(inputs):
             last = number == len(inputs) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed takes its step then
-            hold = not last and (self.hold_gradients or not self.is_fsdp_enabled)
-            with self.accelerator.no_sync(model) if hold else nullcontext(), self.attention_for(batch):
+            with self._reduction(model, last), self.attention_for(batch):
                 loss = super().training_step(model, batch)
             self.black_box.losses.append(loss)
             total += loss
         return total
+
+    def _reduction(self, model: nn.Module, last: bool) -> AbstractContextManager:
+        """Gradients are reduced over the ranks after the last micro-batch of a step; under FSDP after each, so that
+        they stay sharded, unless they are held."""
+        if self.is_fsdp_enabled:
+            model.set_requires_gradient_sync(last or not self.hold_gradients)
+            return nullcontext()
+        return nullcontext() if last else self.accelerator.no_sync(model)
 
     def attention_for(self, batch: dict[str, Any]) -> AbstractContextManager:
         """Also around the backward pass: checkpointed layers run again there."""

@@ -382,6 +382,22 @@ def test_the_decision_reaches_the_flags_of_the_trainer(tiny, tmp_path, monkeypat
         assert args.gradient_checkpointing is args.activation_checkpointing is expected
 
 
+def test_a_run_goes_on_with_what_was_decided_for_it(tmp_path):
+    """Whatever memory is free now; flags that say otherwise are obeyed."""
+    from alpaca.checkpoints import MANIFEST
+    from alpaca.contract import keep_decisions, note_decisions
+
+    contract = {"rounding": {}}
+    note_decisions(Namespace(max_tokens_per_pack="3072", gradient_checkpointing=False), contract)
+    (tmp_path / MANIFEST).write_text(json.dumps({"contract": contract}))
+    for given, kept in {("auto", None): ("3072", False), ("512", True): ("512", True)}.items():
+        args = Namespace(max_tokens_per_pack=given[0], gradient_checkpointing=given[1])
+        keep_decisions(args, str(tmp_path))
+        assert (args.max_tokens_per_pack, args.gradient_checkpointing) == kept
+    keep_decisions(args := Namespace(max_tokens_per_pack="auto", gradient_checkpointing=None), None)
+    assert args.max_tokens_per_pack == "auto" and args.gradient_checkpointing is None
+
+
 # ---- disk ----
 
 

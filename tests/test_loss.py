@@ -57,7 +57,7 @@ def test_gradient_of_a_step(tiny, tmp_path, normalization, processes):
     data, output = write_rows(tmp_path / "rows.json", 17), tmp_path / "out"
     flags = dict(model_name_or_path=tiny("llama"), data_path=data, output_dir=output, loss_normalization=normalization,
                  per_device_train_batch_size=4, gradient_accumulation_steps=8, **ONE_STEP)  # fmt: skip
-    if processes:  # several packs on each rank, whose gradients are reduced together
+    if processes:  # several packs on each rank, whose gradients are held: there is memory enough for a tiny model
         flags |= dict(fsdp="full_shard auto_wrap", max_tokens_per_pack=150)
     train(flags, processes)
     expected, loss = plain_torch_step(tiny("llama"), data, normalization, 17, 4)

@@ -24,13 +24,13 @@ def alpaca_lengths(number: int, seed: int) -> list[int]:
     return np.clip(drawn, 30, 512).astype(int).tolist()
 
 
-def random_rows(number: int, seed: int, share: bool = True) -> list[dict]:
-    """Rows of 2 to 60 tokens that begin with one of two templates or with nothing in common, some without a target."""
+def random_rows(number: int, seed: int, share: bool = True, without: float = 0.1) -> list[dict]:
+    """Rows of 2 to 60 tokens that begin with one of two templates or with nothing in common; some `without` targets."""
     draw, rows = np.random.default_rng(seed), []
     for _ in range(number):
         template = [[1, 2, 3, 4, 5, 6, 7], [1, 2, 9, 9, 8, 7, 6, 5, 4, 3], []][draw.integers(3) if share else 2]
         prompt = template + draw.integers(10, 99, draw.integers(1, 25)).tolist()
-        answer = draw.integers(10, 99, draw.integers(0 if draw.random() < 0.1 else 1, 25)).tolist()
+        answer = draw.integers(10, 99, int(draw.integers(1, 25) * (draw.random() >= without))).tolist()
         labels = [IGNORE_INDEX] * len(prompt) + answer
         rows.append(dict(input_ids=torch.tensor(prompt + answer), labels=torch.tensor(labels)))
     return rows
@@ -68,8 +68,9 @@ def test_ranks_wait_less_than_a_hundredth_of_a_step(world_size, capacity):
 @pytest.mark.parametrize("normalization", ["token", "microbatch"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_each_step_has_the_rows_and_weights_of_the_padded_one(world_size, normalization):
-    """Three epochs of 45 rows, 16 a step: the last step has 13, and at 4 ranks two of them have no rows left."""
-    rows = random_rows(45, seed=world_size)
+    """Three epochs of 45 rows, 16 a step: the last step has 13, and at 4 ranks two of them have no rows left. So many
+    rows have no target that some micro-batches have none either."""
+    rows = random_rows(45, seed=world_size, without=0.6)
     sizes = measure_rows(rows)
 
     def epochs(packing):
