@@ -43,7 +43,7 @@ class Setup:
         return dict(
             output_dir=self.folder, per_device_train_batch_size=per_device, max_steps=self.steps, seed=SEED,
             gradient_accumulation_steps=accumulation or self.per_step // per_device, bf16=gpu, tf32=gpu or None,
-            use_cpu=not gpu, optim="adamw_torch_fused" if gpu else "adamw_torch", learning_rate=2e-5, weight_decay=0.0,
+            use_cpu=not gpu, optim="adamw_torch_fused", learning_rate=2e-5, weight_decay=0.0,
             lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
         )  # fmt: skip
 
