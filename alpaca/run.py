@@ -40,6 +40,11 @@ def check_combinations(args: "TrainingArguments") -> None:
         raise UsageError(f"--max_tokens_per_pack {tokens}: expected auto or a positive number of tokens")
     if tokens != "auto" and args.batching == "padded":
         raise UsageError(f"--max_tokens_per_pack {tokens}: padded batches are not packed; drop --batching padded")
+    if args.train_sampling_strategy == "batch_rebalance":
+        raise UsageError(
+            "--train_sampling_strategy batch_rebalance: --batching packed, the default, deals the rows of a step to "
+            "the ranks even more evenly, and without padding; drop the flag"
+        )
     if args.metric_for_best_model not in (None, "loss", "eval_loss"):
         raise UsageError(f"--metric_for_best_model {args.metric_for_best_model}: only eval_loss is computed")
 
