@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alpaca.encoding import ranges
 from alpaca.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,13 +81,13 @@ class PackLayout:
         place, position, length = np.array(pieces, dtype=np.int64).T
         begin = np.cumsum(length) - length  # place in the unshared layout
         copies = [
-            _ranges(begin[np.equal(owners, i)], np.full(owners.count(i), length)) for i, length in enumerate(prefixes)
+            ranges(begin[np.equal(owners, i)], np.full(owners.count(i), length)) for i, length in enumerate(prefixes)
         ]
         seqlens = [*prefixes, *(n + (prefixes[p] if p >= 0 else 0) for n, p in zip(rows, chosen))]
         tensors = {
-            "position_ids": _ranges(position[own], length[own]),
-            "gather": _ranges(place, length),
-            "scatter": _ranges(begin[own], length[own]),
+            "position_ids": ranges(position[own], length[own]),
+            "gather": ranges(place, length),
+            "scatter": ranges(begin[own], length[own]),
             "copies": np.concatenate([np.zeros(0, np.int64), *copies]),
             "cu_seqlens": np.cumsum([0, *seqlens], dtype=np.int32),
         }
@@ -107,12 +108,6 @@ class PackLayout:
 
     def pin_memory(self) -> "PackLayout":
         return self._each_tensor(Tensor.pin_memory)
-
-
-def _ranges(begin: np.ndarray, length: np.ndarray) -> np.ndarray:
-    """begin[0], begin[0] + 1, ... (length[0] of them), then those from begin[1], ..."""
-    before = np.cumsum(length) - length
-    return np.repeat(begin - before, length) + np.arange(length.sum())
 
 
 def register() -> None:

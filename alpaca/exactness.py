@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PACK_TOKENS = 4096
 FLOOR = 1e-4  # relative difference that is never minded: float32 rounding is below 1e-5, a leak above 1e-2
+FP16_SCALE = 1024  # of the loss: the scaler's own first guess makes gradients infinite
 MARGIN = 4  # times the difference between padded rows and the same alone
 
 
@@ -63,7 +64,9 @@ def check_packing(trainer: "AlpacaTrainer", loader: "DataLoader") -> None:
         what = "packs that share what rows begin with" if packing.prefixes else "packs"
         try:
             found = difference(_gradient(trainer, loader, [replace(padded, packed=True)]), reference)
-        except (TypeError, ValueError, NotImplementedError) as error:
+        except (torch.OutOfMemoryError, torch.distributed.DistError):
+            raise
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             trainer.model.zero_grad()
             say(f"note: no {what}: {str(error).splitlines()[0]}", rank)
             continue
@@ -98,7 +101,7 @@ def _gradient(trainer: "AlpacaTrainer", loader: "DataLoader", batches: list[Micr
         )
         with trainer.attention_for(batch), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, batch)
-            trainer.accelerator.backward(loss)
+            (loss * FP16_SCALE if trainer.args.fp16 else loss).backward()
     layers = next((module for module in trainer.model.modules() if isinstance(module, nn.ModuleList)), trainer.model)
     layer = layers[0] if isinstance(layers, nn.ModuleList) else layers
     gradients = [parameter.grad for parameter in layer.parameters() if parameter.grad is not None]

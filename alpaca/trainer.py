@@ -1,6 +1,6 @@
-"""Hugging Face's Trainer with five things of our own: rows are never repeated to fill a batch, the loss can be
-normalized as in 2023 or as today, a loss that is not finite stops the run, FSDP shards on CPU ranks too, and what is
-saved is always a plain checkpoint that `from_pretrained` reads, whole or not there."""
+"""Hugging Face's Trainer with six things of our own: the rows of a step are packed, rows are never repeated to fill a
+batch, the loss can be normalized as in 2023 or as today, a loss that is not finite stops the run, FSDP shards on CPU
+ranks too, and what is saved is always a plain checkpoint that `from_pretrained` reads, whole or not there."""
 
 import os
 import time

@@ -113,7 +113,9 @@ def compare(
     for name, size, packing, counts in ways:
         try:
             found, gradients = gradient(size, batch_size * accumulation // size, packing, options.bf16)
-        except (TypeError, ValueError, NotImplementedError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             print(f"  {name:26} cannot be computed: {str(error).splitlines()[0]}")
             exact = exact and not counts
             continue
