@@ -174,5 +174,5 @@ def full_state_dict(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
             whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
             gathered[id(value)] = whole.cpu() if keep else torch.empty(0)
         if keep:
-            state[name.replace("_orig_mod.", "")] = gathered[id(value)]  # torch.compile's prefix is not for files
+            state[name] = gathered[id(value)]
     return state

@@ -20,6 +20,7 @@ from alpaca.attention import PackLayout, confined_to_rows
 from alpaca.batching import StepLoader, StepSampler, StepTotals
 from alpaca.blackbox import BlackBox
 from alpaca.checkpoints import delete_old_checkpoints, load_optimizer_of_other_layout, write_patiently, written_whole
+from alpaca.compiling import compile_layers, explained
 from alpaca.console import ConsoleCallback, say
 from alpaca.exactness import check_packing, choose_packing
 from alpaca.fsdp import full_state_dict, shard_on_cpu
@@ -55,13 +56,18 @@ class AlpacaTrainer(Trainer):
         self.pack_kernel = chosen if chosen.startswith("flash_attention") else None
         self._step: StepTotals | None = None
         self._packing_checked = False
+        if self.args.torch_compile:
+            compile_layers(self.model, self.args)
 
     def create_accelerator_and_postprocess(self) -> None:
-        if not (self.args.fsdp and self.args.device.type == "cpu"):
-            return super().create_accelerator_and_postprocess()
-        mesh, self.args.parallelism_config = self.args.parallelism_config, None  # accelerate refuses it on a CPU
+        args, on_cpu = self.args, self.args.fsdp and self.args.device.type == "cpu"
+        backend, args.torch_compile_backend = args.torch_compile_backend, "no"  # it would compile the model as a whole
+        mesh = args.parallelism_config
+        args.parallelism_config = None if on_cpu else mesh  # accelerate refuses it there
         super().create_accelerator_and_postprocess()
-        shard_on_cpu(self, mesh)
+        args.torch_compile_backend = backend
+        if on_cpu:
+            shard_on_cpu(self, mesh)
 
     # ---- rows ----
 
@@ -110,10 +116,11 @@ class AlpacaTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        if not self._packing_checked:
-            check_packing(self, train_dataloader)
-            self._packing_checked = True
-        super()._run_epoch(train_dataloader=train_dataloader, **kwargs)
+        with explained(self.args):
+            if not self._packing_checked:
+                check_packing(self, train_dataloader)
+                self._packing_checked = True
+            super()._run_epoch(train_dataloader=train_dataloader, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """All micro-batches of an optimizer step in place of the Trainer's last micro-batch, and nothing in place of

@@ -68,14 +68,16 @@ def test_no_rank_but_the_first_holds_a_full_copy(tiny, tmp_path):
 
 
 def test_one_process_ddp_fsdp_and_offload_agree(tiny, tmp_path):
-    """Float32, 27 rows in global batches of 8: the last step of an epoch has 3 rows, so one rank has fewer."""
+    """The last with compiled layers. Float32, 27 rows in global batches of 8: the last step of an epoch has 3 rows, so
+    one rank has fewer."""
     data = write_rows(tmp_path / "rows.json", 27)
     common = dict(model_name_or_path=tiny("llama"), data_path=data, **FLAGS)
+    offload = dict(fsdp="full_shard auto_wrap offload", batching="padded", torch_compile_backend="eager")
     runs = {
         "one": (0, dict(gradient_accumulation_steps=4)),
         "ddp": (2, dict(gradient_accumulation_steps=2)),
         "fsdp": (2, dict(gradient_accumulation_steps=2, fsdp="full_shard auto_wrap")),
-        "offload": (2, dict(gradient_accumulation_steps=2, fsdp="full_shard auto_wrap offload", batching="padded")),
+        "offload": (2, dict(gradient_accumulation_steps=2, **offload)),
     }
     for name, (processes, flags) in runs.items():
         train(dict(output_dir=tmp_path / name, **common, **flags), processes)

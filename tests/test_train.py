@@ -225,15 +225,6 @@ def test_bf16_on_a_cpu_is_close_to_float32(tiny, tmp_path):
     assert {tensor.dtype for tensor in weights(tmp_path / "bf16").values()} == {torch.float32}
 
 
-@pytest.mark.stress
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_compiled_sharded_model_is_saved_under_plain_names(tiny, tmp_path):
-    out, data = tmp_path / "out", write_rows(tmp_path / "r.json", 4)
-    train(dict(model_name_or_path=tiny("llama"), data_path=data, output_dir=out, max_steps=1, torch_compile=True,
-               fsdp="full_shard auto_wrap", **SMALL), 2)  # fmt: skip
-    assert weights(out).keys() == weights(tiny("llama")).keys()
-
-
 def test_own_prompt_template(tiny, tmp_path):
     template = {"prompt_input": "Q {instruction} {input} A ", "prompt_no_input": "Q {instruction} A "}
     (tmp_path / "t.json").write_text(json.dumps(template))

@@ -1,0 +1,62 @@
+"""--torch_compile: the decoder layers compiled one by one, for any number of tokens.
+
+Layers are alike, so that what is compiled for the first serves all of them, and attention within packs, which is not
+compiled, divides a layer and not the model. The embedding and the logits of the targets are left as they are.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from alpaca.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def repeated_layers(module: nn.Module) -> list[nn.Module]:
+    """What stands in the outermost nn.ModuleLists."""
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [layer for child in module.children() for layer in repeated_layers(child)]
+
+
+def compile_layers(model: nn.Module, args: "TrainingArguments") -> None:
+    """In place, so that parameters keep their names and hooks that FSDP sets later still run. Nothing is compiled
+    before the first forward pass, see `explained`.
+
+    Raises:
+        UsageError: there is no such --torch_compile_backend or --torch_compile_mode.
+    """
+    torch._dynamo.config.optimize_ddp = False  # it would divide layers by DDP's buckets, which they are within
+    recomputed = args.gradient_checkpointing or (args.fsdp and args.fsdp_config.get("activation_checkpointing"))
+    parts = repeated_layers(model) or [model]
+    if recomputed:  # torch leaves a layer uncompiled that is checkpointed and, because of packs, not one graph
+        parts = [part for layer in parts for part in layer.children()]
+    try:
+        for part in parts:
+            part.compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode, dynamic=True)
+    except RuntimeError as error:
+        raise UsageError(f"--torch_compile_backend, --torch_compile_mode: {error}") from error
+
+
+@contextmanager
+def explained(args: "TrainingArguments") -> Iterator[None]:
+    """Raise UsageError in place of the traceback of a compiler that is missing or fails."""
+    if not args.torch_compile:
+        yield
+        return
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import InductorError
+
+    try:
+        yield
+    except (BackendCompilerFailed, InductorError) as error:
+        reason = str(error).split("\n\nSet TORCHDYNAMO_VERBOSE")[0].strip()
+        raise UsageError(
+            f"--torch_compile: the backend {args.torch_compile_backend} does not work here (inductor needs a C++ "
+            f"compiler, such as g++, and on a GPU Triton). Without --torch_compile nothing is needed.\n{reason}"
+        ) from error
