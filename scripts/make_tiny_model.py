@@ -18,12 +18,12 @@ ARCHITECTURES = ("llama", "opt", "gpt2")
 
 
 def own_text() -> list[str]:
-    """The text of this repository's seed tasks and README: what the tokenizer is trained on."""
+    """The text of this repository's seed tasks: what the tokenizer is trained on."""
     from alpaca.data import load_rows
     from alpaca.prompts import format_prompt
 
     rows = load_rows(str(ROOT / "seed_tasks.jsonl"))
-    return [format_prompt(row) + row["output"] for row in rows] + (ROOT / "README.md").read_text("utf-8").splitlines()
+    return [format_prompt(row) + row["output"] for row in rows]
 
 
 def sentencepiece_tokenizer(texts: Iterable[str], vocab_size: int, output_dir: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import email.utils
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -444,7 +445,7 @@ def test_transformers_serve(transformers_serve):
         ]
         # the server decodes the new tokens alone, and so loses a space at the start
         assert [one.text.strip() for one in got] == [one.text.strip() for one in expected]
-        stop = expected[1].text.strip()[3:5]
+        stop = re.search(r"[a-z]{2}", expected[1].text.strip()[1:])[0]  # not inside a broken character
         _, (_, got) = asyncio.run(run(url, model, asked, prompts, Sampling(8, 0.0, stop=(stop,), logit_bias={3: -9})))
         assert (got.text.strip(), got.finish_reason) == (expected[1].text.strip().split(stop)[0], "stop")
     with pytest.raises(UsageError, match="pinned to .*(.|\n)*--model_name, got 'another'"):

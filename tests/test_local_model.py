@@ -96,7 +96,9 @@ def test_stop_strings_end_a_text_and_are_not_in_it(model):
 def test_eos_ends_a_text_and_else_it_is_length(model):
     full = model.generate(PROMPTS, GREEDY)
     assert {one.finish_reason for one in full} == {"length"} and {one.completion_tokens for one in full} == {12}
-    eos, old = model.tokenizer(full[0].text, add_special_tokens=False)["input_ids"][5], model.eos
+    prompt = model.tokenizer(PROMPTS[0], return_tensors="pt")
+    ids = model.model.generate(**prompt, max_new_tokens=6, do_sample=False)[0].tolist()
+    eos, old = ids[-1], model.eos
     try:
         model.eos = model.model.generation_config.eos_token_id = [2, eos]
         ended = model.generate(PROMPTS, GREEDY)
