@@ -293,8 +293,9 @@ def read_completion(answer: Any, stop: Sequence[str]) -> Completion:
         raise Again(f"an answer without a completion: {str(answer)[:200]}") from error
     text = text or ""  # None: refused, or all of max_tokens went into reasoning
     reason = str(choice.get("finish_reason") or "unknown")
-    text, stopped = cut_at_stop(text, stop)  # `transformers serve` goes on, or leaves in the token that it ends within
-    reason = "stop" if stopped else reason
+    if reason != "stop" or text.endswith(tuple(stop)):  # `transformers serve` goes on, or leaves the stop string in
+        text, stopped = cut_at_stop(text, stop)
+        reason = "stop" if stopped else reason
     counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
     return Completion(text, reason, *counts, choice.get("logprobs"))
 
