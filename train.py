@@ -113,6 +113,12 @@ class TrainingArguments(transformers.TrainingArguments):
         nargs="?",
         const=True,
     )
+    hold_gradients: bool | None = _flag(
+        None,
+        "Under FSDP: reduce gradients once a step, not after every pack. By default if the memory forecast has room.",
+        nargs="?",
+        const=True,
+    )
     save_dtype: str = _flag(
         "float32",
         "Of the final model. bfloat16 halves it, right before publishing. Checkpoints stay float32.",
@@ -375,7 +381,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     check_contract(training_args, contract, checkpoint)
 
     config = load_config(model_args, training_args, checkpoint)
-    decision = check_before_loading(training_args, config, data_module, checkpoint)
+    check_before_loading(training_args, config, data_module, checkpoint)
     note_decisions(training_args, contract)
     model = load_model(model_args, training_args, checkpoint)
     wait_for_all_ranks()
@@ -386,9 +392,8 @@ def train(argv: Sequence[str] | None = None) -> None:
         fsdp.materialize(model)
 
     trainer = AlpacaTrainer(
-        model=model, processing_class=tokenizer, args=training_args, contract=contract,
-        hold_gradients=decision.hold_gradients, **data_module,
-    )  # fmt: skip
+        model=model, processing_class=tokenizer, args=training_args, contract=contract, **data_module
+    )
     begin(training_args, contract)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.was_stopped_early():

@@ -118,6 +118,12 @@ def register() -> None:
     AttentionInterface.register(NAME, packed_attention)
 
 
+def named_kernel(config: "PreTrainedConfig") -> str | None:
+    """The `pack_kernel` of a model for which a flash attention of transformers was chosen."""
+    chosen = config._attn_implementation or ""
+    return chosen if chosen.startswith("flash_attention") else None
+
+
 @contextmanager
 def confined_to_rows(config: "PreTrainedConfig") -> Iterator[None]:
     """Models of `config` attend within the rows of a pack meanwhile, and need `pack` in their forward."""
@@ -157,11 +163,11 @@ def packed_attention(
     half = query.dtype in (torch.float16, torch.bfloat16)
     if pack_kernel is not None and half:
         output = _named_kernel(query, key, value, pack, scaling, dropout, module, pack_kernel)
-    elif not query.is_cuda:
-        output = _row_by_row(query, key, value, pack, scaling, dropout)
-    elif half and dropout == 0:
+    elif half and dropout == 0 and _takes_varlen(query, value):
         output = _varlen(query, key, value, pack, scaling)
-    else:
+    elif query.device.type == "cpu" or (len(pack.cu_seqlens) - 1) * pack.max_seqlen > 2 * len(pack.gather):
+        output = _row_by_row(query, key, value, pack, scaling, dropout)
+    else:  # while filling up at most doubles the tokens
         output = _padded(query, key, value, pack, scaling, dropout)
     return output, None
 
@@ -258,6 +264,13 @@ def _varlen_arguments(function: Callable) -> tuple[dict, bool]:
 def _rounded(length: int) -> int:
     """A longest length for the kernels that does not change from pack to pack."""
     return -length // 128 * -128
+
+
+def _takes_varlen(query: Tensor, value: Tensor) -> bool:
+    """What its kernel asks for: Ampere or newer, heads of a multiple of 8 up to 256."""
+    size = query.shape[-1]
+    return (query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+            and size % 8 == 0 and size <= 256 and size == value.shape[-1])  # fmt: skip
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, pack: PackLayout, scaling: float) -> Tensor:

@@ -24,7 +24,7 @@ class BlackBox(TrainerCallback):
     of the step over all ranks and the gradient norm, right before the optimizer does: the only time in a step that the
     host waits for the device. What it read is what gets logged.
 
-    float16: its loss scaler skips steps whose gradients overflow, so there only the loss counts.
+    float16: its loss scaler skips steps whose gradients overflow, so there only the loss counts; it also waits itself.
     """
 
     def __init__(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase | None):
@@ -45,7 +45,7 @@ class BlackBox(TrainerCallback):
         loss = torch.stack([loss.float() for loss in self.losses]).sum()
         if args.world_size > 1:  # the micro-batches of all ranks; a loss that is not finite stays so in the sum
             torch.distributed.all_reduce(loss)
-        norm_here = torch.as_tensor(0.0 if norm is None else norm, dtype=torch.float32, device=loss.device)
+        norm_here = loss.new_zeros(()) if norm is None else torch.as_tensor(norm, dtype=loss.dtype, device=loss.device)
         loss, self.norm = torch.stack([loss / args.world_size, norm_here]).tolist()
         if not math.isfinite(loss) or not (args.fp16 or math.isfinite(self.norm)):
             self._stop(args, state, None if norm is None else self.norm)

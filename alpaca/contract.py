@@ -31,10 +31,10 @@ FIXED = (
 FREE = "bf16 fp16 max_grad_norm label_smoothing_factor neftune_noise_alpha save_dtype".split()
 ROUNDING = (
     "tf32 gradient_checkpointing fsdp per_device_train_batch_size gradient_accumulation_steps batching "
-    "max_tokens_per_pack share_prefix torch_compile"
+    "max_tokens_per_pack share_prefix hold_gradients torch_compile"
 ).split()
 # Of these, what the memory forecast decides where the flags leave it open, and what they are then.
-DECIDED = {"max_tokens_per_pack": "auto", "gradient_checkpointing": None}
+DECIDED = {"max_tokens_per_pack": "auto", "gradient_checkpointing": None, "hold_gradients": None}
 STEPS = "the steps of the run (--num_train_epochs, --max_steps)"
 
 

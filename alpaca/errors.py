@@ -15,6 +15,11 @@ class UsageError(ValueError):
     """A mistake of the user's: shown as one message, without a traceback."""
 
 
+def first_line(error: Exception) -> str:
+    """Of its message, or of what it is called where it has none."""
+    return (str(error).strip() or repr(error)).splitlines()[0]
+
+
 LOST_CONNECTION = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed", "failed to recv")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from alpaca.diagnosis import check_same_tensors, config_differences, refuse_misfit, rows_may_differ
-from alpaca.errors import UsageError
+from alpaca.errors import UsageError, first_line
 from alpaca.shards import Spec
 from alpaca.streaming import Pipeline, Slot
 from alpaca.weights import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Tensor, Weights, companions, memory
@@ -157,8 +157,7 @@ def _base_tokenizer(base: Weights) -> "PreTrainedTokenizerBase | None":
     try:
         return open_tokenizer(str(base.folder))
     except Exception as error:  # tokenizers raises what it likes
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        print(f"note: the base's tokenizer cannot be read ({reason}); whether it had a pad token "
+        print(f"note: the base's tokenizer cannot be read ({first_line(error)}); whether it had a pad token "
               "is taken from the number of rows", flush=True)  # fmt: skip
         return None
 

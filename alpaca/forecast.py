@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from alpaca.console import say
-from alpaca.errors import UsageError
+from alpaca.errors import UsageError, first_line
 from alpaca.files import free_bytes, human
+from alpaca.loss import CHUNK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, TrainingArguments
@@ -36,7 +37,6 @@ GB = 1e9
 SPARE = 0.1  # of what is gathered and of the activations, where the size is decided here
 PACK_TOKENS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024)  # of --max_tokens_per_pack auto
 CPU_PACK_TOKENS = 4096  # its most on a CPU
-LOSS_CHUNK = 2**24  # logits of which the loss has float32 values at a time
 OPTIMIZER_BYTES = {"adafactor": 0.1, "sgd": 0, "rmsprop": 4, "adagrad": 4, "lion": 4, "8bit": 2}  # else AdamW's 8
 
 
@@ -159,7 +159,7 @@ def _logits(model: Model, plan: Plan) -> float:
     logits of all positions and their gradient besides. accelerate makes what leaves a model under autocast float32."""
     item, targets = 2 if plan.half and plan.sharded else 4, plan.share * plan.tokens
     positions = targets + (0 if plan.packed else plan.tokens)
-    return 2 * item * model.vocabulary * positions + 3 * 4 * min(LOSS_CHUNK, model.vocabulary * targets)
+    return 2 * item * model.vocabulary * positions + 3 * 4 * min(CHUNK["cuda"], model.vocabulary * targets)
 
 
 def total(parts: dict[str, float]) -> float:
@@ -288,9 +288,9 @@ def forecast_memory(args: "TrainingArguments", config: "PreTrainedConfig", rows:
     try:
         model = measure(config, rows.longest, plan.half, autocast=not plan.sharded)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0]:.100}"
+        reason = f"{type(error).__name__}: {first_line(error):.100}"
         say(f"memory and disk: no forecast, this model does not run on fake tensors ({reason})", 0)
-        tokens = max(budget or (4096 if plan.on_gpu else CPU_PACK_TOKENS), rows.longest)
+        tokens = max(budget or CPU_PACK_TOKENS, rows.longest)
         return None, Decision(tokens if plan.packed else 0, bool(plan.checkpointing), hold_gradients=False)
     available, host = available_memory(args.device)
     available -= GB if plan.on_gpu else 0

@@ -24,7 +24,7 @@ from alpaca.attention import PackLayout
 from alpaca.tokens import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
+    from transformers import PreTrainedConfig, TrainingArguments
 
     from alpaca.batching import MicroBatch
 
@@ -186,9 +186,9 @@ def pack_rows(
 # ---- where it would not be exact ----
 
 
-def why_not_packed(model: nn.Module, args: "TrainingArguments", longest: int) -> str | None:
-    """What keeps rows from being packed with the result of padded ones, as far as can be told without trying."""
-    config = model.config.get_text_config()
+def why_not_packed(config: "PreTrainedConfig", args: "TrainingArguments", longest: int) -> str | None:
+    """What keeps rows from being packed with the result of padded ones, as far as flags and config tell."""
+    config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if args.deepspeed:
         return "DeepSpeed takes an optimizer step when its own count of micro-batches is full"
@@ -196,25 +196,29 @@ def why_not_packed(model: nn.Module, args: "TrainingArguments", longest: int) ->
         return "this model is not causal"
     if window and window < longest and getattr(config, "use_sliding_window", True):
         return f"this model attends to the last {window} tokens only, and the longest row has {longest}"
+    if args.neftune_noise_alpha:
+        return "--neftune_noise_alpha scales its noise by the length of a sequence, which a pack is not"
+    if getattr(config, "layerdrop", 0):
+        return f"layerdrop={config.layerdrop} leaves out layers for a micro-batch at a time"
     return None
 
 
-def why_not_shared(model: nn.Module, args: "TrainingArguments") -> str | None:
+def why_not_shared(model: nn.Module) -> str | None:
     """What would make the states of a shared prefix differ from those it has in every row."""
     if dropout := active_dropout(model):
         return f"with dropout ({', '.join(dropout[:3])}) every row has states of its own"
-    if args.neftune_noise_alpha:
-        return "--neftune_noise_alpha gives every row noise of its own"
-    if experts := [name for name in model.config.to_dict() if "num_experts" in name or "num_local_experts" in name]:
+    config = model.config.get_text_config().to_dict()
+    if experts := [name for name in config if "num_experts" in name or "num_local_experts" in name]:
         return f"a mixture of experts ({experts[0]}) counts the tokens it routes"
     return None
 
 
 def active_dropout(model: nn.Module) -> list[str]:
-    """Every dropout above 0, modules and those that models keep as a number in their config: ["dropout=0.1"]."""
+    """Every dropout (or jitter of a router) above 0, modules and those that models keep as a number in their config:
+    ["dropout=0.1"]."""
     rates = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
     unused = ("layerdrop", "summary", "classifier")  # not for single tokens, or not in language models
     for name, rate in model.config.get_text_config().to_dict().items():
-        if isinstance(rate, float) and "drop" in name and not name.startswith(unused):
+        if isinstance(rate, float) and ("drop" in name or "jitter" in name) and not name.startswith(unused):
             rates.setdefault(name, rate)
     return [f"{name}={rate}" for name, rate in rates.items() if rate > 0]

@@ -12,6 +12,7 @@ from alpaca.checkpoints import read_manifest
 from alpaca.console import say
 from alpaca.errors import UsageError
 from alpaca.files import lock
+from alpaca.packing import why_not_packed
 from alpaca.waiting import gather_from_all_ranks
 
 if TYPE_CHECKING:
@@ -86,6 +87,9 @@ def check_before_loading(
     check_lengths(config, data_module)
     dataset = data_module["train_dataset"]
     steps, per_epoch = plan_steps(args, len(dataset))
+    if args.batching == "packed" and (reason := why_not_packed(config, args, max(map(len, dataset.input_ids)))):
+        say(f"note: padded batches, not packed: {reason}", args.process_index)
+        args.batching = "padded"
     done = read_manifest(checkpoint)["step"] if checkpoint else 0
     if done > steps:
         raise UsageError(f"--resume_from_checkpoint: {checkpoint} is of step {done}, beyond the {steps} of this run")
@@ -99,6 +103,8 @@ def check_before_loading(
             checkpoints = forecast.checkpoints_to_come(args, steps, per_epoch, done)
             forecast.check_room(args, model.parameters, checkpoints)
     decision = gather_from_all_ranks(decision)[0]
+    if args.hold_gradients is None:
+        args.hold_gradients = decision.hold_gradients
     by_fsdp = args.fsdp and args.fsdp_config.get("activation_checkpointing")  # the Trainer refuses both
     args.max_tokens_per_pack = str(decision.max_tokens_per_pack or "auto")
     args.gradient_checkpointing = args.activation_checkpointing = decision.gradient_checkpointing and not by_fsdp

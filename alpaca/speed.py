@@ -13,6 +13,8 @@ peak_memory_gb        10^9 bytes: allocated on the GPU of rank 0 by torch; on a 
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -35,6 +37,14 @@ class SpeedMeter:
             self.rate = matmul_rate(self.device, self.dtype)
             self._since = time.time()
         self._counted.append(step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The clock stands meanwhile: saving and evaluating are not training."""
+        start = time.time()
+        yield
+        if self._since is not None:
+            self._since += time.time() - start
 
     def flops(self, step: StepTotals) -> float:
         """Useful floating point operations of a step, per rank."""
@@ -67,7 +77,8 @@ def matmul_parameters(model: nn.Module) -> int:
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Floating point operations per second of a product of two square matrices, the best of five."""
     size = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    own = torch.Generator(device).manual_seed(0)  # the global one draws the dropout masks of the run
+    left, right = (torch.randn(size, size, generator=own, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
     for _ in range(6):  # the first warms up
         _wait_for(device)
@@ -79,8 +90,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def peak_memory(device: torch.device) -> int:

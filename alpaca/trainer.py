@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import speed_metrics
 
-from alpaca.attention import PackLayout, confined_to_rows
+from alpaca.attention import PackLayout, confined_to_rows, named_kernel
 from alpaca.batching import StepLoader, StepSampler, StepTotals
 from alpaca.blackbox import BlackBox
 from alpaca.checkpoints import delete_old_checkpoints, load_optimizer_of_other_layout, write_patiently, written_whole
@@ -39,11 +39,10 @@ class AlpacaTrainer(Trainer):
     without a target (2023: NaN) counts in neither.
     """
 
-    def __init__(self, contract: dict[str, Any] | None = None, hold_gradients: bool = False, **kwargs):
-        """`contract` (alpaca/contract.py) is kept with every checkpoint. `hold_gradients`: under FSDP, reduce gradients
-        once a step, which takes 4 bytes a parameter on every rank."""
+    def __init__(self, contract: dict[str, Any] | None = None, **kwargs):
+        """`contract` (alpaca/contract.py) is kept with every checkpoint."""
         super().__init__(**kwargs)
-        self.contract, self.hold_gradients = contract or {}, hold_gradients
+        self.contract = contract or {}
         self.black_box = BlackBox(self.train_dataset, self.processing_class)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -52,8 +51,7 @@ class AlpacaTrainer(Trainer):
         self.add_callback(SaveOnlyWhenAsked)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         self.speed = SpeedMeter(self.model, self.args.device, dtype, self.args.world_size)
-        chosen = self.model.config._attn_implementation or ""
-        self.pack_kernel = chosen if chosen.startswith("flash_attention") else None
+        self.pack_kernel = named_kernel(self.model.config)
         self._step: StepTotals | None = None
         self._packing_checked = False
         if self.args.torch_compile:
@@ -150,7 +148,7 @@ class AlpacaTrainer(Trainer):
         """Gradients are reduced over the ranks after the last micro-batch of a step; under FSDP after each, so that
         they stay sharded, unless they are held."""
         if self.is_fsdp_enabled:
-            model.set_requires_gradient_sync(last or not self.hold_gradients)
+            model.set_requires_gradient_sync(last or not self.args.hold_gradients)
             return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(model)
 
@@ -200,7 +198,7 @@ class AlpacaTrainer(Trainer):
         loader = self.get_eval_dataloader(eval_dataset)
         total = torch.zeros(2, dtype=torch.float64, device="cpu")  # summed loss, targets
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.speed.paused():
             for batch in (batch for slot in loader for batch in slot):
                 batch = {name: batch[name] for name in batch.keys() - {"rows", "step"}}
                 loss, _ = batch_loss(model, self._prepare_inputs(batch))
@@ -231,7 +229,8 @@ class AlpacaTrainer(Trainer):
         self.store_flos()
         if state.best_global_step:
             state.best_model_checkpoint = str(output / f"checkpoint-{state.best_global_step}")
-        with written_whole(output, state.global_step, self.contract, args.process_index) as folder:
+        whole = written_whole(output, state.global_step, self.contract, args.process_index)
+        with self.speed.paused(), whole as folder:
             self.save_model(folder, _internal_call=True)
             if not args.save_only_model:
                 self._save_optimizer_and_scheduler(folder)

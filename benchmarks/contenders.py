@@ -112,7 +112,7 @@ OURS_PADDED = Contender("ours, padded", ours, {"batching": "padded"})
 
 
 def packed(tokens: str, prefix: bool, name: str, **flags: Any) -> Contender:
-    """Ours in packs of at most `tokens` tokens ("auto": as many as fit)."""
+    """Ours in packs of at most `tokens` tokens ("auto": 4096)."""
     return Contender(name, ours, {"batching": "packed", "max_tokens_per_pack": tokens, "share_prefix": prefix, **flags})
 
 
@@ -162,7 +162,7 @@ def sharded(tokens: str) -> list[Contender]:
     """FSDP with one rank: its own cost, since there is nothing to send."""
     return [
         Contender("ours, padded, FSDP", ours, {**OURS_PADDED.flags, "fsdp": True}),
-        packed(tokens, True, "ours (all), FSDP", fsdp=True),
+        packed(tokens, True, "ours (all), FSDP", fsdp=True, hold_gradients=True),
     ]
 
 

@@ -34,6 +34,7 @@ from transformers import AutoTokenizer, LlamaConfig, Trainer, TrainerCallback
 import train
 from alpaca.data import load_rows
 from alpaca.prompts import format_prompt
+from alpaca.speed import matmul_rate
 from benchmarks.contenders import MAX_LENGTH, SECTIONS, SEED, Contender, Setup
 from benchmarks.machine import commit, describe_machine, versions
 from benchmarks.training_tables import render, summarize
@@ -185,18 +186,6 @@ def attempt(contender: Contender, setup: Setup, warmup: int, deadline: float) ->
 # ---- sections ----
 
 
-def matmul_rate(device: torch.device) -> float:
-    """FLOP/s of a product of two random bfloat16 matrices of 8192 x 8192: what this card can do in this run."""
-    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-    for repeats in (3, 20):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            a @ b
-        torch.cuda.synchronize()
-    return repeats * 2 * 8192**3 / (time.perf_counter() - begin)
-
-
 def measure_section(contenders: list[Contender], setup: Setup, rounds: int, warmup: int, deadline: float) -> dict:
     """All contenders in turn, `rounds` times, there and back, so that a drift of the machine hits all alike."""
     turns: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in contenders}
@@ -215,7 +204,7 @@ def measure_section(contenders: list[Contender], setup: Setup, rounds: int, warm
     with torch.device("meta"):
         parameters = transformers.LlamaForCausalLM(setup.config).num_parameters()
     counted = parameters - setup.config.vocab_size * setup.config.hidden_size
-    flops = matmul_rate(setup.device) if gpu else None
+    flops = matmul_rate(setup.device, torch.bfloat16) if gpu else None
     return {
         "model": {"parameters": parameters, **{name: getattr(setup.config, name) for name in (
             "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")}},

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alpaca import flags
-from alpaca.attention import PackLayout, confined_to_rows
+from alpaca.attention import PackLayout, confined_to_rows, named_kernel
 from alpaca.batching import StepSampler
-from alpaca.errors import UsageError, reported
+from alpaca.errors import UsageError, first_line, reported
 from alpaca.loss import batch_loss
 from alpaca.packing import MicroBatches, Packing, measure_rows, plan_packing, why_not_packed, why_not_shared
 from alpaca.prompts import load_prompt_template
@@ -49,7 +49,7 @@ class VerifyArguments:
     _argument_group_name = "comparison"
     num_rows: int = field(default=32, metadata={"help": "Rows of the step."})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows of a padded micro-batch."})
-    max_tokens_per_pack: int = field(default=4096, metadata={"help": "As for train.py."})
+    max_tokens_per_pack: int = field(default=4096, metadata={"help": "Tokens that a pack has at most."})
     bf16: bool = field(default=False, metadata={"help": "Compare in bfloat16 arithmetic, weights in float32."})
     seed: int = field(default=42, metadata={"help": "As for train.py: of the order of rows."})
     model_max_length: int = field(default=512, metadata={"help": "As for train.py."})
@@ -73,14 +73,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     resize_embeddings(model, new_tokens, len(tokenizer))
     model.config.use_cache = False
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    notes = [why_not_packed(model, options, max(map(len, dataset.input_ids))), why_not_shared(model, options)]
+    notes = [why_not_packed(model.config, options, max(map(len, dataset.input_ids))), why_not_shared(model)]
     rows = MicroBatches(dataset, DataCollatorForSupervisedDataset(tokenizer))
     verdicts = [compare(model, rows, options, loss, notes) for loss in ("token", "microbatch")]
     for what, note in zip(("packs", "shared prefixes"), notes):
         if note:
             print(f"train.py would not use {what} here: {note}")
     exact = all(verdicts)
-    print("verdict: " + ("packed rows train as padded ones" if exact else "packed rows do NOT train as padded ones"))
+    verdict = "packed rows train as padded ones" if exact else "packed rows do NOT train as padded ones"
+    print("verdict: " + ("train.py pads the rows of this model" if notes[0] else verdict))
     return 0 if exact else 1
 
 
@@ -116,7 +117,7 @@ def compare(
         except torch.OutOfMemoryError:
             raise
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            print(f"  {name:26} cannot be computed: {str(error).splitlines()[0]}")
+            print(f"  {name:26} cannot be computed: {first_line(error)}")
             exact = exact and not counts
             continue
         worst, parameter = largest_difference(gradients, reference)
@@ -133,7 +134,7 @@ def step_gradient(
     model: PreTrainedModel, rows: MicroBatches, sampler: StepSampler, bf16: bool = False
 ) -> tuple[float, Gradient]:
     """Loss and gradient of the first optimizer step of `sampler`, of all its ranks, without dropout."""
-    device, total = model.device, 0.0
+    device, total, kernel = model.device, 0.0, named_kernel(model.config)
     model.eval()
     model.zero_grad()
     step = next(sampler.steps())
@@ -142,7 +143,7 @@ def step_gradient(
                  for name, value in rows[planned].items() if name not in ("rows", "step")}  # fmt: skip
         with confined_to_rows(model.config) if planned.packed else nullcontext():
             with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
-                loss, _ = batch_loss(model, batch)
+                loss, _ = batch_loss(model, batch, pack_kernel=kernel)
             loss.backward()
         total += loss.item()
     return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -164,11 +164,27 @@ def test_dropout_keeps_the_mean(route):
 def test_routes_on_a_gpu(dtype, dropout, kernel, expected, monkeypatch):
     for name in ("_varlen", "_padded", "_named_kernel", "_row_by_row"):
         monkeypatch.setattr(attention, name, lambda *given, name=name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with FakeTensorMode():  # tensors of a device that is not there
         query = torch.empty((1, 2, 15, 8), dtype=dtype, device="cuda")
     pack = PackLayout.of((3, 2), (4, 1, 5), (1, -1, 0))
     taken, _ = packed_attention(None, query, query, query, None, dropout, pack=pack, pack_kernel=kernel)
     assert taken == expected
+    pack = PackLayout.of((3, 2), (14, 1, 1, 1), (1, -1, 0, 0))  # filled up to 16 tokens, six sequences would be 96
+    if expected == "_padded":
+        with FakeTensorMode():
+            query = torch.empty((1, 2, 22, 8), dtype=dtype, device="cuda")
+        assert packed_attention(None, query, query, query, None, dropout, pack=pack)[0] == "_row_by_row"
+
+
+@pytest.mark.parametrize("capability, size, expected", [
+    ((8, 0), 128, True), ((7, 0), 128, False), ((9, 0), 100, False), ((9, 0), 512, False),
+])  # fmt: skip
+def test_varlen_is_left_where_its_kernel_would_fail(capability, size, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with FakeTensorMode():
+        query = torch.empty((1, 2, 15, size), dtype=torch.float16, device="cuda")
+    assert attention._takes_varlen(query, query) == expected
 
 
 def test_the_varlen_attn_of_this_torch_takes_the_arguments():

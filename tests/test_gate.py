@@ -388,13 +388,16 @@ def test_a_run_goes_on_with_what_was_decided_for_it(tmp_path):
     from alpaca.contract import keep_decisions, note_decisions
 
     contract = {"rounding": {}}
-    note_decisions(Namespace(max_tokens_per_pack="3072", gradient_checkpointing=False), contract)
+    note_decisions(Namespace(max_tokens_per_pack="3072", gradient_checkpointing=False, hold_gradients=True), contract)
     (tmp_path / MANIFEST).write_text(json.dumps({"contract": contract}))
     for given, kept in {("auto", None): ("3072", False), ("512", True): ("512", True)}.items():
-        args = Namespace(max_tokens_per_pack=given[0], gradient_checkpointing=given[1])
+        args = Namespace(max_tokens_per_pack=given[0], gradient_checkpointing=given[1], hold_gradients=None)
         keep_decisions(args, str(tmp_path))
+        assert args.hold_gradients is True
         assert (args.max_tokens_per_pack, args.gradient_checkpointing) == kept
-    keep_decisions(args := Namespace(max_tokens_per_pack="auto", gradient_checkpointing=None), None)
+    keep_decisions(
+        args := Namespace(max_tokens_per_pack="auto", gradient_checkpointing=None, hold_gradients=None), None
+    )
     assert args.max_tokens_per_pack == "auto" and args.gradient_checkpointing is None
 
 

@@ -286,6 +286,50 @@ def test_prefixes_are_not_shared_with_dropout_and_packs_not_made_where_told_so(t
 
 
 @pytest.mark.slow
+def test_models_whose_rows_cannot_be_packed_are_padded(tiny, real_rows, tmp_path, capsys):
+    """By what is known of them, or because they fail: with the loss of padded rows."""
+    from transformers import BloomConfig, MambaConfig, MistralConfig
+
+    from alpaca.trainer import AlpacaTrainer
+
+    dataset = real_rows("llama")
+    small = dict(vocab_size=int(max(ids.max() for ids in dataset.input_ids)) + 1, hidden_size=32, num_hidden_layers=2)
+    window = MistralConfig(
+        **small, intermediate_size=40, num_attention_heads=2, num_key_value_heads=1, sliding_window=9
+    )
+    for config, reason in (
+        (window, "attends to the last 9 tokens only"),
+        (MambaConfig(**small), "carries a state from token to token"),
+        (BloomConfig(**small, n_head=2), "no way of packing is exact here"),
+    ):
+        losses = []
+        for batching in ("packed", "padded"):
+            args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1, report_to="none", seed=1,
+                                     save_strategy="no", per_device_train_batch_size=4, batching=batching)  # fmt: skip
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config)
+            trainer = AlpacaTrainer(model=model, args=args, train_dataset=dataset, data_collator=COLLATE)
+            losses.append(trainer.train().training_loss)
+            assert (reason in capsys.readouterr().out) == (batching == "packed"), config.model_type
+        assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_check_looks_at_a_layer_that_is_trained(tiny, real_rows, tmp_path, capsys):
+    trainer = trainer_for(tiny, real_rows, tmp_path)
+    trainer.model.model.layers[0].requires_grad_(False)
+    trainer.train()
+    assert "packs that share what rows begin with: " in capsys.readouterr().out
+
+
+def test_measuring_the_matrix_rate_draws_nothing_from_the_run():
+    from alpaca.speed import matmul_rate
+
+    state = torch.get_rng_state()
+    assert matmul_rate(torch.device("cpu"), torch.float32) > 1e6 and torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.slow
 def test_verify_tells_exact_from_wrong(tiny, tmp_path, capsys, monkeypatch):
     from scripts.verify import main
 
