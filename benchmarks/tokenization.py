@@ -14,30 +14,25 @@ import argparse
 import copy
 import json
 import os
-import platform
 import random
 import re
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy
-import tokenizers
 import torch
-import transformers
 from transformers import PreTrainedTokenizerBase
 
 from alpaca.prompts import format_prompt
 from alpaca.tokenizer import open_tokenizer
 from alpaca.tokens import IGNORE_INDEX, cached_tokens
+from benchmarks.machine import commit, describe_machine, versions
 from scripts.make_tiny_model import byte_level_tokenizer, sentencepiece_tokenizer
 from train import SupervisedDataset, preprocess
 
-ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 16_000
 ENDINGS = [a + b for a in ("er", "ing", "ation", "less", "wise", "ment", "ist") for b in ("", "s", "al", "ly", "o")]
 
@@ -149,12 +144,11 @@ def main() -> None:
         for kind in ("llama", "opt"):
             folder = Path(name) / kind
             result[kind] = measure(make_tokenizer(kind, texts, folder), data, folder, options.repeats)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     result |= {
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": describe_machine(),
         "environment": {"TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "not set")},
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, tokenizers, numpy)},
-        "commit": commit.stdout.strip(),
+        "versions": versions(("torch", "transformers", "tokenizers", "numpy")),
+        "commit": commit(),
     }
     print(json.dumps(result, indent=1))
     if options.output:

@@ -146,7 +146,7 @@ def step_gradient(
                 loss, _ = batch_loss(model, batch, pack_kernel=kernel)
             loss.backward()
         total += loss.item()
-    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def largest_difference(found: Gradient, expected: Gradient) -> tuple[float, str]:
