@@ -87,7 +87,7 @@ def check_before_loading(
     check_lengths(config, data_module)
     dataset = data_module["train_dataset"]
     steps, per_epoch = plan_steps(args, len(dataset))
-    if args.batching == "packed" and (reason := why_not_packed(config, args, max(map(len, dataset.input_ids)))):
+    if args.batching == "packed" and (reason := why_not_packed(config, args, int(dataset.lengths.max()))):
         say(f"note: padded batches, not packed: {reason}", args.process_index)
         args.batching = "padded"
     done = read_manifest(checkpoint)["step"] if checkpoint else 0
@@ -103,6 +103,8 @@ def check_before_loading(
             checkpoints = forecast.checkpoints_to_come(args, steps, per_epoch, done)
             forecast.check_room(args, model.parameters, checkpoints)
     decision = gather_from_all_ranks(decision)[0]
+    if args.hold_gradients and not args.fsdp:
+        say("note: --hold_gradients: has no effect without --fsdp", args.process_index)
     if args.hold_gradients is None:
         args.hold_gradients = decision.hold_gradients
     by_fsdp = args.fsdp and args.fsdp_config.get("activation_checkpointing")  # the Trainer refuses both
@@ -140,7 +142,7 @@ def check_lengths(config: "PreTrainedConfig", data_module: Mapping[str, Any]) ->
     """Raise UsageError where a row has more tokens than the model has positions."""
     limit = getattr(config, "max_position_embeddings", None)
     for dataset in (data_module["train_dataset"], data_module["eval_dataset"]):
-        longest = max(map(len, dataset.input_ids)) if dataset else 0
+        longest = int(dataset.lengths.max()) if dataset else 0
         if limit and longest > limit:
             raise UsageError(
                 f"a row has {longest} tokens, but the model has {limit} positions; pass --model_max_length {limit}"

@@ -9,8 +9,6 @@ process, one after the other, `repeats` times in turn; the cached figure is a se
 import argparse
 import io
 import json
-import os
-import platform
 import random
 import shutil
 import statistics
@@ -24,6 +22,7 @@ import torch
 import transformers
 
 from alpaca.prompts import format_prompt
+from benchmarks.machine import describe_machine, write_result
 from scripts.inspect_data import main as inspect_data
 from scripts.make_tiny_model import make_tiny_model
 
@@ -82,13 +81,10 @@ def main() -> None:
         "seconds": {name: [round(value, 2) for value in values] for name, values in times.items()},
         "original_over_report": round(median["original"] / median["report"], 2),
         "original_over_report_cached": round(median["original"] / median["report_cached"], 2),
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": describe_machine(),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, tokenizers)},
     }
-    print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result, options.output)
 
 
 if __name__ == "__main__":

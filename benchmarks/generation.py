@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import multiprocessing
-import os
 import platform
 import random
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 import openai
 import rapidfuzz
 
+from benchmarks.machine import describe_machine
 from tests.completion_server import CompletionServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,7 +86,7 @@ def main() -> None:
     here.send("end")
     process.join(10)
     if args.output:
-        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        machine = describe_machine()
         versions = {
             "openai": openai.__version__,
             "rapidfuzz": rapidfuzz.__version__,

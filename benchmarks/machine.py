@@ -1,5 +1,6 @@
 """What a result was measured on and with."""
 
+import json
 import os
 import platform
 import subprocess
@@ -28,6 +29,15 @@ def describe_machine() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         machine |= {"gpu": properties.name, "gpu_GB": round(properties.total_memory / 1e9, 1)}
     return machine
+
+
+def write_result(result: dict[str, Any], output: Path | None) -> None:
+    """Print a result as JSON, and write it to `output` if that is given."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n")
 
 
 def versions(names: Iterable[str]) -> dict[str, str | None]:

@@ -10,7 +10,6 @@ torch take themselves.
 import argparse
 import json
 import os
-import platform
 import re
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from benchmarks.machine import describe_machine
 from scripts.make_tiny_model import make_tiny_model
 from scripts.quickstart import free_port
 
@@ -82,7 +82,7 @@ def main() -> None:
             print(label, results[label], flush=True)
     content = {
         "runs": results,
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": describe_machine(),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
     }
     if options.output:

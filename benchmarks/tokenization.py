@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 from alpaca.prompts import format_prompt
 from alpaca.tokenizer import open_tokenizer
 from alpaca.tokens import IGNORE_INDEX, cached_tokens
-from benchmarks.machine import commit, describe_machine, versions
+from benchmarks.machine import commit, describe_machine, versions, write_result
 from scripts.make_tiny_model import byte_level_tokenizer, sentencepiece_tokenizer
 from train import SupervisedDataset, preprocess
 
@@ -150,10 +150,7 @@ def main() -> None:
         "versions": versions(("torch", "transformers", "tokenizers", "numpy")),
         "commit": commit(),
     }
-    print(json.dumps(result, indent=1))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result, options.output)
 
 
 if __name__ == "__main__":

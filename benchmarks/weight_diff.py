@@ -12,7 +12,6 @@ import argparse
 import hashlib
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ import transformers
 
 from alpaca.shards import ShardWriter, Spec, plan_shards
 from alpaca.weights import memory
+from benchmarks.machine import describe_machine
 from scripts.make_tiny_model import make_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -170,7 +170,7 @@ def main() -> None:
                     print(f"{name} | {task}: {ratio:.2f} times as fast as 2023's")
             print({key: value for key, value in results[name].items() if key != "runs"}, flush=True)
     if args.output:
-        machine = {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()}
+        machine = describe_machine()
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(

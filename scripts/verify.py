@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     resize_embeddings(model, new_tokens, len(tokenizer))
     model.config.use_cache = False
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
-    notes = [why_not_packed(model.config, options, max(map(len, dataset.input_ids))), why_not_shared(model)]
+    notes = [why_not_packed(model.config, options, int(dataset.lengths.max())), why_not_shared(model)]
     rows = MicroBatches(dataset, DataCollatorForSupervisedDataset(tokenizer))
     verdicts = [compare(model, rows, options, loss, notes) for loss in ("token", "microbatch")]
     for what, note in zip(("packs", "shared prefixes"), notes):
