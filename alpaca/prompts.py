@@ -25,6 +25,9 @@ PROMPT_DICT = {
 }
 
 
+TEMPLATE_FILE = "prompt_template.json"  # in a model's folder: the templates it was trained with
+
+
 def format_prompt(example: Mapping[str, Any], templates: Mapping[str, str] = PROMPT_DICT) -> str:
     """The prompt of one row. `input` missing, None or "" selects `prompt_no_input`; a blank " " counts as input,
     as in the original."""
@@ -59,3 +62,9 @@ def load_prompt_template(path: str | Path | None) -> Mapping[str, str]:
         if unused := [field for field in sorted(fields) if "{" + field not in templates[name]]:
             raise UsageError(f"--prompt_template {path}: {name} never uses {{{unused[0]}}}")
     return templates
+
+
+def templates_of(folder: str | Path) -> Mapping[str, str]:
+    """The templates that the model in `folder` was trained with; Alpaca's own where it holds none."""
+    path = Path(folder) / TEMPLATE_FILE
+    return load_prompt_template(path if path.is_file() else None)
