@@ -71,7 +71,11 @@ def matmul_parameters(model: nn.Module) -> int:
     embedding = model.get_input_embeddings().weight
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is embedding
-    return sum(parameter.numel() for parameter in model.parameters()) - (0 if tied else embedding.numel())
+    return sum(map(_size, model.parameters())) - (0 if tied else _size(embedding))
+
+
+def _size(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())  # DeepSpeed leaves an empty tensor in the model
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
