@@ -269,8 +269,10 @@ class AlpacaTrainer(Trainer):
     def save_final_model(self, dtype: torch.dtype) -> None:
         """Write the trained model to `output_dir` in `dtype`, then trainer_state.json. Last act: the float32 weights
         are cast in place."""
-        if dtype != torch.float32 and not self.is_deepspeed_enabled:
-            self.model.to(dtype)
+        cast = dtype != torch.float32 and not self.is_deepspeed_enabled
+        for module in self.model.modules() if cast else ():
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):  # not LoRA's base
+                module.to(dtype)
         self.save_model(dtype=dtype)
         write_patiently(self.save_state, self.args.output_dir)
 
@@ -303,7 +305,7 @@ class AlpacaTrainer(Trainer):
 
     def _prepare_input(self, data: Any) -> Any:
         """Micro-batches in pinned memory go to the GPU while the host goes on: no synchronisation for each."""
-        if isinstance(data, (Tensor, PackLayout)):  # the Trainer would also round the weights of the loss, for DeepSpeed
+        if isinstance(data, (Tensor, PackLayout)):  # for DeepSpeed, the Trainer would round the weights of the loss
             pinned = isinstance(data, PackLayout) or (data.device.type == "cpu" and data.is_pinned())
             return data.to(self.args.device, non_blocking=pinned)
         return super()._prepare_input(data)

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 INSTALL = 'DS_BUILD_OPS=0 pip install "deepspeed>=0.19,<0.20"'
 FROM_FLAGS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+OFFLOAD = ("offload_optimizer", "offload_param")
 OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")  # they work element by element, so also on partitions
 
 
@@ -41,10 +43,12 @@ def configure(args: "TrainingArguments") -> None:
     if args.fsdp:
         raise UsageError("--deepspeed and --fsdp: both shard the parameters; give one of them")
     args.deepspeed = complete_config(args.deepspeed)
-    for name in ("load_best_model_at_end", "torch_compile"):
-        if getattr(args, name):
-            raise UsageError(f"--{name}: not with --deepspeed; --fsdp has it" if name == "torch_compile" else
-                             f"--{name}: not with --deepspeed; every checkpoint is a plain model, take the best one")  # fmt: skip
+    if args.load_best_model_at_end:
+        raise UsageError(
+            "--load_best_model_at_end: not with --deepspeed; every checkpoint is a plain model, take the best one"
+        )
+    if args.torch_compile:
+        raise UsageError("--torch_compile: not with --deepspeed, which gathers parameters inside the layers; use --fsdp")
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer not in OPTIMIZERS and "optimizer" not in args.deepspeed:
         raise UsageError(f"--optim {optimizer}: with --deepspeed expected {' or '.join(OPTIMIZERS)}")
@@ -97,6 +101,21 @@ def check_agreement(args: "TrainingArguments") -> None:
             value = getattr(args, flag)
             say(f"note: --{flag} {getattr(value, 'value', value)} -> {own.get('type')}, the {section} of --deepspeed",
                 args.process_index)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Zero3:
+    """What a memory forecast must know of the configuration."""
+
+    live: int  # parameters that a rank may keep whole
+    optimizer_on_cpu: bool
+    parameters_on_cpu: bool
+
+    @classmethod
+    def of(cls, config: dict[str, Any]) -> "Zero3":
+        zero = config["zero_optimization"]
+        offloaded = [(zero.get(name) or {}).get("device") in ("cpu", "nvme") for name in OFFLOAD]
+        return cls(int(zero.get("stage3_max_live_parameters", 1e9)), *offloaded)
 
 
 def described(args: "TrainingArguments") -> dict[str, Any]:
@@ -217,7 +236,8 @@ def full_state_dict(model: nn.Module, keep: bool, dtype: torch.dtype = torch.flo
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) not in whole:
             tensor = _whole(value)
-            whole[id(value)] = tensor.to("cpu", dtype if tensor.is_floating_point() else None) if keep else torch.empty(0)
+            target = dtype if tensor.is_floating_point() else tensor.dtype
+            whole[id(value)] = tensor.to("cpu", target) if keep else torch.empty(0)
         if keep:
             state[name] = whole[id(value)]
     return state
