@@ -48,7 +48,7 @@ def configure(args: "TrainingArguments") -> None:
             "--load_best_model_at_end: not with --deepspeed; every checkpoint is a plain model, take the best one"
         )
     if args.torch_compile:
-        raise UsageError("--torch_compile: not with --deepspeed, which gathers parameters inside the layers; use --fsdp")
+        raise UsageError("--torch_compile: not with --deepspeed, which gathers parameters inside layers; use --fsdp")
     optimizer = str(getattr(args.optim, "value", args.optim))
     if optimizer not in OPTIMIZERS and "optimizer" not in args.deepspeed:
         raise UsageError(f"--optim {optimizer}: with --deepspeed expected {' or '.join(OPTIMIZERS)}")
@@ -61,6 +61,7 @@ def configure(args: "TrainingArguments") -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"
         import deepspeed
 
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does, without a compiler
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False, timeout=args.ddp_timeout_delta)
 
 
