@@ -430,12 +430,12 @@ def test_how_many_checkpoints_stand_at_once(strategy, save_steps, limit, done, e
 def test_too_small_a_disk_is_refused_before_training(tmp_path, capsys):
     args = Namespace(output_dir=str(tmp_path / "new" / "out"), save_only_model=False, save_dtype="bfloat16", fsdp=None,
                      optim="adamw_torch_fused")  # fmt: skip
-    forecast.check_room(args, parameters=1_000_000, checkpoints=2)
+    forecast.check_room(args, trained=1_000_000, checkpoints=2)
     assert (
         "disk, forecast: 2 x 12.0 MB for checkpoints + 2.0 MB for the final model = 26.0 MB" in capsys.readouterr().out
     )
     with pytest.raises(UsageError, match="would take 26,000.0 GB .* free. Choose another disk"):
-        forecast.check_room(args, parameters=10**12, checkpoints=2)
+        forecast.check_room(args, trained=10**12, checkpoints=2)
     assert forecast.checkpoint_sizes(args, 10)[0] == 120
     args.save_only_model, args.optim = True, "adamw_8bit"
     assert forecast.checkpoint_sizes(args, 10) == (40, 20)
