@@ -47,7 +47,7 @@ from alpaca.lora import LoraArguments, add_lora, base_dtype, check_lora, existin
 from alpaca.prompts import PROMPT_DICT, format_prompt, load_prompt_template
 from alpaca.report import report, text_problems
 from alpaca.run import check_before_loading, check_combinations, check_evaluation, repair_generation_config
-from alpaca.tokenizer import SPECIAL_TOKENS, identity, open_tokenizer
+from alpaca.tokenizer import SPECIAL_TOKENS, control_tokens, identity, open_tokenizer
 from alpaca.tokens import IGNORE_INDEX, cached_tokens, make_tokens
 from alpaca.trainer import AlpacaTrainer
 from alpaca.waiting import leave, wait_for_all_ranks
@@ -233,7 +233,7 @@ class SupervisedDataset(Dataset):
         self.input_ids, self.labels = tokens["input_ids"], tokens["labels"]  # lists of (length,) int64 tensors
         self.lengths, self.num_targets = tokens["lengths"], tokens["num_targets"]  # (rows,) int64 arrays
         self.data_fingerprint, self.template_fingerprint = data.fingerprint(), fingerprint(templates)
-        self.report = report(data_path, tokens, text_problems(rows, templates, tokenizer.all_special_tokens), data)
+        self.report = report(data_path, tokens, text_problems(rows, templates, control_tokens(tokenizer)), data)
         self.report.check(tokenizer.model_max_length)
 
     def __len__(self) -> int:

@@ -173,9 +173,9 @@ def test_a_resumed_run_must_have_the_same_flags(tmp_path):
 
     def contract(*words):
         flags = ["--model_name_or_path", str(LLAMA), "--data_path", path, "--output_dir", str(tmp_path / "out")]
-        model_args, data_args, args = parse_flags([*flags, "--use_cpu", "True", *words])
-        dataset = make_supervised_data_module(tokenizer, data_args)["train_dataset"]
-        return describe_run(args, model_args, data_args, dataset, tokenizer)
+        *others, args = parse_flags([*flags, "--use_cpu", "True", *words])
+        dataset = make_supervised_data_module(tokenizer, others[1])["train_dataset"]
+        return describe_run(args, *others, dataset, tokenizer)
 
     usual, everything, backward = contract(), contract("--guanaco_turns", "all"), contract("--backward", "True")
     assert [line.split(":")[0] for line in changes(usual, everything, "fixed")] == [
