@@ -28,8 +28,7 @@ def open_tokenizer(name: str, cache_dir: str | None = None, **kwargs: Any) -> Pr
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The special tokens whose text is nothing else: not a token of the language that --pad_token made one ("!", id 0 of
-    GPT-2's vocabulary)."""
+    """The special tokens whose text means nothing else: not an ordinary token that --pad_token made one, such as !"""
     return [token for token in tokenizer.all_special_tokens if token in tokenizer.added_tokens_encoder]
 
 

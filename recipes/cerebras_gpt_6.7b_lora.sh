@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # GPT-6.7B-Alpaca: Cerebras-GPT-6.7B on an 8-bit base. Published (lucasmccabe-lmi/GPT-6.7B-CleanedAlpaca-1): LoRA r=4,
 # alpha=16, dropout 0.05 on c_attn, pad token id 0 (which is "!"), batch 128, 3 epochs, lr 2e-5, 512 tokens, and the
-# prompts of cerebras_prompt.json: two empty lines before the first heading, one after each, and no "paired with an
-# input". Whether white space follows "### Response:" the card does not show; none does here. Ours: warmup, cosine, bf16.
+# prompts of cerebras_prompt.json: two empty lines before the first heading, one after each, no "paired with an
+# input". Whether white space follows "### Response:" it does not show; here none does. Ours: warmup, cosine, bf16.
 # MODEL, DATA, OUTPUT, NPROC and PORT replace the defaults; further flags go to train.py. Paths: from the repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Alpaca with LoRA on one GPU of 24 GB, LLaMA-7B and its like: published in 2023 as alpaca-lora, r=8, alpha=16, dropout
-# 0.05 on q_proj and v_proj, batch 128, lr 3e-4, 3 epochs, cleaned Alpaca data. Ours: 512 tokens (256 there), loss on the
-# answers only, the base in bf16 (8 bits), warmup and cosine. 12 GB: add --load_in_4bit True.
+# Alpaca with LoRA on one GPU of 24 GB, LLaMA-7B and its like. Published in 2023 (tloen/alpaca-lora): r=8, alpha=16,
+# dropout 0.05 on q_proj and v_proj, batch 128, lr 3e-4, 3 epochs, cleaned Alpaca data. Ours: 512 tokens (there 256),
+# loss on the answers only, the base in bf16 (8 bits), warmup and cosine. On 12 GB add --load_in_4bit True.
 # MODEL, DATA, OUTPUT, NPROC and PORT replace the defaults; further flags go to train.py. Paths: from the repository.
 set -euo pipefail
 cd "$(dirname "$0")/.."
