@@ -129,6 +129,10 @@ def test_the_report_and_the_inspection_name_rows_of_the_file(tmp_path, capsys):
     with pytest.raises(UsageError, match="--rows 5: the data has rows 0 to 4"):
         main([*command, "--rows", "5"])
 
+    (tmp_path / "again.json").write_text(json.dumps([{"text": TEXTS[number]} for number in (3, 0, 0)]))
+    report = dataset_of(tmp_path / "again.json", golden_tokenizer("llama")).report
+    assert report.problems["duplicate"] == [2] and "  duplicate: 1 row (2): " in str(report)
+
 
 ROWS = [pair("Name a colour.", "Blue."), pair("Translate.", "Bonjour\n", "Good morning"), pair("", "x"), pair("y", "")]
 
