@@ -88,9 +88,7 @@ class DataArguments:
         choices=["stanford", "split"],
     )
     guanaco_turns: str = flag(
-        "first",
-        "Pairs of a conversation to learn: the first, or all, with what was said before.",
-        choices=["first", "all"],
+        "first", "Of a conversation: its first pair, or all, each with what came before.", choices=["first", "all"]
     )
     backward: bool = flag(False, "Learn the instruction (and input) from the output, with a prompt for that.")
 
@@ -234,7 +232,6 @@ class SupervisedDataset(Dataset):
         self.lengths, self.num_targets = tokens["lengths"], tokens["num_targets"]  # (rows,) int64 arrays
         self.data_fingerprint, self.template_fingerprint = data.fingerprint(), fingerprint(templates)
         self.report = report(data_path, tokens, text_problems(rows, templates, control_tokens(tokenizer)), data)
-        self.report.check(tokenizer.model_max_length)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -274,12 +271,11 @@ def make_supervised_data_module(
     tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, cache_dir: str | None = None
 ) -> dict[str, Any]:
     """train_dataset, eval_dataset (None without --eval_data_path) and data_collator, as the Trainer takes them."""
-    templates = load_prompt_template(data_args.prompt_template, data_args.backward)
     options = {name: getattr(data_args, name) for name in ("prompt_boundary", "guanaco_turns", "backward")}
+    options |= dict(templates=load_prompt_template(data_args.prompt_template, data_args.backward), cache_dir=cache_dir)
 
     def dataset(path: str | None, split: str = "train") -> SupervisedDataset | None:
-        whole = dict(templates=templates, split=split, cache_dir=cache_dir, **options)
-        return SupervisedDataset(path, tokenizer, **whole) if path else None
+        return SupervisedDataset(path, tokenizer, split=split, **options) if path else None
 
     return dict(
         train_dataset=dataset(data_args.data_path, data_args.data_split),

@@ -71,13 +71,6 @@ class DataReport:
                 lines.append(f"  {name}: {_rows(len(rows))} ({first}): {problem.meaning}; {problem.advice}")
         return "\n".join(lines)
 
-    def check(self, limit: int) -> None:
-        """Raise UsageError where no row has anything to learn within `limit` tokens."""
-        if len(self.problems["nothing_to_learn"]) == len(self.lengths):
-            raise UsageError(
-                f"--data_path {self.name}: no row has an answer left to learn within --model_max_length {limit}\n{self}"
-            )
-
     def spoiled_by(self) -> list[str]:
         """One line per problem that more rows have than is tolerated."""
         return [
@@ -93,12 +86,20 @@ def _rows(count: int) -> str:
 
 
 def report(name: str, tokens: Tokens, texts: Mapping[str, list[int]], data: Data) -> DataReport:
-    """From the tokenized rows, the `text_problems` of the same rows, and what was noticed while reading them."""
+    """From the tokenized rows, the `text_problems` of the same rows, and what was noticed while reading them.
+
+    Raises:
+        UsageError: no row has anything to learn.
+    """
     lengths = tokens["lengths"].tolist()
     num_targets = int((tokens["lengths"] - tokens["masked"]).sum())
     found = {name: [data.numbers[i] for i in rows] for name, rows in {**tokens["problems"], **texts}.items()}
     found |= data.problems
-    return DataReport(name, lengths, num_targets, data.numbers, {name: found.get(name, []) for name in PROBLEMS})
+    problems = {problem: found.get(problem, []) for problem in PROBLEMS}
+    whole = DataReport(name, lengths, num_targets, data.numbers, problems)
+    if len(problems["nothing_to_learn"]) == len(lengths):
+        raise UsageError(f"--data_path {name}: no row has an answer left to learn within --model_max_length\n{whole}")
+    return whole
 
 
 def text_problems(
