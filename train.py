@@ -39,7 +39,7 @@ from alpaca.contract import (
     keep_decisions,
     note_decisions,
 )
-from alpaca.data import fingerprint, load_rows
+from alpaca.data import fingerprint, read_data
 from alpaca.encoding import Ragged, cut, encode, joined, starts_with
 from alpaca.errors import UsageError, reported
 from alpaca.flags import flag
@@ -47,7 +47,7 @@ from alpaca.lora import LoraArguments, add_lora, base_dtype, check_lora, existin
 from alpaca.prompts import PROMPT_DICT, format_prompt, load_prompt_template
 from alpaca.report import report, text_problems
 from alpaca.run import check_before_loading, check_combinations, check_evaluation, repair_generation_config
-from alpaca.tokenizer import SPECIAL_TOKENS, identity, open_tokenizer
+from alpaca.tokenizer import SPECIAL_TOKENS, control_tokens, identity, open_tokenizer
 from alpaca.tokens import IGNORE_INDEX, cached_tokens, make_tokens
 from alpaca.trainer import AlpacaTrainer
 from alpaca.waiting import leave, wait_for_all_ranks
@@ -76,7 +76,7 @@ class ModelArguments:
 class DataArguments:
     _argument_group_name = "data"
     data_path: str = flag(
-        None, "Rows to train on: Alpaca .json, .jsonl, .csv, .parquet, seed_tasks.jsonl, or a hub id."
+        None, "Rows to train on: Alpaca or Guanaco .json, .jsonl, .csv, .parquet, seed_tasks.jsonl, or a hub id."
     )
     eval_data_path: str | None = flag(None, "Rows to evaluate on when --eval_strategy is steps or epoch.")
     data_split: str = flag("train", "Split of a hub dataset, e.g. train or train[:1000].")
@@ -87,6 +87,10 @@ class DataArguments:
         "prompt's last token loses it to the mask. split: tokenized apart, as generation sees them.",
         choices=["stanford", "split"],
     )
+    guanaco_turns: str = flag(
+        "first", "Of a conversation: its first pair, or all, each with what came before.", choices=["first", "all"]
+    )
+    backward: bool = flag(False, "Learn the instruction (and input) from the output, with a prompt for that.")
 
 
 @dataclass
@@ -216,24 +220,18 @@ class SupervisedDataset(Dataset):
         prompt_boundary: str = "stanford",
         split: str = "train",
         cache_dir: str | None = None,
+        **reading: Any,  # guanaco_turns and backward, as for alpaca.data.read_data
     ):
-        rows = load_rows(data_path, split, cache_dir)
+        data = read_data(data_path, split, cache_dir, **reading)
+        rows = data.rows
         sources = [format_prompt(row, templates) for row in rows]
         targets = [f"{row['output']}{tokenizer.eos_token}" for row in rows]
         key = fingerprint(sources, targets, prompt_boundary, identity(tokenizer), TOKENS_VERSION)
         tokens = cached_tokens(key, lambda: preprocess(sources, targets, tokenizer, prompt_boundary), cache_dir)
         self.input_ids, self.labels = tokens["input_ids"], tokens["labels"]  # lists of (length,) int64 tensors
         self.lengths, self.num_targets = tokens["lengths"], tokens["num_targets"]  # (rows,) int64 arrays
-        self.data_fingerprint = fingerprint(
-            [(row["instruction"], row.get("input") or "", row["output"]) for row in rows]
-        )
-        self.template_fingerprint = fingerprint(templates)
-        self.report = report(data_path, tokens, text_problems(rows, templates, tokenizer.all_special_tokens))
-        if len(tokens["problems"]["nothing_to_learn"]) == len(rows):
-            raise UsageError(
-                f"--data_path {data_path}: no row has an answer left to learn within --model_max_length "
-                f"{tokenizer.model_max_length}\n{self.report}"
-            )
+        self.data_fingerprint, self.template_fingerprint = data.fingerprint(), fingerprint(templates)
+        self.report = report(data_path, tokens, text_problems(rows, templates, control_tokens(tokenizer)), data)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -273,11 +271,11 @@ def make_supervised_data_module(
     tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, cache_dir: str | None = None
 ) -> dict[str, Any]:
     """train_dataset, eval_dataset (None without --eval_data_path) and data_collator, as the Trainer takes them."""
-    templates = load_prompt_template(data_args.prompt_template)
+    options = {name: getattr(data_args, name) for name in ("prompt_boundary", "guanaco_turns", "backward")}
+    options |= dict(templates=load_prompt_template(data_args.prompt_template, data_args.backward), cache_dir=cache_dir)
 
     def dataset(path: str | None, split: str = "train") -> SupervisedDataset | None:
-        options = dict(templates=templates, prompt_boundary=data_args.prompt_boundary, split=split, cache_dir=cache_dir)
-        return SupervisedDataset(path, tokenizer, **options) if path else None
+        return SupervisedDataset(path, tokenizer, split=split, **options) if path else None
 
     return dict(
         train_dataset=dataset(data_args.data_path, data_args.data_split),

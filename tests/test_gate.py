@@ -55,6 +55,14 @@ def test_headings_are_those_of_the_template_in_use():
     )
 
 
+def test_an_ordinary_token_to_pad_with_is_no_control_text(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{**ROW, "output": "Blue!"}, {**ROW, "output": "</s>"}]))
+    tokenizer = golden_tokenizer("opt")
+    tokenizer.pad_token = "!"
+    dataset = SupervisedDataset(str(tmp_path / "rows.json"), tokenizer, cache_dir=str(tmp_path))
+    assert dataset.report.problems["control_text"] == [1]
+
+
 @pytest.mark.parametrize("file", ["alpaca_data_1k.json", "alpaca_en_demo.json"])
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_counts_on_real_rows(file, name, tmp_path):
