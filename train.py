@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from alpaca import flags, fsdp
+from alpaca import flags, fsdp, zero
 from alpaca.checkpoints import find_checkpoint
 from alpaca.console import hide_progress_bars, plot_loss, say
 from alpaca.contract import (
@@ -140,6 +140,8 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self):
         check_combinations(self)
+        if self.deepspeed:
+            zero.configure(self)
         if self.fsdp:
             fsdp.configure_fsdp(self)
         if self.use_cpu and "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized():
@@ -150,6 +152,8 @@ class TrainingArguments(transformers.TrainingArguments):
         self.gradient_checkpointing = recompute  # None, which transformers makes False: check_before_loading decides
         if self.fsdp and (policy := fsdp.mixed_precision_policy(self.mixed_precision)):
             self.fsdp_plugin_args["mixed_precision_policy"] = policy
+        if self.deepspeed:
+            zero.check_agreement(self)
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, LoraArguments, TrainingArguments]:
@@ -305,7 +309,8 @@ def resize_embeddings(model: PreTrainedModel, num_new_tokens: int, vocab_size: i
         with torch.no_grad():
             for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
                 weight = embeddings.weight  # (vocab_size, hidden_size), one tensor where they are tied
-                weight[-num_new_tokens:] = weight[:-num_new_tokens].mean(dim=0, keepdim=True)
+                with zero.gathered([weight]):
+                    weight[-num_new_tokens:] = weight[:-num_new_tokens].mean(dim=0, keepdim=True)
 
 
 def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> tuple[PreTrainedTokenizerBase, int]:
@@ -362,7 +367,8 @@ def load_model(
             fsdp.resolve_wrap_classes(training_args, config)
             if training_args.process_index != 0:
                 return fsdp.empty_model(config, **options)
-        return AutoModelForCausalLM.from_pretrained(name, cache_dir=training_args.cache_dir, **options)
+        with zero.partitioned_in_float32(training_args):
+            return AutoModelForCausalLM.from_pretrained(name, cache_dir=training_args.cache_dir, **options)
     except UsageError:
         raise
     except (OSError, ValueError, ImportError) as error:
@@ -406,6 +412,8 @@ def train(argv: Sequence[str] | None = None) -> None:
     if training_args.fsdp:
         fsdp.check_dropout(training_args, model)
         fsdp.materialize(model)
+    if training_args.deepspeed:
+        zero.to_arithmetic_dtype(model, training_args)
 
     trainer = AlpacaTrainer(
         model=model, processing_class=tokenizer, args=training_args, contract=contract, **data_module

@@ -27,6 +27,8 @@ from alpaca.fsdp import full_state_dict, shard_on_cpu
 from alpaca.loss import batch_loss
 from alpaca.packing import MicroBatches, measure_rows
 from alpaca.speed import SpeedMeter
+from alpaca.zero import attach
+from alpaca.zero import full_state_dict as full_masters
 
 
 class AlpacaTrainer(Trainer):
@@ -66,6 +68,8 @@ class AlpacaTrainer(Trainer):
         args.torch_compile_backend = backend
         if on_cpu:
             shard_on_cpu(self, mesh)
+        if self.is_deepspeed_enabled:
+            attach(self)
 
     # ---- rows ----
 
@@ -215,11 +219,21 @@ class AlpacaTrainer(Trainer):
 
     # ---- saving and resuming ----
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(
+        self, output_dir: str | None = None, _internal_call: bool = False, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """`dtype`: of what DeepSpeed's master weights are saved in; without it the model's own."""
         with _caching_config(self.model):
-            if not self.is_fsdp_enabled:
+            if self.is_deepspeed_enabled:
+                state = full_masters(self.model, self.args.should_save, dtype)
+                self._save(output_dir, state_dict=state)
+                if self.args.should_save:  # else it names the dtype that DeepSpeed computes in
+                    self.model.config.dtype = dtype
+                    self.model.config.save_pretrained(output_dir or self.args.output_dir)
+            elif self.is_fsdp_enabled:
+                self._save(output_dir, state_dict=full_state_dict(self.model, keep=self.args.should_save))
+            else:
                 return super().save_model(output_dir, _internal_call)
-            self._save(output_dir, state_dict=full_state_dict(self.model, keep=self.args.should_save))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -255,10 +269,11 @@ class AlpacaTrainer(Trainer):
     def save_final_model(self, dtype: torch.dtype) -> None:
         """Write the trained model to `output_dir` in `dtype`, then trainer_state.json. Last act: the float32 weights
         are cast in place."""
-        for module in self.model.modules() if dtype != torch.float32 else ():
+        cast = dtype != torch.float32 and not self.is_deepspeed_enabled
+        for module in self.model.modules() if cast else ():
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):  # not LoRA's base
                 module.to(dtype)
-        self.save_model()
+        self.save_model(dtype=dtype)
         write_patiently(self.save_state, self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -290,9 +305,9 @@ class AlpacaTrainer(Trainer):
 
     def _prepare_input(self, data: Any) -> Any:
         """Micro-batches in pinned memory go to the GPU while the host goes on: no synchronisation for each."""
-        pinned = isinstance(data, Tensor) and data.device.type == "cpu" and data.is_pinned()
-        if pinned or isinstance(data, PackLayout):
-            return data.to(self.args.device, non_blocking=True)
+        if isinstance(data, (Tensor, PackLayout)):  # for DeepSpeed, the Trainer would round the weights of the loss
+            pinned = isinstance(data, PackLayout) or (data.device.type == "cpu" and data.is_pinned())
+            return data.to(self.args.device, non_blocking=pinned)
         return super()._prepare_input(data)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
