@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from alpaca import flags
 from alpaca.errors import UsageError, reported
+from alpaca.models import load_tokenizer
 from alpaca.report import PROBLEMS
 from alpaca.tokens import IGNORE_INDEX
-from train import DataArguments, ModelArguments, SupervisedDataset, load_tokenizer, make_supervised_data_module
+from train import DataArguments, ModelArguments, SupervisedDataset, make_supervised_data_module
 
 DIM, GREEN, REVERSED, RESET = "\033[2m", "\033[32m", "\033[7m", "\033[0m"
 

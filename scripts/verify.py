@@ -29,15 +29,9 @@ from alpaca.attention import PackLayout, confined_to_rows, named_kernel
 from alpaca.batching import StepSampler
 from alpaca.errors import UsageError, first_line, reported
 from alpaca.loss import batch_loss
+from alpaca.models import load_model, load_tokenizer, resize_embeddings
 from alpaca.packing import MicroBatches, Packing, measure_rows, plan_packing, why_not_packed, why_not_shared
-from train import (
-    DataArguments,
-    ModelArguments,
-    load_model,
-    load_tokenizer,
-    make_supervised_data_module,
-    resize_embeddings,
-)
+from train import DataArguments, ModelArguments, make_supervised_data_module
 
 Gradient = dict[str, Tensor]
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_gate import flags_of, llama_7b
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from alpaca import forecast
+from alpaca import disk, forecast
 from alpaca.errors import UsageError
 from alpaca.lora import LoraArguments, add_lora
 from alpaca.speed import flops_per_token
@@ -121,7 +121,8 @@ def test_added_rows_are_trained_and_saved(tiny, tmp_path, architecture):
 
 def test_no_new_token_by_default(tiny, tmp_path, capsys):
     """And an eos that is also the pad token is learned."""
-    from train import load_tokenizer, make_supervised_data_module, parse_flags
+    from alpaca.models import load_tokenizer
+    from train import make_supervised_data_module, parse_flags
 
     words = [f"--data_path={write_rows(tmp_path / 'rows.json', 8)}", f"--output_dir={tmp_path / 'out'}", "--use_cpu",
              f"--cache_dir={tmp_path}"]  # fmt: skip
@@ -187,7 +188,8 @@ def test_target_modules(tiny):
 
 
 def test_an_adapter_is_no_base(tiny, tmp_path):
-    from train import ModelArguments, TrainingArguments, load_config
+    from alpaca.models import load_config
+    from train import ModelArguments, TrainingArguments
 
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
     add_lora(model, LoraArguments(lora_r=2), [], seed=0).save_pretrained(tmp_path)
@@ -208,7 +210,7 @@ def test_a_7b_fits_a_small_card(monkeypatch, capsys):
         model, _ = forecast.forecast_memory(alone, llama_7b(), rows, lora)
         output = capsys.readouterr().out
         assert "does not fit" not in output and model.trained == 19_988_480, "r x (4d x 4 + 3 (d + 11008)) x 32, d 4096"
-    assert forecast.checkpoint_sizes(flags_of(save_only_model=False, save_dtype="float32"), model.trained)[0] < 250e6
+    assert disk.checkpoint_sizes(flags_of(save_only_model=False, save_dtype="float32"), model.trained)[0] < 250e6
     _, _ = forecast.forecast_memory(alone, llama_7b(), rows)
     assert "does not fit" in capsys.readouterr().out, "all weights"
 
