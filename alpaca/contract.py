@@ -52,7 +52,7 @@ def describe_run(
     fixed = {
         "the data (--data_path)": f"{len(dataset):,} rows {dataset.data_fingerprint[:12]}",
         "--prompt_template": dataset.template_fingerprint[:12],
-        "--prompt_boundary": data_args.prompt_boundary,
+        **{f"--{name}": getattr(data_args, name) for name in ("prompt_boundary", "guanaco_turns", "backward")},
         **{f"--{name}": getattr(args, name) for name in FIXED},
         **{f"--{name}": value for name, value in vars(lora_args).items()},
         "the tokenizer (of --model_name_or_path)": vocabulary[:12],

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from alpaca import contract, forecast, zero
 from alpaca.checkpoints import read_manifest
 from alpaca.console import say
+from alpaca.disk import check_room, checkpoints_to_come
 from alpaca.errors import UsageError
 from alpaca.files import lock
 from alpaca.lora import LoraArguments
@@ -106,8 +107,7 @@ def check_before_loading(
         with zero.unpartitioned():
             model, decision = forecast.forecast_memory(args, config, rows, lora)
         if model is not None:
-            checkpoints = forecast.checkpoints_to_come(args, steps, per_epoch, done)
-            forecast.check_room(args, model.trained, checkpoints)
+            check_room(args, model.trained, checkpoints_to_come(args, steps, per_epoch, done))
     decision = gather_from_all_ranks(decision)[0]
     if args.hold_gradients and not args.fsdp:
         say("note: --hold_gradients: has no effect without --fsdp", args.process_index)

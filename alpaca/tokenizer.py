@@ -27,6 +27,11 @@ def open_tokenizer(name: str, cache_dir: str | None = None, **kwargs: Any) -> Pr
     return opener.from_pretrained(name, cache_dir=cache_dir, **kwargs)
 
 
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The special tokens whose text means nothing else: not an ordinary token that --pad_token made one, such as !"""
+    return [token for token in tokenizer.all_special_tokens if token in tokenizer.added_tokens_encoder]
+
+
 def identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
     """All that decides the ids of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

@@ -259,8 +259,16 @@ RECIPES = {
 }
 
 
+LORA_RECIPES = {  # architecture, learning rate, length, batch; r, alpha, where
+    "backtranslation_llama2_7b_lora": ("llama", 2e-4, 2048, 32, 8, 32, ["k_proj", "o_proj", "q_proj", "v_proj"]),
+    "cerebras_gpt_6.7b_lora": ("gpt2", 2e-5, 512, 128, 4, 16, ["c_attn"]),
+    "one_24gb_gpu": ("llama", 3e-4, 512, 128, 8, 16, ["q_proj", "v_proj"]),
+}
+
+
 def test_every_recipe_is_tested():
-    assert {path.stem for path in (ROOT / "recipes").glob("*.sh")} == {*RECIPES, "llama_7b_2x8"}  # test_multinode.py
+    names = {path.stem for path in (ROOT / "recipes").glob("*.sh")}
+    assert names == {*RECIPES, *LORA_RECIPES, "llama_7b_2x8"}  # test_multinode.py
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -285,6 +293,32 @@ def test_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
     assert (args.learning_rate, args.num_train_epochs, args.model_max_length) == (float(learning_rate), epochs, length)
     assert (args.weight_decay, args.get_warmup_steps(100), args.lr_scheduler_type.value) == (0, 3, "cosine")
     assert args.bf16 and bool(args.fsdp) == (env["NPROC"] == "2")
+
+
+@pytest.mark.parametrize("name", LORA_RECIPES)
+def test_lora_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
+    from conftest import free_port
+
+    architecture, learning_rate, length, batch, r, alpha, layers = LORA_RECIPES[name]
+    env = dict(
+        MODEL=tiny(architecture),
+        DATA=write_rows(tmp_path / "r.json", batch + 2),
+        OUTPUT=str(tmp_path / "out"),
+        PORT=str(free_port()),
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
+    if "backtranslation" in name:
+        chats = [{"text": f"### Human: Say {i}.### Assistant: {i}### Human: Why?"} for i in range(batch + 2)]
+        (tmp_path / "r.json").write_text(json.dumps(chats))
+    result = run(["bash", ROOT / "recipes" / f"{name}.sh", "--max_steps", "1"], env=env)
+    assert f"{batch} a step" in result.stdout and ("ends_on_human" in result.stdout) == ("backtranslation" in name)
+    monkeypatch.setattr(sys.modules["__main__"], "TrainingArguments", TrainingArguments, raising=False)
+    args = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
+    assert (args.learning_rate, args.num_train_epochs, args.model_max_length) == (learning_rate, 3, length)
+    assert args.bf16 and not args.fsdp
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (r, alpha, 0.05)
+    assert sorted(adapter["target_modules"]) == layers
 
 
 def test_quickstart_in_the_folder_of_an_earlier_one(tmp_path):
