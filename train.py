@@ -48,7 +48,7 @@ from alpaca.models import load_config, load_tokenizer, make_model, resize_embedd
 from alpaca.prompts import PROMPT_DICT, format_prompt, load_prompt_template
 from alpaca.report import report, text_problems
 from alpaca.run import check_before_loading, check_combinations, check_evaluation
-from alpaca.tokenizer import SPECIAL_TOKENS, control_tokens, identity
+from alpaca.tokenizer import SPECIAL_TOKENS, control_tokens, identity, to_save
 from alpaca.tokens import IGNORE_INDEX, cached_tokens, make_tokens
 from alpaca.trainer import AlpacaTrainer
 from alpaca.waiting import leave
@@ -327,7 +327,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     note_decisions(training_args, contract)
     model = make_model(model_args, training_args, lora_args, tokenizer, num_new_tokens, checkpoint)
     trainer = AlpacaTrainer(
-        model=model, processing_class=tokenizer, args=training_args, contract=contract, **data_module
+        model=model, processing_class=to_save(tokenizer), args=training_args, contract=contract, **data_module
     )
     begin(training_args, contract)
     trainer.train(resume_from_checkpoint=checkpoint)
