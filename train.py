@@ -17,7 +17,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,9 @@ from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca import flags, fsdp
+from alpaca.chat_template import set_chat_template
 from alpaca.checkpoints import find_checkpoint
-from alpaca.console import hide_progress_bars, plot_loss, say
+from alpaca.console import hide_progress_bars, say
 from alpaca.contract import (
     already_finished,
     begin,
@@ -227,7 +227,7 @@ class SupervisedDataset(Dataset):
         self.data_fingerprint = fingerprint(
             [(row["instruction"], row.get("input") or "", row["output"]) for row in rows]
         )
-        self.template_fingerprint = fingerprint(templates)
+        self.templates, self.template_fingerprint = templates, fingerprint(templates)
         self.report = report(data_path, tokens, text_problems(rows, templates, tokenizer.all_special_tokens))
         if len(tokens["problems"]["nothing_to_learn"]) == len(rows):
             raise UsageError(
@@ -387,6 +387,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     for dataset in filter(None, (data_module["train_dataset"], data_module["eval_dataset"])):
         say(str(dataset.report), training_args.process_index)
 
+    set_chat_template(tokenizer, data_module["train_dataset"].templates, training_args.process_index)
     keep_decisions(training_args, checkpoint)
     contract = describe_run(training_args, model_args, data_args, lora_args, data_module["train_dataset"], tokenizer)
     if already_finished(training_args, contract, checkpoint):
@@ -409,18 +410,18 @@ def train(argv: Sequence[str] | None = None) -> None:
         fsdp.check_dropout(training_args, model)
         fsdp.materialize(model)
 
+    about = {**vars(model_args), **vars(data_args)}
     trainer = AlpacaTrainer(
-        model=model, processing_class=tokenizer, args=training_args, contract=contract, **data_module
+        model=model, processing_class=tokenizer, args=training_args, contract=contract, flags=about, **data_module
     )
     begin(training_args, contract)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.was_stopped_early():
         return leave()
     trainer.save_final_model(getattr(torch, training_args.save_dtype))
+    trainer.create_model_card()
     finish(training_args, contract)
-    if trainer.is_world_process_zero():
-        plot_loss(trainer.state.log_history, Path(training_args.output_dir) / "loss.png")
-        say(f"saved to {training_args.output_dir}", 0)
+    say(f"saved to {training_args.output_dir}", training_args.process_index)
     leave()
 
 
