@@ -178,7 +178,7 @@ def _loading_adapter(model: Any, base: Source, lora: "LoraConfig") -> str:
     """The base is loaded as it was for the training."""
     quantized = getattr(model.config, "quantization_config", None)
     options = quantized.to_diff_dict().items() if quantized else ()
-    named = ", ".join(f"{key}={value!r}" for key, value in options if key != "quant_method")
+    named = ", ".join(f"{key}={value!r}" for key, value in options if key[0] != "_" and key != "quant_method")
     imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantized else "")
     quantization = f", quantization_config=BitsAndBytesConfig({named})" if quantized else ""
     lines = [
@@ -230,7 +230,7 @@ def hyperparameters(
     boundary = {"stanford": "tokenized as one text, then the prompt is masked", "split": "tokenized apart"}
     return {
         "Learning rate": f"{args.learning_rate:g}",
-        "Schedule": f"{_value(args.lr_scheduler_type)}, {args.get_warmup_steps(state.max_steps)} steps of warmup",
+        "Schedule": f"{_value(args.lr_scheduler_type)}, warmup steps: {args.get_warmup_steps(state.max_steps)}",
         "Epochs": f"{state.epoch:.4g}",
         "Optimizer steps": f"{state.global_step:,}",
         "Global batch": f"{rows_per_step(args)} rows: {args.train_batch_size} per device x "
