@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerState
 from alpaca.chat_template import set_chat_template
 from alpaca.model_card import MARKER, base_source, commit, data_source, model_card, write_model_card
 from alpaca.model_card import ROOT as CODE
-from alpaca.prompts import PROMPT_DICT, format_prompt
+from alpaca.prompts import PROMPT_DICT, format_prompt, templates_of
 from alpaca.tokenizer import open_tokenizer
+from alpaca.trainer import AlpacaTrainer
 from scripts.make_tiny_model import make_tiny_model
 from train import SupervisedDataset, parse_flags
 
@@ -149,6 +150,7 @@ def test_an_adapter_is_loaded_onto_its_base(finished, tmp_path, monkeypatch, kin
     options = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
     quantization = {"quantization_config": BitsAndBytesConfig(**options)} if kind == "4 bits" else {}
     base = AutoModelForCausalLM.from_pretrained(wide, **quantization)
+    torch.manual_seed(0)
     rows = base.get_input_embeddings().num_embeddings
     if kind == "new token":
         base.resize_token_embeddings(rows + 1)
@@ -187,6 +189,28 @@ def test_an_adapter_is_loaded_onto_its_base(finished, tmp_path, monkeypatch, kin
     assert (
         "quantization_config=BitsAndBytesConfig(load_in_8bit=True))" in card and "| Quantized base | 8 bits |" in card
     )
+
+
+def test_saving_an_adapter_leaves_a_readme_of_the_users_own_alone(finished, tiny):
+    """peft would rewrite it."""
+    stand_in, flags = finished()
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny("llama")), LoraConfig(task_type="CAUSAL_LM"))
+    trainer = AlpacaTrainer(model=model, args=stand_in.args, train_dataset=stand_in.train_dataset, flags=flags,
+                            processing_class=stand_in.processing_class, data_collator=list)  # fmt: skip
+    out = Path(stand_in.args.output_dir)
+    out.mkdir(exist_ok=True)
+    (out / "README.md").write_text("# Mine\n")
+    trainer.state = stand_in.state
+    for _ in range(2):
+        trainer.save_model()
+        trainer.create_model_card()
+    assert (out / "README.md").read_text() == "# Mine\n" and (out / "adapter_config.json").is_file()
+    assert (out / "loss.png").is_file() and templates_of(out) == PROMPT_DICT
+    (out / "README.md").unlink()
+    trainer.save_model()
+    assert not (out / "README.md").exists()
+    trainer.create_model_card(model_name="as the Trainer calls it to upload a model")
+    assert ModelCard.load(out / "README.md").data.library_name == "peft"
 
 
 def test_a_readme_of_the_users_own_stays(finished, capsys):

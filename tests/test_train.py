@@ -14,7 +14,7 @@ from conftest import ROOT, SHARED, history, largest_difference, run, train, weig
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alpaca.prompts import format_prompt, templates_of
+from alpaca.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt, templates_of
 from scripts.quickstart import README_FLAGS
 from train import TrainingArguments
 
@@ -158,6 +158,8 @@ def test_save_dtype_is_for_the_final_model_only(tiny, tmp_path, processes, fsdp)
     assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in weights(out / "checkpoint-2").values()} == {torch.float32}
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+    assert all((folder / TEMPLATE_FILE).is_file() for folder in (out, out / "checkpoint-2"))
+    assert AutoTokenizer.from_pretrained(out / "checkpoint-2").chat_template
     for name, tensor in weights(out / "checkpoint-2").items():
         assert torch.equal(tensor.bfloat16(), weights(out)[name])
 
@@ -264,6 +266,9 @@ def test_own_prompt_template(tiny, tmp_path):
         return int(output.split(" rows, ")[1].split(" tokens")[0])
 
     assert tokens(short) < tokens(usual) / 2
+    assert templates_of(tmp_path / "a") == template and templates_of(tmp_path / "b") == PROMPT_DICT
+    asked = [{"role": "user", "content": "x"}]
+    assert AutoTokenizer.from_pretrained(tmp_path / "a").apply_chat_template(asked, tokenize=False) == "<s> Q x A "
 
 
 RECIPES = {
