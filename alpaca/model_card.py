@@ -171,23 +171,24 @@ print(answer)
 TOLD = """\
 The tokenizer's chat template writes the prompts below, in `transformers serve` and vLLM too. An input goes into the
 message <where>under a key of its own: `{"role": "user", "content": "Translate it.", "input": "Guten Tag!"}`."""
-OF_ADAPTER = "PeftConfig.from_pretrained(folder).base_model_name_or_path"  # of the machine that trained it
+OF_ADAPTER = "PeftConfig.from_pretrained(folder).base_model_name_or_path  # or your own copy of it"
 
 
 def _loading_adapter(model: Any, base: Source, lora: "LoraConfig") -> str:
-    """The base is loaded as it was for the training."""
+    """The base is quantized as it was for the training."""
     quantized = getattr(model.config, "quantization_config", None)
     options = quantized.to_diff_dict().items() if quantized else ()
     named = ", ".join(f"{key}={value!r}" for key, value in options if key[0] != "_" and key != "quant_method")
     imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantized else "")
-    quantization = f", quantization_config=BitsAndBytesConfig({named})" if quantized else ""
+    option = ", quantization_config=quantization" if quantized else ""
     lines = [
         f"from peft import {'PeftModel' if base.hub_id else 'PeftConfig, PeftModel'}",
         f"from transformers import {imports}\n",
         'folder = "."',
         f"base = {json.dumps(base.hub_id)}" if base.hub_id else f"base = {OF_ADAPTER}",
+        f"quantization = BitsAndBytesConfig({named})" if quantized else None,
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        f'model = AutoModelForCausalLM.from_pretrained(base, device_map="auto"{quantization})',
+        f'model = AutoModelForCausalLM.from_pretrained(base, device_map="auto"{option})',
         "model.resize_token_embeddings(len(tokenizer), mean_resizing=False)" if lora.trainable_token_indices else None,
         "model = PeftModel.from_pretrained(model, folder)\n",
     ]

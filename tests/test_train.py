@@ -3,14 +3,13 @@
 import json
 import math
 import os
-import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, history, largest_difference, run, train, weights, write_rows
+from conftest import ROOT, SHARED, history, largest_difference, run, run_card, train, weights, write_rows
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,7 +35,7 @@ def readme_command(**changed):
         ("opt", "OPTDecoderLayer", "full_shard auto_wrap"),
     ],
 )
-def test_readme_command(tiny, tmp_path, monkeypatch, architecture, layer, fsdp):
+def test_readme_command(tiny, tmp_path, architecture, layer, fsdp):
     out = tmp_path / "out"
     flags = readme_command(
         model_name_or_path=tiny(architecture),
@@ -64,18 +63,17 @@ def test_readme_command(tiny, tmp_path, monkeypatch, architecture, layer, fsdp):
     assert len(rows) == 1, "vocabulary of tokenizer, config and weights"
     assert model.config.pad_token_id == tokenizer.pad_token_id is not None
     assert tokenizer("x")["input_ids"] == AutoTokenizer.from_pretrained(tiny(architecture))("x")["input_ids"]
-    check_model_card(out, tokenizer, monkeypatch)
+    check_model_card(out, tokenizer)
 
 
-def check_model_card(out, tokenizer, monkeypatch):
+def check_model_card(out, tokenizer):
     """The card's own Python loads the model and asks it with the prompt that it was trained with."""
     card = ModelCard.load(out / "README.md")
     assert card.data.to_dict() == dict(library_name="transformers", pipeline_tag="text-generation", tags=["alpaca"])
     assert "| Global batch | 64 rows: 4 per device x 8 accumulated x 2 processes |" in card.text
     assert "| Sharding | FSDP2" in card.text and "| Schedule | cosine, warmup steps: 1 |" in card.text
     assert str(Path.home()) not in card.content and str(out.parent) not in card.content
-    monkeypatch.chdir(out)
-    exec(re.search("```python\n(.*?)```", card.text, re.DOTALL)[1], names := {})
+    names = run_card(out)
     prompt = tokenizer(format_prompt({"instruction": "Give three tips for staying healthy."}, templates_of(out)))
     assert names["inputs"]["input_ids"].tolist() == [prompt["input_ids"]] and names["answer"]
 
