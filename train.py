@@ -17,7 +17,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +27,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca import flags, fsdp, zero
+from alpaca.chat_template import set_chat_template
 from alpaca.checkpoints import find_checkpoint
-from alpaca.console import hide_progress_bars, plot_loss, say
+from alpaca.console import hide_progress_bars, say
 from alpaca.contract import (
     already_finished,
     begin,
@@ -48,7 +48,7 @@ from alpaca.models import load_config, load_tokenizer, make_model, resize_embedd
 from alpaca.prompts import PROMPT_DICT, format_prompt, load_prompt_template
 from alpaca.report import report, text_problems
 from alpaca.run import check_before_loading, check_combinations, check_evaluation
-from alpaca.tokenizer import SPECIAL_TOKENS, control_tokens, identity
+from alpaca.tokenizer import SPECIAL_TOKENS, control_tokens, identity, to_save
 from alpaca.tokens import IGNORE_INDEX, cached_tokens, make_tokens
 from alpaca.trainer import AlpacaTrainer
 from alpaca.waiting import leave
@@ -235,7 +235,11 @@ class SupervisedDataset(Dataset):
         tokens = cached_tokens(key, lambda: preprocess(sources, targets, tokenizer, prompt_boundary), cache_dir)
         self.input_ids, self.labels = tokens["input_ids"], tokens["labels"]  # lists of (length,) int64 tensors
         self.lengths, self.num_targets = tokens["lengths"], tokens["num_targets"]  # (rows,) int64 arrays
-        self.data_fingerprint, self.template_fingerprint = data.fingerprint(), fingerprint(templates)
+        self.data_fingerprint, self.templates, self.template_fingerprint = (
+            data.fingerprint(),
+            templates,
+            fingerprint(templates),
+        )
         self.report = report(data_path, tokens, text_problems(rows, templates, control_tokens(tokenizer)), data)
 
     def __len__(self) -> int:
@@ -316,6 +320,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     for dataset in filter(None, (data_module["train_dataset"], data_module["eval_dataset"])):
         say(str(dataset.report), training_args.process_index)
 
+    set_chat_template(tokenizer, data_module["train_dataset"].templates, training_args.process_index)
     keep_decisions(training_args, checkpoint)
     contract = describe_run(training_args, model_args, data_args, lora_args, data_module["train_dataset"], tokenizer)
     if already_finished(training_args, contract, checkpoint):
@@ -327,17 +332,21 @@ def train(argv: Sequence[str] | None = None) -> None:
     note_decisions(training_args, contract)
     model = make_model(model_args, training_args, lora_args, tokenizer, num_new_tokens, checkpoint)
     trainer = AlpacaTrainer(
-        model=model, processing_class=tokenizer, args=training_args, contract=contract, **data_module
+        model=model,
+        processing_class=to_save(tokenizer),
+        args=training_args,
+        contract=contract,
+        flags={**vars(model_args), **vars(data_args)},
+        **data_module,
     )
     begin(training_args, contract)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.was_stopped_early():
         return leave()
     trainer.save_final_model(getattr(torch, training_args.save_dtype))
+    trainer.create_model_card()
     finish(training_args, contract)
-    if trainer.is_world_process_zero():
-        plot_loss(trainer.state.log_history, Path(training_args.output_dir) / "loss.png")
-        say(f"saved to {training_args.output_dir}", 0)
+    say(f"saved to {training_args.output_dir}", training_args.process_index)
     leave()
 
 

@@ -302,7 +302,7 @@ def test_activations_are_counted_as_a_real_forward_pass_keeps_them(tiny, archite
 def flags_of(**changed):
     return Namespace(**{**dict(
         process_index=0, world_size=4, fsdp=True, fsdp_config={}, parallelism_config=None, bf16=True, fp16=False,
-        optim="adamw_torch_fused", gradient_checkpointing=None, per_device_train_batch_size=4,
+        deepspeed=None, optim="adamw_torch_fused", gradient_checkpointing=None, per_device_train_batch_size=4,
         gradient_accumulation_steps=8, device=torch.device("cuda"), batching="packed", max_tokens_per_pack="auto",
     ), **changed})  # fmt: skip
 
@@ -438,7 +438,7 @@ def test_how_many_checkpoints_stand_at_once(strategy, save_steps, limit, done, e
 
 def test_too_small_a_disk_is_refused_before_training(tmp_path, capsys):
     args = Namespace(output_dir=str(tmp_path / "new" / "out"), save_only_model=False, save_dtype="bfloat16", fsdp=None,
-                     optim="adamw_torch_fused")  # fmt: skip
+                     optim="adamw_torch_fused", deepspeed=None)  # fmt: skip
     disk.check_room(args, trained=1_000_000, checkpoints=2)
     assert (
         "disk, forecast: 2 x 12.0 MB for checkpoints + 2.0 MB for the final model = 26.0 MB" in capsys.readouterr().out

@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 import torch
-from conftest import history, train, write_rows
+from conftest import history, run_card, train, write_rows
 from safetensors.torch import load_file
 from test_gate import flags_of, llama_7b
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -93,15 +93,18 @@ def test_a_quantized_base_is_trained_and_loads(tmp_path, architecture, flags):
     losses = [entry["loss"] for entry in history(tmp_path / "out")]
     assert losses[-1] < losses[0]
     if "pad_token" in flags:
+        asked = run_card(tmp_path / "out")
+        assert asked["quantization"].load_in_8bit and isinstance(asked["model"], PeftModel) and asked["answer"]
         saved_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
-        assert saved_tokenizer.pad_token == "!" and len(saved_tokenizer) == base.config.vocab_size
+        ids = saved_tokenizer("Look!!").input_ids
+        assert saved_tokenizer.decode(ids, skip_special_tokens=True) == "Look!!", "! is a word, not a control token"
+        assert saved_tokenizer.pad_token_id is not None and len(saved_tokenizer) == base.config.vocab_size
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # gpt2's embeddings are tied
 def test_added_rows_are_trained_and_saved(tiny, tmp_path, architecture):
-    from peft import PeftModel
-
+    """And loaded as the model card says how."""
     name = tiny(architecture)
     saved = train_here(tmp_path, output_dir="out", model_name_or_path=name, add_missing_tokens=True, bf16=True)
     rows = {name: row for name, row in saved.items() if "trainable_tokens" in name}
@@ -110,9 +113,8 @@ def test_added_rows_are_trained_and_saved(tiny, tmp_path, architecture):
     base = AutoModelForCausalLM.from_pretrained(name)
     mean = base.get_output_embeddings().weight.mean(dim=0)
     old = base.get_output_embeddings().weight.detach().clone()
-    base.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     assert len(tokenizer) == len(old) + 1
-    model = PeftModel.from_pretrained(base, tmp_path / "out")
+    model = run_card(tmp_path / "out")["model"]
     merged = model.merge_and_unload().get_output_embeddings().weight
     head = [row for name, row in rows.items() if "lm_head" in name or architecture == "gpt2"][0]
     assert torch.equal(merged[-1], head[0]) and torch.equal(merged[:-1], old)

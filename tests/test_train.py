@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, history, largest_difference, run, train, weights, write_rows
+from conftest import ROOT, SHARED, history, largest_difference, run, run_card, train, weights, write_rows
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alpaca.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt, templates_of
 from scripts.quickstart import README_FLAGS
 from train import TrainingArguments
 
@@ -61,6 +63,19 @@ def test_readme_command(tiny, tmp_path, architecture, layer, fsdp):
     assert len(rows) == 1, "vocabulary of tokenizer, config and weights"
     assert model.config.pad_token_id == tokenizer.pad_token_id is not None
     assert tokenizer("x")["input_ids"] == AutoTokenizer.from_pretrained(tiny(architecture))("x")["input_ids"]
+    check_model_card(out, tokenizer)
+
+
+def check_model_card(out, tokenizer):
+    """The card's own Python loads the model and asks it with the prompt that it was trained with."""
+    card = ModelCard.load(out / "README.md")
+    assert card.data.to_dict() == dict(library_name="transformers", pipeline_tag="text-generation", tags=["alpaca"])
+    assert "| Global batch | 64 rows: 4 per device x 8 accumulated x 2 processes |" in card.text
+    assert "| Sharding | FSDP2" in card.text and "| Schedule | cosine, warmup steps: 1 |" in card.text
+    assert str(Path.home()) not in card.content and str(out.parent) not in card.content
+    names = run_card(out)
+    prompt = tokenizer(format_prompt({"instruction": "Give three tips for staying healthy."}, templates_of(out)))
+    assert names["inputs"]["input_ids"].tolist() == [prompt["input_ids"]] and names["answer"]
 
 
 def test_plain_line_per_step(tiny, tmp_path):
@@ -141,6 +156,8 @@ def test_save_dtype_is_for_the_final_model_only(tiny, tmp_path, processes, fsdp)
     assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in weights(out / "checkpoint-2").values()} == {torch.float32}
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+    assert all((folder / TEMPLATE_FILE).is_file() for folder in (out, out / "checkpoint-2"))
+    assert AutoTokenizer.from_pretrained(out / "checkpoint-2").chat_template
     for name, tensor in weights(out / "checkpoint-2").items():
         assert torch.equal(tensor.bfloat16(), weights(out)[name])
 
@@ -247,6 +264,9 @@ def test_own_prompt_template(tiny, tmp_path):
         return int(output.split(" rows, ")[1].split(" tokens")[0])
 
     assert tokens(short) < tokens(usual) / 2
+    assert templates_of(tmp_path / "a") == template and templates_of(tmp_path / "b") == PROMPT_DICT
+    asked = [{"role": "user", "content": "x"}]
+    assert AutoTokenizer.from_pretrained(tmp_path / "a").apply_chat_template(asked, tokenize=False) == "<s> Q x A "
 
 
 RECIPES = {
