@@ -13,7 +13,7 @@ from test_weight_diff import assert_same, bits, state_of, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weight_diff
-from alpaca import merging
+from alpaca import merging, streaming
 from alpaca.errors import UsageError
 from alpaca.merging import Merged
 from scripts.merge_lora import main, merge_lora
@@ -63,7 +63,8 @@ CASES = {  # name: (architecture, rows added, settings of peft)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_as_peft_merges(tiny, tmp_path, case):
+def test_as_peft_merges(tiny, tmp_path, case, monkeypatch):
+    monkeypatch.setattr(streaming, "PIECE", 999)  # elements: tensors of many pieces that begin inside a row
     architecture, rows, settings = CASES[case]
     base = tiny(architecture)
     settings = {name: value(base) if callable(value) else value for name, value in settings.items()}
@@ -96,7 +97,7 @@ def test_tied_embeddings_trained_apart_become_two(tiny, tmp_path, trained):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_16_bit_base_keeps_its_dtype_and_every_bit_that_is_not_touched(tiny, tmp_path, dtype):
     state = {name: tensor.to(dtype) for name, tensor in state_of(tiny("llama")).items()}
-    base = write(tmp_path / "base", tiny("llama"), state, layout="shards")
+    base = write(tmp_path / "base", tiny("llama"), state, layout="shards", dtype=merging.dtype_name(dtype))
     adapter = make_adapter(tiny("llama"), tmp_path / "adapter", **LLAMA)
     merge_lora(str(adapter), str(tmp_path / "merged"), base=str(base), max_shard_size="50KB")
     exact, touched = merged_by_peft(base, adapter, torch.float64).state_dict(), ("q_proj", "k_proj", "down_proj")
@@ -108,6 +109,16 @@ def test_a_16_bit_base_keeps_its_dtype_and_every_bit_that_is_not_touched(tiny, t
     assert_same(tmp_path / "wide", {name: exact[name].float() for name in state})
     config = json.loads((tmp_path / "wide" / "config.json").read_text())
     assert config.get("dtype", config.get("torch_dtype")) == "float32"
+
+
+def test_tied_embeddings_that_are_stored_twice_stay_equal(tiny, tmp_path):
+    state = state_of(tiny("gpt2"))
+    base = write(tmp_path / "base", tiny("gpt2"), {**state, "lm_head.weight": state["transformer.wte.weight"]})
+    adapter = make_adapter(base, tmp_path / "adapter", **GPT2, trainable_token_indices=[3, 5])
+    merge_lora(str(adapter), str(tmp_path / "merged"))
+    merged = state_of(tmp_path / "merged")
+    changed = (merged["transformer.wte.weight"] != state["transformer.wte.weight"]).any(1).nonzero().flatten()
+    assert changed.tolist() == [3, 5] and torch.equal(merged["lm_head.weight"], merged["transformer.wte.weight"])
 
 
 def test_a_weight_diff_of_it_gives_every_bit_back(tiny, tmp_path):
@@ -206,6 +217,9 @@ def test_rows_that_nobody_trained_are_not_invented(tiny, tmp_path):
     merge_lora(str(adapter), str(tmp_path / "merged"))
     rows = load_file(tmp_path / "merged" / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(rows[first:], lean["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"])
+    set_config(adapter, trainable_token_indices=[first])
+    with pytest.raises(UsageError, match="lacks a row for each of 1 trainable_token_indices"):
+        merge_lora(str(adapter), str(tmp_path / "again"))
     set_config(adapter, trainable_token_indices=[first + 1, 5])
     with pytest.raises(UsageError, match=f"has trained token {first + 1} but not {first}"):
         merge_lora(str(adapter), str(tmp_path / "again"))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import history, largest_difference, launcher, run, train, write_rows
+from conftest import fork, history, largest_difference, train, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -17,7 +17,7 @@ FLAGS = dict(per_device_train_batch_size=2, learning_rate=1e-3, num_train_epochs
 def probe(tmp_path, **flags):
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     words = [f"--{name}={value}" for name, value in dict(output_dir=folder / "out", max_steps=1, **flags).items()]
-    run([*launcher(2), "tests/probe.py", *words], env={"PYTHONPATH": ".", "PROBE": str(folder)})
+    fork("tests/probe.py", words, 2, env={"PROBE": str(folder)})
     return [json.loads(file.read_text()) for file in sorted(folder.glob("rank-*.json"))]
 
 
