@@ -18,6 +18,8 @@ from alpaca.errors import UsageError
 from alpaca.merging import Merged
 from scripts.merge_lora import main, merge_lora
 
+pytestmark = pytest.mark.slow
+
 LLAMA = dict(target_modules=["q_proj", "k_proj", "down_proj"])
 GPT2 = dict(target_modules=["c_attn", "c_proj"])  # Conv1D; attn.c_proj is square
 
