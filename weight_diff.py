@@ -27,8 +27,8 @@ from alpaca.exact_diff import ExactDiff, is_exact_diff
 from alpaca.files import human
 from alpaca.float_diff import FloatDiff, NaiveSum
 from alpaca.prompts import format_prompt
-from alpaca.shards import MemoryWriter, ShardWriter, Spec, new_folder, plan_shards, write_index
-from alpaca.streaming import Pipeline
+from alpaca.shards import MemoryWriter, new_folder, plan_shards
+from alpaca.streaming import Pipeline, cast, stream, write_model
 from alpaca.weights import Weights, find_folder, open_weights
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def make_diff(
                 else:
                     diff = FloatDiff(base, tuned, sign=-1)
                     lines = diff.notes()
-                    _write(diff, pipe, folder, max_shard_size, torch.float32, None)
+                    write_model(diff, pipe, folder, max_shard_size, torch.float32)
                     _copy(diff.files, folder, torch.float32)
     print("\n".join([*lines, f"wrote {path_diff}: {human(size)}"]), flush=True)
 
@@ -170,19 +170,19 @@ def _recover(
         config = json.loads(diff.files["config.json"].read_text(encoding="utf-8"))
         summed = isinstance(diff, FloatDiff) if check_integrity_naively is None else check_integrity_naively
         naive = NaiveSum(diff.specs, config) if summed else None
-        size, nbytes = (sum(spec.nbytes for spec in specs) for specs in (_cast(diff.specs, kind), diff.specs))
+        size, nbytes = (sum(spec.nbytes for spec in specs) for specs in (cast(diff.specs, kind), diff.specs))
         sum_line = functools.partial(naive.check, check_integrity_naively is True) if naive else str
         if path_tuned is not None:
             inputs = (base.folder, diff.folder)
             with new_folder(path_tuned, "--path_tuned", size + ROOM, overwrite, inputs) as folder:
                 with Pipeline(nbytes, "recover") as pipe:
-                    _write(diff, pipe, folder, max_shard_size, kind, naive)
+                    write_model(diff, pipe, folder, max_shard_size, kind, naive and naive.add)
                 _copy(diff.files, folder, kind)
                 told = sum_line()
         else:
-            writer = MemoryWriter(_cast(diff.specs, kind)) if load else None
+            writer = MemoryWriter(cast(diff.specs, kind)) if load else None
             with Pipeline(nbytes, "recover") as pipe:
-                _stream(diff, pipe, diff.specs, kind, writer, naive)
+                stream(diff, pipe, diff.specs, kind, writer and writer.write, naive and naive.add)
                 pipe.drain()
             told, state = sum_line(), writer and writer.tensors
         print(*[told] * bool(told), _verdict(diff, path_raw, path_diff, path_tuned, dtype), sep="\n", flush=True)
@@ -216,38 +216,6 @@ def _open_diff(base: Weights, path_diff: str, digest: str | None) -> Iterator[Ex
     with open_weights(folder, "--path_diff") as weights:
         weights.require_config()
         yield FloatDiff(base, weights, sign=1)
-
-
-def _cast(specs: list[Spec], dtype: torch.dtype | None) -> list[Spec]:
-    return [spec._replace(dtype=dtype) if dtype and spec.dtype.is_floating_point else spec for spec in specs]
-
-
-def _write(
-    diff: ExactDiff | FloatDiff, pipe: Pipeline, folder: Path, max_shard_size: str, dtype: torch.dtype | None,
-    naive: NaiveSum | None,
-) -> None:  # fmt: skip
-    """Write what `diff` yields as the safetensors of a model."""
-    by_name = {spec.name: spec for spec in diff.specs}
-    shards = plan_shards(_cast(diff.specs, dtype), "model", max_shard_size)
-    writer = ShardWriter(folder, shards)
-    order = [by_name[spec.name] for shard in shards for spec in shard.tensors]
-    _stream(diff, pipe, order, dtype, writer, naive)
-    pipe.drain()
-    pipe.after("write", writer.close).result()
-    write_index(folder, "model", shards)
-
-
-def _stream(
-    diff: ExactDiff | FloatDiff, pipe: Pipeline, order: list[Spec], dtype: torch.dtype | None,
-    writer: ShardWriter | MemoryWriter | None, naive: NaiveSum | None,
-) -> None:  # fmt: skip
-    for slot, spec, start, piece in diff.pieces(pipe, order):
-        if naive is not None:
-            naive.add(spec, start, piece)
-        if dtype not in (None, piece.dtype) and piece.is_floating_point():
-            piece = slot.take(4, dtype, piece.numel()).copy_(piece)
-        if writer is not None:
-            pipe.send(slot, "write", writer.write, piece)
 
 
 def _copy(files: Mapping[str, Path], folder: Path, dtype: torch.dtype | None) -> None:

@@ -217,7 +217,8 @@ def _what_it_is_instead(folder: Path) -> str:
         return ("is a weight diff, not a model; recover the model first: python weight_diff.py recover "
                 f"--path_raw <base> --path_diff {folder} --path_tuned <folder>")  # fmt: skip
     if (folder / "adapter_config.json").exists():
-        return "is a LoRA adapter, not a checkpoint; merge it into its base model first (peft's merge_and_unload)"
+        return ("is a LoRA adapter, not a checkpoint; merge it into its base model first: python -m scripts.merge_lora "
+                f"--adapter {folder} --output_dir <folder>")  # fmt: skip
     if any(folder.glob("consolidated.*.pth")):
         return "is in Meta's format; convert it first: transformers/models/llama/convert_llama_weights_to_hf.py"
     if found := sorted(folder.glob("checkpoint-*")):

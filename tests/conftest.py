@@ -1,6 +1,7 @@
 """Real parts for tests: tiny models with tokenizers built on the spot, and torchrun on CPU ranks."""
 
 import atexit
+import functools
 import json
 import os
 import re
@@ -67,10 +68,53 @@ def launcher(processes: int) -> list[str]:
     ]
 
 
-def train(flags: dict, processes: int = 0, **kwargs):
-    """Run train.py with `flags`, as python (processes=0) or under torchrun."""
+def train(flags: dict, processes: int = 0, real: bool = False, script="train.py", **kwargs):
+    """Run train.py with `flags` as one process or as that many ranks, forked from a process that has its imports behind
+    it (forked.py); `real`: by python or torchrun."""
     words = [f"--{name}={value}" for name, value in flags.items()]
-    return run([*launcher(processes), "train.py", *words], **kwargs)
+    return run([*launcher(processes), script, *words], **kwargs) if real else fork(script, words, processes, **kwargs)
+
+
+def fork(script: str, words: list[str], processes: int = 0, check=True, env=None, timeout=300):
+    """`run`, for a script that imports what train.py does; the output is that of all ranks, one behind the other."""
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [[f"{folder}/out-{rank}", f"{folder}/err-{rank}"] for rank in range(max(processes, 1))]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        job = dict(script=script, words=words, env=env, ranks=processes, logs=logs, timeout=timeout)
+        server = _server()
+        server.stdin.write(json.dumps(job, default=str) + "\n")
+        server.stdin.flush()
+        answer = json.loads(server.stdout.readline())
+        stdout, stderr = ("".join(Path(log[number]).read_text(errors="replace") for log in logs) for number in (0, 1))
+    code = next((code for code in answer["codes"] if code), 0)
+    if answer["timed_out"] or (check and code != 0):
+        pytest.fail(f"{script} {words} -> {answer}\n{stdout[-3000:]}\n{stderr[-6000:]}")
+    return subprocess.CompletedProcess([script, *words], code, stdout, stderr)
+
+
+def recipe(name: str, more: list[str], env: dict, real: bool):
+    """Run a script of recipes/, whose torchrun is `real` or notes what it is called with, for forked ranks."""
+    command = ["bash", ROOT / "recipes" / name, *more]
+    if real:
+        return run(command, env=env)
+    with tempfile.TemporaryDirectory() as folder:
+        torchrun = Path(folder) / "torchrun"
+        torchrun.write_text('#!/bin/sh\nprintf "%s\\0" "$@" > "$0.words"\n')
+        torchrun.chmod(0o755)
+        run(command, env={**env, "PATH": f"{folder}:{os.environ['PATH']}"})
+        processes, port, script, *words = Path(f"{torchrun}.words").read_text().split("\0")[:-1]
+    assert (processes, port) == (f"--nproc_per_node={env['NPROC']}", f"--master_port={env['PORT']}")
+    return fork(script, words, int(env["NPROC"]))
+
+
+@functools.cache
+def _server() -> subprocess.Popen:
+    """One per test worker, started when the first test needs it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    server = subprocess.Popen([sys.executable, "tests/forked.py"], cwd=ROOT, env=env, text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    atexit.register(server.kill)
+    return server
 
 
 def history(output_dir) -> list[dict]:

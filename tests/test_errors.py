@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from conftest import run, train, write_rows
+from conftest import fork, train, write_rows
 
 import train as train_module
 from alpaca.errors import UsageError
@@ -121,10 +121,9 @@ def test_under_torchrun_rank_0_speaks_once(tmp_path, tiny, changed, message):
     assert 'File "' not in result.stderr.split("train.py: error:")[0], "no traceback before the message"
 
 
+@pytest.mark.slow
 def test_help_reads_well():
-    import sys
-
-    text = run([sys.executable, "train.py", "--help"]).stdout
+    text = fork("train.py", ["--help"]).stdout
     assert "torchrun --nproc_per_node=4" in text
     for flag in ("--data_path", "--prompt_boundary", "--loss_normalization", "--save_dtype", "--fsdp"):
         assert flag in text

@@ -60,6 +60,7 @@ def test_importing_utils_costs_nothing():
     assert not {"torch", "openai", "transformers", "numpy"} & loaded_by("import utils")
 
 
+@pytest.mark.slow
 def test_importing_train_starts_nothing():
     assert "openai" not in loaded_by("import train")
 

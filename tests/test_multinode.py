@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port, largest_difference, run, train, write_rows
+from conftest import ROOT, fork, free_port, largest_difference, run, train, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +102,7 @@ def test_the_slurm_script_shards_inside_a_node_and_replicates_over_nodes(tiny, t
     assert manifest["contract"]["rounding"]["the number of processes"] == 4
     published = ["--warmup_ratio=0.03", "--lr_scheduler_type=cosine", "--weight_decay=0", "--num_train_epochs=3"]
     one = [f"--model_name_or_path={model}", f"--data_path={data}", f"--output_dir={tmp_path / 'one'}"]
-    run([sys.executable, "train.py", *one, *both, *published, "--per_device_train_batch_size=128"])
+    fork("train.py", [*one, *both, *published, "--per_device_train_batch_size=128"])
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 2e-5
     assert "this run is finished" in run(["bash", "recipes/llama_7b_2x8.slurm", *both], env=env).stdout, "when requeued"
 

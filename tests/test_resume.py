@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, history, largest_difference, launcher, run, train, write_rows
+from conftest import ROOT, fork, history, largest_difference, launcher, run, train, write_rows
 
 from alpaca.checkpoints import MANIFEST, RECORD, defects
 
@@ -62,8 +62,7 @@ def test_killed_while_saving(undisturbed, tmp_path, where, left):
     one complete checkpoint is there, and going on from it ends with the weights and losses of an undisturbed run."""
     whole, flags = undisturbed
     words = [f"--{name}={value}" for name, value in dict(output_dir=tmp_path / "out", **flags).items()]
-    killed = run([sys.executable, "tests/killed.py", *words], check=False,
-                 env={"KILL": f"{where}:0", "PYTHONPATH": "."})  # fmt: skip
+    killed = fork("tests/killed.py", words, check=False, env={"KILL": f"{where}:0"})
     assert killed.returncode == -signal.SIGKILL
     assert [name for name in checkpoints(tmp_path / "out") if not defects(tmp_path / "out" / name)][-1] == (
         f"checkpoint-{left}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import history, largest_difference, launcher, run, train, write_rows
+from conftest import fork, history, largest_difference, launcher, run, train, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -14,10 +14,11 @@ FLAGS = dict(per_device_train_batch_size=2, learning_rate=1e-3, num_train_epochs
              max_grad_norm=0.5, weight_decay=0.01)  # fmt: skip
 
 
-def probe(tmp_path, **flags):
+def probe(tmp_path, real=False, **flags):
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     words = [f"--{name}={value}" for name, value in dict(output_dir=folder / "out", max_steps=1, **flags).items()]
-    run([*launcher(2), "tests/probe.py", *words], env={"PYTHONPATH": ".", "PROBE": str(folder)})
+    env = {"PYTHONPATH": ".", "PROBE": str(folder)}
+    run([*launcher(2), "tests/probe.py", *words], env=env) if real else fork("tests/probe.py", words, 2, env=env)
     return [json.loads(file.read_text()) for file in sorted(folder.glob("rank-*.json"))]
 
 
@@ -59,8 +60,8 @@ def test_no_rank_but_the_first_holds_a_full_copy(tiny, tmp_path):
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
     for file in ("tokenizer.model", "tokenizer_config.json"):
         (tmp_path / "model" / file).write_bytes(open(f"{tiny('llama')}/{file}", "rb").read())
-    reports = probe(tmp_path, model_name_or_path=tmp_path / "model", fsdp="full_shard auto_wrap", save_strategy="no",
-                    data_path=write_rows(tmp_path / "rows.json", 4))  # fmt: skip
+    reports = probe(tmp_path, real=True, model_name_or_path=tmp_path / "model", fsdp="full_shard auto_wrap",
+                    save_strategy="no", data_path=write_rows(tmp_path / "rows.json", 4))  # fmt: skip
     whole = reports[0]["full"] * 4
     assert whole > 380e6
     rank_0, rank_1 = (report["grew"] / whole for report in reports)

@@ -1,0 +1,79 @@
+r"""Merge a LoRA adapter into its base: a plain checkpoint, for from_pretrained, weight_diff.py and every other program.
+
+    python -m scripts.merge_lora --adapter output/lora --output_dir output/merged
+    python -m scripts.merge_lora --adapter <folder or hub id> --base <folder or hub id> --output_dir <folder> \
+        --dtype bfloat16
+
+The base is the one that the adapter names, or --base. Tensors are read and written in pieces; those that the adapter
+does not touch keep every bit. Tokenizer and prompt template are the adapter's where it has them, else the base's.
+"""
+
+import argparse
+import json
+import shutil
+
+import torch
+
+from alpaca.errors import reported
+from alpaca.files import human
+from alpaca.merging import Adapter, Merged
+from alpaca.shards import new_folder, plan_shards
+from alpaca.streaming import Pipeline, write_model
+from alpaca.weights import open_weights
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+ROOM = 10**8  # bytes on the disk for the tokenizer
+
+
+def merge_lora(
+    adapter: str,
+    output_dir: str,
+    base: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> None:
+    """Write the checkpoint that `adapter` and its base make together.
+
+    Args:
+        adapter: folder (or hub id) of a LoRA adapter in peft's format.
+        output_dir: folder to be written; it is whole or not there.
+        base: folder (or hub id) of the base model, if it is not where the adapter says.
+        dtype: float32, float16 or bfloat16 for all weights; not given, each tensor keeps that of the base.
+        max_shard_size: largest size of one file.
+        overwrite: replace output_dir if it is a checkpoint.
+
+    Raises:
+        UsageError: adapter and base do not fit, or the adapter has what plain weights cannot say; nothing is written.
+    """
+    plan_shards([], "model", max_shard_size)
+    opened = Adapter(adapter, "--adapter")
+    with opened.weights, open_weights(base or opened.base_folder(), "--base") as weights:
+        merged = Merged(weights, opened, DTYPES[dtype] if dtype else None)
+        for line in merged.notes():
+            print(line, flush=True)
+        size = sum(spec.nbytes for spec in merged.specs)
+        with new_folder(output_dir, "--output_dir", size + ROOM, overwrite, (weights.folder, opened.folder)) as folder:
+            with Pipeline(size, "merge_lora") as pipe:
+                write_model(merged, pipe, folder, max_shard_size)
+            for name, path in merged.files.items():
+                shutil.copyfile(path, folder / name)
+            (folder / "config.json").write_text(json.dumps(merged.config, indent=2) + "\n", encoding="utf-8")
+    print(f"wrote {output_dir}: {human(size)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("scripts.merge_lora", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--adapter", required=True, help="folder or hub id of the LoRA adapter")
+    parser.add_argument("--output_dir", required=True, help="folder to be written")
+    parser.add_argument("--base", help="folder or hub id of its base, if it is not where the adapter says")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; not given, the base's")
+    parser.add_argument("--max_shard_size", default="5GB", help="largest size of one file (5GB)")
+    parser.add_argument("--overwrite", action="store_true", help="replace output_dir if it is a checkpoint")
+    merge_lora(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    with reported("scripts.merge_lora"):
+        main()
