@@ -6,6 +6,8 @@
 An adapter stays apart from its base, as it was trained: merging it would round the sum to the dtype of the base.
 """
 
+import logging
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +19,7 @@ from transformers.utils import is_bitsandbytes_available
 
 from alpaca.errors import UsageError, first_line
 from alpaca.exact_diff import is_exact_diff
-from alpaca.float_diff import FloatDiff, is_nearly_zero
+from alpaca.float_diff import ONE, ZERO, FloatDiff, last_norm
 from alpaca.prompts import templates_of
 from alpaca.recovery import cast, load_recovered, open_diff, stream
 from alpaca.shards import MemoryWriter
@@ -95,6 +97,8 @@ def quantization(load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dtype) -> 
         flag = "--load_in_4bit" if load_in_4bit else "--load_in_8bit"
         raise UsageError(f"{flag}: needs bitsandbytes, which is not installed: pip install 'bitsandbytes>=0.50'")
     if load_in_8bit:
+        # which says for every layer of every token that it works in float16
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=dtype)  # fmt: skip
@@ -107,7 +111,7 @@ def _open_checkpoint(folder: Path, how: How) -> Opened:
     if not (folder / "config.json").is_file():
         raise UsageError(f"{how.flag} {folder}: expected the folder of a model; there is no config.json in it.")
     with open_weights(folder, how.flag) as weights:
-        if is_nearly_zero(weights):
+        if (largest := last_norm(weights)) is not None and largest < ZERO:
             raise UsageError(
                 f"{how.flag} {folder}: its last norm is nearly zero, as in a weight diff; give {how.base_flag} too"
             )
@@ -139,7 +143,7 @@ def _open_diff(folder: Path, base: str | Path | None, how: How) -> Opened:
             f"{how.flag} {folder}: is a weight diff; give the model it was made against as {how.base_flag}"
         )
     with open_weights(base, how.base_flag) as base_weights, open_diff(base_weights, folder, flag=how.flag) as diff:
-        if isinstance(diff, FloatDiff) and not is_nearly_zero(diff.weights):
+        if isinstance(diff, FloatDiff) and (last_norm(diff.weights) or 0.0) > ONE:
             raise UsageError(f"{how.base_flag} {base}: {folder} is a whole model, which needs no base; leave it away")
         writer = MemoryWriter(cast(diff.specs, how.dtype))
         with Pipeline(sum(spec.nbytes for spec in diff.specs), "recover") as pipe:
@@ -206,7 +210,9 @@ def _put_in(model: PreTrainedModel, folder: Path, config: "PeftConfig", tokens: 
     _fit_vocabulary(model, tokens, weights)
     config.base_model_name_or_path = model.name_or_path  # else peft warns that another folder has been given
     try:
-        result = set_peft_model_state_dict(get_peft_model(model, config), weights)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks for it
+            result = set_peft_model_state_dict(get_peft_model(model, config), weights)
     except (RuntimeError, ValueError, KeyError) as error:
         # peft lists every tensor of another size
         raise UsageError(f"{misfit}: it was trained on a model of other sizes or another architecture") from error
