@@ -11,11 +11,6 @@ written in pieces: a model of any size takes a few hundred megabytes of memory.
 
 import functools
 import json
-import shutil
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +22,10 @@ from alpaca.exact_diff import ExactDiff, is_exact_diff
 from alpaca.files import human
 from alpaca.float_diff import FloatDiff, NaiveSum
 from alpaca.prompts import format_prompt
-from alpaca.shards import MemoryWriter, ShardWriter, Spec, new_folder, plan_shards, write_index
+from alpaca.recovery import cast, copy_files, load_recovered, most_common_dtype, open_diff, stream
+from alpaca.shards import MemoryWriter, ShardWriter, new_folder, plan_shards, write_index
 from alpaca.streaming import Pipeline
-from alpaca.weights import Weights, find_folder, open_weights
+from alpaca.weights import find_folder, open_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,7 +74,7 @@ def make_diff(
                     diff = FloatDiff(base, tuned, sign=-1)
                     lines = diff.notes()
                     _write(diff, pipe, folder, max_shard_size, torch.float32, None)
-                    _copy(diff.files, folder, torch.float32)
+                    copy_files(diff.files, folder, torch.float32)
     print("\n".join([*lines, f"wrote {path_diff}: {human(size)}"]), flush=True)
 
 
@@ -144,7 +140,7 @@ def verify(path_diff: str, path_tuned: str, path_raw: str | None = None, digest:
         elif path_raw is None:
             raise UsageError(f"--path_diff {path_diff}: is in the format of 2023, without digests; give --path_raw too")
         else:
-            with open_weights(path_raw, "--path_raw") as base, _open_diff(base, path_diff, digest) as diff:
+            with open_weights(path_raw, "--path_raw") as base, open_diff(base, path_diff, digest) as diff:
                 with Pipeline(diff.weights.nbytes, "verify") as pipe:
                     diff.verify(pipe, tuned)
             kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tuned.tensors.values()}))
@@ -164,25 +160,25 @@ def _recover(
     _check_choices(device=device, dtype=dtype)
     plan_shards([], "model", max_shard_size)
     load, kind, state = load or test_inference, FLOATS.get(dtype), None
-    with open_weights(path_raw, "--path_raw") as base, _open_diff(base, path_diff, digest) as diff:
+    with open_weights(path_raw, "--path_raw") as base, open_diff(base, path_diff, digest) as diff:
         for note in diff.notes():
             print(note, flush=True)
         config = json.loads(diff.files["config.json"].read_text(encoding="utf-8"))
         summed = isinstance(diff, FloatDiff) if check_integrity_naively is None else check_integrity_naively
         naive = NaiveSum(diff.specs, config) if summed else None
-        size, nbytes = (sum(spec.nbytes for spec in specs) for specs in (_cast(diff.specs, kind), diff.specs))
+        size, nbytes = (sum(spec.nbytes for spec in specs) for specs in (cast(diff.specs, kind), diff.specs))
         sum_line = functools.partial(naive.check, check_integrity_naively is True) if naive else str
         if path_tuned is not None:
             inputs = (base.folder, diff.folder)
             with new_folder(path_tuned, "--path_tuned", size + ROOM, overwrite, inputs) as folder:
                 with Pipeline(nbytes, "recover") as pipe:
                     _write(diff, pipe, folder, max_shard_size, kind, naive)
-                _copy(diff.files, folder, kind)
+                copy_files(diff.files, folder, kind)
                 told = sum_line()
         else:
-            writer = MemoryWriter(_cast(diff.specs, kind)) if load else None
+            writer = MemoryWriter(cast(diff.specs, kind)) if load else None
             with Pipeline(nbytes, "recover") as pipe:
-                _stream(diff, pipe, diff.specs, kind, writer, naive)
+                stream(diff, pipe, diff.specs, kind, writer, naive)
                 pipe.drain()
             told, state = sum_line(), writer and writer.tensors
         print(*[told] * bool(told), _verdict(diff, path_raw, path_diff, path_tuned, dtype), sep="\n", flush=True)
@@ -200,64 +196,19 @@ def _verdict(
     return f"{diff.verdict}: {path_raw} and {path_diff} give {diff.told}; {path_tuned} is that, cast to {dtype}"
 
 
-@contextmanager
-def _open_diff(base: Weights, path_diff: str, digest: str | None) -> Iterator[ExactDiff | FloatDiff]:
-    folder = find_folder(path_diff, "--path_diff")
-    if is_exact_diff(folder):
-        diff = ExactDiff(folder, "--path_diff", digest)
-        diff.fit(base)
-        with diff.weights:
-            yield diff
-        return
-    if digest is not None:
-        raise UsageError(f"--digest: {path_diff} is in the format of 2023, which has none")
-    if base.folder.resolve() == folder.resolve():
-        raise UsageError(f"--path_diff {path_diff}: is the base itself")
-    with open_weights(folder, "--path_diff") as weights:
-        weights.require_config()
-        yield FloatDiff(base, weights, sign=1)
-
-
-def _cast(specs: list[Spec], dtype: torch.dtype | None) -> list[Spec]:
-    return [spec._replace(dtype=dtype) if dtype and spec.dtype.is_floating_point else spec for spec in specs]
-
-
 def _write(
     diff: ExactDiff | FloatDiff, pipe: Pipeline, folder: Path, max_shard_size: str, dtype: torch.dtype | None,
     naive: NaiveSum | None,
 ) -> None:  # fmt: skip
     """Write what `diff` yields as the safetensors of a model."""
     by_name = {spec.name: spec for spec in diff.specs}
-    shards = plan_shards(_cast(diff.specs, dtype), "model", max_shard_size)
+    shards = plan_shards(cast(diff.specs, dtype), "model", max_shard_size)
     writer = ShardWriter(folder, shards)
     order = [by_name[spec.name] for shard in shards for spec in shard.tensors]
-    _stream(diff, pipe, order, dtype, writer, naive)
+    stream(diff, pipe, order, dtype, writer, naive)
     pipe.drain()
     pipe.after("write", writer.close).result()
     write_index(folder, "model", shards)
-
-
-def _stream(
-    diff: ExactDiff | FloatDiff, pipe: Pipeline, order: list[Spec], dtype: torch.dtype | None,
-    writer: ShardWriter | MemoryWriter | None, naive: NaiveSum | None,
-) -> None:  # fmt: skip
-    for slot, spec, start, piece in diff.pieces(pipe, order):
-        if naive is not None:
-            naive.add(spec, start, piece)
-        if dtype not in (None, piece.dtype) and piece.is_floating_point():
-            piece = slot.take(4, dtype, piece.numel()).copy_(piece)
-        if writer is not None:
-            pipe.send(slot, "write", writer.write, piece)
-
-
-def _copy(files: Mapping[str, Path], folder: Path, dtype: torch.dtype | None) -> None:
-    """Tokenizer and configuration as they are, but for the dtype of the weights."""
-    for name, path in files.items():
-        shutil.copyfile(path, folder / name)
-    if dtype is not None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _load(
@@ -265,25 +216,16 @@ def _load(
     dtype: torch.dtype | None, test_inference: bool,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # fmt: skip
     """The recovered model, from its folder or from memory, and its tokenizer."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     from alpaca.tokenizer import open_tokenizer
 
-    bytes_of = Counter()
-    for spec in diff.specs:
-        bytes_of[spec.dtype] += spec.nbytes
-    dtype = dtype or bytes_of.most_common(1)[0][0]
+    dtype = dtype or most_common_dtype(diff)
     if path_tuned is not None:
         tokenizer = open_tokenizer(path_tuned)
         model = AutoModelForCausalLM.from_pretrained(path_tuned, dtype=dtype)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            _copy(diff.files, Path(folder), dtype)
-            tokenizer, config = open_tokenizer(folder), AutoConfig.from_pretrained(folder)
-            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-            if "generation_config.json" in diff.files:
-                model.generation_config = GenerationConfig.from_pretrained(folder)
+        model, tokenizer = load_recovered(diff, state, dtype)
     model.to(device).eval()
     if test_inference:
         prompt = format_prompt({"instruction": QUESTION})
