@@ -1,9 +1,9 @@
 r"""Talk to a model in the browser: Alpaca's live demo of 2023 as a local page.
 
     python -m scripts.demo --model output/alpaca-7b
-    python -m scripts.demo --model output/alpaca-7b --compare <its base model>             # two answers, side by side
-    python -m scripts.demo --model output/my_adapter --base <folder of its base model>     # with and without the adapter
-    python -m scripts.demo --model output/alpaca-7b --host 0.0.0.0 --port 8080             # not only for this machine
+    python -m scripts.demo --model output/alpaca-7b --compare <its base model>          # two answers, side by side
+    python -m scripts.demo --model output/my_adapter --base <folder of its base model>  # with and without the adapter
+    python -m scripts.demo --model output/alpaca-7b --host 0.0.0.0 --port 8080          # not only for this machine
 
 The answers stream; a stop button, a closed page and a reloaded one end them on the server too. --concurrency people are
 answered at the same time, all others wait and are told so. The page loads nothing from anywhere but this server, and
@@ -11,36 +11,44 @@ the server asks nobody: no fonts, scripts, analytics or share links. There is no
 ask. An answer is shown as text, never as HTML.
 """
 
-import asyncio
 import errno
 import html
 import os
 import socket
 import sys
-import threading
-import time
-import traceback
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpaca import flags
+from alpaca.answering import Answer, Answering, Voice
 from alpaca.client import Sampling
 from alpaca.data import Row, load_rows
-from alpaca.errors import UsageError, first_line, reported
-from alpaca.prompts import format_prompt, load_prompt_template, templates_of
-from alpaca.refusals import ContextOverflow
+from alpaca.errors import UsageError, reported
+from alpaca.exact_diff import is_exact_diff
+from alpaca.float_diff import is_nearly_zero
+from alpaca.local_model import LocalModel
+from alpaca.opening import ADAPTER_CONFIG
+from alpaca.prompts import load_prompt_template
+from alpaca.weights import find_folder, open_weights
 
 if TYPE_CHECKING:
     import gradio
 
-    from alpaca.local_model import LocalModel
-
 SEED_TASKS = Path(__file__).resolve().parent.parent / "seed_tasks.jsonl"
-EXAMPLES = ("slogan", "sea coast", "to a neighbor", "Polish", "spelling", "sentence into French", "egg is")
+EXAMPLES = {  # what it is called on the page: words that are in one instruction of the seed tasks only
+    "A slogan": "slogan for a small bicycle",
+    "Countries without a coast": "sea coast",
+    "A friendlier note": "to a neighbor",
+    "Two cats in Polish": "in Polish",
+    "Correct a message": "Correct the spelling",
+    "Is the egg fresh?": "how fresh an egg",
+    "Weather and climate": "weather and climate",
+    "French, formally": "sentence into French",
+    "A Python function": "minutes_between",
+}
 LONGEST_ANSWER = 2048  # tokens, where the model's context allows it
-PAUSE = 0.05  # seconds between two looks at what was written: the page changes 20 times a second at most
 NOTE = (
     "A model for research, as its data and its base model are licensed: not for commercial use unless both allow it. "
     "It can be wrong, biased or offensive in good English, and nothing here filters what it writes. Check what matters."
@@ -82,144 +90,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     serve(build_page(Answering(voices, options.concurrency, options.max_characters)), options)
 
 
-@dataclass
-class Voice:
-    """A model, what it is called on the page, and the prompts it was trained with."""
-
-    name: str
-    model: "LocalModel"
-    templates: Mapping[str, str]
-
-    def facts(self) -> str:
-        number, dtype = self.model.model.num_parameters(), str(self.model.model.dtype).removeprefix("torch.")
-        size = f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
-        context = f", reads {self.model.context} tokens" if self.model.context else ""
-        return f"{size} parameters in {dtype} on {self.model.device}{context}"
-
-    def fitting(self, prompt: str, sampling: Sampling) -> Sampling:
-        """`sampling`, for the tokens that the context has left.
-
-        Raises:
-            UsageError: there is none.
-        """
-        tokens = len(self.model.encode(prompt))
-        room = sampling.max_tokens if self.model.context is None else self.model.context - tokens
-        if room < 1:
-            raise UsageError(
-                f"Too long: instruction and input are {tokens:,} tokens with their prompt, and this model reads "
-                f"{self.model.context:,}, answer included. Shorten them."
-            )
-        return replace(sampling, max_tokens=min(sampling.max_tokens, room))
-
-
 def load_voices(options: DemoArguments) -> list[Voice]:
-    from alpaca.local_model import LocalModel
-
-    beside = options.compare or options.base
-    models = [(options.model, LocalModel(options.model, base=options.base))]
-    if beside:
-        models.append((beside, LocalModel(beside)))
-    names = [Path(folder).resolve().name for folder, _ in models]
-    if len(set(names)) < len(names):
-        names = [folder for folder, _ in models]
+    """--model, and beside it --compare or else --base."""
+    whole = is_whole_model(options.model)
+    if whole and options.base and options.compare:
+        raise UsageError(f"--base {options.base}: {options.model} is a whole model; leave --base or --compare away")
+    tuned = LocalModel(options.model, base=None if whole else options.base, flag="--model")
+    voices = [Voice(options.model, tuned, tuned.templates)]
+    if options.compare:
+        other = LocalModel(options.compare, flag="--compare")
+        voices.append(Voice(options.compare, other, other.templates))
+    elif options.base:
+        base = tuned.without_adapter() if is_adapter(options.model) else LocalModel(options.base, flag="--base")
+        voices.append(Voice(options.base, base, tuned.templates))
+    names = [Path(voice.name).resolve().name for voice in voices]
     override = load_prompt_template(options.prompt_template) if options.prompt_template else None
-    return [
-        Voice(name, model, override or templates_of(folder)) for name, (folder, model) in zip(names, models)
-    ]
+    for voice, name in zip(voices, names):
+        voice.name = name if names.count(name) == 1 else voice.name
+        voice.templates = override or voice.templates
+    return voices
 
 
-@dataclass
-class Answer:
-    """What one model has written. Its thread fills it in, the page looks at it now and then."""
-
-    text: str = ""
-    status: str = ""
-    wrong: bool = False  # then the status says what is
-    ended: bool = False
-
-    def write(self, voice: Voice, row: Row, sampling: Sampling, stopped: threading.Event) -> None:
-        """The thread: ends with the answer, or soon after `stopped` is set."""
-        started = time.monotonic()
-        try:
-            prompt = format_prompt(row, voice.templates)
-            for piece in voice.model.stream(prompt, voice.fitting(prompt, sampling), stopped):
-                self.text += piece
-                self.status = f"Writing, {time.monotonic() - started:.0f} s"
-            self.status = f"{'Stopped' if stopped.is_set() else 'Done'} after {time.monotonic() - started:.1f} s"
-        except Exception as error:  # whatever it is, the person who waits for an answer has to hear of it
-            self.status, self.wrong = in_words(error), True
-        finally:
-            self.ended = True
-            print(f"{voice.name}: {len(self.text)} characters. {self.status}", flush=True)  # not what was asked
+def is_whole_model(folder: str) -> bool:
+    """Neither an adapter nor a weight diff, which need a base."""
+    if is_adapter(folder) or is_exact_diff(find_folder(folder, "--model")):
+        return False
+    with open_weights(folder, "--model") as weights:
+        return not is_nearly_zero(weights)
 
 
-def in_words(error: Exception) -> str:
-    """For the page. What nobody foresaw also goes to the terminal, in full."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        return "Out of memory. Ask for fewer new tokens, shorten the input, or try again when fewer people ask."
-    if not isinstance(error, (UsageError, ContextOverflow)):
-        traceback.print_exception(error)
-        return f"The model failed: {type(error).__name__}: {first_line(error)}"
-    return str(error)
-
-
-class Answering:
-    """The requests of all pages, at most `concurrency` of them at a time, each answered by every voice side by side.
-
-    `session`: a page's own name, of one request at a time.
-    """
-
-    def __init__(self, voices: Sequence[Voice], concurrency: int, max_characters: int):
-        self.voices, self.max_characters = voices, max_characters
-        self.places = asyncio.Semaphore(concurrency)
-        self._running: dict[str, threading.Event] = {}
-
-    async def answer(
-        self, session: str, instruction: str, input: str, sampling: Sampling
-    ) -> AsyncIterator[list[Answer]]:
-        """The answers so far, of each voice, whenever there is more; the last time with all of them ended. Closing the
-        iterator stops the models."""
-        row = {"instruction": (instruction or "").strip(), "input": (input or "").strip()}
-        answers = [Answer(status="Waiting: all places are taken") for _ in self.voices]
-        if problem := self.refusal(row):
-            yield [Answer("", problem, wrong=True, ended=True) for _ in self.voices]
-            return
-        self.stop(session)
-        stopped = self._running[session] = threading.Event()
-        try:
-            if self.places.locked():
-                yield copies(answers)
-            async with self.places:
-                for voice, answer in zip(self.voices, answers):
-                    answer.status = "Reading the instruction"
-                    threading.Thread(target=answer.write, args=(voice, row, sampling, stopped), daemon=True).start()
-                shown: list[Answer] = []
-                while not shown or not all(answer.ended for answer in shown):
-                    if (now := copies(answers)) != shown:
-                        yield now
-                        shown = now
-                    await asyncio.sleep(PAUSE)
-        finally:
-            stopped.set()
-            if self._running.get(session) is stopped:
-                del self._running[session]
-
-    def stop(self, session: str) -> None:
-        if session in self._running:
-            self._running[session].set()
-
-    def refusal(self, row: Row) -> str | None:
-        if not row["instruction"]:
-            return "Write an instruction first."
-        if (length := len(row["instruction"]) + len(row["input"])) > self.max_characters:
-            return f"Too long: instruction and input have {length:,} characters, at most {self.max_characters:,} are read."
-        return None
-
-
-def copies(answers: Sequence[Answer]) -> list[Answer]:
-    return [replace(answer) for answer in answers]
+def is_adapter(folder: str) -> bool:
+    return (find_folder(folder, "--model") / ADAPTER_CONFIG).is_file()
 
 
 def build_page(answering: Answering) -> "gradio.Blocks":
@@ -242,7 +143,7 @@ def build_page(answering: Answering) -> "gradio.Blocks":
 
     title = f"{voices[0].name} · Alpaca"
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=len(voices) > 1) as page:
-        gr.HTML(heading(voices))
+        gr.HTML(heading(voices), elem_classes="plain")
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
                 instruction = gr.Textbox(
@@ -262,16 +163,14 @@ def build_page(answering: Answering) -> "gradio.Blocks":
                     top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p", elem_id="top_p",
                                       info="Draws from the likeliest tokens that make up this share")  # fmt: skip
                     max_tokens = gr.Slider(1, longest, min(512, longest), step=1, label="Max new tokens",
-                                           elem_id="max_tokens", info="The answer ends there at the latest")  # fmt: skip
-                rows = examples()
-                gr.Examples(
-                    [[row["instruction"], row.get("input", "")] for row in rows], [instruction, input],
-                    example_labels=[row["instruction"] for row in rows], label="Try one of these",
-                    api_visibility="private", cache_examples=False, elem_id="examples",
-                )  # fmt: skip
+                                           elem_id="max_tokens", info="The answer is cut there")  # fmt: skip
             with gr.Column(scale=6 if len(voices) == 1 else 9, min_width=320), gr.Row():
                 answers = [part for number, voice in enumerate(voices) for part in answer_box(voice, number)]
-        gr.HTML(f'<footer class="note">{html.escape(NOTE)}</footer>')
+        gr.Examples(
+            [[row["instruction"], row.get("input", "")] for row in examples()], [instruction, input],
+            example_labels=list(EXAMPLES), label="Try one of these", cache_examples=False, api_visibility="private",
+        )  # fmt: skip
+        gr.HTML(f'<footer class="note">{html.escape(NOTE)}</footer>', elem_classes="plain")
         inputs = [instruction, input, temperature, top_p, max_tokens]
         gr.on([ask.click, instruction.submit, input.submit], answer, inputs, [*answers, ask, halt],
               show_progress="hidden", concurrency_limit=None, api_visibility="private")  # fmt: skip
@@ -282,15 +181,15 @@ def build_page(answering: Answering) -> "gradio.Blocks":
 def answer_box(voice: Voice, number: int) -> tuple["gradio.Textbox", "gradio.HTML"]:
     import gradio as gr
 
-    with gr.Column(min_width=300):
-        text = gr.Textbox(label=f"Answer of {voice.name}", lines=12, max_lines=30, interactive=False, buttons=["copy"],
+    with gr.Column(min_width=300, elem_classes="answer-column"):
+        text = gr.Textbox(label=f"Answer of {voice.name}", lines=10, max_lines=30, interactive=False, buttons=["copy"],
                           elem_id=f"answer_{number}", elem_classes="answer")  # fmt: skip
-        status = gr.HTML(status_line(Answer()), elem_id=f"status_{number}")
+        status = gr.HTML(status_line(Answer()), elem_id=f"status_{number}", elem_classes="plain")
     return text, status
 
 
 def status_line(answer: Answer) -> str:
-    kind = "wrong" if answer.wrong else "" if answer.ended else "busy" 
+    kind = "wrong" if answer.wrong else "" if answer.ended else "busy"
     return f'<p class="status {kind}" role="status">{html.escape(answer.status)}</p>'
 
 
@@ -304,9 +203,9 @@ def heading(voices: Sequence[Voice]) -> str:
 
 
 def examples() -> list[Row]:
-    """Short ones of the seed tasks, by words that are in one instruction only."""
+    """The seed tasks that EXAMPLES names."""
     rows = load_rows(str(SEED_TASKS))
-    return [next(row for row in rows if words in row["instruction"]) for words in EXAMPLES]
+    return [next(row for row in rows if words in row["instruction"]) for words in EXAMPLES.values()]
 
 
 def serve(page: "gradio.Blocks", options: DemoArguments) -> None:
@@ -317,9 +216,7 @@ def serve(page: "gradio.Blocks", options: DemoArguments) -> None:
     os.environ |= {"NO_PROXY": own, "no_proxy": own}  # gradio asks its own address whether it answers
     system = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
     mono = [gr.themes.Font(name) for name in ("ui-monospace", "monospace")]
-    theme = gr.themes.Default(
-        primary_hue="teal", neutral_hue="stone", radius_size="lg", font=system, font_mono=mono
-    )
+    theme = gr.themes.Default(primary_hue="teal", neutral_hue="stone", radius_size="lg", font=system, font_mono=mono)
     page.queue(api_open=False)
     try:
         page.launch(
@@ -342,7 +239,7 @@ def check_address(host: str, port: int) -> None:
 
 
 def taken(host: str, port: int, error: OSError) -> str:
-    if error.errno == errno.EADDRINUSE or "empty port" in str(error): 
+    if error.errno == errno.EADDRINUSE or "empty port" in str(error):
         return f"--port {port}: another program listens there already; end it, or give another --port"
     return f"--host {host} --port {port}: this machine cannot listen there ({error})"
 
@@ -352,18 +249,23 @@ def import_gradio() -> None:
     try:
         import gradio  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"the page needs gradio, which is not installed: pip install 'gradio>=6.31' ({error})") from error
+        raise UsageError(
+            f"the page needs gradio, which is not installed: pip install 'gradio>=6.31' ({error})"
+        ) from error
 
 
 CSS = """
 .gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
-.title p { margin: 0; font-size: .8rem; letter-spacing: .12em; text-transform: uppercase; opacity: .65; }
+.plain { padding: 0 !important; }
+.title p { margin: 0; font-size: .8rem; letter-spacing: .12em; text-transform: uppercase; opacity: .7; }
 .title h1 { margin: .1rem 0 .3rem; font-size: 1.9rem; line-height: 1.2; overflow-wrap: anywhere; }
-.title ul { margin: 0; padding: 0; list-style: none; font-size: .9rem; opacity: .75; }
-.status { min-height: 1.4em; margin: .1rem .2rem; font-size: .9rem; opacity: .8; }
+.title ul { margin: 0; padding: 0; list-style: none; font-size: .9rem; opacity: .8; }
+.answer-column { gap: .5rem !important; }
+.status { min-height: 1.4em; margin: 0 .2rem; font-size: .9rem; opacity: .85; }
 .status.wrong { color: #b91c1c; opacity: 1; }
 .dark .status.wrong { color: #fca5a5; }
-.note { font-size: .85rem; opacity: .75; max-width: 70ch; }
+#stop:disabled { background: var(--button-secondary-background-fill); color: var(--body-text-color-subdued); }
+.note { font-size: .85rem; opacity: .8; max-width: 90ch; }
 """
 
 if __name__ == "__main__":
