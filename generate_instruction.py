@@ -22,7 +22,6 @@ from typing import Any
 
 import utils
 from alpaca import commands, self_instruct
-from alpaca.answering import Answering, write_rows
 from alpaca.asking import Asker, Budget, Model, answered_before
 from alpaca.client import Client, Sampling
 from alpaca.data import load_rows
@@ -31,6 +30,7 @@ from alpaca.generation import JOURNAL, REPORT, Generation
 from alpaca.journal import Journal
 from alpaca.progress import Progress, estimate
 from alpaca.prompts import format_prompt
+from alpaca.row_answers import RowAnswers, write_rows
 from alpaca.self_instruct import find_word_in_string, load_prompt, load_seed_tasks  # noqa: F401  the first: of 2023
 
 ROOT = Path(__file__).resolve().parent
@@ -229,7 +229,7 @@ def generate_responses(
     how = {"model": model_name, "prompt": prompt, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
     how["rows"] = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
     prompt_of = lambda row: prompts[row]  # noqa: E731  settle may change them
-    Answering(rows, output_path, model, settle, prompt_of, how, at_once, budget, drop_failed=drop_failed).run()
+    RowAnswers(rows, output_path, model, settle, prompt_of, how, at_once, budget, drop_failed=drop_failed).run()
 
 
 # ---- from regen.json to a data file ----

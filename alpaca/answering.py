@@ -1,129 +1,157 @@
-"""The rows of a file answered by a model: every answer journaled, a rerun continues, the output in the file's order."""
+"""People who ask models of this process at the same time: each request answered by every model side by side, as it is
+written, until it ends, is stopped, or nobody waits for it any more.
 
-import json
+    answering = Answering([Voice("tuned", LocalModel("output/tuned"), PROMPT_DICT)], concurrency=8, max_characters=4000)
+    async for answers in answering.answer("page 1", "Name two oceans.", "", Sampling(100)): ...
+"""
+
+import asyncio
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+import traceback
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from alpaca.asking import Asker, Budget, Model, answered_before
+import torch
+
 from alpaca.client import Sampling
 from alpaca.data import Row
-from alpaca.errors import UsageError
-from alpaca.files import atomic_write
-from alpaca.journal import Journal
-from alpaca.progress import Progress
+from alpaca.errors import UsageError, first_line
+from alpaca.local_model import LocalModel
+from alpaca.prompts import format_prompt
+from alpaca.refusals import ContextOverflow
+
+PAUSE = 0.05  # seconds between two looks at what was written: there is news 20 times a second at most
 
 
 @dataclass
-class Answering:
-    """What is answered by whom, into which file.
+class Voice:
+    """A model, what it is called on the page, and the prompts it was trained with."""
 
-    Args:
-        output_path: of the JSON that is written when all rows are answered; its journal lies beside it.
-        settle: as for Asker.
-        prompt_of: the prompt of a row, by its number.
-        how: everything that an answer depends on, by the words that a message uses; a rerun must have the same.
-        at_once: requests on their way at the same time.
-        order: numbers of the rows, in the order in which they are asked; those left out are left out of the output.
-        seed_of: as for Asker, by the number of a row.
-        more: fields that every written row gets.
-        drop_failed: leave out rows without an answer; else they are an error at the end.
-        limit_flag: what cuts an answer.
-    """
+    name: str
+    model: LocalModel
+    templates: Mapping[str, str]
 
-    rows: Sequence[Row]
-    output_path: str
-    model: Model
-    settle: Callable[[str], tuple[Sampling, dict[str, Any]]]
-    prompt_of: Callable[[int], str]
-    how: dict[str, Any]
-    at_once: int
-    budget: Budget = field(default_factory=Budget)
-    order: Sequence[int] | None = None
-    seed_of: Callable[[int], int] | None = None
-    more: Mapping[str, Any] = field(default_factory=dict)
-    drop_failed: bool = False
-    limit_flag: str = "--max_tokens"
+    def facts(self) -> str:
+        number, dtype = self.model.model.num_parameters(), str(self.model.model.dtype).removeprefix("torch.")
+        size = f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
+        context = f", reads {self.model.context} tokens" if self.model.context else ""
+        return f"{size} parameters in {dtype} on {self.model.device}{context}"
 
-    def run(self) -> None:
-        """Ask for what is not in the journal, and write the output.
+    def fitting(self, prompt: str, sampling: Sampling) -> Sampling:
+        """`sampling`, for the tokens that the context has left.
 
         Raises:
-            UsageError: as Asker.run; the journal has answers to another question; rows have no answer.
+            UsageError: there is none.
         """
-        with Journal(f"{self.output_path}.journal.jsonl", "--output_path") as journal:
-            check_same_run(journal, self.how)
-            before = answered_before(journal, 0, self.budget)
-            known = {index: entry for index, entry in before.items() if entry["kind"] == "answer"}
-            journal.append({"kind": "run", "how": self.how, "time": time.time()})
-            self._finish(self._ask(journal, known))
-
-    def _ask(self, journal: Journal, known: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-        """Journal entries by the number of their row."""
-        order = self.order if self.order is not None else range(len(self.rows))
-        answers: dict[int, dict[str, Any]] = {}
-        progress = Progress("rows", len(order), len(known), self.budget)
-
-        def take(entries: list[dict[str, Any]]) -> None:
-            answers.update({order[entry["index"]]: entry for entry in entries if entry["kind"] == "answer"})
-            progress.show(len(answers) + len(asker.known), asker.asked, getattr(self.model, "retries", 0))
-
-        seed_of = self.seed_of and (lambda index: self.seed_of(order[index]))
-        asker = Asker(self.model, self.settle, journal, self.budget, lambda index: self.prompt_of(order[index]),
-                      lambda on_their_way: asker.delivered + on_their_way < len(order), take, self.at_once,
-                      known=known, seed_of=seed_of)  # fmt: skip
-        try:
-            asker.run()
-        finally:
-            progress.close()
-            print(progress.told())
-        asker.refuse_stop_by_cost(len(answers), len(order))
-        return answers
-
-    def _finish(self, answers: dict[int, dict[str, Any]]) -> None:
-        """Write the answered rows, and say which answers are no good."""
-        wanted = sorted(self.order) if self.order is not None else range(len(self.rows))
-        failed = [number for number in wanted if number not in answers]
-        if failed and not self.drop_failed:
+        tokens = self.model.prompt_tokens(prompt)
+        room = sampling.max_tokens if self.model.context is None else self.model.context - tokens
+        if room < 1:
             raise UsageError(
-                f"{len(failed)} of {len(wanted)} rows have no answer (rows {failed[:10]}); run again to ask for them, "
-                "or pass --drop_failed; the others are in the journal"
+                f"Too long: instruction and input are {tokens:,} tokens with their prompt, and this model reads "
+                f"{self.model.context:,}, answer included. Shorten them."
             )
-        texts = {number: entry["text"].strip() for number, entry in sorted(answers.items())}
-        cut = [number for number, entry in sorted(answers.items()) if entry["finish_reason"] == "length"]
-        for what, numbers in (
-            ("rows have no answer and are left out", failed),
-            ("answers are empty", [number for number, text in texts.items() if not text]),
-            (f"answers were cut at {self.limit_flag}", cut),
-        ):
-            if numbers:
-                print(f"note: {len(numbers)} {what}, rows {first_of(numbers)}")
-        write_rows(self.output_path, [{**self.rows[n], "output": text, **self.more} for n, text in texts.items()])
+        return replace(sampling, max_tokens=min(sampling.max_tokens, room))
 
 
-def check_same_run(journal: Journal, how: dict[str, Any]) -> None:
-    """Raise UsageError if the journal has answers to other rows, or of another model: a mixture is nobody's wish."""
-    for entry in journal:
-        if entry["kind"] == "run" and entry["how"] != how:
-            other = ", ".join(
-                f"{name} {entry['how'].get(name)!r}" for name in how if entry["how"].get(name) != how[name]
-            )
-            raise UsageError(f"--output_path: {journal.path} has answers to another question ({other}); choose another "
-                             "--output_path, or move the journal away")  # fmt: skip
+@dataclass
+class Answer:
+    """What one model has written. Its thread fills it in, the page looks at it now and then."""
+
+    text: str = ""
+    status: str = ""
+    wrong: bool = False  # then the status says what is
+    ended: bool = False
+
+    def write(self, voice: Voice, row: Row, sampling: Sampling, stopped: threading.Event) -> None:
+        """The thread: ends with the answer, or soon after `stopped` is set."""
+        started = time.monotonic()
+        try:
+            prompt = format_prompt(row, voice.templates)
+            sampling = voice.fitting(prompt, sampling)
+            pieces = voice.model.stream(prompt, sampling, stopped)
+            while (reason := self.take(pieces)) is None:
+                self.status = f"Writing, {time.monotonic() - started:.0f} s"
+            limit = f" at its limit of {sampling.max_tokens:,} tokens" if reason == "length" else ""
+            how = "Stopped" if stopped.is_set() else f"Ended{limit}"
+            self.status = f"{how} after {time.monotonic() - started:.1f} s"
+        except Exception as error:  # whatever it is, the person who waits for an answer has to hear of it
+            self.status, self.wrong = in_words(error), True
+        finally:
+            self.ended = True
+            print(f"{voice.name}: {len(self.text)} characters. {self.status}", flush=True)  # not what was asked
+
+    def take(self, pieces: Generator[str, None, str]) -> str | None:
+        """The next piece, or why there is none."""
+        try:
+            self.text += next(pieces)
+        except StopIteration as end:
+            return end.value
+        return None
 
 
-def first_of(numbers: Sequence[int]) -> str:
-    """ "0, 1, 2 …", of at most ten"""
-    return ", ".join(map(str, numbers[:10])) + " …" * (len(numbers) > 10)
+def in_words(error: Exception) -> str:
+    """For the page. What nobody foresaw also goes to the terminal, in full."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return "Out of memory. Ask for fewer new tokens, shorten the input, or try again when fewer people ask."
+    if not isinstance(error, (UsageError, ContextOverflow)):
+        traceback.print_exception(error)
+        return f"The model failed: {type(error).__name__}: {first_line(error)}"
+    return str(error)
 
 
-def write_rows(path: str | Path, rows: list[Row]) -> None:
-    """As a JSON list, whole or not at all."""
-    try:
-        with atomic_write(path) as file:
-            json.dump(rows, file, indent=4, default=str)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
-    print(f"{len(rows)} rows in {path}")
+class Answering:
+    """The requests of all pages, at most `concurrency` of them at a time, each answered by every voice side by side.
+
+    `session`: a page's own name, of one request at a time.
+    """
+
+    def __init__(self, voices: Sequence[Voice], concurrency: int, max_characters: int):
+        self.voices, self.max_characters = voices, max_characters
+        self.places = asyncio.Semaphore(concurrency)
+        self._running: dict[str, threading.Event] = {}
+
+    async def answer(
+        self, session: str, instruction: str, input: str, sampling: Sampling
+    ) -> AsyncIterator[list[Answer]]:
+        """The answers so far, of each voice, whenever there is more; the last time with all of them ended. Closing the
+        iterator stops the models."""
+        row = {"instruction": (instruction or "").strip(), "input": (input or "").strip()}
+        answers = [Answer(status="Waiting: all places are taken") for _ in self.voices]
+        if problem := self.refusal(row):
+            yield [Answer("", problem, wrong=True, ended=True) for _ in self.voices]
+            return
+        self.stop(session)
+        stopped = self._running[session] = threading.Event()
+        try:
+            if self.places.locked():
+                yield copies(answers)
+            async with self.places:
+                for voice, answer in zip(self.voices, answers):
+                    answer.status = "Reading the instruction"
+                    threading.Thread(target=answer.write, args=(voice, row, sampling, stopped), daemon=True).start()
+                shown: list[Answer] = []
+                while not shown or not all(answer.ended for answer in shown):
+                    if (now := copies(answers)) != shown:
+                        yield now
+                        shown = now
+                    await asyncio.sleep(PAUSE)
+        finally:
+            stopped.set()
+            if self._running.get(session) is stopped:
+                del self._running[session]
+
+    def stop(self, session: str) -> None:
+        if session in self._running:
+            self._running[session].set()
+
+    def refusal(self, row: Row) -> str | None:
+        if not row["instruction"]:
+            return "Write an instruction first."
+        if (length := len(row["instruction"]) + len(row["input"])) > self.max_characters:
+            return f"Too long: instruction and input have {length:,} characters, of at most {self.max_characters:,}."
+        return None
+
+
+def copies(answers: Sequence[Answer]) -> list[Answer]:
+    return [replace(answer) for answer in answers]

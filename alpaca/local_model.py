@@ -15,9 +15,10 @@ runs differ.
 """
 
 import asyncio
+import copy
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from alpaca.client import MOST_CUTS, Completion, Prompt, Sampling, cut_at_stop
 from alpaca.errors import UsageError
-from alpaca.opening import How, open_model, quantization
+from alpaca.opening import How, open_model, quantization, without_adapter
 from alpaca.refusals import ContextOverflow
 from alpaca.text_stream import Stop, TokenQueue, pieces_of, tokens_of
 
@@ -137,10 +138,13 @@ class LocalModel:
                 results |= zip(batch, done)
         return [results[i] for i in range(len(ids))]
 
-    def stream(self, prompt: Prompt, sampling: Sampling, stopped: threading.Event | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Prompt, sampling: Sampling, stopped: threading.Event | None = None
+    ) -> Generator[str, None, str]:
         """The text that `generate` gives for the same seed, in pieces of whole characters, as it is generated.
 
-        It ends soon after `stopped` is set, or when nobody takes the pieces any more.
+        It ends soon after `stopped` is set, or when nobody takes the pieces any more. Returns why it ended, "stop" or
+        "length", as `finish_reason` of a Completion.
 
         Raises:
             ContextOverflow, UsageError: as `generate`, before the first piece.
@@ -158,6 +162,16 @@ class LocalModel:
             tokens_of(work, stopped), lambda new: self._decode(ids, new), self.tokenizer.convert_ids_to_tokens,
             self.eos, sampling.stop, stopped.is_set if stopped else bool,
         )  # fmt: skip
+
+    def prompt_tokens(self, prompt: Prompt) -> int:
+        """How many of the `context` tokens `prompt` takes."""
+        return len(self._encode(prompt))
+
+    def without_adapter(self) -> "LocalModel":
+        """The base model of an adapter, for the same prompts, around the same weights; both may be used at once."""
+        bare = copy.copy(self)
+        bare.model, bare._waiting, bare._working = without_adapter(self.model), [], False
+        return bare
 
     def _encode(self, prompt: Prompt) -> list[int]:
         """Ids as in training: text such as "</s>" stays text."""

@@ -6,6 +6,7 @@
 An adapter stays apart from its base, as it was trained: merging it would round the sum to the dtype of the base.
 """
 
+import copy
 import logging
 import warnings
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_bitsandbytes_available
 
@@ -243,3 +245,26 @@ def _fit_vocabulary(model: PreTrainedModel, tokens: int, weights: Mapping[str, t
         }.values():
             if layer is not None and wanted > rows:
                 layer.weight[rows:] = layer.weight[:rows].mean(dim=0, keepdim=True)
+
+
+def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """The base that `model`, opened as an adapter on it, was made of: other layers around the same tensors.
+
+    It takes no memory, and both may be used at the same time; peft's disable_adapter() would switch the adapter off for
+    everybody who uses it.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    def strip(parent: nn.Module) -> None:
+        for name, layer in parent.named_children():
+            if isinstance(layer, BaseTunerLayer):
+                setattr(parent, name, layer.get_base_layer())
+            elif isinstance(layer, AuxiliaryTrainingWrapper):
+                setattr(parent, name, layer.original_module)
+            else:
+                strip(layer)
+
+    bare = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    strip(bare)
+    return bare

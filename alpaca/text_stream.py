@@ -83,15 +83,16 @@ def tokens_of(
 def pieces_of(
     tokens: Generator[list[int], None, None], decode: Callable[[list[int]], str], name_of: Callable[[int], str],
     eos: Sequence[int], stop: Sequence[str], stopped: Callable[[], bool],
-) -> Iterator[str]:  # fmt: skip
+) -> Generator[str, None, str]:  # fmt: skip
     """The text of `tokens` in pieces that later tokens do not change: without the beginning of a character or of a stop
     string at its end. All pieces are the text as a whole, up to the first of `eos` and `stop`; when `stopped`, without
     the part of a character at its end.
+    Returns why it ended: "stop", at one of those, or "length".
 
     decode: the text of all tokens so far; name_of: how the vocabulary spells a token.
     """
     new: list[int] = []
-    text, shown, ended = "", 0, False
+    text, shown, end, ended = "", 0, None, False
     with closing(tokens):
         for some in tokens:
             end = next((n for n, token in enumerate(some) if token in eos), None)
@@ -107,6 +108,7 @@ def pieces_of(
         text = text.rstrip(UNFINISHED)
     if len(text) > shown:
         yield text[shown:]
+    return "length" if end is None and not ended else "stop"
 
 
 def _without_beginning(text: str, stop: Sequence[str]) -> str:

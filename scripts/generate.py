@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpaca import flags
-from alpaca.answering import Answering, first_of
 from alpaca.client import Sampling
 from alpaca.data import Row, load_rows
 from alpaca.errors import UsageError, reported
 from alpaca.prompts import format_prompt, load_prompt_template
+from alpaca.row_answers import RowAnswers, first_of
 
 if TYPE_CHECKING:
     from alpaca.local_model import LocalModel
@@ -110,7 +110,7 @@ def answer_file(
     prompts = [format_prompt(row, templates) for row in rows]
     lengths = [model.prompt_tokens(prompt) for prompt in prompts]
     fitting = rows_that_fit(lengths, model.context, options)
-    Answering(
+    RowAnswers(
         rows, options.output_path, model, lambda endpoint: (options.sampling, {}), lambda row: prompts[row],
         description(prompts, fitting, options), options.batch_size,
         order=sorted(fitting, key=lambda row: -lengths[row]), seed_of=options.seed_of,
