@@ -51,7 +51,7 @@ IDS = torch.arange(5, 25)[None]
 
 
 def make_adapter(base, folder, targets, new_token=False, save_embeddings="auto", **config):
-    """A LoRA adapter with random matrices; with `new_token`, as for a tokenizer that lacks [PAD]. Returns ids, logits."""
+    """A LoRA adapter with random matrices; with `new_token`, as for a tokenizer that lacks [PAD]. Gives ids, logits."""
     torch.manual_seed(1)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
     if new_token:
