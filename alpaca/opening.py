@@ -1,13 +1,12 @@
 """Opening what people have, to answer with it: a checkpoint, a LoRA adapter on its base, or a weight diff and its base.
 
-    opened = open_model("output/lora", base="my_llama", device="cpu", dtype=torch.float32)
+    opened = open_model("output/lora", base="my_llama", how=How("cpu", torch.float32))
     opened.model.generate(...)
 
 An adapter stays apart from its base, as it was trained: merging it would round the sum to the dtype of the base.
 """
 
 import copy
-import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import is_bitsandbytes_available
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca.errors import UsageError, first_line
 from alpaca.exact_diff import is_exact_diff
 from alpaca.float_diff import ONE, ZERO, FloatDiff, last_norm
 from alpaca.prompts import templates_of
-from alpaca.recovery import cast, load_recovered, open_diff, stream
+from alpaca.quantization import bitsandbytes_config
+from alpaca.recovery import load_recovered, open_diff
 from alpaca.shards import MemoryWriter
-from alpaca.streaming import Pipeline
+from alpaca.streaming import Pipeline, cast, stream
 from alpaca.tokenizer import open_tokenizer
 from alpaca.weights import INPUT_EMBEDDINGS, find_folder, open_weights, read_json
 
@@ -52,16 +51,17 @@ class How:
 
     device: str
     dtype: torch.dtype
-    quantization: BitsAndBytesConfig | None = None
+    quantized: str | None = None  # load_in_8bit or load_in_4bit
     flag: str = "--model"
     base_flag: str = "--base"
 
     @property
     def options(self) -> dict[str, Any]:
         """For from_pretrained. A quantized model is made on its device and cannot be moved."""
-        if self.quantization is None:
+        if self.quantized is None:
             return {"dtype": self.dtype}
-        return {"dtype": self.dtype, "quantization_config": self.quantization, "device_map": {"": self.device}}
+        config = bitsandbytes_config(self.quantized, self.dtype)
+        return {"dtype": self.dtype, "quantization_config": config, "device_map": {"": self.device}}
 
 
 def open_model(name: str | Path, base: str | Path | None, how: How) -> Opened:
@@ -79,31 +79,10 @@ def open_model(name: str | Path, base: str | Path | None, how: How) -> Opened:
         opened = _open_diff(folder, base, how)
     else:
         opened = _open_checkpoint(folder, how)
-    if how.quantization is None:
+    if how.quantized is None:
         opened.model.to(how.device)
     opened.model.eval()
     return opened
-
-
-def quantization(load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """4 bit as in QLoRA (arXiv 2305.14314): NF4, its constants quantized too. dtype: of the arithmetic.
-
-    Raises:
-        UsageError: both are asked for, or bitsandbytes is not installed.
-    """
-    if load_in_4bit and load_in_8bit:
-        raise UsageError("--load_in_4bit and --load_in_8bit: choose one")
-    if not (load_in_4bit or load_in_8bit):
-        return None
-    if not is_bitsandbytes_available():
-        flag = "--load_in_4bit" if load_in_4bit else "--load_in_8bit"
-        raise UsageError(f"{flag}: needs bitsandbytes, which is not installed: pip install 'bitsandbytes>=0.50'")
-    if load_in_8bit:
-        # which says for every layer of every token that it works in float16
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=dtype)  # fmt: skip
 
 
 # ---- a checkpoint ----
@@ -149,7 +128,7 @@ def _open_diff(folder: Path, base: str | Path | None, how: How) -> Opened:
             raise UsageError(f"{how.base_flag} {base}: {folder} is a whole model, which needs no base; leave it away")
         writer = MemoryWriter(cast(diff.specs, how.dtype))
         with Pipeline(sum(spec.nbytes for spec in diff.specs), "recover") as pipe:
-            stream(diff, pipe, diff.specs, how.dtype, writer)
+            stream(diff, pipe, diff.specs, how.dtype, writer.write, None)
             pipe.drain()
         print(*diff.notes(), f"{diff.verdict}: {base} and {folder} give {diff.told}", sep="\n", flush=True)
         model, tokenizer = load_recovered(diff, writer.tensors, **how.options)

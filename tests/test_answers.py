@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 import weight_diff
-from alpaca import opening
 from alpaca.client import Sampling
 from alpaca.errors import UsageError
 from alpaca.local_model import LocalModel
@@ -171,7 +170,7 @@ def test_quantized_bases(tiny, tmp_path, monkeypatch, caplog):
     assert "inputs will be cast" not in caplog.text
     with pytest.raises(UsageError, match="choose one"):
         LocalModel(tiny("gpt2"), load_in_8bit=True, load_in_4bit=True)
-    monkeypatch.setattr(opening, "is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("alpaca.quantization.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="--load_in_4bit: needs bitsandbytes, which is not installed"):
         LocalModel(tiny("gpt2"), load_in_4bit=True)
 
