@@ -137,17 +137,20 @@ class FloatDiff:
             told.append(
                 f"note: in the base's config.json {differences}; is it the base that the diff was made against?"
             )
-        if (largest := last_norm(self.base)) is not None and largest < ZERO:
-            told.append(f"note: the last norm of {self.base.folder} is nearly zero; is that a diff given as the base?")
-        if self.sign > 0 and (largest := last_norm(self.weights)) is not None and largest > ONE:
-            told.append(f"note: the last norm of {self.folder} is far from zero; is that a model given as the diff?")
+        name, largest = last_norm(self.base)
+        if largest < ZERO:
+            told.append(f"note: {name} of {self.base.folder} is nearly zero; is that a diff given as the base?")
+        name, largest = last_norm(self.weights)
+        if self.sign > 0 and largest > ONE:
+            told.append(f"note: {name} of {self.folder} is far from zero; is that a model given as the diff?")
         return told
 
 
-def last_norm(weights: Weights) -> float | None:
-    """The largest weight of a checkpoint's last norm, below ZERO for a diff and above ONE for a model; None: it is not
-    among LAST_NORMS."""
-    return next((_largest(weights, name) for name in LAST_NORMS if name in weights.tensors), None)
+def last_norm(weights: Weights) -> tuple[str | None, float]:
+    """The name of a checkpoint's last norm and its largest weight, below ZERO for a diff and above ONE for a model.
+    None, and nothing to tell them by, if it is not among LAST_NORMS."""
+    name = next((name for name in LAST_NORMS if name in weights.tensors), None)
+    return name, _largest(weights, name) if name else (ZERO + ONE) / 2
 
 
 def _largest(weights: Weights, name: str) -> float:

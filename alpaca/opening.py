@@ -92,9 +92,10 @@ def _open_checkpoint(folder: Path, how: How) -> Opened:
     if not (folder / "config.json").is_file():
         raise UsageError(f"{how.flag} {folder}: expected the folder of a model; there is no config.json in it.")
     with open_weights(folder, how.flag) as weights:
-        if (largest := last_norm(weights)) is not None and largest < ZERO:
+        name, largest = last_norm(weights)
+        if largest < ZERO:
             raise UsageError(
-                f"{how.flag} {folder}: its last norm is nearly zero, as in a weight diff; give {how.base_flag} too"
+                f"{how.flag} {folder}: {name} is nearly zero, as in a weight diff; give {how.base_flag} too"
             )
     tokenizer = _tokenizer(folder, how.flag)
     return Opened(_load(folder, how, how.flag), tokenizer, templates_of(folder), f"model {folder}")
@@ -124,7 +125,7 @@ def _open_diff(folder: Path, base: str | Path | None, how: How) -> Opened:
             f"{how.flag} {folder}: is a weight diff; give the model it was made against as {how.base_flag}"
         )
     with open_weights(base, how.base_flag) as base_weights, open_diff(base_weights, folder, flag=how.flag) as diff:
-        if isinstance(diff, FloatDiff) and (last_norm(diff.weights) or 0.0) > ONE:
+        if isinstance(diff, FloatDiff) and last_norm(diff.weights)[1] > ONE:
             raise UsageError(f"{how.base_flag} {base}: {folder} is a whole model, which needs no base; leave it away")
         writer = MemoryWriter(cast(diff.specs, how.dtype))
         with Pipeline(sum(spec.nbytes for spec in diff.specs), "recover") as pipe:

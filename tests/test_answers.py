@@ -154,7 +154,7 @@ def test_a_diff_and_its_base_are_the_tuned_model(tiny, tuned, capsys):
     for folder, base, message in (
         ("exact", None, "is a weight diff; give the model it was made against as --base"),
         ("exact", tuned / "model", "is another base model of the same shapes"),
-        ("float", None, "its last norm is nearly zero, as in a weight diff; give --base too"),
+        ("float", None, "model.norm.weight is nearly zero, as in a weight diff; give --base too"),
         ("model", tiny("llama"), "is a whole model, which needs no base; leave it away"),
     ):
         with pytest.raises(UsageError, match=message):
