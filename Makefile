@@ -22,8 +22,11 @@ $(VENV)/.installed: requirements.txt constraints.txt
 	$(RUN)/pip install --disable-pip-version-check -c constraints.txt -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt
+# DeepSpeed in a folder of its own, which its tests alone look into: whatever imports accelerate would load it too
+$(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt tests/requirements-deepspeed.txt
 	$(RUN)/pip install --disable-pip-version-check -c constraints.txt -r tests/requirements.txt
+	$(RUN)/pip install --disable-pip-version-check -c constraints.txt -r tests/requirements-deepspeed.txt \
+		--no-deps --upgrade --target $(VENV)/deepspeed
 	@touch $@
 
 quickstart: $(VENV)/.installed

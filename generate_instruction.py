@@ -29,7 +29,7 @@ from alpaca.errors import UsageError, reported
 from alpaca.generation import JOURNAL, REPORT, Generation
 from alpaca.journal import Journal
 from alpaca.progress import Progress, estimate
-from alpaca.prompts import format_prompt
+from alpaca.prompts import format_prompt, instruction_and_input
 from alpaca.row_answers import RowAnswers, write_rows
 from alpaca.self_instruct import find_word_in_string, load_prompt, load_seed_tasks  # noqa: F401  the first: of 2023
 
@@ -213,7 +213,7 @@ def generate_responses(
     if prompt not in ("auto", "plain", "alpaca"):
         raise UsageError(f"--prompt {prompt}: expected auto, plain or alpaca")
     rows, budget = load_rows(data_path), _budget(price_in, price_out, max_cost)
-    plain = [f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"] for row in rows]
+    plain = [instruction_and_input(row) for row in rows]
     prompts = plain if prompt == "plain" else [format_prompt(row) for row in rows]
     if dry_run:
         print(estimate(prompts, len(prompts), max_tokens, budget))

@@ -17,7 +17,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,12 @@ import torch
 import transformers
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alpaca import flags, fsdp
+from alpaca import flags, fsdp, zero
+from alpaca.chat_template import set_chat_template
 from alpaca.checkpoints import find_checkpoint
-from alpaca.console import hide_progress_bars, plot_loss, say
+from alpaca.console import hide_progress_bars, say
 from alpaca.contract import (
     already_finished,
     begin,
@@ -39,18 +39,19 @@ from alpaca.contract import (
     keep_decisions,
     note_decisions,
 )
-from alpaca.data import fingerprint, load_rows
+from alpaca.data import fingerprint, read_data
 from alpaca.encoding import Ragged, cut, encode, joined, starts_with
 from alpaca.errors import UsageError, reported
 from alpaca.flags import flag
-from alpaca.lora import LoraArguments, add_lora, base_dtype, check_lora, existing_tokens, quantization, refuse_adapter
+from alpaca.lora import LoraArguments, check_lora
+from alpaca.models import load_config, load_tokenizer, make_model, resize_embeddings
 from alpaca.prompts import PROMPT_DICT, format_prompt, load_prompt_template
 from alpaca.report import report, text_problems
-from alpaca.run import check_before_loading, check_combinations, check_evaluation, repair_generation_config
-from alpaca.tokenizer import SPECIAL_TOKENS, identity, open_tokenizer
+from alpaca.run import check_before_loading, check_combinations, check_evaluation
+from alpaca.tokenizer import SPECIAL_TOKENS, control_tokens, identity, to_save
 from alpaca.tokens import IGNORE_INDEX, cached_tokens, make_tokens
 from alpaca.trainer import AlpacaTrainer
-from alpaca.waiting import leave, wait_for_all_ranks
+from alpaca.waiting import leave
 
 TOKENS_VERSION = 2  # raise it when `preprocess` changes, so that no old cache is read
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = SPECIAL_TOKENS.values()
@@ -76,7 +77,7 @@ class ModelArguments:
 class DataArguments:
     _argument_group_name = "data"
     data_path: str = flag(
-        None, "Rows to train on: Alpaca .json, .jsonl, .csv, .parquet, seed_tasks.jsonl, or a hub id."
+        None, "Rows to train on: Alpaca or Guanaco .json, .jsonl, .csv, .parquet, seed_tasks.jsonl, or a hub id."
     )
     eval_data_path: str | None = flag(None, "Rows to evaluate on when --eval_strategy is steps or epoch.")
     data_split: str = flag("train", "Split of a hub dataset, e.g. train or train[:1000].")
@@ -87,6 +88,10 @@ class DataArguments:
         "prompt's last token loses it to the mask. split: tokenized apart, as generation sees them.",
         choices=["stanford", "split"],
     )
+    guanaco_turns: str = flag(
+        "first", "Of a conversation: its first pair, or all, each with what came before.", choices=["first", "all"]
+    )
+    backward: bool = flag(False, "Learn the instruction (and input) from the output, with a prompt for that.")
 
 
 @dataclass
@@ -136,6 +141,8 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self):
         check_combinations(self)
+        if self.deepspeed:
+            zero.configure(self)
         if self.fsdp:
             fsdp.configure_fsdp(self)
         if self.use_cpu and "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized():
@@ -146,6 +153,8 @@ class TrainingArguments(transformers.TrainingArguments):
         self.gradient_checkpointing = recompute  # None, which transformers makes False: check_before_loading decides
         if self.fsdp and (policy := fsdp.mixed_precision_policy(self.mixed_precision)):
             self.fsdp_plugin_args["mixed_precision_policy"] = policy
+        if self.deepspeed:
+            zero.check_agreement(self)
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, LoraArguments, TrainingArguments]:
@@ -216,24 +225,22 @@ class SupervisedDataset(Dataset):
         prompt_boundary: str = "stanford",
         split: str = "train",
         cache_dir: str | None = None,
+        **reading: Any,  # guanaco_turns and backward, as for alpaca.data.read_data
     ):
-        rows = load_rows(data_path, split, cache_dir)
+        data = read_data(data_path, split, cache_dir, **reading)
+        rows = data.rows
         sources = [format_prompt(row, templates) for row in rows]
         targets = [f"{row['output']}{tokenizer.eos_token}" for row in rows]
         key = fingerprint(sources, targets, prompt_boundary, identity(tokenizer), TOKENS_VERSION)
         tokens = cached_tokens(key, lambda: preprocess(sources, targets, tokenizer, prompt_boundary), cache_dir)
         self.input_ids, self.labels = tokens["input_ids"], tokens["labels"]  # lists of (length,) int64 tensors
         self.lengths, self.num_targets = tokens["lengths"], tokens["num_targets"]  # (rows,) int64 arrays
-        self.data_fingerprint = fingerprint(
-            [(row["instruction"], row.get("input") or "", row["output"]) for row in rows]
+        self.data_fingerprint, self.templates, self.template_fingerprint = (
+            data.fingerprint(),
+            templates,
+            fingerprint(templates),
         )
-        self.template_fingerprint = fingerprint(templates)
-        self.report = report(data_path, tokens, text_problems(rows, templates, tokenizer.all_special_tokens))
-        if len(tokens["problems"]["nothing_to_learn"]) == len(rows):
-            raise UsageError(
-                f"--data_path {data_path}: no row has an answer left to learn within --model_max_length "
-                f"{tokenizer.model_max_length}\n{self.report}"
-            )
+        self.report = report(data_path, tokens, text_problems(rows, templates, control_tokens(tokenizer)), data)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -273,11 +280,11 @@ def make_supervised_data_module(
     tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, cache_dir: str | None = None
 ) -> dict[str, Any]:
     """train_dataset, eval_dataset (None without --eval_data_path) and data_collator, as the Trainer takes them."""
-    templates = load_prompt_template(data_args.prompt_template)
+    options = {name: getattr(data_args, name) for name in ("prompt_boundary", "guanaco_turns", "backward")}
+    options |= dict(templates=load_prompt_template(data_args.prompt_template, data_args.backward), cache_dir=cache_dir)
 
     def dataset(path: str | None, split: str = "train") -> SupervisedDataset | None:
-        options = dict(templates=templates, prompt_boundary=data_args.prompt_boundary, split=split, cache_dir=cache_dir)
-        return SupervisedDataset(path, tokenizer, **options) if path else None
+        return SupervisedDataset(path, tokenizer, split=split, **options) if path else None
 
     return dict(
         train_dataset=dataset(data_args.data_path, data_args.data_split),
@@ -297,80 +304,6 @@ def smart_tokenizer_and_embedding_resize(
     resize_embeddings(model, num_new_tokens, len(tokenizer))
 
 
-def resize_embeddings(model: PreTrainedModel, num_new_tokens: int, vocab_size: int) -> None:
-    """Give input and output embeddings `vocab_size` rows, the last `num_new_tokens` of them the mean of the others.
-
-    As in 2023, a model with more rows than the tokenizer has tokens (OPT: 50272 and 50265) loses the rows in excess.
-    """
-    model.resize_token_embeddings(vocab_size, mean_resizing=False)
-    if num_new_tokens > 0:
-        with torch.no_grad():
-            for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
-                weight = embeddings.weight  # (vocab_size, hidden_size), one tensor where they are tied
-                weight[-num_new_tokens:] = weight[:-num_new_tokens].mean(dim=0, keepdim=True)
-
-
-def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments) -> tuple[PreTrainedTokenizerBase, int]:
-    """The tokenizer with pad, eos, bos and unk tokens, and how many tokens had to be added for that, as in 2023.
-    A token that is "" counts as missing."""
-    name = model_args.model_name_or_path
-    try:
-        tokenizer = open_tokenizer(
-            name, training_args.cache_dir, model_max_length=training_args.model_max_length, padding_side="right"
-        )
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model_name_or_path {name}: no tokenizer could be loaded: {error}") from error
-    if model_args.pad_token is not None:
-        if model_args.pad_token not in tokenizer.get_vocab():
-            raise UsageError(f"--pad_token {model_args.pad_token!r}: not a token of {name}")
-        tokenizer.pad_token = model_args.pad_token
-    if model_args.add_missing_tokens is False:
-        existing_tokens(tokenizer, name, training_args.process_index)
-        return tokenizer, 0
-    missing = {token: default for token, default in SPECIAL_TOKENS.items() if not getattr(tokenizer, token)}
-    return tokenizer, tokenizer.add_special_tokens(missing)
-
-
-def load_config(
-    model_args: ModelArguments, training_args: TrainingArguments, checkpoint: str | None = None
-) -> PreTrainedConfig:
-    name = checkpoint or model_args.model_name_or_path
-    refuse_adapter(name)
-    try:
-        return AutoConfig.from_pretrained(name, cache_dir=training_args.cache_dir)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model_name_or_path {name}: the model could not be loaded: {error}") from error
-
-
-def load_model(
-    model_args: ModelArguments,
-    training_args: TrainingArguments,
-    checkpoint: str | None = None,
-    lora_args: LoraArguments | None = None,
-) -> PreTrainedModel:
-    """The model in float32, whatever the dtype on disk: in bfloat16 most updates of size 2e-5 would round to nothing.
-    Under LoRA it is not updated: see alpaca/lora.py.
-
-    Under FSDP only rank 0 reads the weights; the others get a model of the same shape on the meta device.
-    """
-    name, config = checkpoint or model_args.model_name_or_path, load_config(model_args, training_args, checkpoint)
-    options: dict[str, Any] = {"dtype": base_dtype(training_args, config) if lora_args else torch.float32}
-    if model_args.attn_implementation:
-        options["attn_implementation"] = model_args.attn_implementation
-    if lora_args:
-        options |= quantization(lora_args, training_args, options["dtype"])
-    try:
-        if training_args.fsdp:
-            fsdp.resolve_wrap_classes(training_args, config)
-            if training_args.process_index != 0:
-                return fsdp.empty_model(config, **options)
-        return AutoModelForCausalLM.from_pretrained(name, cache_dir=training_args.cache_dir, **options)
-    except UsageError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"--model_name_or_path {name}: the model could not be loaded: {error}") from error
-
-
 # ---- the run ----
 
 
@@ -387,40 +320,33 @@ def train(argv: Sequence[str] | None = None) -> None:
     for dataset in filter(None, (data_module["train_dataset"], data_module["eval_dataset"])):
         say(str(dataset.report), training_args.process_index)
 
+    set_chat_template(tokenizer, data_module["train_dataset"].templates, training_args.process_index)
     keep_decisions(training_args, checkpoint)
     contract = describe_run(training_args, model_args, data_args, lora_args, data_module["train_dataset"], tokenizer)
     if already_finished(training_args, contract, checkpoint):
         return leave()
     check_contract(training_args, contract, checkpoint)
 
-    weights = None if lora_args else checkpoint  # of the whole model; LoRA's checkpoints lack the base
-    config = load_config(model_args, training_args, weights)
+    config = load_config(model_args, training_args, None if lora_args else checkpoint)
     check_before_loading(training_args, config, data_module, checkpoint, lora_args)
     note_decisions(training_args, contract)
-    model = load_model(model_args, training_args, weights, lora_args)
-    wait_for_all_ranks()
-    repair_generation_config(model, tokenizer.pad_token_id, training_args.process_index)
-    if not lora_args or num_new_tokens:
-        resize_embeddings(model, 0 if weights else num_new_tokens, len(tokenizer))
-    if lora_args:
-        new_tokens = list(range(len(tokenizer) - num_new_tokens, len(tokenizer)))
-        model = add_lora(model, lora_args, new_tokens, training_args.seed, checkpoint)
-    if training_args.fsdp:
-        fsdp.check_dropout(training_args, model)
-        fsdp.materialize(model)
-
+    model = make_model(model_args, training_args, lora_args, tokenizer, num_new_tokens, checkpoint)
     trainer = AlpacaTrainer(
-        model=model, processing_class=tokenizer, args=training_args, contract=contract, **data_module
+        model=model,
+        processing_class=to_save(tokenizer),
+        args=training_args,
+        contract=contract,
+        flags={**vars(model_args), **vars(data_args)},
+        **data_module,
     )
     begin(training_args, contract)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.was_stopped_early():
         return leave()
     trainer.save_final_model(getattr(torch, training_args.save_dtype))
+    trainer.create_model_card()
     finish(training_args, contract)
-    if trainer.is_world_process_zero():
-        plot_loss(trainer.state.log_history, Path(training_args.output_dir) / "loss.png")
-        say(f"saved to {training_args.output_dir}", 0)
+    say(f"saved to {training_args.output_dir}", training_args.process_index)
     leave()
 
 

@@ -95,7 +95,12 @@ class BlackBox(TrainerCallback):
             "loss": str(loss.item()),
             "finite": bool(torch.isfinite(loss)),
             "rows": [
-                {"row": row, "tokens": len(tokens), "finite": whole, "starts": self._text(tokens[:DECODED_TOKENS])}
+                {
+                    "row": self.dataset.report.numbers[row],
+                    "tokens": len(tokens),
+                    "finite": whole,
+                    "starts": self._text(tokens[:DECODED_TOKENS]),
+                }
                 for (row, _), tokens, whole in zip(self.rows[number], ids, finite)
             ],
         }

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "alpaca_checkpoint.json"  # in every checkpoint: its files, and the contract of the run (alpaca/contract.py)
 RECORD = "alpaca_run.json"  # in --output_dir: the contract of the run, and whether it is finished
-OPTIMIZERS = ("optimizer.pt", "optimizer_0/.metadata")  # one process or DDP; FSDP
+OPTIMIZERS = ("optimizer.pt", "optimizer_0/.metadata", "latest")  # one process or DDP; FSDP; DeepSpeed
 
 
 # ---- finding one ----

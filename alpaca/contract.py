@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from alpaca import zero
 from alpaca.checkpoints import holds_a_model, read_manifest, read_record, write_patiently, write_record
 from alpaca.console import say
 from alpaca.data import fingerprint
@@ -51,12 +52,13 @@ def describe_run(
     fixed = {
         "the data (--data_path)": f"{len(dataset):,} rows {dataset.data_fingerprint[:12]}",
         "--prompt_template": dataset.template_fingerprint[:12],
-        "--prompt_boundary": data_args.prompt_boundary,
+        **{f"--{name}": getattr(data_args, name) for name in ("prompt_boundary", "guanaco_turns", "backward")},
         **{f"--{name}": getattr(args, name) for name in FIXED},
         **{f"--{name}": value for name, value in vars(lora_args).items()},
         "the tokenizer (of --model_name_or_path)": vocabulary[:12],
         "the base model (--model_name_or_path)": fingerprint_of_weights(model_args.model_name_or_path),
         "the global batch (per device x accumulation x processes)": rows_per_step(args),
+        **zero.described(args),
     }
     if args.loss_normalization == "microbatch":  # there the micro-batches are part of the loss
         fixed["--per_device_train_batch_size"] = args.per_device_train_batch_size

@@ -1,17 +1,21 @@
-"""Rows in, whatever file they come from: Alpaca JSON, JSONL, CSV, parquet, seed_tasks.jsonl or a dataset of the hub.
+"""Rows in, whatever file they come from: Alpaca JSON, JSONL, CSV, parquet, seed_tasks.jsonl, conversations such as
+OpenAssistant-Guanaco's, or a dataset of the hub.
 
 A row is a dict with `instruction`, `output` and an optional `input`, all str. Row numbers count from 0, as an index
-into the file's list does.
+into the file's list does, also where a row of the file gives several rows or none.
 """
 
 import csv
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alpaca.conversations import is_conversation, parse_conversation
 from alpaca.errors import UsageError
+from alpaca.prompts import backward_row
 
 Row = dict[str, Any]
 
@@ -22,11 +26,43 @@ ALPACA_DATA_HINT = (
 )
 
 
+@dataclass(frozen=True)
+class Data:
+    """`numbers`: for each of `rows` the number of the file's row that it comes from. `problems`: what reading noticed,
+    numbers of the file's rows per name of alpaca/report.py."""
+
+    rows: list[Row]
+    numbers: list[int]
+    problems: dict[str, list[int]]
+
+    def fingerprint(self) -> str:
+        return fingerprint([(row["instruction"], row.get("input") or "", row["output"]) for row in self.rows])
+
+
 def load_rows(data_path: str, split: str = "train", cache_dir: str | None = None, answered: bool = True) -> list[Row]:
+    """The rows of `read_data`; a line says if rows of the file are left out."""
+    data = read_data(data_path, split, cache_dir, answered=answered)
+    if left_out := data.problems.get("no_pair"):
+        first = ", ".join(map(str, left_out[:5])) + ", ..." * (len(left_out) > 5)
+        print(f"{data_path}: rows left out, without a human turn and its answer: {len(left_out):,} ({first})")
+    return data.rows
+
+
+def read_data(
+    data_path: str,
+    split: str = "train",
+    cache_dir: str | None = None,
+    guanaco_turns: str = "first",
+    backward: bool = False,
+    answered: bool = True,
+) -> Data:
     """Read and check all rows of `data_path`.
 
-    `split` names the split of a hub dataset or a saved dataset folder (`train`, `train[:1000]`); a file has one split.
-    Rows that are not `answered` may lack their output.
+    Args:
+        split: of a hub dataset or a saved dataset folder (`train`, `train[:1000]`); a file has one split.
+        guanaco_turns: which pairs of a conversation become rows, see `alpaca.conversations.parse_conversation`.
+        backward: what a row is to learn is its instruction, from its output: see `alpaca.prompts.backward_row`.
+        answered: a row without an output is an error.
 
     Raises:
         UsageError: nothing is there, the file is malformed (line and column), empty, or a row has a missing field or a
@@ -34,20 +70,29 @@ def load_rows(data_path: str, split: str = "train", cache_dir: str | None = None
     """
     path = Path(data_path)
     if path.is_file():
-        rows = list(_read_file(path))
+        read = list(_read_file(path))
     elif path.is_dir() or (
         path.suffix not in DATA_SUFFIXES and data_path.count("/") <= 1 and not data_path.startswith((".", "/"))
     ):
-        rows = _read_dataset(data_path, split, cache_dir)
+        read = _read_dataset(data_path, split, cache_dir)
     else:
         hint = f"\n{ALPACA_DATA_HINT}" if "alpaca" in path.name else ""
         raise UsageError(f"--data_path {data_path}: no such file (looked in {path.parent.resolve()}){hint}")
-    rows = [part for row in rows for part in _instances(row)]
+    rows, numbers, problems = [], [], {}
+    for number, row in enumerate(read):
+        parts, found = parse_conversation(row["text"], guanaco_turns) if is_conversation(row) else (_instances(row), [])
+        for part in parts:
+            _check_row(part if answered else {"output": "", **part}, number, data_path)
+            rows.append(backward_row(part) if backward else part)
+            numbers.append(number)
+        for name in found:
+            problems.setdefault(name, []).append(number)
     if not rows:
-        raise UsageError(f"--data_path {data_path}: holds no rows")
-    for number, row in enumerate(rows):
-        _check_row({"output": "", **row} if not answered and isinstance(row, dict) else row, number, data_path)
-    return rows
+        why = "holds no rows"
+        if read and problems:
+            why = f"none of its {len(read):,} rows has a turn `### Human: ...` with an answer `### Assistant: ...`"
+        raise UsageError(f"--data_path {data_path}: {why}")
+    return Data(rows, numbers, problems)
 
 
 def _read_file(path: Path) -> Iterator[Row]:

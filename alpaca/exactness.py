@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from alpaca import zero
 from alpaca.batching import MicroBatch, StepSampler
 from alpaca.compiling import repeated_layers
 from alpaca.console import say
@@ -138,18 +139,21 @@ def _gradient(trainer: "AlpacaTrainer", loader: "DataLoader", batches: list[Micr
     of each tensor."""
     model = trainer.model_wrapped
     model.train(not active_dropout(trainer.model))
-    for planned in batches:
+    for number, planned in enumerate(batches):
         batch = trainer._prepare_inputs(
             {name: value for name, value in loader.dataset[planned].items() if name not in ("rows", "step")}
         )
         with trainer.attention_for(batch), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, batch)
-            (loss * FP16_SCALE if trainer.args.fp16 else loss).backward()
+            if trainer.is_deepspeed_enabled:
+                zero.backward(model, loss, last=number == len(batches) - 1)
+            else:
+                (loss * FP16_SCALE if trainer.args.fp16 else loss).backward()
     parts = (*repeated_layers(trainer.model), trainer.model)
-    trained = ([p.grad for p in part.parameters() if p.grad is not None] for part in parts)
+    trained = ([g for p in part.parameters() if (g := zero.gradient(p)) is not None] for part in parts)
     gradients = next(filter(None, trained), [])
     gradients = [(g.to_local() if isinstance(g, DTensor) else g).detach().clone() for g in gradients]
-    model.zero_grad()
+    (model.optimizer if trainer.is_deepspeed_enabled else model).zero_grad()
     return gradients
 
 

@@ -1,10 +1,11 @@
 """What a run will take, said before the model is loaded, and what the flags leave open decided by it: memory per GPU,
-the size of packs, gradient checkpointing; and the disk for its checkpoints.
+the size of packs, gradient checkpointing.
 
 Memory is the sum of
 
     weights, gradients   4 bytes a parameter each: float32 master weights. Sharded over the ranks under FSDP. With LoRA
-                         that of the matrices only, and the frozen base in its dtype, or quantized in 8 or 4.13 bits
+                         that of the matrices only, and the frozen base in its dtype, or quantized in 8 or 4.13 bits.
+                         DeepSpeed has both once more, the weights in the dtype of the arithmetic
     optimizer            8 bytes a parameter for AdamW; with torch's foreach kernels (adamw_torch) 4 more while it steps
     whole gradients      under FSDP, where they fit: 4 bytes a parameter, so that they are reduced once a step and not
                          after every pack
@@ -22,17 +23,17 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from alpaca.console import say
-from alpaca.errors import UsageError, first_line
-from alpaca.files import free_bytes, human
+from alpaca.errors import first_line
+from alpaca.files import human
 from alpaca.fsdp import empty_model, materialize
 from alpaca.lora import LoraArguments, add_lora, base_dtype, lora_layers
 from alpaca.loss import CHUNK
+from alpaca.zero import Zero3
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
@@ -79,6 +80,7 @@ class Plan:
     tokens: int  # of the largest micro-batch or pack, padding counted; 0: `decide` chooses a pack's
     share: float  # of the tokens that are targets
     whole_gradients: bool = False  # between the packs of a step
+    zero: Zero3 | None = None  # sharded by DeepSpeed, not FSDP
 
 
 @dataclass(frozen=True)
@@ -171,12 +173,15 @@ def memory(model: Model, plan: Plan) -> dict[str, float]:
     shards = plan.group if plan.sharded else 1
     static = {"weights": model.weight_bytes, "gradients": 4 * model.trained,
               "optimizer": plan.optimizer_bytes * model.trained}  # fmt: skip
-    static = {name: size / shards for name, size in static.items()}
     item = 2 if plan.half else 4
+    if plan.zero:
+        static["copies of DeepSpeed"] = (item + 4) * model.trained
+    static = {name: size / shards for name, size in static.items()}
     if plan.sharded:
         root = model.parameters - model.layers * model.largest_layer
         with_gradient = max(root, model.largest_layer) * model.trained / model.parameters
-        gathered = item * (root + 2 * model.largest_layer) + (item + 4) * with_gradient
+        live = min(plan.zero.live, model.parameters) if plan.zero else 0
+        gathered = item * max(root + 2 * model.largest_layer, live) + (item + 4) * with_gradient
     else:
         gathered = (2 if plan.half else 0) * model.trained + (4 * model.trained if plan.world_size > 1 else 0)
         gathered += item * model.largest_layer * model.quantized
@@ -187,6 +192,8 @@ def memory(model: Model, plan: Plan) -> dict[str, float]:
     stepping = 4 * model.trained / shards if plan.foreach and not plan.offload else 0
     training = whole + gathered + parts["activations"]
     parts["activations"] += max(0.0, stepping - training)  # only one of the two at a time
+    if plan.zero and not plan.zero.parameters_on_cpu:
+        static.pop("copies of DeepSpeed")
     if plan.offload and plan.sharded:
         parts = {**parts, **dict.fromkeys(static, 0.0), "host": sum(static.values()) + stepping}
     return parts
@@ -229,7 +236,7 @@ def decide(model: Model, plan: Plan, rows: Rows, available: float, budget: int |
     return Decision(
         max_tokens_per_pack=chosen.tokens if plan.packed else 0,
         gradient_checkpointing=bool(chosen.checkpointing),
-        hold_gradients=plan.sharded and several and fits(holding),
+        hold_gradients=plan.sharded and not plan.zero and several and fits(holding),
     )
 
 
@@ -241,7 +248,7 @@ def what_fits(model: Model, plan: Plan, rows: Rows, available: float) -> str | N
         ways.append(('--fsdp "full_shard auto_wrap"', replace(plan, sharded=True)))
     recompute = " --gradient_checkpointing True" if model.recomputes and not plan.checkpointing else ""
     ways += [(flags + recompute, replace(way, checkpointing=True)) for flags, way in ways if recompute]
-    if plan.on_gpu:
+    if plan.on_gpu and not plan.zero:
         launch = "torchrun --nproc_per_node=1 " if plan.world_size == 1 else ""
         offload = f'{launch}--fsdp "full_shard auto_wrap offload"', replace(plan, sharded=True, offload=True)
         ways.append(offload)
@@ -279,11 +286,12 @@ def rows_of(lengths: Sequence[int], num_targets: int, rows_per_step: int, world_
 
 def plan_of(args: "TrainingArguments", rows: Rows) -> Plan:
     fsdp_config, packed = args.fsdp_config if args.fsdp else {}, args.batching == "packed"
+    zero = Zero3.of(args.deepspeed) if args.deepspeed else None
     return Plan(
         world_size=args.world_size,
-        sharded=bool(args.fsdp),
+        sharded=bool(args.fsdp or zero),
         group=args.parallelism_config.dp_shard_size if args.parallelism_config else args.world_size,
-        offload=bool(fsdp_config.get("cpu_offload")),
+        offload=bool(fsdp_config.get("cpu_offload") or (zero and zero.optimizer_on_cpu)),
         checkpointing=True if fsdp_config.get("activation_checkpointing") else args.gradient_checkpointing,
         half=bool(args.bf16 or args.fp16),
         optimizer_bytes=optimizer_bytes(args),
@@ -294,6 +302,7 @@ def plan_of(args: "TrainingArguments", rows: Rows) -> Plan:
         accumulation=args.gradient_accumulation_steps,
         tokens=0 if packed else args.per_device_train_batch_size * rows.longest,
         share=rows.share,
+        zero=zero,
     )
 
 
@@ -358,45 +367,3 @@ def _say_forecast(model: Model, plan: Plan, rows: Rows, available: float, host: 
         say(f"  does not fit; {'this would: ' + fits if fits else 'take more GPUs, or a smaller model'}", 0)
     if parts.get("host", 0) > host:
         say(f"  offloading takes {human(parts['host'])} of CPU memory a process, available {human(host)}", 0)
-
-
-# ---- disk ----
-
-
-def checkpoint_sizes(args: "TrainingArguments", trained: int) -> tuple[float, float]:
-    """(bytes of a checkpoint, of what is saved at the end) for `trained` parameters: float32 weights and, unless
-    --save_only_model, the optimizer."""
-    optimizer = 0 if args.save_only_model else optimizer_bytes(args)
-    return trained * (4 + optimizer), trained * (4 if args.save_dtype == "float32" else 2)
-
-
-def checkpoints_to_come(args: "TrainingArguments", steps: int, per_epoch: int, done: int) -> int:
-    """How many more checkpoints than now will stand on the disk at the worst moment of a run that continues after
-    `done` steps: the old one goes when the new one is whole, and the best one stays."""
-    every = {"steps": args.save_steps, "epoch": per_epoch, "best": args.eval_steps}.get(args.save_strategy)
-    if not every:
-        return 0
-    every = math.ceil(steps * every) if every < 1 else int(every)
-    saves, limit = max(steps // every - done // every, 0), args.save_total_limit
-    if not limit or limit < 0:
-        return saves
-    at_once = limit + 1 + (args.load_best_model_at_end or args.save_strategy == "best")
-    return min(saves, max(at_once - (done > 0), 1))
-
-
-def check_room(args: "TrainingArguments", trained: int, checkpoints: int) -> None:
-    """Say how much disk the run will take.
-
-    Raises:
-        UsageError: less is free.
-    """
-    each, final = checkpoint_sizes(args, trained)
-    needed, free = checkpoints * each + final, free_bytes(Path(args.output_dir))
-    content = f"{checkpoints} x {human(each)} for checkpoints + {human(final)} for the final model"
-    say(f"disk, forecast: {content} = {human(needed)}, free {human(free)}", 0)
-    if needed > free:
-        raise UsageError(
-            f"--output_dir {args.output_dir}: the run would take {human(needed)} ({content}), but {human(free)} are "
-            "free. Choose another disk, or write less: --save_total_limit 1, a larger --save_steps, "
-            "--save_strategy no, --save_dtype bfloat16"
-        )

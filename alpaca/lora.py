@@ -68,8 +68,9 @@ class LoraArguments:
 
 def check_lora(lora: LoraArguments, args: "TrainingArguments") -> None:
     """Raise UsageError for flags that do not go together."""
-    if lora.quantized and args.deepspeed:
-        raise UsageError(f"--{lora.quantized} and --deepspeed: quantized weights cannot be partitioned; choose one")
+    if lora and args.deepspeed:
+        raise UsageError(f"--{lora.quantized or 'lora_r'} and --deepspeed: are not supported together; the gradients "
+                         "and optimizer of LoRA are small, and --fsdp shards a base that is not quantized")  # fmt: skip
     if lora and args.neftune_noise_alpha:
         raise UsageError("--neftune_noise_alpha: is not supported with --lora_r")
 

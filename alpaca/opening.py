@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from alpaca.errors import UsageError, first_line
 from alpaca.exact_diff import is_exact_diff
 from alpaca.float_diff import ONE, ZERO, FloatDiff, last_norm
+from alpaca.models import resize_embeddings
 from alpaca.prompts import templates_of
 from alpaca.quantization import bitsandbytes_config
 from alpaca.recovery import load_recovered, open_diff
@@ -216,15 +217,8 @@ def _fit_vocabulary(model: PreTrainedModel, tokens: int, weights: Mapping[str, t
         if name.replace(".token_adapter.base_layer", "").endswith(INPUT_EMBEDDINGS)
     ]
     wanted = saved[0] if saved else max(tokens, rows)
-    if wanted == rows:
-        return
-    model.resize_token_embeddings(wanted, mean_resizing=False)
-    with torch.no_grad():
-        for layer in {
-            id(layer): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings())
-        }.values():
-            if layer is not None and wanted > rows:
-                layer.weight[rows:] = layer.weight[:rows].mean(dim=0, keepdim=True)
+    if wanted != rows:
+        resize_embeddings(model, max(wanted - rows, 0), wanted)
 
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:

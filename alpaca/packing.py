@@ -190,8 +190,8 @@ def why_not_packed(config: "PreTrainedConfig", args: "TrainingArguments", longes
     """What keeps rows from being packed with the result of padded ones, as far as flags and config tell."""
     config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
-    if args.deepspeed:
-        return "DeepSpeed takes an optimizer step when its own count of micro-batches is full"
+    if args.deepspeed and args.fp16:
+        return "DeepSpeed's scale of float16 losses begins where gradients overflow, so packs cannot be checked"
     if config.is_encoder_decoder or not getattr(config, "is_causal", True):
         return "this model is not causal"
     if window and window < longest and getattr(config, "use_sliding_window", True):

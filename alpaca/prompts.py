@@ -1,4 +1,4 @@
-"""The two Alpaca prompt templates: the only place where they are written.
+"""The two Alpaca prompt templates, and those of a backward model: the only place where they are written.
 
 They are an interface. A model trained on them answers well only when it sees the same bytes again, so generation,
 evaluation and the chat template all come here.
@@ -24,6 +24,16 @@ PROMPT_DICT = {
     ),
 }
 
+# Of our own wording: the published backward models do not say theirs. `{instruction}` stands for the text whose
+# instruction is to be written, so that everything else that takes templates takes these: see `backward_row`.
+_BACKWARD = (
+    "Below is a response to an instruction. Write the instruction that it responds to.\n\n"
+    "### Response:\n{}\n\n### Instruction:"
+)
+BACKWARD_PROMPT_DICT = {
+    "prompt_input": _BACKWARD.format("{instruction}\n\n{input}"),  # of a text in two fields; no training row has that
+    "prompt_no_input": _BACKWARD.format("{instruction}"),
+}
 
 TEMPLATE_FILE = "prompt_template.json"  # in a model's folder: the templates it was trained with
 
@@ -35,14 +45,30 @@ def format_prompt(example: Mapping[str, Any], templates: Mapping[str, str] = PRO
     return templates[name].format_map(example)
 
 
-def load_prompt_template(path: str | Path | None) -> Mapping[str, str]:
-    """Read `prompt_input` and `prompt_no_input` from a JSON file; None gives Alpaca's own templates.
+def instruction_and_input(row: Mapping[str, Any]) -> str:
+    """The instruction of a row as one text, its input after an empty line."""
+    return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+
+
+def backward_row(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row of instruction backtranslation (arXiv 2308.06259): what is asked with is the output, and what is to be
+    learned the instruction, with its input after an empty line."""
+    return {"instruction": row["output"], "output": instruction_and_input(row)}
+
+
+def backward_prompt(text: str, templates: Mapping[str, str] = BACKWARD_PROMPT_DICT) -> str:
+    """What a backward model is asked for the instruction that `text` answers: its prompt in training, byte for byte."""
+    return format_prompt({"instruction": text}, templates)
+
+
+def load_prompt_template(path: str | Path | None, backward: bool = False) -> Mapping[str, str]:
+    """Read `prompt_input` and `prompt_no_input` from a JSON file; None gives Alpaca's own or BACKWARD_PROMPT_DICT.
 
     Raises:
         UsageError: the file is missing or malformed, a template is absent, or its placeholders are wrong.
     """
     if path is None:
-        return PROMPT_DICT
+        return BACKWARD_PROMPT_DICT if backward else PROMPT_DICT
     try:
         templates = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:

@@ -1,12 +1,14 @@
 """The data gate: what is known of the rows before anything expensive happens. Sizes, and every way in which a row loses
-something or is not what it seems, with its count and first row numbers (from 0, as an index into the file's list)."""
+something or is not what it seems, with its count and first row numbers (from 0, as an index into the file's list, which
+is not always that into the dataset: a conversation gives several rows, or none)."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 
-from alpaca.data import Row
+from alpaca.data import Data, Row
+from alpaca.errors import UsageError
 from alpaca.tokens import Tokens
 
 
@@ -34,16 +36,22 @@ PROBLEMS = {
     ),
     "duplicate": Problem("an earlier row word for word", "they count twice", 0.05),
     "repeated_prompt": Problem("an earlier prompt with another answer", "fine if meant so"),
+    # of conversations only:
+    "no_pair": Problem("no human turn with an answer", "they are left out", 0.05),
+    "ends_on_human": Problem("the conversation ends on a human turn", "that turn is left out"),
+    "unpaired_turns": Problem("turns without text or partner, or text before the first", "those are left out"),
+    "later_pairs": Problem("more pairs follow the first", "--guanaco_turns all learns from them too"),
 }
 
 
 @dataclass
 class DataReport:
-    """Sizes in tokens; `problems`: row numbers per name of PROBLEMS."""
+    """Sizes in tokens; `numbers`: of each row; `problems`: row numbers per name of PROBLEMS."""
 
     name: str
     lengths: list[int]
     num_targets: int
+    numbers: list[int]
     problems: dict[str, list[int]]
 
     def __str__(self) -> str:
@@ -57,7 +65,8 @@ class DataReport:
         ]
         for name, rows in self.problems.items():
             if rows:
-                first = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+                distinct = list(dict.fromkeys(rows))
+                first = ", ".join(map(str, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
                 problem = PROBLEMS[name]
                 lines.append(f"  {name}: {_rows(len(rows))} ({first}): {problem.meaning}; {problem.advice}")
         return "\n".join(lines)
@@ -76,12 +85,21 @@ def _rows(count: int) -> str:
     return f"{count:,} row" + "s" * (count != 1)
 
 
-def report(name: str, tokens: Tokens, texts: Mapping[str, list[int]]) -> DataReport:
-    """From the tokenized rows, and from the `text_problems` of the same rows."""
+def report(name: str, tokens: Tokens, texts: Mapping[str, list[int]], data: Data) -> DataReport:
+    """From the tokenized rows, the `text_problems` of the same rows, and what was noticed while reading them.
+
+    Raises:
+        UsageError: no row has anything to learn.
+    """
     lengths = tokens["lengths"].tolist()
     num_targets = int((tokens["lengths"] - tokens["masked"]).sum())
-    found = {**tokens["problems"], **texts}
-    return DataReport(name, lengths, num_targets, {problem: found[problem] for problem in PROBLEMS})
+    found = {name: [data.numbers[i] for i in rows] for name, rows in {**tokens["problems"], **texts}.items()}
+    found |= data.problems
+    problems = {problem: found.get(problem, []) for problem in PROBLEMS}
+    whole = DataReport(name, lengths, num_targets, data.numbers, problems)
+    if len(problems["nothing_to_learn"]) == len(lengths):
+        raise UsageError(f"--data_path {name}: no row has an answer left to learn within --model_max_length\n{whole}")
+    return whole
 
 
 def text_problems(

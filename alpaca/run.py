@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from alpaca import contract, forecast
+from alpaca import contract, forecast, zero
 from alpaca.checkpoints import read_manifest
 from alpaca.console import say
+from alpaca.disk import check_room, checkpoints_to_come
 from alpaca.errors import UsageError
 from alpaca.files import lock
 from alpaca.lora import LoraArguments
@@ -103,10 +104,10 @@ def check_before_loading(
     if args.process_index == 0:
         report = dataset.report
         rows = forecast.rows_of(report.lengths, report.num_targets, contract.rows_per_step(args), args.world_size)
-        model, decision = forecast.forecast_memory(args, config, rows, lora)
+        with zero.unpartitioned():
+            model, decision = forecast.forecast_memory(args, config, rows, lora)
         if model is not None:
-            checkpoints = forecast.checkpoints_to_come(args, steps, per_epoch, done)
-            forecast.check_room(args, model.trained, checkpoints)
+            check_room(args, model.trained, checkpoints_to_come(args, steps, per_epoch, done))
     decision = gather_from_all_ranks(decision)[0]
     if args.hold_gradients and not args.fsdp:
         say("note: --hold_gradients: has no effect without --fsdp", args.process_index)

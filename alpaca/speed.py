@@ -78,9 +78,9 @@ def flops_per_token(model: nn.Module) -> int:
 
 
 def _numel(parameter: nn.Parameter) -> int:
-    """bitsandbytes keeps two weights of 4 bits in a byte."""
+    """bitsandbytes keeps two weights of 4 bits in a byte, DeepSpeed an empty tensor in the model."""
     quantized = getattr(parameter, "quant_state", None)
-    return quantized.shape.numel() if quantized is not None else parameter.numel()
+    return quantized.shape.numel() if quantized is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -1,5 +1,6 @@
 """Opening a tokenizer, those of the first LLaMA conversions of March 2023 included."""
 
+import copy
 from typing import Any
 
 import transformers
@@ -25,6 +26,21 @@ def open_tokenizer(name: str, cache_dir: str | None = None, **kwargs: Any) -> Pr
         kwargs["add_bos_token"] = True
     opener = LlamaTokenizer if class_name == "LLaMATokenizer" else AutoTokenizer
     return opener.from_pretrained(name, cache_dir=cache_dir, **kwargs)
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The special tokens whose text means nothing else: not an ordinary token that --pad_token made one, such as !"""
+    return [token for token in tokenizer.all_special_tokens if token in tokenizer.added_tokens_encoder]
+
+
+def to_save(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer for a model's folder. An ordinary token that --pad_token made the pad token would come back as a
+    special one, and "!" would vanish from answers: there the end-of-text token pads."""
+    if tokenizer.pad_token in tokenizer.added_tokens_encoder:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:

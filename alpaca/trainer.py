@@ -4,7 +4,7 @@ ranks too, and what is saved is always a plain checkpoint that `from_pretrained`
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from pathlib import Path
@@ -19,14 +19,18 @@ from transformers.trainer_utils import speed_metrics
 from alpaca.attention import PackLayout, confined_to_rows, named_kernel
 from alpaca.batching import StepLoader, StepSampler, StepTotals
 from alpaca.blackbox import BlackBox
+from alpaca.chat_template import save_templates
 from alpaca.checkpoints import delete_old_checkpoints, load_optimizer_of_other_layout, write_patiently, written_whole
 from alpaca.compiling import compile_layers, explained
-from alpaca.console import ConsoleCallback, say
+from alpaca.console import ConsoleCallback, plot_loss, say
 from alpaca.exactness import check_packing, choose_packing
 from alpaca.fsdp import full_state_dict, shard_on_cpu
 from alpaca.loss import batch_loss
+from alpaca.model_card import write_model_card
 from alpaca.packing import MicroBatches, measure_rows
 from alpaca.speed import SpeedMeter
+from alpaca.zero import attach
+from alpaca.zero import full_state_dict as full_masters
 
 
 class AlpacaTrainer(Trainer):
@@ -39,10 +43,13 @@ class AlpacaTrainer(Trainer):
     without a target (2023: NaN) counts in neither.
     """
 
-    def __init__(self, contract: dict[str, Any] | None = None, **kwargs):
-        """`contract` (alpaca/contract.py) is kept with every checkpoint."""
+    def __init__(self, contract: dict[str, Any] | None = None, flags: Mapping[str, Any] | None = None, **kwargs):
+        """`contract` (alpaca/contract.py) is kept with every checkpoint; `flags` are those of model and data, for the
+        model card."""
         super().__init__(**kwargs)
-        self.contract = contract or {}
+        self.contract, self.flags, self.started_at = contract or {}, flags, 0
+        if hasattr(self.model, "create_or_update_model_card"):
+            self.model.create_or_update_model_card = lambda folder: None  # peft would alter a README.md of the user's
         self.black_box = BlackBox(self.train_dataset, self.processing_class)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -66,6 +73,8 @@ class AlpacaTrainer(Trainer):
         args.torch_compile_backend = backend
         if on_cpu:
             shard_on_cpu(self, mesh)
+        if self.is_deepspeed_enabled:
+            attach(self)
 
     # ---- rows ----
 
@@ -215,11 +224,21 @@ class AlpacaTrainer(Trainer):
 
     # ---- saving and resuming ----
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(
+        self, output_dir: str | None = None, _internal_call: bool = False, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """`dtype`: of what DeepSpeed's master weights are saved in; without it the model's own."""
         with _caching_config(self.model):
-            if not self.is_fsdp_enabled:
+            if self.is_deepspeed_enabled:
+                state = full_masters(self.model, self.args.should_save, dtype)
+                self._save(output_dir, state_dict=state)
+                if self.args.should_save:  # else it names the dtype that DeepSpeed computes in
+                    self.model.config.dtype = dtype
+                    self.model.config.save_pretrained(output_dir or self.args.output_dir)
+            elif self.is_fsdp_enabled:
+                self._save(output_dir, state_dict=full_state_dict(self.model, keep=self.args.should_save))
+            else:
                 return super().save_model(output_dir, _internal_call)
-            self._save(output_dir, state_dict=full_state_dict(self.model, keep=self.args.should_save))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -255,19 +274,30 @@ class AlpacaTrainer(Trainer):
     def save_final_model(self, dtype: torch.dtype) -> None:
         """Write the trained model to `output_dir` in `dtype`, then trainer_state.json. Last act: the float32 weights
         are cast in place."""
-        for module in self.model.modules() if dtype != torch.float32 else ():
+        cast = dtype != torch.float32 and not self.is_deepspeed_enabled
+        for module in self.model.modules() if cast else ():
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):  # not LoRA's base
                 module.to(dtype)
-        self.save_model()
+        self.save_model(dtype=dtype)
         write_patiently(self.save_state, self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The final model waits for room on the disk: after days of training it is not given up for a full one."""
-        if output_dir is None or Path(output_dir) == Path(self.args.output_dir):
-            return write_patiently(
-                lambda: super(AlpacaTrainer, self)._save(output_dir, state_dict), self.args.output_dir
-            )
-        return super()._save(output_dir, state_dict)
+        """The final model waits for room on the disk: after days of training it is not given up for a full one. With
+        every model go the prompts that it is trained with."""
+        folder = output_dir or self.args.output_dir
+
+        def write() -> None:
+            super(AlpacaTrainer, self)._save(folder, state_dict)
+            if self.args.should_save and (templates := getattr(self.train_dataset, "templates", None)):
+                save_templates(templates, folder)
+
+        return write_patiently(write, folder) if Path(folder) == Path(self.args.output_dir) else write()
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """loss.png and README.md. Ours in place of the Trainer's, also where it uploads the model."""
+        if self.is_world_process_zero():
+            plot_loss(self.state.log_history, Path(self.args.output_dir) / "loss.png")
+            write_model_card(self, self.flags)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Under FSDP only the optimizer is saved in shards: the weights already stand beside it, whole."""
@@ -290,15 +320,16 @@ class AlpacaTrainer(Trainer):
 
     def _prepare_input(self, data: Any) -> Any:
         """Micro-batches in pinned memory go to the GPU while the host goes on: no synchronisation for each."""
-        pinned = isinstance(data, Tensor) and data.device.type == "cpu" and data.is_pinned()
-        if pinned or isinstance(data, PackLayout):
-            return data.to(self.args.device, non_blocking=True)
+        if isinstance(data, (Tensor, PackLayout)):  # for DeepSpeed, the Trainer would round the weights of the loss
+            pinned = isinstance(data, PackLayout) or (data.device.type == "cpu" and data.is_pinned())
+            return data.to(self.args.device, non_blocking=pinned)
         return super()._prepare_input(data)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
         """A resumed run saves, logs and evaluates as often as its own flags say, not those of the checkpoint."""
         progress = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
+        self.started_at = self.state.global_step
         return progress
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:

@@ -15,14 +15,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from alpaca import flags
 from alpaca.errors import UsageError, reported
-from alpaca.prompts import load_prompt_template
+from alpaca.models import load_tokenizer
 from alpaca.report import PROBLEMS
 from alpaca.tokens import IGNORE_INDEX
-from train import DataArguments, ModelArguments, SupervisedDataset, load_tokenizer
+from train import DataArguments, ModelArguments, SupervisedDataset, make_supervised_data_module
 
 DIM, GREEN, REVERSED, RESET = "\033[2m", "\033[32m", "\033[7m", "\033[0m"
 
@@ -48,13 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not data_args.data_path:
         raise UsageError("--data_path is missing: a file of rows (./alpaca_data.json) or a hub id (tatsu-lab/alpaca)")
     tokenizer, _ = load_tokenizer(model_args, options)
-    templates = load_prompt_template(data_args.prompt_template)
+    data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)
     spoiled = []
-    for path in filter(None, (data_args.data_path, data_args.eval_data_path)):
-        split = data_args.data_split if path == data_args.data_path else "train"
-        dataset = SupervisedDataset(path, tokenizer, templates, data_args.prompt_boundary, split, options.cache_dir)
+    for dataset in filter(None, (data_module["train_dataset"], data_module["eval_dataset"])):
         print(dataset.report)
-        if path == data_args.data_path:
+        if dataset is data_module["train_dataset"]:
             show_rows(dataset, tokenizer, options)
         spoiled += dataset.report.spoiled_by()
     for line in spoiled:
@@ -63,21 +62,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show_rows(dataset: SupervisedDataset, tokenizer: PreTrainedTokenizerBase, options: InspectArguments) -> None:
-    """The rows asked for, every token with its label."""
-    numbers = list(options.rows)
-    if wrong := [number for number in numbers if not 0 <= number < len(dataset)]:
-        raise UsageError(f"--rows {wrong[0]}: the data has rows 0 to {len(dataset) - 1}")
+    """The rows asked for, by their number in the file, every token with its label."""
+    numbers, places, problems = list(options.rows), dataset.report.numbers, dataset.report.problems
+    last = max(places + problems["no_pair"])
+    if wrong := [number for number in numbers if not 0 <= number <= last]:
+        raise UsageError(f"--rows {wrong[0]}: the data has rows 0 to {last}")
     if options.problem:
-        numbers += dataset.report.problems[options.problem][: options.limit]
+        numbers += list(dict.fromkeys(problems[options.problem]))[: options.limit]
     colored = options.color == "always" or (
         options.color == "auto" and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     )
     for number in numbers:
-        problems = [name for name, rows in dataset.report.problems.items() if number in rows]
-        ids, labels = dataset.input_ids[number].tolist(), dataset.labels[number].tolist()
-        learned = sum(label != IGNORE_INDEX for label in labels)
-        print(f"\nrow {number}: {len(ids)} tokens, {learned} to learn" + (f" | {', '.join(problems)}" * bool(problems)))
-        print(colored_row(ids, labels, tokenizer) if colored else plain_row(ids, labels, tokenizer))
+        names = ", ".join(name for name, rows in problems.items() if number in rows)
+        found = [i for i, place in enumerate(places) if place == number]  # a conversation gives several, or none
+        if not found:
+            print(f"\nrow {number}: left out | {names}")
+        for i in found:
+            show_row(f"row {number}", names, dataset[i], tokenizer, colored)
+
+
+def show_row(
+    name: str, problems: str, row: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase, colored: bool
+) -> None:
+    ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
+    learned = sum(label != IGNORE_INDEX for label in labels)
+    print(f"\n{name}: {len(ids)} tokens, {learned} to learn" + f" | {problems}" * bool(problems))
+    print(colored_row(ids, labels, tokenizer) if colored else plain_row(ids, labels, tokenizer))
 
 
 def pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:

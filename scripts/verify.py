@@ -29,17 +29,9 @@ from alpaca.attention import PackLayout, confined_to_rows, named_kernel
 from alpaca.batching import StepSampler
 from alpaca.errors import UsageError, first_line, reported
 from alpaca.loss import batch_loss
+from alpaca.models import load_model, load_tokenizer, resize_embeddings
 from alpaca.packing import MicroBatches, Packing, measure_rows, plan_packing, why_not_packed, why_not_shared
-from alpaca.prompts import load_prompt_template
-from train import (
-    DataArguments,
-    DataCollatorForSupervisedDataset,
-    ModelArguments,
-    SupervisedDataset,
-    load_model,
-    load_tokenizer,
-    resize_embeddings,
-)
+from train import DataArguments, ModelArguments, make_supervised_data_module
 
 Gradient = dict[str, Tensor]
 
@@ -66,15 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not data_args.data_path:
         raise UsageError("--data_path is missing: a file of rows (./alpaca_data.json) or a hub id (tatsu-lab/alpaca)")
     tokenizer, new_tokens = load_tokenizer(model_args, options)
-    templates = load_prompt_template(data_args.prompt_template)
-    dataset = SupervisedDataset(data_args.data_path, tokenizer, templates, data_args.prompt_boundary,
-                                data_args.data_split, options.cache_dir)  # fmt: skip
+    data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)
+    dataset, collate = data_module["train_dataset"], data_module["data_collator"]
     model = load_model(model_args, options)
     resize_embeddings(model, new_tokens, len(tokenizer))
     model.config.use_cache = False
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     notes = [why_not_packed(model.config, options, int(dataset.lengths.max())), why_not_shared(model)]
-    rows = MicroBatches(dataset, DataCollatorForSupervisedDataset(tokenizer))
+    rows = MicroBatches(dataset, collate)
     verdicts = [compare(model, rows, options, loss, notes) for loss in ("token", "microbatch")]
     for what, note in zip(("packs", "shared prefixes"), notes):
         if note:

@@ -3,6 +3,7 @@
 import atexit
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,18 @@ def weights(folder) -> dict:
     from safetensors.torch import load_file
 
     return load_file(Path(folder) / "model.safetensors")
+
+
+def run_card(folder) -> dict:
+    """The Python of the model card in `folder`, run there: its variables."""
+    code = re.search("```python\n(.*?)```", (Path(folder) / "README.md").read_text(), re.DOTALL)[1]
+    before, names = os.getcwd(), {}
+    os.chdir(folder)
+    try:
+        exec(code, names)
+    finally:
+        os.chdir(before)
+    return names
 
 
 def largest_difference(a, b) -> float:

@@ -1,6 +1,7 @@
 """A step that is not finite stops the run, before it reaches the weights, and its rows are named in a file."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -61,14 +62,17 @@ def test_a_gradient_that_is_not_finite_stops_too(tiny, tmp_path):
     class State:
         global_step, epoch, log_history = 6, 0.5, []
 
-    dataset = [dict(input_ids=torch.tensor([5, 6, 7])) for _ in range(4)]
+    class Rows(list):
+        report = SimpleNamespace(numbers=[0, 2, 2, 5])  # of the file
+
+    dataset = Rows(dict(input_ids=torch.tensor([5, 6, 7])) for _ in range(4))
     box = BlackBox(dataset, AutoTokenizer.from_pretrained(tiny("llama")))
     box.begin_step([[(3, 2), (1, 1)]])
     box.losses, box.target_losses = [torch.tensor(1.0)], [torch.ones(3)]
     box.grad_norm = torch.tensor(2.0)
     box.on_pre_optimizer_step(Args, State, None)
     box.grad_norm = torch.tensor(float("inf"))
-    with pytest.raises(UsageError, match="step 7: the gradient norm is not finite. Rows in that step: 3, 1"):
+    with pytest.raises(UsageError, match="step 7: the gradient norm is not finite. Rows in that step: 5, 2"):
         box.on_pre_optimizer_step(Args, State, None)
     Args.fp16 = True  # there the loss scaler skips such a step
     box.on_pre_optimizer_step(Args, State, None)

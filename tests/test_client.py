@@ -31,6 +31,7 @@ from conftest import ROOT
 
 from alpaca.client import Client, Sampling, is_openai, server_url
 from alpaca.errors import UsageError
+from alpaca.prompts import PROMPT_DICT, format_prompt
 from alpaca.refusals import NoAnswer, RequestFailed, seconds_to_wait
 from scripts.quickstart import free_port
 
@@ -424,8 +425,10 @@ def transformers_serve(tiny, tmp_path):
 
 
 @pytest.mark.slow
-def test_transformers_serve(transformers_serve):
+def test_transformers_serve(transformers_serve, tiny):
+    from alpaca.chat_template import chat_template
     from alpaca.local_model import LocalModel
+    from alpaca.tokenizer import open_tokenizer
 
     async def run(url, model, api, prompts, sampling):
         async with Client(model, url, api, backoff=0.05) as client:
@@ -434,8 +437,7 @@ def test_transformers_serve(transformers_serve):
 
     prompts = ["What is it?", "Give three tips for it."]
     greedy = Sampling(max_tokens=8, temperature=0.0, seed=1)
-    template = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}>"
-    url, model = transformers_serve(template)
+    url, model = transformers_serve(chat_template(open_tokenizer(tiny("llama")), PROMPT_DICT))
     for asked, api, chat in (("auto", "chat", True), ("completions", "completions", False)):
         found, got = asyncio.run(run(url, model, asked, prompts, greedy))
         expected = LocalModel(model, chat=chat).generate(prompts, greedy)
@@ -449,6 +451,14 @@ def test_transformers_serve(transformers_serve):
         stop = next(text[-2:] for text in texts if re.search("[a-z]{2}$", text))  # the server stops behind a token
         _, (_, got) = asyncio.run(run(url, model, asked, prompts, Sampling(8, 0.0, stop=(stop,), logit_bias={3: -9})))
         assert (got.text.strip(), got.finish_reason) == (expected[1].text.strip().split(stop)[0], "stop")
+    # chat with the saved chat template is the prompt of the training, however it is spelt
+    rows = [{"instruction": "Be brief.\n\nTranslate it.", "input": "Guten Tag!"}, {"instruction": prompts[1]}]
+    system, text = {"role": "system", "content": "Be brief."}, "Translate it.\n\n### Input:\nGuten Tag!"
+    spelt = [[system, {"role": "user", "content": content}] for content in (text, [{"type": "text", "text": text}])]
+    _, got = asyncio.run(run(url, model, "chat", [*spelt, prompts[1]], greedy))
+    one, two = LocalModel(model).generate([format_prompt(row) for row in rows], greedy)
+    expected = [(one.prompt_tokens, one.text.strip())] * 2 + [(two.prompt_tokens, two.text.strip())]
+    assert [(answer.prompt_tokens, answer.text.strip()) for answer in got] == expected and one.text != two.text
     with pytest.raises(UsageError, match="pinned to .*(.|\n)*--model_name, got 'another'"):
         asyncio.run(run(url, "another", "auto", prompts, greedy))
     url, model = transformers_serve()  # a base model: chat is answered with 500

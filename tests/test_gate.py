@@ -11,7 +11,7 @@ import torch
 from conftest import GOLDEN, SHARED, run, train, write_rows
 from test_tokens import golden_tokenizer, texts_of
 
-from alpaca import forecast
+from alpaca import disk, forecast
 from alpaca.errors import UsageError
 from alpaca.prompts import PROMPT_DICT
 from alpaca.report import PROBLEMS, text_problems
@@ -53,6 +53,14 @@ def test_headings_are_those_of_the_template_in_use():
     assert text_problems(rows, own, ["</s>"])["control_text"] == [0, 1], (
         "the template's own control text is in all rows"
     )
+
+
+def test_an_ordinary_token_to_pad_with_is_no_control_text(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps([{**ROW, "output": "Blue!"}, {**ROW, "output": "</s>"}]))
+    tokenizer = golden_tokenizer("opt")
+    tokenizer.pad_token = "!"
+    dataset = SupervisedDataset(str(tmp_path / "rows.json"), tokenizer, cache_dir=str(tmp_path))
+    assert dataset.report.problems["control_text"] == [1]
 
 
 @pytest.mark.parametrize("file", ["alpaca_data_1k.json", "alpaca_en_demo.json"])
@@ -294,7 +302,7 @@ def test_activations_are_counted_as_a_real_forward_pass_keeps_them(tiny, archite
 def flags_of(**changed):
     return Namespace(**{**dict(
         process_index=0, world_size=4, fsdp=True, fsdp_config={}, parallelism_config=None, bf16=True, fp16=False,
-        optim="adamw_torch_fused", gradient_checkpointing=None, per_device_train_batch_size=4,
+        deepspeed=None, optim="adamw_torch_fused", gradient_checkpointing=None, per_device_train_batch_size=4,
         gradient_accumulation_steps=8, device=torch.device("cuda"), batching="packed", max_tokens_per_pack="auto",
     ), **changed})  # fmt: skip
 
@@ -357,8 +365,9 @@ def test_flags_become_a_plan():
 
 def test_the_decision_reaches_the_flags_of_the_trainer(tiny, tmp_path, monkeypatch):
     """None stays None through transformers' own checks, and becomes what was decided."""
+    from alpaca.models import load_config
     from alpaca.run import check_before_loading
-    from train import load_config, make_supervised_data_module, parse_flags
+    from train import make_supervised_data_module, parse_flags
 
     words = [f"--model_name_or_path={tiny('llama')}", f"--data_path={write_rows(tmp_path / 'rows.json', 8)}",
              f"--output_dir={tmp_path / 'out'}", f"--cache_dir={tmp_path}", "--use_cpu"]  # fmt: skip
@@ -424,21 +433,21 @@ def test_a_run_goes_on_with_what_was_decided_for_it(tmp_path):
 def test_how_many_checkpoints_stand_at_once(strategy, save_steps, limit, done, expected):
     args = Namespace(save_strategy=strategy, save_steps=save_steps, save_total_limit=limit, eval_steps=20,
                      load_best_model_at_end=False)  # fmt: skip
-    assert forecast.checkpoints_to_come(args, steps=100, per_epoch=25, done=done) == expected
+    assert disk.checkpoints_to_come(args, steps=100, per_epoch=25, done=done) == expected
 
 
 def test_too_small_a_disk_is_refused_before_training(tmp_path, capsys):
     args = Namespace(output_dir=str(tmp_path / "new" / "out"), save_only_model=False, save_dtype="bfloat16", fsdp=None,
-                     optim="adamw_torch_fused")  # fmt: skip
-    forecast.check_room(args, parameters=1_000_000, checkpoints=2)
+                     optim="adamw_torch_fused", deepspeed=None)  # fmt: skip
+    disk.check_room(args, trained=1_000_000, checkpoints=2)
     assert (
         "disk, forecast: 2 x 12.0 MB for checkpoints + 2.0 MB for the final model = 26.0 MB" in capsys.readouterr().out
     )
     with pytest.raises(UsageError, match="would take 26,000.0 GB .* free. Choose another disk"):
-        forecast.check_room(args, parameters=10**12, checkpoints=2)
-    assert forecast.checkpoint_sizes(args, 10)[0] == 120
+        disk.check_room(args, trained=10**12, checkpoints=2)
+    assert disk.checkpoint_sizes(args, 10)[0] == 120
     args.save_only_model, args.optim = True, "adamw_8bit"
-    assert forecast.checkpoint_sizes(args, 10) == (40, 20)
+    assert disk.checkpoint_sizes(args, 10) == (40, 20)
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from alpaca.errors import UsageError
-from train import ModelArguments, TrainingArguments, load_model, load_tokenizer, resize_embeddings
+from alpaca.models import load_model, load_tokenizer, resize_embeddings
+from train import ModelArguments, TrainingArguments
 
 
 def arguments(tmp_path, model, **model_flags):

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, history, largest_difference, run, train, weights, write_rows
+from conftest import ROOT, SHARED, history, largest_difference, run, run_card, train, weights, write_rows
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alpaca.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt, templates_of
 from scripts.quickstart import README_FLAGS
 from train import TrainingArguments
 
@@ -61,6 +63,19 @@ def test_readme_command(tiny, tmp_path, architecture, layer, fsdp):
     assert len(rows) == 1, "vocabulary of tokenizer, config and weights"
     assert model.config.pad_token_id == tokenizer.pad_token_id is not None
     assert tokenizer("x")["input_ids"] == AutoTokenizer.from_pretrained(tiny(architecture))("x")["input_ids"]
+    check_model_card(out, tokenizer)
+
+
+def check_model_card(out, tokenizer):
+    """The card's own Python loads the model and asks it with the prompt that it was trained with."""
+    card = ModelCard.load(out / "README.md")
+    assert card.data.to_dict() == dict(library_name="transformers", pipeline_tag="text-generation", tags=["alpaca"])
+    assert "| Global batch | 64 rows: 4 per device x 8 accumulated x 2 processes |" in card.text
+    assert "| Sharding | FSDP2" in card.text and "| Schedule | cosine, warmup steps: 1 |" in card.text
+    assert str(Path.home()) not in card.content and str(out.parent) not in card.content
+    names = run_card(out)
+    prompt = tokenizer(format_prompt({"instruction": "Give three tips for staying healthy."}, templates_of(out)))
+    assert names["inputs"]["input_ids"].tolist() == [prompt["input_ids"]] and names["answer"]
 
 
 def test_plain_line_per_step(tiny, tmp_path):
@@ -141,6 +156,8 @@ def test_save_dtype_is_for_the_final_model_only(tiny, tmp_path, processes, fsdp)
     assert {tensor.dtype for tensor in weights(out).values()} == {torch.bfloat16}
     assert {tensor.dtype for tensor in weights(out / "checkpoint-2").values()} == {torch.float32}
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+    assert all((folder / TEMPLATE_FILE).is_file() for folder in (out, out / "checkpoint-2"))
+    assert AutoTokenizer.from_pretrained(out / "checkpoint-2").chat_template
     for name, tensor in weights(out / "checkpoint-2").items():
         assert torch.equal(tensor.bfloat16(), weights(out)[name])
 
@@ -247,6 +264,9 @@ def test_own_prompt_template(tiny, tmp_path):
         return int(output.split(" rows, ")[1].split(" tokens")[0])
 
     assert tokens(short) < tokens(usual) / 2
+    assert templates_of(tmp_path / "a") == template and templates_of(tmp_path / "b") == PROMPT_DICT
+    asked = [{"role": "user", "content": "x"}]
+    assert AutoTokenizer.from_pretrained(tmp_path / "a").apply_chat_template(asked, tokenize=False) == "<s> Q x A "
 
 
 RECIPES = {
@@ -259,8 +279,16 @@ RECIPES = {
 }
 
 
+LORA_RECIPES = {  # architecture, learning rate, length, batch; r, alpha, where
+    "backtranslation_llama2_7b_lora": ("llama", 2e-4, 2048, 32, 8, 32, ["k_proj", "o_proj", "q_proj", "v_proj"]),
+    "cerebras_gpt_6.7b_lora": ("gpt2", 2e-5, 512, 128, 4, 16, ["c_attn"]),
+    "one_24gb_gpu": ("llama", 3e-4, 512, 128, 8, 16, ["q_proj", "v_proj"]),
+}
+
+
 def test_every_recipe_is_tested():
-    assert {path.stem for path in (ROOT / "recipes").glob("*.sh")} == {*RECIPES, "llama_7b_2x8"}  # test_multinode.py
+    names = {path.stem for path in (ROOT / "recipes").glob("*.sh")}
+    assert names == {*RECIPES, *LORA_RECIPES, "llama_7b_2x8"}  # test_multinode.py
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -285,6 +313,32 @@ def test_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
     assert (args.learning_rate, args.num_train_epochs, args.model_max_length) == (float(learning_rate), epochs, length)
     assert (args.weight_decay, args.get_warmup_steps(100), args.lr_scheduler_type.value) == (0, 3, "cosine")
     assert args.bf16 and bool(args.fsdp) == (env["NPROC"] == "2")
+
+
+@pytest.mark.parametrize("name", LORA_RECIPES)
+def test_lora_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
+    from conftest import free_port
+
+    architecture, learning_rate, length, batch, r, alpha, layers = LORA_RECIPES[name]
+    env = dict(
+        MODEL=tiny(architecture),
+        DATA=write_rows(tmp_path / "r.json", batch + 2),
+        OUTPUT=str(tmp_path / "out"),
+        PORT=str(free_port()),
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
+    if "backtranslation" in name:
+        chats = [{"text": f"### Human: Say {i}.### Assistant: {i}### Human: Why?"} for i in range(batch + 2)]
+        (tmp_path / "r.json").write_text(json.dumps(chats))
+    result = run(["bash", ROOT / "recipes" / f"{name}.sh", "--max_steps", "1"], env=env)
+    assert f"{batch} a step" in result.stdout and ("ends_on_human" in result.stdout) == ("backtranslation" in name)
+    monkeypatch.setattr(sys.modules["__main__"], "TrainingArguments", TrainingArguments, raising=False)
+    args = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
+    assert (args.learning_rate, args.num_train_epochs, args.model_max_length) == (learning_rate, 3, length)
+    assert args.bf16 and not args.fsdp
+    adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (r, alpha, 0.05)
+    assert sorted(adapter["target_modules"]) == layers
 
 
 def test_quickstart_in_the_folder_of_an_earlier_one(tmp_path):

@@ -1,0 +1,352 @@
+"""The model card: README.md in --output_dir, as the hub shows it, from what is known at the end of a run.
+
+    print(model_card(trainer, flags))
+
+Sections are those of published Alpaca-type models. What is not known is not said: base and data are named by hub id or
+by the name of their folder or file, never by a path of this machine; a licence is named where the base's own card has
+one, or for a data set of `LICENCES`. Which licence the model has is for its owner to say.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from huggingface_hub import ModelCardData
+
+from alpaca.chat_template import separator
+from alpaca.console import say
+from alpaca.contract import rows_per_step
+from alpaca.files import atomic_write
+from alpaca.prompts import TEMPLATE_FILE, format_prompt
+from alpaca.report import PROBLEMS, DataReport
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+    from alpaca.trainer import AlpacaTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKER = "<!-- Written by train.py, and anew by its next run here. Delete this line to keep the file as it is. -->"
+# Ours; the Trainer's; peft's, as long as nobody has given it a name.
+OF_PROGRAMS = (
+    MARKER,
+    "generated automatically according to the information the Trainer had access to",
+    "# Model Card for Model ID",
+)
+LICENCES = {"tatsu-lab/alpaca": "CC BY-NC 4.0", "seed_tasks.jsonl of this repository": "Apache-2.0"}
+
+
+def write_model_card(trainer: "AlpacaTrainer", flags: Mapping[str, Any]) -> None:
+    """Write README.md, but not over one that a person wrote. `flags`: of the model and of the data, by name."""
+    path = Path(trainer.args.output_dir) / "README.md"
+    try:
+        if path.exists() and not any(mark in path.read_text(encoding="utf-8") for mark in OF_PROGRAMS):
+            return say(f"note: {path} is not one of ours and stays as it is: no model card is written", 0)
+        with atomic_write(path) as file:
+            file.write(model_card(trainer, flags))
+    except OSError as error:  # a full disk: the model is there
+        say(f"note: {path} could not be written ({error})", 0)
+
+
+def model_card(trainer: "AlpacaTrainer", flags: Mapping[str, Any]) -> str:
+    args, dataset = trainer.args, trainer.train_dataset
+    lora = getattr(trainer.model, "peft_config", {}).get("default")
+    base, data = base_source(flags["model_name_or_path"]), data_source(flags["data_path"], flags["data_split"])
+    done = "LoRA matrices for" if lora else "A fine-tuned version of"
+    task = "write the instruction that a text answers" if flags["backward"] else "follow instructions"
+    parts = [
+        f"---\n{metadata(base, data, lora).to_yaml()}\n---",
+        MARKER,
+        f"# {Path(args.output_dir).resolve().name}",
+        f"{done} {base.shown}, trained to {task} on {len(dataset):,} rows of {data.shown} by the Stanford Alpaca "
+        "recipe.",
+        f"## How to use it\n\n{usage(trainer, flags, base, lora)}",
+        f"## Prompts\n\n{prompts(dataset.templates)}",
+        f"## Training data\n\n{training_data(data, dataset)}",
+        f"## Training procedure\n\n{table(hyperparameters(trainer, flags, lora))}",
+        f"## Results\n\n{table(results(trainer))}\n\n![Loss over the optimizer steps](loss.png)",
+        f"## Hardware and versions\n\n{table(environment(trainer, lora))}",
+        f"## Intended use and limits\n\n{limits(base, data)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+# ---- where base and data come from ----
+
+
+class Source(NamedTuple):
+    shown: str  # in Markdown
+    hub_id: str | None = None
+    licence: str | None = None
+    details: tuple[str, ...] = ()
+
+
+def base_source(name: str) -> Source:
+    """A folder in the cache of the hub is the model of the hub that it holds."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return Source(f"[{name}](https://huggingface.co/{name})", name)
+    licence = _licence(folder / "README.md")
+    if found := re.search(r"/models--([^/]+)--([^/]+)/snapshots/(\w+)$", folder.absolute().as_posix()):
+        hub_id = f"{found[1]}/{found[2]}"
+        return Source(f"[{hub_id}](https://huggingface.co/{hub_id}) (revision {found[3]})", hub_id, licence)
+    return Source(f"`{folder.resolve().name}` (a local folder)", None, licence)
+
+
+def _licence(card: Path) -> str | None:
+    """What the front matter of a model card says."""
+    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
+    found = re.search(r"^license: *['\"]?([\w.-]+)", front[1], re.MULTILINE) if front else None
+    return found[1] if found else None
+
+
+def data_source(path: str, split: str) -> Source:
+    """As alpaca.data.load_rows finds it."""
+    local = Path(path)
+    if not local.exists():
+        shown = f"[{path}](https://huggingface.co/datasets/{path})"
+        return Source(shown, path, LICENCES.get(path), (f"Split: `{split}`",))
+    if local.is_dir():
+        return Source(f"`{local.resolve().name}` (a local data set)", details=(f"Split: `{split}`",))
+    digest, own = (hashlib.sha256(file.read_bytes()).hexdigest() for file in (local, ROOT / "seed_tasks.jsonl"))
+    licence = LICENCES["seed_tasks.jsonl of this repository"] if digest == own else None
+    return Source(f"`{local.name}` (a local file)", None, licence, (f"SHA-256 of the file: `{digest}`",))
+
+
+# ---- sections ----
+
+
+def metadata(base: Source, data: Source, lora: "LoraConfig | None") -> ModelCardData:
+    """The front matter. Only what the hub can resolve: ids, no local names."""
+    return ModelCardData(
+        base_model=base.hub_id,
+        datasets=[data.hub_id] if data.hub_id else None,
+        library_name="peft" if lora else "transformers",
+        pipeline_tag="text-generation",
+        tags=["alpaca", "lora"] if lora else ["alpaca"],
+    )
+
+
+def usage(trainer: "AlpacaTrainer", flags: Mapping[str, Any], base: Source, lora: "LoraConfig | None") -> str:
+    """Python that runs as it is in the folder of the card."""
+    asked = ANSWER if flags["backward"] else QUESTION
+    templates = trainer.train_dataset.templates
+    between = separator(templates["prompt_input"])
+    if trainer.processing_class.chat_template:
+        asking = BY_CHAT_TEMPLATE.replace("<text>", asked)
+        told = TOLD.replace("<where>", f"behind the instruction, after {json.dumps(between)}, or " if between else "")
+    else:
+        asking = BY_TEXT.replace("<prompt>", repr(format_prompt({"instruction": asked}, templates)))
+        told = "The prompt is one of those below, letter for letter."
+    code = f"{_loading_adapter(trainer.model, base, lora) if lora else LOADING}\n{asking}{ANSWERING}"
+    return f"In the folder of this file, or with its path or hub id as `folder`:\n\n```python\n{code}```\n\n{told}"
+
+
+QUESTION = "Give three tips for staying healthy."
+ANSWER = "Eat vegetables, sleep enough, and take a walk every day."  # for a backward model
+LOADING = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder = "."
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")  # dtype="bfloat16" for half the memory
+"""
+BY_CHAT_TEMPLATE = """\
+messages = [{"role": "user", "content": "<text>"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").to(model.device)
+"""
+BY_TEXT = """\
+inputs = tokenizer(<prompt>, return_tensors="pt").to(model.device)
+"""
+ANSWERING = """\
+output = model.generate(**inputs, max_new_tokens=200)
+answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+print(answer)
+"""
+TOLD = """\
+The tokenizer's chat template writes the prompts below, in `transformers serve` and vLLM too. An input goes into the
+message <where>under a key of its own: `{"role": "user", "content": "Translate it.", "input": "Guten Tag!"}`."""
+OF_ADAPTER = "PeftConfig.from_pretrained(folder).base_model_name_or_path  # or your own copy of it"
+
+
+def _loading_adapter(model: Any, base: Source, lora: "LoraConfig") -> str:
+    """The base is quantized as it was for the training."""
+    quantized = getattr(model.config, "quantization_config", None)
+    options = quantized.to_diff_dict().items() if quantized else ()
+    named = ", ".join(f"{key}={value!r}" for key, value in options if key[0] != "_" and key != "quant_method")
+    imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantized else "")
+    option = ", quantization_config=quantization" if quantized else ""
+    lines = [
+        f"from peft import {'PeftModel' if base.hub_id else 'PeftConfig, PeftModel'}",
+        f"from transformers import {imports}\n",
+        'folder = "."',
+        f"base = {json.dumps(base.hub_id)}" if base.hub_id else f"base = {OF_ADAPTER}",
+        f"quantization = BitsAndBytesConfig({named})" if quantized else None,
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        f'model = AutoModelForCausalLM.from_pretrained(base, device_map="auto"{option})',
+        "model.resize_token_embeddings(len(tokenizer), mean_resizing=False)" if lora.trainable_token_indices else None,
+        "model = PeftModel.from_pretrained(model, folder)\n",
+    ]
+    return "\n".join(line for line in lines if line is not None)
+
+
+def prompts(templates: Mapping[str, str]) -> str:
+    """Verbatim, between fences that are longer than any in them."""
+    longest = max(map(len, re.findall("`+", "".join(templates.values()))), default=0)
+    fence = "`" * max(3, longest + 1)
+    rows = {"prompt_input": "With an input:", "prompt_no_input": "Without:"}
+    shown = [f"{title}\n\n{fence}text\n{templates[name]}\n{fence}" for name, title in rows.items()]
+    end = f"The answer follows directly, then the end-of-text token. `{TEMPLATE_FILE}` has both exactly."
+    return "\n\n".join([*shown, end])
+
+
+def training_data(data: Source, dataset: Any) -> str:
+    report: DataReport = dataset.report
+    tokens = sum(report.lengths)
+    noticed = [f"{PROBLEMS[name].meaning}: {len(rows):,}" for name, rows in report.problems.items() if rows]
+    lines = [
+        data.shown,
+        *data.details,
+        f"{len(dataset):,} rows, {tokens:,} tokens, {report.num_targets:,} of them learned (those of the answers)",
+        f"SHA-256 of the rows (instruction, input and output as JSON; first 32 digits): `{dataset.data_fingerprint}`",
+        f"Licence: {data.licence or 'not stated'}",
+        *(["Rows with something to know about: " + "; ".join(noticed)] if noticed else []),
+    ]
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def hyperparameters(
+    trainer: "AlpacaTrainer", flags: Mapping[str, Any], lora: "LoraConfig | None"
+) -> dict[str, str | None]:
+    """As run, which may be other than asked for. None: does not apply."""
+    args, state = trainer.args, trainer.state
+    padded = args.batching == "padded" or any(entry.get("padding_share") for entry in state.log_history)
+    sharding = args.fsdp and "FSDP2" + (", in CPU memory" if args.fsdp_config.get("cpu_offload") else "")
+    loss = {"token": "mean over the target tokens of a step", "microbatch": "mean over the means of the micro-batches"}
+    boundary = {"stanford": "tokenized as one text, then the prompt is masked", "split": "tokenized apart"}
+    return {
+        "Learning rate": f"{args.learning_rate:g}",
+        "Schedule": f"{_value(args.lr_scheduler_type)}, warmup steps: {args.get_warmup_steps(state.max_steps)}",
+        "Epochs": f"{state.epoch:.4g}",
+        "Optimizer steps": f"{state.global_step:,}",
+        "Global batch": f"{rows_per_step(args)} rows: {args.train_batch_size} per device x "
+        f"{args.gradient_accumulation_steps} accumulated x {args.world_size} process{'es' * (args.world_size > 1)}",
+        "Maximum length": f"{args.model_max_length} tokens, longer rows are cut on the right",
+        "Optimizer": f"{_value(args.optim)}, betas {args.adam_beta1:g} and {args.adam_beta2:g}, epsilon "
+        f"{args.adam_epsilon:g}, weight decay {args.weight_decay:g}",
+        "Gradient clipping": f"{args.max_grad_norm:g}" if args.max_grad_norm else "none",
+        "Arithmetic": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+        "Trained weights": f"float32, saved in {args.save_dtype}",
+        "LoRA": lora and f"r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout:g}",
+        "LoRA target modules": lora and ", ".join(sorted(_listed(lora.target_modules))),
+        "Quantized base": lora and _quantized(trainer.model),
+        "Loss": loss[args.loss_normalization],
+        "Label smoothing": f"{args.label_smoothing_factor:g}" if args.label_smoothing_factor else None,
+        "NEFTune noise": f"{args.neftune_noise_alpha:g}" if args.neftune_noise_alpha else None,
+        "Prompt and answer": boundary[flags["prompt_boundary"]],
+        "Batches": "padded" if padded else "packed, attention confined to each row",
+        "Activations": "recomputed (gradient checkpointing)" if args.gradient_checkpointing else None,
+        "Sharding": sharding or ("DeepSpeed" if args.deepspeed else None),
+        "Seed": f"{args.seed}" + (f", of the rows' order {args.data_seed}" if args.data_seed is not None else ""),
+    }
+
+
+def results(trainer: "AlpacaTrainer") -> dict[str, str | None]:
+    """From the log: each loss there is the mean since the entry before. Losses are nats per target token."""
+    log, started_at = trainer.state.log_history, trainer.started_at
+    losses = {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
+    evaluated = [entry for entry in log if "eval_loss" in entry]
+    rates = sorted(entry["tokens_per_second"] for entry in log if "tokens_per_second" in entry)
+    seconds = next((entry["train_runtime"] for entry in reversed(log) if "train_runtime" in entry), None)
+    peak = max((entry.get("peak_memory_gb", 0) for entry in log), default=0)
+    weights = [step - before for before, step in zip([0, *losses], losses)]
+    since = f", of the steps since {started_at}, where it was resumed" if started_at else ""
+    mean = sum(loss * weight for loss, weight in zip(losses.values(), weights)) / max(sum(weights), 1)
+    ends = list(losses.items())
+    return {
+        "First loss logged": f"{ends[0][1]:.4f} (step {ends[0][0]:,})" if ends else None,
+        "Last loss logged": f"{ends[-1][1]:.4f} (step {ends[-1][0]:,})" if ends else None,
+        "Mean training loss": f"{mean:.4f}" if ends else None,
+        "Evaluation loss": f"{evaluated[-1]['eval_loss']:.4f} (step {evaluated[-1]['step']:,})" if evaluated else None,
+        "Time": f"{timedelta(seconds=round(seconds))}{since}" if seconds is not None else None,
+        "Tokens per second": f"{rates[len(rates) // 2]:,.0f} (median of the log lines)" if rates else None,
+        "Peak memory of the first process": f"{peak:.2f} GB" if peak else None,
+    }
+
+
+def environment(trainer: "AlpacaTrainer", lora: "LoraConfig | None") -> dict[str, str | None]:
+    import torch
+
+    args = trainer.args
+    processes = f"{args.world_size} process{'es' * (args.world_size > 1)} on {args.device.type}"
+    machine = f"{processes} ({platform.machine()}, {os.cpu_count()} cores)"
+    gpus = args.device.type == "cuda" and f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
+    packages = ["torch", "transformers", "accelerate", "tokenizers", *(["peft"] if lora else [])]
+    packages += ["bitsandbytes"] if getattr(trainer.model.config, "quantization_config", None) else []
+    return {
+        "Hardware": gpus or machine,
+        "Python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "train.py": commit(),
+    }
+
+
+def commit() -> str | None:
+    """Of this repository, where it is a git checkout."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return f"commit {git('rev-parse', 'HEAD')}" + (", with changes that are not committed" if changed else "")
+    except (OSError, subprocess.SubprocessError):  # no git, or a folder that it does not trust
+        return None
+
+
+def limits(base: Source, data: Source) -> str:
+    licences = f"base model: {base.licence or 'not stated'}; data: {data.licence or 'not stated'}"
+    return (
+        "For research on instruction following. The model imitates the answers of its training data and inherits their "
+        "errors and biases, and those of its base model. This run included no learning from human feedback and no "
+        "safety training, and the losses above are all that was measured: what the model says can be false, biased or "
+        "harmful, and must not be relied on unchecked. It was trained on single turns.\n\n"
+        f"The licences of the base model and of the data apply ({licences}), and where the data was written by another "
+        "model, so do the terms of that model."
+    )
+
+
+# ---- formatting ----
+
+
+def table(rows: Mapping[str, str | None]) -> str:
+    """A Markdown table of two columns, without the rows that are None or empty."""
+    lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items() if value]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _value(option: Any) -> str:
+    """Of transformers' enums, which may also be plain texts."""
+    return str(getattr(option, "value", option))
+
+
+def _listed(modules: str | list[str] | set[str]) -> list[str]:
+    return [modules] if isinstance(modules, str) else list(modules)
+
+
+def _quantized(model: Any) -> str | None:
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return None
+    return "4 bits" if getattr(config, "load_in_4bit", False) else "8 bits"

@@ -1,0 +1,118 @@
+"""The tokenizer and the model to train, as train.py's flags ask for them."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from alpaca import fsdp, zero
+from alpaca.errors import UsageError
+from alpaca.lora import LoraArguments, add_lora, base_dtype, existing_tokens, quantization, refuse_adapter
+from alpaca.run import repair_generation_config
+from alpaca.tokenizer import SPECIAL_TOKENS, open_tokenizer
+from alpaca.waiting import wait_for_all_ranks
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+
+def resize_embeddings(model: PreTrainedModel, num_new_tokens: int, vocab_size: int) -> None:
+    """Give input and output embeddings `vocab_size` rows, the last `num_new_tokens` of them the mean of the others.
+
+    As in 2023, a model with more rows than the tokenizer has tokens (OPT: 50272 and 50265) loses the rows in excess.
+    """
+    model.resize_token_embeddings(vocab_size, mean_resizing=False)
+    if num_new_tokens > 0:
+        with torch.no_grad():
+            for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+                weight = embeddings.weight  # (vocab_size, hidden_size), one tensor where they are tied
+                with zero.gathered([weight]):
+                    weight[-num_new_tokens:] = weight[:-num_new_tokens].mean(dim=0, keepdim=True)
+
+
+def load_tokenizer(model_args: Any, training_args: "TrainingArguments") -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer with pad, eos, bos and unk tokens, and how many tokens had to be added for that, as in 2023.
+    A token that is "" counts as missing."""
+    name = model_args.model_name_or_path
+    try:
+        tokenizer = open_tokenizer(
+            name, training_args.cache_dir, model_max_length=training_args.model_max_length, padding_side="right"
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model_name_or_path {name}: no tokenizer could be loaded: {error}") from error
+    if model_args.pad_token is not None:
+        if model_args.pad_token not in tokenizer.get_vocab():
+            raise UsageError(f"--pad_token {model_args.pad_token!r}: not a token of {name}")
+        tokenizer.pad_token = model_args.pad_token
+    if model_args.add_missing_tokens is False:
+        existing_tokens(tokenizer, name, training_args.process_index)
+        return tokenizer, 0
+    missing = {token: default for token, default in SPECIAL_TOKENS.items() if not getattr(tokenizer, token)}
+    return tokenizer, tokenizer.add_special_tokens(missing)
+
+
+def load_config(model_args: Any, training_args: "TrainingArguments", checkpoint: str | None = None) -> PreTrainedConfig:
+    name = checkpoint or model_args.model_name_or_path
+    refuse_adapter(name)
+    try:
+        return AutoConfig.from_pretrained(name, cache_dir=training_args.cache_dir)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model_name_or_path {name}: the model could not be loaded: {error}") from error
+
+
+def load_model(
+    model_args: Any,
+    training_args: "TrainingArguments",
+    checkpoint: str | None = None,
+    lora_args: LoraArguments | None = None,
+) -> PreTrainedModel:
+    """The model in float32, whatever the dtype on disk: in bfloat16 most updates of size 2e-5 would round to nothing.
+    Under LoRA it is not updated: see alpaca/lora.py.
+
+    Under FSDP only rank 0 reads the weights; the others get a model of the same shape on the meta device.
+    """
+    name, config = checkpoint or model_args.model_name_or_path, load_config(model_args, training_args, checkpoint)
+    options: dict[str, Any] = {"dtype": base_dtype(training_args, config) if lora_args else torch.float32}
+    if model_args.attn_implementation:
+        options["attn_implementation"] = model_args.attn_implementation
+    if lora_args:
+        options |= quantization(lora_args, training_args, options["dtype"])
+    try:
+        if training_args.fsdp:
+            fsdp.resolve_wrap_classes(training_args, config)
+            if training_args.process_index != 0:
+                return fsdp.empty_model(config, **options)
+        with zero.partitioned_in_float32(training_args):
+            return AutoModelForCausalLM.from_pretrained(name, cache_dir=training_args.cache_dir, **options)
+    except UsageError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        raise UsageError(f"--model_name_or_path {name}: the model could not be loaded: {error}") from error
+
+
+def make_model(
+    model_args: Any,
+    training_args: "TrainingArguments",
+    lora_args: LoraArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    num_new_tokens: int,
+    checkpoint: str | None = None,
+) -> nn.Module:
+    """The model ready for the Trainer: as `load_model`, from `checkpoint` if there is one, with rows for all tokens of
+    `tokenizer`, the last `num_new_tokens` of which are new to the base, and with LoRA if asked for. Collective."""
+    weights = None if lora_args else checkpoint  # LoRA's checkpoints lack the base
+    model = load_model(model_args, training_args, weights, lora_args)
+    wait_for_all_ranks()
+    repair_generation_config(model, tokenizer.pad_token_id, training_args.process_index)
+    if not lora_args or num_new_tokens:
+        resize_embeddings(model, 0 if weights else num_new_tokens, len(tokenizer))
+    if lora_args:
+        new_tokens = list(range(len(tokenizer) - num_new_tokens, len(tokenizer)))
+        model = add_lora(model, lora_args, new_tokens, training_args.seed, checkpoint)
+    if training_args.fsdp:
+        fsdp.check_dropout(training_args, model)
+        fsdp.materialize(model)
+    if training_args.deepspeed:
+        zero.to_arithmetic_dtype(model, training_args)
+    return model
