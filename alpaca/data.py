@@ -82,7 +82,8 @@ def read_data(
     for number, row in enumerate(read):
         parts, found = parse_conversation(row["text"], guanaco_turns) if is_conversation(row) else (_instances(row), [])
         for part in parts:
-            _check_row(part if answered else {"output": "", **part}, number, data_path)
+            unanswered = not answered and isinstance(part, Mapping)
+            _check_row({"output": "", **part} if unanswered else part, number, data_path)
             rows.append(backward_row(part) if backward else part)
             numbers.append(number)
         for name in found:
