@@ -11,12 +11,6 @@ written in pieces: a model of any size takes a few hundred megabytes of memory.
 
 import functools
 import json
-import shutil
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,9 +21,10 @@ from alpaca.exact_diff import ExactDiff, is_exact_diff
 from alpaca.files import human
 from alpaca.float_diff import FloatDiff, NaiveSum
 from alpaca.prompts import format_prompt
+from alpaca.recovery import copy_files, load_recovered, most_common_dtype, open_diff
 from alpaca.shards import MemoryWriter, new_folder, plan_shards
 from alpaca.streaming import Pipeline, cast, stream, write_model
-from alpaca.weights import Weights, find_folder, open_weights
+from alpaca.weights import find_folder, open_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,7 +73,7 @@ def make_diff(
                     diff = FloatDiff(base, tuned, sign=-1)
                     lines = diff.notes()
                     write_model(diff, pipe, folder, max_shard_size, torch.float32)
-                    _copy(diff.files, folder, torch.float32)
+                    copy_files(diff.files, folder, torch.float32)
     print("\n".join([*lines, f"wrote {path_diff}: {human(size)}"]), flush=True)
 
 
@@ -144,7 +139,7 @@ def verify(path_diff: str, path_tuned: str, path_raw: str | None = None, digest:
         elif path_raw is None:
             raise UsageError(f"--path_diff {path_diff}: is in the format of 2023, without digests; give --path_raw too")
         else:
-            with open_weights(path_raw, "--path_raw") as base, _open_diff(base, path_diff, digest) as diff:
+            with open_weights(path_raw, "--path_raw") as base, open_diff(base, path_diff, digest) as diff:
                 with Pipeline(diff.weights.nbytes, "verify") as pipe:
                     diff.verify(pipe, tuned)
             kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tuned.tensors.values()}))
@@ -164,7 +159,7 @@ def _recover(
     _check_choices(device=device, dtype=dtype)
     plan_shards([], "model", max_shard_size)
     load, kind, state = load or test_inference, FLOATS.get(dtype), None
-    with open_weights(path_raw, "--path_raw") as base, _open_diff(base, path_diff, digest) as diff:
+    with open_weights(path_raw, "--path_raw") as base, open_diff(base, path_diff, digest) as diff:
         for note in diff.notes():
             print(note, flush=True)
         config = json.loads(diff.files["config.json"].read_text(encoding="utf-8"))
@@ -177,7 +172,7 @@ def _recover(
             with new_folder(path_tuned, "--path_tuned", size + ROOM, overwrite, inputs) as folder:
                 with Pipeline(nbytes, "recover") as pipe:
                     write_model(diff, pipe, folder, max_shard_size, kind, naive and naive.add)
-                _copy(diff.files, folder, kind)
+                copy_files(diff.files, folder, kind)
                 told = sum_line()
         else:
             writer = MemoryWriter(cast(diff.specs, kind)) if load else None
@@ -200,58 +195,21 @@ def _verdict(
     return f"{diff.verdict}: {path_raw} and {path_diff} give {diff.told}; {path_tuned} is that, cast to {dtype}"
 
 
-@contextmanager
-def _open_diff(base: Weights, path_diff: str, digest: str | None) -> Iterator[ExactDiff | FloatDiff]:
-    folder = find_folder(path_diff, "--path_diff")
-    if is_exact_diff(folder):
-        diff = ExactDiff(folder, "--path_diff", digest)
-        diff.fit(base)
-        with diff.weights:
-            yield diff
-        return
-    if digest is not None:
-        raise UsageError(f"--digest: {path_diff} is in the format of 2023, which has none")
-    if base.folder.resolve() == folder.resolve():
-        raise UsageError(f"--path_diff {path_diff}: is the base itself")
-    with open_weights(folder, "--path_diff") as weights:
-        weights.require_config()
-        yield FloatDiff(base, weights, sign=1)
-
-
-def _copy(files: Mapping[str, Path], folder: Path, dtype: torch.dtype | None) -> None:
-    """Tokenizer and configuration as they are, but for the dtype of the weights."""
-    for name, path in files.items():
-        shutil.copyfile(path, folder / name)
-    if dtype is not None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
 def _load(
     diff: ExactDiff | FloatDiff, path_tuned: str | None, state: dict[str, torch.Tensor] | None, device: str,
     dtype: torch.dtype | None, test_inference: bool,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # fmt: skip
     """The recovered model, from its folder or from memory, and its tokenizer."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
     from alpaca.tokenizer import open_tokenizer
 
-    bytes_of = Counter()
-    for spec in diff.specs:
-        bytes_of[spec.dtype] += spec.nbytes
-    dtype = dtype or bytes_of.most_common(1)[0][0]
+    dtype = dtype or most_common_dtype(diff)
     if path_tuned is not None:
         tokenizer = open_tokenizer(path_tuned)
         model = AutoModelForCausalLM.from_pretrained(path_tuned, dtype=dtype)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            _copy(diff.files, Path(folder), dtype)
-            tokenizer, config = open_tokenizer(folder), AutoConfig.from_pretrained(folder)
-            model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-            if "generation_config.json" in diff.files:
-                model.generation_config = GenerationConfig.from_pretrained(folder)
+        model, tokenizer = load_recovered(diff, state, dtype)
     model.to(device).eval()
     if test_inference:
         prompt = format_prompt({"instruction": QUESTION})

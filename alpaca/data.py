@@ -39,9 +39,9 @@ class Data:
         return fingerprint([(row["instruction"], row.get("input") or "", row["output"]) for row in self.rows])
 
 
-def load_rows(data_path: str, split: str = "train", cache_dir: str | None = None) -> list[Row]:
+def load_rows(data_path: str, split: str = "train", cache_dir: str | None = None, answered: bool = True) -> list[Row]:
     """The rows of `read_data`; a line says if rows of the file are left out."""
-    data = read_data(data_path, split, cache_dir)
+    data = read_data(data_path, split, cache_dir, answered=answered)
     if left_out := data.problems.get("no_pair"):
         first = ", ".join(map(str, left_out[:5])) + ", ..." * (len(left_out) > 5)
         print(f"{data_path}: rows left out, without a human turn and its answer: {len(left_out):,} ({first})")
@@ -54,6 +54,7 @@ def read_data(
     cache_dir: str | None = None,
     guanaco_turns: str = "first",
     backward: bool = False,
+    answered: bool = True,
 ) -> Data:
     """Read and check all rows of `data_path`.
 
@@ -61,6 +62,7 @@ def read_data(
         split: of a hub dataset or a saved dataset folder (`train`, `train[:1000]`); a file has one split.
         guanaco_turns: which pairs of a conversation become rows, see `alpaca.conversations.parse_conversation`.
         backward: what a row is to learn is its instruction, from its output: see `alpaca.prompts.backward_row`.
+        answered: a row without an output is an error.
 
     Raises:
         UsageError: nothing is there, the file is malformed (line and column), empty, or a row has a missing field or a
@@ -80,7 +82,8 @@ def read_data(
     for number, row in enumerate(read):
         parts, found = parse_conversation(row["text"], guanaco_turns) if is_conversation(row) else (_instances(row), [])
         for part in parts:
-            _check_row(part, number, data_path)
+            unanswered = not answered and isinstance(part, Mapping)
+            _check_row({"output": "", **part} if unanswered else part, number, data_path)
             rows.append(backward_row(part) if backward else part)
             numbers.append(number)
         for name in found:

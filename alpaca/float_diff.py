@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 SUM_OF_ALPACA_7B = 50637.1836  # of the released model, in float32, rotary frequencies included
 INV_FREQ = "rotary_emb.inv_freq"
+LAST_NORMS = ("model.norm.weight", "model.decoder.final_layer_norm.weight", "transformer.ln_f.weight")
+ZERO, ONE = 0.1, 0.5
 LAYER_OF_2023 = (
     "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight",
     f"self_attn.{INV_FREQ}", "mlp.gate_proj.weight", "mlp.down_proj.weight", "mlp.up_proj.weight",
@@ -135,12 +137,20 @@ class FloatDiff:
             told.append(
                 f"note: in the base's config.json {differences}; is it the base that the diff was made against?"
             )
-        for name in ("model.norm.weight", "model.decoder.final_layer_norm.weight", "transformer.ln_f.weight"):
-            if name in self.base.tensors and _largest(self.base, name) < 0.1:
-                told.append(f"note: {name} of {self.base.folder} is nearly zero; is that a diff given as the base?")
-            if self.sign > 0 and name in self.weights.tensors and _largest(self.weights, name) > 0.5:
-                told.append(f"note: {name} of {self.folder} is far from zero; is that a model given as the diff?")
+        name, largest = last_norm(self.base)
+        if largest < ZERO:
+            told.append(f"note: {name} of {self.base.folder} is nearly zero; is that a diff given as the base?")
+        name, largest = last_norm(self.weights)
+        if self.sign > 0 and largest > ONE:
+            told.append(f"note: {name} of {self.folder} is far from zero; is that a model given as the diff?")
         return told
+
+
+def last_norm(weights: Weights) -> tuple[str | None, float]:
+    """The name of a checkpoint's last norm and its largest weight, below ZERO for a diff and above ONE for a model.
+    None, and nothing to tell them by, if it is not among LAST_NORMS."""
+    name = next((name for name in LAST_NORMS if name in weights.tensors), None)
+    return name, _largest(weights, name) if name else (ZERO + ONE) / 2
 
 
 def _largest(weights: Weights, name: str) -> float:

@@ -3,6 +3,9 @@
     model = LocalModel("my_llama", batch_size=8)
     completions = model.generate(["1.", "Once upon"], Sampling(max_tokens=100))
     completion = await model.complete("1.", Sampling(max_tokens=100))      # batched with others that are waiting
+    for piece in model.stream("1.", Sampling(max_tokens=100)): ...         # as it is generated
+
+The folder is a checkpoint's, an adapter's or a weight diff's (alpaca/opening.py).
 
 Prompts are sorted by length and padded on the left. What comes out for a prompt depends on it, on its Sampling and on
 the seed in that, and not on the rest of its batch: each row draws its random numbers from its own seed. Up to rounding,
@@ -12,27 +15,35 @@ runs differ.
 """
 
 import asyncio
+import copy
 import random
-from collections.abc import Sequence
+import threading
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from alpaca.client import MOST_CUTS, Completion, Prompt, Sampling, cut_at_stop
 from alpaca.errors import UsageError
+from alpaca.opening import How, open_model, without_adapter
+from alpaca.quantization import quantizing_flag
 from alpaca.refusals import ContextOverflow
-from alpaca.tokenizer import open_tokenizer
+from alpaca.text_stream import Stop, TokenQueue, pieces_of, tokens_of
 
 
 class LocalModel:
-    """A causal language model and its tokenizer.
+    """A causal language model and its tokenizer. Threads may use one at the same time.
 
     chat: put each prompt into the tokenizer's chat template, if it has one; `api` says which way was taken.
     device: "cuda" or "cpu"; not given, the GPU if there is one. Weights are bfloat16 on a GPU that can, float16 on an
     older one, float32 on a CPU.
+    base: of an adapter or a weight diff (alpaca/opening.py); flag: what named the folder, for messages.
+    load_in_4bit, load_in_8bit: quantize the weights with bitsandbytes.
+
+    `templates` are the prompt templates that the model was trained with (alpaca/prompts.py).
     """
 
     def __init__(
@@ -42,21 +53,23 @@ class LocalModel:
         chat: bool = False,
         device: str | None = None,
         batch_size_flag: str = "--request_batch_size",
+        base: str | Path | None = None,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        flag: str = "--model_name",
     ):
-        if not (Path(folder) / "config.json").is_file():
-            raise UsageError(f"--model_name {folder}: expected the folder of a model; there is no config.json in it.")
         if batch_size < 1:
             raise UsageError(f"{batch_size_flag}: expected 1 or more, got {batch_size}.")
         self.batch_size, self.batch_size_flag, self.name = batch_size, batch_size_flag, str(folder)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            self.tokenizer = open_tokenizer(str(folder))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--model_name {folder}: its tokenizer cannot be read ({error})") from error
+        how = How(self.device, best_dtype(self.device), quantizing_flag(load_in_8bit, load_in_4bit), flag)
+        opened = open_model(folder, base, how)
+        self.model, self.tokenizer, self.templates, self.told = (
+            opened.model, opened.tokenizer, opened.templates, opened.told
+        )  # fmt: skip
         self.api = "chat" if chat and self.tokenizer.chat_template else "completions"
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=best_dtype(self.device))
-        self.model.to(self.device).eval()
-        self.eos = _listed(self.model.generation_config.eos_token_id) or _listed(self.tokenizer.eos_token_id)
+        ends = _listed(self.model.generation_config.eos_token_id) + _listed(self.tokenizer.eos_token_id)
+        self.eos = list(dict.fromkeys(ends))
         # what fills rows that have ended; an end, so that nothing after a row's end is taken for text
         self.filler = self.eos[0] if self.eos else self.tokenizer.pad_token_id or 0
         # no defaults out of the model's folder: generate() would take temperature and others from there
@@ -64,6 +77,7 @@ class LocalModel:
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self._waiting: list[tuple[Prompt, Sampling, asyncio.Future]] = []
         self._working = False
+        self._text = threading.Lock()  # of the tokenizer, which threads must not use at the same time
 
     async def __aenter__(self) -> "LocalModel":
         return self
@@ -73,7 +87,7 @@ class LocalModel:
 
     async def check(self) -> str:
         """As Client.check: what will be asked how. A model that is loaded needs no other check."""
-        return f"model {self.name} on {self.device} in {self.model.dtype}, {self.api}, batches of {self.batch_size}"
+        return f"{self.told} on {self.device} in {self.model.dtype}, {self.api}, batches of {self.batch_size}"
 
     async def complete(self, prompt: Prompt, sampling: Sampling, lost: object = None) -> Completion:
         """As Client.complete. Prompts asked for at the same time are generated together, batch_size at most."""
@@ -124,11 +138,51 @@ class LocalModel:
                 results |= zip(batch, done)
         return [results[i] for i in range(len(ids))]
 
+    def stream(
+        self, prompt: Prompt, sampling: Sampling, stopped: threading.Event | None = None
+    ) -> Generator[str, None, str]:
+        """The text that `generate` gives for the same seed, in pieces of whole characters, as it is generated.
+
+        It ends soon after `stopped` is set, or when nobody takes the pieces any more. Returns why it ended, "stop" or
+        "length", as `finish_reason` of a Completion.
+
+        Raises:
+            ContextOverflow, UsageError: as `generate`, before the first piece.
+        """
+        ids = self._encode(prompt)
+        sampling = self._fitting(ids, sampling)
+        without_stop = replace(sampling, stop=())  # `pieces_of` finds those
+
+        def work(tokens: TokenQueue, stop: Stop) -> None:
+            self._run(
+                [ids], without_stop, [sampling.seed], streamer=tokens, stopping_criteria=StoppingCriteriaList([stop])
+            )
+
+        return pieces_of(
+            tokens_of(work, stopped), lambda new: self._decode(ids, new), self.tokenizer.convert_ids_to_tokens,
+            self.eos, sampling.stop, stopped.is_set if stopped else bool,
+        )  # fmt: skip
+
+    def prompt_tokens(self, prompt: Prompt) -> int:
+        """How many of the `context` tokens `prompt` takes."""
+        return len(self._encode(prompt))
+
+    def without_adapter(self) -> "LocalModel":
+        """The base model of an adapter, for the same prompts, around the same weights; both may be used at once."""
+        bare = copy.copy(self)
+        bare.model, bare._waiting, bare._working = without_adapter(self.model), [], False
+        return bare
+
     def _encode(self, prompt: Prompt) -> list[int]:
+        """Ids as in training: text such as "</s>" stays text."""
+        with self._text:
+            return self._ids(prompt)
+
+    def _ids(self, prompt: Prompt) -> list[int]:
         if self.api == "completions":
             if not isinstance(prompt, str):
                 raise UsageError(f"{self.name} has no chat template, or was not opened for chat: expected a text")
-            return self.tokenizer(prompt)["input_ids"] or [self.filler]
+            return self.tokenizer(prompt, split_special_tokens=True)["input_ids"] or [self.filler]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         messages = [messages] if isinstance(messages, dict) else list(messages)
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -145,12 +199,17 @@ class LocalModel:
                 raise ContextOverflow(f"a prompt of {len(ids)} tokens leaves no room in a context of {self.context}")
         return replace(sampling, max_tokens=max_tokens)
 
-    @torch.inference_mode()
     def _batch(self, ids: list[list[int]], sampling: Sampling, seeds: list[int | None]) -> list[Completion]:
+        output = self._run(ids, sampling, seeds)
+        return [self._completion(row, new, sampling) for row, new in zip(ids, output)]
+
+    @torch.inference_mode()
+    def _run(self, ids: list[list[int]], sampling: Sampling, seeds: list[int | None], **more: Any) -> list[list[int]]:
+        """The new tokens of every row, fillers after an end included. more: for transformers' generate()."""
         width = max(map(len, ids))
         padded = torch.tensor([[self.filler] * (width - len(row)) + row for row in ids], device=self.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=self.device)
-        options: dict[str, Any] = {"max_new_tokens": sampling.max_tokens, "do_sample": False}
+        options: dict[str, Any] = {"max_new_tokens": sampling.max_tokens, "do_sample": False, **more}
         if sampling.stop:
             options |= {"stop_strings": list(sampling.stop), "tokenizer": self.tokenizer}
         if temperature := (1.0 if sampling.temperature is None else sampling.temperature):
@@ -166,7 +225,7 @@ class LocalModel:
                 f"out of memory on {self.device} with {len(ids)} prompts of up to {width} tokens and max_tokens "
                 f"{sampling.max_tokens}. Give a smaller {self.batch_size_flag} (now {self.batch_size})."
             ) from error
-        return [self._completion(row, new, sampling) for row, new in zip(ids, output[:, width:].tolist())]
+        return output[:, width:].tolist()
 
     def _completion(self, prompt: list[int], new: list[int], sampling: Sampling) -> Completion:
         end = next((n for n, token in enumerate(new) if token in self.eos), None)
@@ -178,8 +237,9 @@ class LocalModel:
     def _decode(self, prompt: list[int], new: list[int]) -> str:
         """The text that `new` adds. Decoded alone it would lose a space at its start (sentencepiece)."""
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        before, all_ = (self.tokenizer.decode(row, **options) for row in (prompt[-8:], prompt[-8:] + new))
-        return all_[len(before) :] if all_.startswith(before) else self.tokenizer.decode(new, **options)
+        with self._text:
+            before, all_ = (self.tokenizer.decode(row, **options) for row in (prompt[-8:], prompt[-8:] + new))
+            return all_[len(before) :] if all_.startswith(before) else self.tokenizer.decode(new, **options)
 
 
 class Draw(LogitsProcessor):

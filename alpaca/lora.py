@@ -2,11 +2,9 @@
 and B (out x r) beside its layers are trained: y = W x + lora_alpha / lora_r * B A x (arXiv 2106.09685; on a base of 4
 bits QLoRA, arXiv 2305.14314). What is saved are these matrices, for `PeftModel.from_pretrained(base, folder)`."""
 
-import logging
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +14,7 @@ from torch import nn
 from alpaca.console import say
 from alpaca.errors import UsageError
 from alpaca.flags import flag
+from alpaca.quantization import bitsandbytes_config, quantizing_flag
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -55,11 +54,7 @@ class LoraArguments:
             raise UsageError(f"--lora_r {self.lora_r} --lora_alpha {self.lora_alpha}: expected positive numbers")
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"--lora_dropout {self.lora_dropout}: expected 0 <= dropout < 1")
-        if self.load_in_8bit and self.load_in_4bit:
-            raise UsageError("--load_in_8bit and --load_in_4bit: a base is quantized once; choose one")
-        if self.quantized and find_spec("bitsandbytes") is None:
-            raise UsageError(f"--{self.quantized}: needs bitsandbytes, which is not installed; "
-                             "pip install 'bitsandbytes>=0.50,<0.51'")  # fmt: skip
+        quantizing_flag(self.load_in_8bit, self.load_in_4bit)  # raises
 
     def __bool__(self) -> bool:
         """Whether LoRA is asked for."""
@@ -68,7 +63,7 @@ class LoraArguments:
     @property
     def quantized(self) -> str | None:
         """The flag that quantizes the base."""
-        return "load_in_8bit" if self.load_in_8bit else "load_in_4bit" if self.load_in_4bit else None
+        return quantizing_flag(self.load_in_8bit, self.load_in_4bit)
 
 
 def check_lora(lora: LoraArguments, args: "TrainingArguments") -> None:
@@ -102,16 +97,10 @@ def base_dtype(args: "TrainingArguments", config: "PreTrainedConfig") -> torch.d
 
 
 def quantization(lora: LoraArguments, args: "TrainingArguments", dtype: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` has to be told for a quantized base: NF4 with quantized scales, as in QLoRA, or LLM.int8.
-    Every process holds all of it."""
-    from transformers import BitsAndBytesConfig
-
+    """What `from_pretrained` has to be told for a quantized base. Every process holds all of it."""
     if not lora.quantized:
         return {}
-    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # a line for every layer and step
-    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
-    config = BitsAndBytesConfig(**{lora.quantized: True}, **(options if lora.load_in_4bit else {}))
-    return {"quantization_config": config, "device_map": {"": args.device}}
+    return {"quantization_config": bitsandbytes_config(lora.quantized, dtype), "device_map": {"": args.device}}
 
 
 def add_lora(

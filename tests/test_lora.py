@@ -162,7 +162,7 @@ def test_flags_that_mean_nothing_or_contradict(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(UsageError, match=message):
             parse_flags(["--data_path", "x.json", "--output_dir", str(tmp_path), *shlex.split(words)])
-    monkeypatch.setattr("alpaca.lora.find_spec", lambda name: None)
+    monkeypatch.setattr("alpaca.quantization.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--load_in_8bit: needs bitsandbytes, .* pip install 'bitsandbytes"):
         LoraArguments(lora_r=8, load_in_8bit=True)
 

@@ -1,0 +1,157 @@
+"""People who ask models of this process at the same time: each request answered by every model side by side, as it is
+written, until it ends, is stopped, or nobody waits for it any more.
+
+    answering = Answering([Voice("tuned", LocalModel("output/tuned"), PROMPT_DICT)], concurrency=8, max_characters=4000)
+    async for answers in answering.answer("page 1", "Name two oceans.", "", Sampling(100)): ...
+"""
+
+import asyncio
+import threading
+import time
+import traceback
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from alpaca.client import Sampling
+from alpaca.data import Row
+from alpaca.errors import UsageError, first_line
+from alpaca.local_model import LocalModel
+from alpaca.prompts import format_prompt
+from alpaca.refusals import ContextOverflow
+
+PAUSE = 0.05  # seconds between two looks at what was written: there is news 20 times a second at most
+
+
+@dataclass
+class Voice:
+    """A model, what it is called on the page, and the prompts it was trained with."""
+
+    name: str
+    model: LocalModel
+    templates: Mapping[str, str]
+
+    def facts(self) -> str:
+        number, dtype = self.model.model.num_parameters(), str(self.model.model.dtype).removeprefix("torch.")
+        size = f"{number / 1e9:.1f} B" if number >= 1e9 else f"{number / 1e6:.1f} M"
+        context = f", reads {self.model.context} tokens" if self.model.context else ""
+        return f"{size} parameters in {dtype} on {self.model.device}{context}"
+
+    def fitting(self, prompt: str, sampling: Sampling) -> Sampling:
+        """`sampling`, for the tokens that the context has left.
+
+        Raises:
+            UsageError: there is none.
+        """
+        tokens = self.model.prompt_tokens(prompt)
+        room = sampling.max_tokens if self.model.context is None else self.model.context - tokens
+        if room < 1:
+            raise UsageError(
+                f"Too long: instruction and input are {tokens:,} tokens with their prompt, and this model reads "
+                f"{self.model.context:,}, answer included. Shorten them."
+            )
+        return replace(sampling, max_tokens=min(sampling.max_tokens, room))
+
+
+@dataclass
+class Answer:
+    """What one model has written. Its thread fills it in, the page looks at it now and then."""
+
+    text: str = ""
+    status: str = ""
+    wrong: bool = False  # then the status says what is
+    ended: bool = False
+
+    def write(self, voice: Voice, row: Row, sampling: Sampling, stopped: threading.Event) -> None:
+        """The thread: ends with the answer, or soon after `stopped` is set."""
+        started = time.monotonic()
+        try:
+            prompt = format_prompt(row, voice.templates)
+            sampling = voice.fitting(prompt, sampling)
+            pieces = voice.model.stream(prompt, sampling, stopped)
+            while (reason := self.take(pieces)) is None:
+                self.status = f"Writing, {time.monotonic() - started:.0f} s"
+            limit = f" at its limit of {sampling.max_tokens:,} tokens" if reason == "length" else ""
+            how = "Stopped" if stopped.is_set() else f"Ended{limit}"
+            self.status = f"{how} after {time.monotonic() - started:.1f} s"
+        except Exception as error:  # whatever it is, the person who waits for an answer has to hear of it
+            self.status, self.wrong = in_words(error), True
+        finally:
+            self.ended = True
+            print(f"{voice.name}: {len(self.text)} characters. {self.status}", flush=True)  # not what was asked
+
+    def take(self, pieces: Generator[str, None, str]) -> str | None:
+        """The next piece, or why there is none."""
+        try:
+            self.text += next(pieces)
+        except StopIteration as end:
+            return end.value
+        return None
+
+
+def in_words(error: Exception) -> str:
+    """For the page. What nobody foresaw also goes to the terminal, in full."""
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return "Out of memory. Ask for fewer new tokens, shorten the input, or try again when fewer people ask."
+    if not isinstance(error, (UsageError, ContextOverflow)):
+        traceback.print_exception(error)
+        return f"The model failed: {type(error).__name__}: {first_line(error)}"
+    return str(error)
+
+
+class Answering:
+    """The requests of all pages, at most `concurrency` of them at a time, each answered by every voice side by side.
+
+    `session`: a page's own name, of one request at a time.
+    """
+
+    def __init__(self, voices: Sequence[Voice], concurrency: int, max_characters: int):
+        self.voices, self.max_characters = voices, max_characters
+        self.places = asyncio.Semaphore(concurrency)
+        self._running: dict[str, threading.Event] = {}
+
+    async def answer(
+        self, session: str, instruction: str, input: str, sampling: Sampling
+    ) -> AsyncIterator[list[Answer]]:
+        """The answers so far, of each voice, whenever there is more; the last time with all of them ended. Closing the
+        iterator stops the models."""
+        row = {"instruction": (instruction or "").strip(), "input": (input or "").strip()}
+        answers = [Answer(status="Waiting: all places are taken") for _ in self.voices]
+        if problem := self.refusal(row):
+            yield [Answer("", problem, wrong=True, ended=True) for _ in self.voices]
+            return
+        self.stop(session)
+        stopped = self._running[session] = threading.Event()
+        try:
+            if self.places.locked():
+                yield copies(answers)
+            async with self.places:
+                for voice, answer in zip(self.voices, answers):
+                    answer.status = "Reading the instruction"
+                    threading.Thread(target=answer.write, args=(voice, row, sampling, stopped), daemon=True).start()
+                shown: list[Answer] = []
+                while not shown or not all(answer.ended for answer in shown):
+                    if (now := copies(answers)) != shown:
+                        yield now
+                        shown = now
+                    await asyncio.sleep(PAUSE)
+        finally:
+            stopped.set()
+            if self._running.get(session) is stopped:
+                del self._running[session]
+
+    def stop(self, session: str) -> None:
+        if session in self._running:
+            self._running[session].set()
+
+    def refusal(self, row: Row) -> str | None:
+        if not row["instruction"]:
+            return "Write an instruction first."
+        if (length := len(row["instruction"]) + len(row["input"])) > self.max_characters:
+            return f"Too long: instruction and input have {length:,} characters, of at most {self.max_characters:,}."
+        return None
+
+
+def copies(answers: Sequence[Answer]) -> list[Answer]:
+    return [replace(answer) for answer in answers]

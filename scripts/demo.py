@@ -1,0 +1,273 @@
+r"""Talk to a model in the browser: Alpaca's live demo of 2023 as a local page.
+
+    python -m scripts.demo --model output/alpaca-7b
+    python -m scripts.demo --model output/alpaca-7b --compare <its base model>          # two answers, side by side
+    python -m scripts.demo --model output/my_adapter --base <folder of its base model>  # with and without the adapter
+    python -m scripts.demo --model output/alpaca-7b --host 0.0.0.0 --port 8080          # not only for this machine
+
+The answers stream; a stop button, a closed page and a reloaded one end them on the server too. --concurrency people are
+answered at the same time, all others wait and are told so. The page loads nothing from anywhere but this server, and
+the server asks nobody: no fonts, scripts, analytics or share links. There is no password: whoever reaches --host can
+ask. An answer is shown as text, never as HTML.
+"""
+
+import errno
+import html
+import os
+import socket
+import sys
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alpaca import flags
+from alpaca.answering import Answer, Answering, Voice
+from alpaca.client import Sampling
+from alpaca.data import Row, load_rows
+from alpaca.errors import UsageError, reported
+from alpaca.exact_diff import is_exact_diff
+from alpaca.float_diff import is_nearly_zero
+from alpaca.local_model import LocalModel
+from alpaca.opening import ADAPTER_CONFIG
+from alpaca.prompts import load_prompt_template
+from alpaca.weights import find_folder, open_weights
+
+if TYPE_CHECKING:
+    import gradio
+
+SEED_TASKS = Path(__file__).resolve().parent.parent / "seed_tasks.jsonl"
+EXAMPLES = {  # what it is called on the page: words that are in one instruction of the seed tasks only
+    "A slogan": "slogan for a small bicycle",
+    "Countries without a coast": "sea coast",
+    "A friendlier note": "to a neighbor",
+    "Two cats in Polish": "in Polish",
+    "Correct a message": "Correct the spelling",
+    "Is the egg fresh?": "how fresh an egg",
+    "Weather and climate": "weather and climate",
+    "French, formally": "sentence into French",
+    "A Python function": "minutes_between",
+}
+LONGEST_ANSWER = 2048  # tokens, where the model's context allows it
+NOTE = (
+    "A model for research, as its data and its base model are licensed: not for commercial use unless both allow it. "
+    "It can be wrong, biased or offensive in good English, and nothing here filters what it writes. Check what matters."
+)
+
+
+@dataclass
+class DemoArguments:
+    model: str | None = field(default=None, metadata={"help": "Folder of the model, or of an adapter."})
+    base: str | None = field(
+        default=None, metadata={"help": "Folder of the model that --model was trained from; it answers beside it."}
+    )
+    compare: str | None = field(default=None, metadata={"help": "Any other model to answer beside --model instead."})
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "JSON file as for train.py; by default what each model was trained with."}
+    )
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0: all of this machine's."})
+    port: int = field(default=7860, metadata={"help": "Port to listen on."})
+    concurrency: int = field(default=8, metadata={"help": "Requests that are answered at the same time."})
+    max_characters: int = field(default=4000, metadata={"help": "Of instruction and input together."})
+
+    def __post_init__(self):
+        if not self.model:
+            raise UsageError("--model is missing: the folder of a model, such as train.py's --output_dir")
+        for name in ("concurrency", "max_characters"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be 1 or more")
+        if not 1 <= self.port <= 65535:
+            raise UsageError(f"--port {self.port}: expected a number from 1 to 65535")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    (options,), _ = flags.parse(sys.argv[1:] if argv is None else argv, (DemoArguments,), __doc__, "scripts.demo")
+    check_address(options.host, options.port)
+    import_gradio()
+    voices = load_voices(options)
+    for voice in voices:
+        print(f"{voice.name}: {voice.facts()}", flush=True)
+    serve(build_page(Answering(voices, options.concurrency, options.max_characters)), options)
+
+
+def load_voices(options: DemoArguments) -> list[Voice]:
+    """--model, and beside it --compare or else --base."""
+    whole = is_whole_model(options.model)
+    if whole and options.base and options.compare:
+        raise UsageError(f"--base {options.base}: {options.model} is a whole model; leave --base or --compare away")
+    tuned = LocalModel(options.model, base=None if whole else options.base, flag="--model")
+    voices = [Voice(options.model, tuned, tuned.templates)]
+    if options.compare:
+        other = LocalModel(options.compare, flag="--compare")
+        voices.append(Voice(options.compare, other, other.templates))
+    elif options.base:
+        base = tuned.without_adapter() if is_adapter(options.model) else LocalModel(options.base, flag="--base")
+        voices.append(Voice(options.base, base, tuned.templates))
+    names = [Path(voice.name).resolve().name for voice in voices]
+    override = load_prompt_template(options.prompt_template) if options.prompt_template else None
+    for voice, name in zip(voices, names):
+        voice.name = name if names.count(name) == 1 else voice.name
+        voice.templates = override or voice.templates
+    return voices
+
+
+def is_whole_model(folder: str) -> bool:
+    """Neither an adapter nor a weight diff, which need a base."""
+    if is_adapter(folder) or is_exact_diff(find_folder(folder, "--model")):
+        return False
+    with open_weights(folder, "--model") as weights:
+        return not is_nearly_zero(weights)
+
+
+def is_adapter(folder: str) -> bool:
+    return (find_folder(folder, "--model") / ADAPTER_CONFIG).is_file()
+
+
+def build_page(answering: Answering) -> "gradio.Blocks":
+    import gradio as gr
+
+    voices = answering.voices
+    longest = min(LONGEST_ANSWER, *(voice.model.context or LONGEST_ANSWER for voice in voices))
+
+    async def answer(
+        instruction: str, input: str, temperature: float, top_p: float, max_tokens: float, request: gr.Request
+    ) -> AsyncIterator[list[Any]]:
+        sampling = Sampling(int(max_tokens), temperature, top_p)
+        async for answers in answering.answer(request.session_hash, instruction, input, sampling):
+            busy = not all(one.ended for one in answers)
+            shown = [part for one in answers for part in (one.text, status_line(one))]
+            yield [*shown, gr.Button(interactive=not busy), gr.Button(interactive=busy)]
+
+    async def stop(request: gr.Request) -> None:
+        answering.stop(request.session_hash)
+
+    title = f"{voices[0].name} · Alpaca"
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=len(voices) > 1) as page:
+        gr.HTML(heading(voices), elem_classes="plain")
+        with gr.Row():
+            with gr.Column(scale=5, min_width=320):
+                instruction = gr.Textbox(
+                    label="Instruction", lines=3, max_lines=10, autofocus=True, elem_id="instruction",
+                    placeholder="What should the model do?",
+                )  # fmt: skip
+                input = gr.Textbox(
+                    label="Input (optional)", lines=2, max_lines=10, elem_id="input",
+                    placeholder="The text or data that the instruction is about",
+                )  # fmt: skip
+                with gr.Row():
+                    ask = gr.Button("Answer", variant="primary", elem_id="ask", min_width=120)
+                    halt = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=120)
+                with gr.Accordion("Sampling", open=False):
+                    temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", elem_id="temperature",
+                                            info="0 always takes the likeliest token")  # fmt: skip
+                    top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p", elem_id="top_p",
+                                      info="Draws from the likeliest tokens that make up this share")  # fmt: skip
+                    max_tokens = gr.Slider(1, longest, min(512, longest), step=1, label="Max new tokens",
+                                           elem_id="max_tokens", info="The answer is cut there")  # fmt: skip
+            with gr.Column(scale=6 if len(voices) == 1 else 9, min_width=320), gr.Row():
+                answers = [part for number, voice in enumerate(voices) for part in answer_box(voice, number)]
+        gr.Examples(
+            [[row["instruction"], row.get("input", "")] for row in examples()], [instruction, input],
+            example_labels=list(EXAMPLES), label="Try one of these", cache_examples=False, api_visibility="private",
+        )  # fmt: skip
+        gr.HTML(f'<footer class="note">{html.escape(NOTE)}</footer>', elem_classes="plain")
+        inputs = [instruction, input, temperature, top_p, max_tokens]
+        gr.on([ask.click, instruction.submit, input.submit], answer, inputs, [*answers, ask, halt],
+              show_progress="hidden", concurrency_limit=None, api_visibility="private")  # fmt: skip
+        halt.click(stop, queue=False, show_progress="hidden", api_visibility="private")
+    return page
+
+
+def answer_box(voice: Voice, number: int) -> tuple["gradio.Textbox", "gradio.HTML"]:
+    import gradio as gr
+
+    with gr.Column(min_width=300, elem_classes="answer-column"):
+        text = gr.Textbox(label=f"Answer of {voice.name}", lines=10, max_lines=30, interactive=False, buttons=["copy"],
+                          elem_id=f"answer_{number}", elem_classes="answer")  # fmt: skip
+        status = gr.HTML(status_line(Answer()), elem_id=f"status_{number}", elem_classes="plain")
+    return text, status
+
+
+def status_line(answer: Answer) -> str:
+    kind = "wrong" if answer.wrong else "" if answer.ended else "busy"
+    return f'<p class="status {kind}" role="status">{html.escape(answer.status)}</p>'
+
+
+def heading(voices: Sequence[Voice]) -> str:
+    names = " and ".join(html.escape(voice.name) for voice in voices)
+    facts = "".join(
+        f"<li>{f'<b>{html.escape(voice.name)}</b> ' * (len(voices) > 1)}{html.escape(voice.facts())}</li>"
+        for voice in voices
+    )
+    return f'<header class="title"><p>Alpaca demo</p><h1>{names}</h1><ul>{facts}</ul></header>'
+
+
+def examples() -> list[Row]:
+    """The seed tasks that EXAMPLES names."""
+    rows = load_rows(str(SEED_TASKS))
+    return [next(row for row in rows if words in row["instruction"]) for words in EXAMPLES.values()]
+
+
+def serve(page: "gradio.Blocks", options: DemoArguments) -> None:
+    """Until Ctrl-C."""
+    import gradio as gr
+
+    own = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost", options.host]))
+    os.environ |= {"NO_PROXY": own, "no_proxy": own}  # gradio asks its own address whether it answers
+    system = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
+    mono = [gr.themes.Font(name) for name in ("ui-monospace", "monospace")]
+    theme = gr.themes.Default(primary_hue="teal", neutral_hue="stone", radius_size="lg", font=system, font_mono=mono)
+    page.queue(api_open=False)
+    try:
+        page.launch(
+            server_name=options.host, server_port=options.port, share=False, inbrowser=False, quiet=True,
+            prevent_thread_lock=True, theme=theme, css=CSS, footer_links=[], run_history=False, pwa=False,
+            enable_monitoring=False, mcp_server=False, ssr_mode=False, max_file_size=1, strict_cors=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise UsageError(taken(options.host, options.port, error)) from error
+    print(f"scripts.demo: http://{options.host}:{options.port}   Ctrl-C ends it", flush=True)
+    page.block_thread()
+
+
+def check_address(host: str, port: int) -> None:
+    """Before a model is loaded. Raises UsageError if nothing can listen there."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise UsageError(taken(host, port, error)) from error
+
+
+def taken(host: str, port: int, error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE or "empty port" in str(error):
+        return f"--port {port}: another program listens there already; end it, or give another --port"
+    return f"--host {host} --port {port}: this machine cannot listen there ({error})"
+
+
+def import_gradio() -> None:
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f"the page needs gradio, which is not installed: pip install 'gradio>=6.31' ({error})"
+        ) from error
+
+
+CSS = """
+.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+.plain { padding: 0 !important; }
+.title p { margin: 0; font-size: .8rem; letter-spacing: .12em; text-transform: uppercase; opacity: .7; }
+.title h1 { margin: .1rem 0 .3rem; font-size: 1.9rem; line-height: 1.2; overflow-wrap: anywhere; }
+.title ul { margin: 0; padding: 0; list-style: none; font-size: .9rem; opacity: .8; }
+.answer-column { gap: .5rem !important; }
+.status { min-height: 1.4em; margin: 0 .2rem; font-size: .9rem; opacity: .85; }
+.status.wrong { color: #b91c1c; opacity: 1; }
+.dark .status.wrong { color: #fca5a5; }
+#stop:disabled { background: var(--button-secondary-background-fill); color: var(--body-text-color-subdued); }
+.note { font-size: .85rem; opacity: .8; max-width: 90ch; }
+"""
+
+if __name__ == "__main__":
+    with reported("scripts.demo"):
+        main()
