@@ -241,7 +241,9 @@ def launch(page: "gradio.Blocks", host: str, port: int) -> None:
     try:
         page.queue(api_open=False).launch(
             server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, inbrowser=False, share=False,
-            theme=gr.themes.Default(primary_hue="teal", neutral_hue="stone", radius_size="lg", **fonts), css=CSS,
+            theme=gr.themes.Default(primary_hue="teal", neutral_hue="stone", radius_size="lg", **fonts).set(
+                button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"
+            ), css=CSS,
             footer_links=[], run_history=False, enable_monitoring=False, pwa=False, mcp_server=False, ssr_mode=False,
             max_file_size=1,  # byte: no file is asked for, and none taken
         )  # fmt: skip

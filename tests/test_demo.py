@@ -209,10 +209,8 @@ def test_an_adapter_answers_beside_its_base_out_of_the_same_memory(tiny, adapter
     expected = [model.generate(prompts, GREEDY) for model in alone]
     assert expected[0] != expected[1]
     assert [voice.model.generate(prompts, GREEDY) for voice in (tuned, base)] == expected
-    assert tuned.model.model.lm_head.base_layer.weight is base.model.model.lm_head.weight or (
-        tuned.model.model.lm_head.weight is base.model.model.lm_head.weight
-    )
-    assert base.model.model.num_parameters() < tuned.model.model.num_parameters()
+    places = [{weight.data_ptr() for weight in voice.model.model.parameters()} for voice in (tuned, base)]
+    assert places[1] < places[0]
 
 
 @pytest.mark.slow
@@ -321,8 +319,13 @@ class Page:
     def sampling(self, **values: float) -> None:
         self.tab.get_by_role("button", name="Sampling").click()
         for name, value in values.items():
-            self.tab.fill(f"#{name} input[type=number]", str(value))
-            self.tab.keyboard.press("Tab")
+
+            def is_set(name=name, value=value) -> bool:  # faster than a person: the page may not be listening yet
+                self.tab.fill(f"#{name} input[type=number]", str(value))
+                self.tab.keyboard.press("Tab")
+                return float(self.tab.input_value(f"#{name} input[type=range]")) == value
+
+            self.wait(is_set)
 
     def ask(self, instruction: str, input: str = "") -> None:
         self.tab.fill("#instruction textarea", instruction)
@@ -344,6 +347,12 @@ class Page:
 
     def ended(self, words: str = "ed", number: int = 0) -> bool:
         return words in self.status(number) and self.tab.is_enabled("#ask") and not self.tab.is_enabled("#stop")
+
+    def reload(self) -> None:
+        assert self.complaints == []
+        self.tab.reload()
+        self.tab.wait_for_selector("#ask")
+        self.complaints.clear()  # gradio's script aborts the stream that it leaves
 
     def close(self) -> None:
         """And nothing went wrong, or elsewhere."""
@@ -436,8 +445,7 @@ def test_type_submit_stream_stop_reload_close(browser, chatty, tmp_path):
 
         page.ask("Write about the sea.", "As a poem.")  # another one after it, and away in the middle of it
         page.wait(lambda: len(page.answer()) > 20 and page.answer() != text)
-        page.tab.reload()
-        page.tab.wait_for_selector("#ask")
+        page.reload()
         until_idle(cpu_seconds)
         assert log().count("Stopped after") == 2 and page.answer() == ""
 
@@ -530,11 +538,10 @@ def test_text_stays_text_limits_and_errors(browser):
 
 @pytest.mark.stress
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_cut_off_at_a_phones_width(browser, scheme, tmp_path):
+def test_nothing_is_cut_off_at_a_phones_width(browser, scheme):
     with served(answering(Scripted("word " * 200), Scripted("longword" * 200))) as url:
         page = Page(browser, url, 360, 740, scheme)
-        for voice_model in (0, 1):
-            assert page.tab.is_visible(f"#answer_{voice_model}")
+        assert page.tab.is_visible("#answer_0") and page.tab.is_visible("#answer_1")
         page.sampling()
         wide = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1)"
         assert page.tab.evaluate(f"{wide}.map(e => e.outerHTML.slice(0, 100))") == []
