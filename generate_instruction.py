@@ -30,6 +30,7 @@ from alpaca.generation import JOURNAL, REPORT, Generation
 from alpaca.journal import Journal
 from alpaca.progress import Progress, estimate
 from alpaca.prompts import format_prompt
+from alpaca.row_answers import RowAnswers, write_rows
 from alpaca.self_instruct import find_word_in_string, load_prompt, load_seed_tasks  # noqa: F401  the first: of 2023
 
 ROOT = Path(__file__).resolve().parent
@@ -161,7 +162,7 @@ def generate_instruction_following_data(
             }
             utils.jdump(report, Path(output_dir) / REPORT)
             print(f"{state.told()}\n{progress.told()}\n{len(state.rows)} tasks in {Path(output_dir) / 'regen.json'}")
-    _say_if_stopped_by_cost(asker, budget, len(state.rows), num_instructions_to_generate)
+    asker.refuse_stop_by_cost(len(state.rows), num_instructions_to_generate)
 
 
 # ---- answers of another model ----
@@ -219,63 +220,16 @@ def generate_responses(
         return
 
     model, at_once = _open_model(model_name, base_url, api, request_batch_size, concurrency)
-    answers: dict[int, dict[str, Any]] = {}
 
     def settle(endpoint: str) -> tuple[Sampling, dict[str, Any]]:
         nonlocal prompts
         prompts = plain if prompt == "plain" or (prompt == "auto" and endpoint == "chat") else prompts
         return Sampling(max_tokens, temperature, top_p), {}
 
-    with Journal(f"{output_path}.journal.jsonl", "--output_path") as journal:
-        how = {
-            "model": model_name,
-            "prompt": prompt,
-            "temperature": temperature,
-            "top_p": top_p,
-            "max_tokens": max_tokens,
-        }
-        how["rows"] = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
-        _check_same_run(journal, how)
-        known = {
-            index: entry for index, entry in answered_before(journal, 0, budget).items() if entry["kind"] == "answer"
-        }
-        journal.append({"kind": "run", "how": how, "time": time.time()})
-        progress = Progress("rows", len(rows), 0, budget)
-
-        def take(entries: list[dict[str, Any]]) -> None:
-            answers.update({entry["index"]: entry for entry in entries if entry["kind"] == "answer"})
-            progress.show(len(answers), asker.asked, getattr(model, "retries", 0))
-
-        asker = Asker(model, settle, journal, budget, lambda index: prompts[index],
-                      lambda on_their_way: asker.delivered + on_their_way < len(rows), take, at_once,
-                      0, known)  # fmt: skip
-        try:
-            asker.run()
-        finally:
-            progress.close()
-            print(progress.told())
-        _say_if_stopped_by_cost(asker, budget, len(answers), len(rows))
-        _finish(rows, answers, output_path, drop_failed)
-
-
-def _finish(
-    rows: list[dict[str, Any]], answers: dict[int, dict[str, Any]], output_path: str, drop_failed: bool
-) -> None:
-    """Write the answered rows, and say which answers are no good."""
-    failed = [number for number in range(len(rows)) if number not in answers]
-    if failed and not drop_failed:
-        raise UsageError(f"{len(failed)} of {len(rows)} rows have no answer (rows {failed[:10]}); run again to ask for "
-                         "them, or pass --drop_failed; the others are in the journal")  # fmt: skip
-    texts = {number: entry["text"].strip() for number, entry in sorted(answers.items())}
-    cut = [number for number, entry in sorted(answers.items()) if entry["finish_reason"] == "length"]
-    for what, numbers in (
-        ("rows have no answer and are left out", failed),
-        ("answers are empty", [number for number, text in texts.items() if not text]),
-        ("answers were cut at --max_tokens", cut),
-    ):
-        if numbers:
-            print(f"note: {len(numbers)} {what}, rows {', '.join(map(str, numbers[:10]))}{' …' * (len(numbers) > 10)}")
-    _write(output_path, [{**rows[number], "output": text} for number, text in texts.items()])
+    how = {"model": model_name, "prompt": prompt, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+    how["rows"] = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+    prompt_of = lambda row: prompts[row]  # noqa: E731  settle may change them
+    RowAnswers(rows, output_path, model, settle, prompt_of, how, at_once, budget, drop_failed=drop_failed).run()
 
 
 # ---- from regen.json to a data file ----
@@ -308,8 +262,8 @@ def export(
     chosen = set(random.Random(seed).sample(range(len(rows)), held_out))
     if held_out:
         path = Path(output_path)
-        _write(eval_path or path.with_name(f"{path.stem}_eval{path.suffix}"), [rows[n] for n in sorted(chosen)])
-    _write(output_path, [row for number, row in enumerate(rows) if number not in chosen])
+        write_rows(eval_path or path.with_name(f"{path.stem}_eval{path.suffix}"), [rows[n] for n in sorted(chosen)])
+    write_rows(output_path, [row for number, row in enumerate(rows) if number not in chosen])
 
 
 # ---- what they share ----
@@ -332,17 +286,6 @@ def _open_model(
     return Client(model_name, base_url, api), concurrency or batch_size
 
 
-def _check_same_run(journal: Journal, how: dict[str, Any]) -> None:
-    """Raise UsageError if the journal has answers to other rows, or of another model: a mixture is nobody's wish."""
-    for entry in journal:
-        if entry["kind"] == "run" and entry["how"] != how:
-            other = ", ".join(
-                f"{name} {entry['how'].get(name)!r}" for name in how if entry["how"].get(name) != how[name]
-            )
-            raise UsageError(f"--output_path: {journal.path} has answers to another question ({other}); choose another "
-                             "--output_path, or move the journal away")  # fmt: skip
-
-
 def _check_numbers(**flags: int) -> None:
     for name, value in flags.items():
         if value < 1:
@@ -362,22 +305,6 @@ def _read_bias(text: str | None) -> dict[str, float] | None:
         return None if text is None else {str(int(token)): float(bias) for token, bias in json.loads(text).items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise UsageError(f"--logit_bias {text}: expected JSON such as '{{\"50256\": -100}}' ({error})") from error
-
-
-def _say_if_stopped_by_cost(asker: Asker, budget: Budget, done: int, total: int) -> None:
-    if asker.stopped_by_cost and done < total:
-        raise UsageError(
-            f"--max_cost {budget.max_cost}: stopped with {done} of {total}, ${budget.cost:.4f} spent; another request "
-            "could exceed the limit. Run again with a higher one to go on"
-        )
-
-
-def _write(path: str | Path, rows: list[dict[str, Any]]) -> None:
-    try:
-        utils.jdump(rows, path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
-    print(f"{len(rows)} rows in {path}")
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ Go on after an interruption: the same command with --resume_from_checkpoint True
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ from alpaca.contract import (
 from alpaca.data import fingerprint, load_rows
 from alpaca.encoding import Ragged, cut, encode, joined, starts_with
 from alpaca.errors import UsageError, reported
+from alpaca.flags import flag
+from alpaca.lora import LoraArguments, add_lora, base_dtype, check_lora, existing_tokens, quantization, refuse_adapter
 from alpaca.prompts import PROMPT_DICT, format_prompt, load_prompt_template
 from alpaca.report import report, text_problems
 from alpaca.run import check_before_loading, check_combinations, check_evaluation, repair_generation_config
@@ -57,30 +59,29 @@ DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = SPE
 # ---- flags ----
 
 
-def _flag(default: Any, text: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": text, **metadata})
-
-
 @dataclass
 class ModelArguments:
     _argument_group_name = "model"
-    model_name_or_path: str | None = _flag("facebook/opt-125m", "A local folder or hub id: weights and tokenizer.")
-    attn_implementation: str | None = _flag(None, "eager, sdpa, flash_attention_2, ...; by default the model's choice.")
-    pad_token: str | None = _flag(
+    model_name_or_path: str | None = flag("facebook/opt-125m", "A local folder or hub id: weights and tokenizer.")
+    attn_implementation: str | None = flag(None, "eager, sdpa, flash_attention_2, ...; by default the model's choice.")
+    pad_token: str | None = flag(
         None, "An existing token to pad with, instead of adding [PAD] where the tokenizer has no pad token."
+    )
+    add_missing_tokens: bool | None = flag(
+        None, "Add the pad, eos, bos and unk tokens that are missing; by default as in 2023, but not with --lora_r."
     )
 
 
 @dataclass
 class DataArguments:
     _argument_group_name = "data"
-    data_path: str = _flag(
+    data_path: str = flag(
         None, "Rows to train on: Alpaca .json, .jsonl, .csv, .parquet, seed_tasks.jsonl, or a hub id."
     )
-    eval_data_path: str | None = _flag(None, "Rows to evaluate on when --eval_strategy is steps or epoch.")
-    data_split: str = _flag("train", "Split of a hub dataset, e.g. train or train[:1000].")
-    prompt_template: str | None = _flag(None, "JSON with prompt_input and prompt_no_input; else Alpaca's two prompts.")
-    prompt_boundary: str = _flag(
+    eval_data_path: str | None = flag(None, "Rows to evaluate on when --eval_strategy is steps or epoch.")
+    data_split: str = flag("train", "Split of a hub dataset, e.g. train or train[:1000].")
+    prompt_template: str | None = flag(None, "JSON with prompt_input and prompt_no_input; else Alpaca's two prompts.")
+    prompt_boundary: str = flag(
         "stanford",
         "stanford: prompt and answer are tokenized as one text; an answer whose first character merges with the "
         "prompt's last token loses it to the mask. split: tokenized apart, as generation sees them.",
@@ -91,47 +92,47 @@ class DataArguments:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     _argument_group_name = "training (ours first, then every flag of transformers.TrainingArguments)"
-    cache_dir: str | None = _flag(None, "Where downloads and tokenized data are kept.")
-    model_max_length: int = _flag(512, "Maximum sequence length in tokens. Longer rows are cut on the right.")
-    batching: str = _flag(
+    cache_dir: str | None = flag(None, "Where downloads and tokenized data are kept.")
+    model_max_length: int = flag(512, "Maximum sequence length in tokens. Longer rows are cut on the right.")
+    batching: str = flag(
         "packed",
         "packed: the rows of an optimizer step are laid end to end, without padding, each seeing only itself. padded: "
         "micro-batches of --per_device_train_batch_size rows, padded to the longest, as in 2023.",
         choices=["packed", "padded"],
     )
-    max_tokens_per_pack: str = _flag(
+    max_tokens_per_pack: str = flag(
         "auto",
         "Tokens that a pack has at most (a longer row makes its own); auto: as many as the memory forecast allows.",
     )
-    share_prefix: bool = _flag(
+    share_prefix: bool = flag(
         True, "Compute the template's beginning, which rows of a pack have in common, once per pack."
     )
-    gradient_checkpointing: bool | None = _flag(
+    gradient_checkpointing: bool | None = flag(
         None,
         "Compute activations again in the backward pass: slower, far less memory. By default only where the memory "
         "forecast asks for it.",
         nargs="?",
         const=True,
     )
-    hold_gradients: bool | None = _flag(
+    hold_gradients: bool | None = flag(
         None,
         "Under FSDP: reduce gradients once a step, not after every pack. By default if the memory forecast has room.",
         nargs="?",
         const=True,
     )
-    save_dtype: str = _flag(
+    save_dtype: str = flag(
         "float32",
         "Of the final model. bfloat16 halves it, right before publishing. Checkpoints stay float32.",
         choices=["float32", "bfloat16", "float16"],
     )
-    loss_normalization: str = _flag(
+    loss_normalization: str = flag(
         "token",
         "token: mean over all target tokens of the optimizer step. microbatch: 2023's mean over the means of the "
         "micro-batches.",
         choices=["token", "microbatch"],
     )
-    overwrite_output_dir: bool = _flag(False, "Train from the start in a folder that already holds a run.")
-    logging_nan_inf_filter: bool = _flag(False, "Hide non-finite losses from the log.")
+    overwrite_output_dir: bool = flag(False, "Train from the start in a folder that already holds a run.")
+    logging_nan_inf_filter: bool = flag(False, "Hide non-finite losses from the log.")
 
     def __post_init__(self):
         check_combinations(self)
@@ -147,19 +148,21 @@ class TrainingArguments(transformers.TrainingArguments):
             self.fsdp_plugin_args["mixed_precision_policy"] = policy
 
 
-def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, TrainingArguments]:
-    """The three dataclasses from a command line of 2023 or of today; see alpaca/flags.py."""
-    (model_args, data_args, training_args), notes = flags.parse(
-        argv, (ModelArguments, DataArguments, TrainingArguments), description=__doc__
-    )
+def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, LoraArguments, TrainingArguments]:
+    """The dataclasses from a command line of 2023 or of today; see alpaca/flags.py."""
+    classes = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
+    (model_args, data_args, lora_args, training_args), notes = flags.parse(argv, classes, description=__doc__)
     if not data_args.data_path:
         raise UsageError("--data_path is missing: a file of rows (./alpaca_data.json) or a hub id (tatsu-lab/alpaca)")
+    check_lora(lora_args, training_args)
+    if model_args.add_missing_tokens is None:
+        model_args.add_missing_tokens = not lora_args
     if training_args.n_gpu > 1:
         training_args._n_gpu = 1
         notes.append("several GPUs, one process -> the first GPU is used; torchrun --nproc_per_node=N takes N")
     for note in notes:
         say(f"flag: {note}", training_args.process_index)
-    return model_args, data_args, training_args
+    return model_args, data_args, lora_args, training_args
 
 
 # ---- tokens and labels ----
@@ -321,6 +324,9 @@ def load_tokenizer(model_args: ModelArguments, training_args: TrainingArguments)
         if model_args.pad_token not in tokenizer.get_vocab():
             raise UsageError(f"--pad_token {model_args.pad_token!r}: not a token of {name}")
         tokenizer.pad_token = model_args.pad_token
+    if model_args.add_missing_tokens is False:
+        existing_tokens(tokenizer, name, training_args.process_index)
+        return tokenizer, 0
     missing = {token: default for token, default in SPECIAL_TOKENS.items() if not getattr(tokenizer, token)}
     return tokenizer, tokenizer.add_special_tokens(missing)
 
@@ -329,6 +335,7 @@ def load_config(
     model_args: ModelArguments, training_args: TrainingArguments, checkpoint: str | None = None
 ) -> PreTrainedConfig:
     name = checkpoint or model_args.model_name_or_path
+    refuse_adapter(name)
     try:
         return AutoConfig.from_pretrained(name, cache_dir=training_args.cache_dir)
     except (OSError, ValueError) as error:
@@ -336,22 +343,28 @@ def load_config(
 
 
 def load_model(
-    model_args: ModelArguments, training_args: TrainingArguments, checkpoint: str | None = None
+    model_args: ModelArguments,
+    training_args: TrainingArguments,
+    checkpoint: str | None = None,
+    lora_args: LoraArguments | None = None,
 ) -> PreTrainedModel:
     """The model in float32, whatever the dtype on disk: in bfloat16 most updates of size 2e-5 would round to nothing.
+    Under LoRA it is not updated: see alpaca/lora.py.
 
     Under FSDP only rank 0 reads the weights; the others get a model of the same shape on the meta device.
     """
     name, config = checkpoint or model_args.model_name_or_path, load_config(model_args, training_args, checkpoint)
-    options = {"attn_implementation": model_args.attn_implementation} if model_args.attn_implementation else {}
+    options: dict[str, Any] = {"dtype": base_dtype(training_args, config) if lora_args else torch.float32}
+    if model_args.attn_implementation:
+        options["attn_implementation"] = model_args.attn_implementation
+    if lora_args:
+        options |= quantization(lora_args, training_args, options["dtype"])
     try:
         if training_args.fsdp:
             fsdp.resolve_wrap_classes(training_args, config)
             if training_args.process_index != 0:
                 return fsdp.empty_model(config, **options)
-        return AutoModelForCausalLM.from_pretrained(
-            name, cache_dir=training_args.cache_dir, dtype=torch.float32, **options
-        )
+        return AutoModelForCausalLM.from_pretrained(name, cache_dir=training_args.cache_dir, **options)
     except UsageError:
         raise
     except (OSError, ValueError, ImportError) as error:
@@ -363,7 +376,7 @@ def load_model(
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv` (default: this process's)."""
-    model_args, data_args, training_args = parse_flags(sys.argv[1:] if argv is None else argv)
+    model_args, data_args, lora_args, training_args = parse_flags(sys.argv[1:] if argv is None else argv)
     hide_progress_bars(training_args)
     transformers.set_seed(training_args.seed)
     check_evaluation(training_args, data_args.eval_data_path)
@@ -375,18 +388,23 @@ def train(argv: Sequence[str] | None = None) -> None:
         say(str(dataset.report), training_args.process_index)
 
     keep_decisions(training_args, checkpoint)
-    contract = describe_run(training_args, model_args, data_args, data_module["train_dataset"], tokenizer)
+    contract = describe_run(training_args, model_args, data_args, lora_args, data_module["train_dataset"], tokenizer)
     if already_finished(training_args, contract, checkpoint):
         return leave()
     check_contract(training_args, contract, checkpoint)
 
-    config = load_config(model_args, training_args, checkpoint)
-    check_before_loading(training_args, config, data_module, checkpoint)
+    weights = None if lora_args else checkpoint  # of the whole model; LoRA's checkpoints lack the base
+    config = load_config(model_args, training_args, weights)
+    check_before_loading(training_args, config, data_module, checkpoint, lora_args)
     note_decisions(training_args, contract)
-    model = load_model(model_args, training_args, checkpoint)
+    model = load_model(model_args, training_args, weights, lora_args)
     wait_for_all_ranks()
     repair_generation_config(model, tokenizer.pad_token_id, training_args.process_index)
-    resize_embeddings(model, 0 if checkpoint else num_new_tokens, len(tokenizer))
+    if not lora_args or num_new_tokens:
+        resize_embeddings(model, 0 if weights else num_new_tokens, len(tokenizer))
+    if lora_args:
+        new_tokens = list(range(len(tokenizer) - num_new_tokens, len(tokenizer)))
+        model = add_lora(model, lora_args, new_tokens, training_args.seed, checkpoint)
     if training_args.fsdp:
         fsdp.check_dropout(training_args, model)
         fsdp.materialize(model)

@@ -11,7 +11,6 @@ written in pieces: a model of any size takes a few hundred megabytes of memory.
 
 import functools
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +21,9 @@ from alpaca.exact_diff import ExactDiff, is_exact_diff
 from alpaca.files import human
 from alpaca.float_diff import FloatDiff, NaiveSum
 from alpaca.prompts import format_prompt
-from alpaca.recovery import cast, copy_files, load_recovered, most_common_dtype, open_diff, stream
-from alpaca.shards import MemoryWriter, ShardWriter, new_folder, plan_shards, write_index
-from alpaca.streaming import Pipeline
+from alpaca.recovery import copy_files, load_recovered, most_common_dtype, open_diff
+from alpaca.shards import MemoryWriter, new_folder, plan_shards
+from alpaca.streaming import Pipeline, cast, stream, write_model
 from alpaca.weights import find_folder, open_weights
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def make_diff(
                 else:
                     diff = FloatDiff(base, tuned, sign=-1)
                     lines = diff.notes()
-                    _write(diff, pipe, folder, max_shard_size, torch.float32, None)
+                    write_model(diff, pipe, folder, max_shard_size, torch.float32)
                     copy_files(diff.files, folder, torch.float32)
     print("\n".join([*lines, f"wrote {path_diff}: {human(size)}"]), flush=True)
 
@@ -172,13 +171,13 @@ def _recover(
             inputs = (base.folder, diff.folder)
             with new_folder(path_tuned, "--path_tuned", size + ROOM, overwrite, inputs) as folder:
                 with Pipeline(nbytes, "recover") as pipe:
-                    _write(diff, pipe, folder, max_shard_size, kind, naive)
+                    write_model(diff, pipe, folder, max_shard_size, kind, naive and naive.add)
                 copy_files(diff.files, folder, kind)
                 told = sum_line()
         else:
             writer = MemoryWriter(cast(diff.specs, kind)) if load else None
             with Pipeline(nbytes, "recover") as pipe:
-                stream(diff, pipe, diff.specs, kind, writer, naive)
+                stream(diff, pipe, diff.specs, kind, writer and writer.write, naive and naive.add)
                 pipe.drain()
             told, state = sum_line(), writer and writer.tensors
         print(*[told] * bool(told), _verdict(diff, path_raw, path_diff, path_tuned, dtype), sep="\n", flush=True)
@@ -194,21 +193,6 @@ def _verdict(
     if dtype is None:
         return f"{diff.verdict}: {path_tuned} is {diff.told}"
     return f"{diff.verdict}: {path_raw} and {path_diff} give {diff.told}; {path_tuned} is that, cast to {dtype}"
-
-
-def _write(
-    diff: ExactDiff | FloatDiff, pipe: Pipeline, folder: Path, max_shard_size: str, dtype: torch.dtype | None,
-    naive: NaiveSum | None,
-) -> None:  # fmt: skip
-    """Write what `diff` yields as the safetensors of a model."""
-    by_name = {spec.name: spec for spec in diff.specs}
-    shards = plan_shards(cast(diff.specs, dtype), "model", max_shard_size)
-    writer = ShardWriter(folder, shards)
-    order = [by_name[spec.name] for shard in shards for spec in shard.tensors]
-    stream(diff, pipe, order, dtype, writer, naive)
-    pipe.drain()
-    pipe.after("write", writer.close).result()
-    write_index(folder, "model", shards)
 
 
 def _load(

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from alpaca.client import Completion, RequestFailed, Sampling
@@ -69,6 +69,7 @@ class Asker:
         known: entries of an earlier run that were not delivered, by request: they are not asked again.
         settle: how to ask, and what the journal is to remember of every answer; given the model's endpoint,
             "completions" or "chat".
+        seed_of: the seed of a request, by its number; None: that of what `settle` gave.
     """
 
     model: Model
@@ -81,6 +82,7 @@ class Asker:
     concurrency: int
     first: int = 0
     known: dict[int, dict[str, Any]] = field(default_factory=dict)
+    seed_of: Callable[[int], int] | None = None
     stopped_by_cost: bool = False
     broken: bool = False  # deliver cannot go on
 
@@ -91,6 +93,14 @@ class Asker:
             UsageError: a mistake that every request would meet. What was sent is waited for, journaled and delivered.
         """
         asyncio.run(self._run())
+
+    def refuse_stop_by_cost(self, done: int, total: int) -> None:
+        """Raise UsageError if the limit of cost has left less than `total` done."""
+        if self.stopped_by_cost and done < total:
+            raise UsageError(
+                f"--max_cost {self.budget.max_cost}: stopped with {done} of {total}, ${self.budget.cost:.4f} spent; "
+                "another request could exceed the limit. Run again with a higher one to go on"
+            )
 
     async def _run(self) -> None:
         self.sent = self.delivered = self.first
@@ -164,7 +174,8 @@ class Asker:
             return self.budget.allows(0.0)
 
         try:
-            answer = await self.model.complete(prompt, self.sampling, lose)
+            sampling = replace(self.sampling, seed=self.seed_of(index)) if self.seed_of else self.sampling
+            answer = await self.model.complete(prompt, sampling, lose)
             entry = {"kind": "answer", "index": index, **self.about, "text": answer.text}
             entry |= {"finish_reason": answer.finish_reason, "prompt_tokens": answer.prompt_tokens}
             entry |= {"completion_tokens": answer.completion_tokens, "seconds": round(time.time() - begin, 3)}

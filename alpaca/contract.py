@@ -39,7 +39,12 @@ STEPS = "the steps of the run (--num_train_epochs, --max_steps)"
 
 
 def describe_run(
-    args: "TrainingArguments", model_args: Any, data_args: Any, dataset: Any, tokenizer: "PreTrainedTokenizerBase"
+    args: "TrainingArguments",
+    model_args: Any,
+    data_args: Any,
+    lora_args: Any,
+    dataset: Any,
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> Contract:
     """{"fixed", "free", "rounding", "tokens"}: values by the names that messages use, JSON in and JSON out."""
     vocabulary = fingerprint(sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map)
@@ -48,6 +53,7 @@ def describe_run(
         "--prompt_template": dataset.template_fingerprint[:12],
         "--prompt_boundary": data_args.prompt_boundary,
         **{f"--{name}": getattr(args, name) for name in FIXED},
+        **{f"--{name}": value for name, value in vars(lora_args).items()},
         "the tokenizer (of --model_name_or_path)": vocabulary[:12],
         "the base model (--model_name_or_path)": fingerprint_of_weights(model_args.model_name_or_path),
         "the global batch (per device x accumulation x processes)": rows_per_step(args),

@@ -22,10 +22,11 @@ ALPACA_DATA_HINT = (
 )
 
 
-def load_rows(data_path: str, split: str = "train", cache_dir: str | None = None) -> list[Row]:
+def load_rows(data_path: str, split: str = "train", cache_dir: str | None = None, answered: bool = True) -> list[Row]:
     """Read and check all rows of `data_path`.
 
     `split` names the split of a hub dataset or a saved dataset folder (`train`, `train[:1000]`); a file has one split.
+    Rows that are not `answered` may lack their output.
 
     Raises:
         UsageError: nothing is there, the file is malformed (line and column), empty, or a row has a missing field or a
@@ -45,7 +46,7 @@ def load_rows(data_path: str, split: str = "train", cache_dir: str | None = None
     if not rows:
         raise UsageError(f"--data_path {data_path}: holds no rows")
     for number, row in enumerate(rows):
-        _check_row(row, number, data_path)
+        _check_row({"output": "", **row} if not answered and isinstance(row, dict) else row, number, data_path)
     return rows
 
 

@@ -29,6 +29,11 @@ DROPPED = {
 FSDP_WORDS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "auto_wrap", "offload")
 
 
+def flag(default: Any, text: str, **metadata: Any) -> Any:
+    """A field of a dataclass of flags; `metadata` as HfArgumentParser takes it."""
+    return dataclasses.field(default=default, metadata={"help": text, **metadata})
+
+
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """The description keeps its line breaks; a flag is shown in one spelling, its default only where it has one."""
 
@@ -249,6 +254,10 @@ def adapt_to_hardware(flags: Namespace) -> list[str]:
         raise UsageError("--use_cpu with --fsdp: hide the GPUs from torch too, with CUDA_VISIBLE_DEVICES= (empty)")
     if flags.fsdp_config and not flags.fsdp:
         raise UsageError("--fsdp_config: has no effect without --fsdp")
+    for name in ("load_in_8bit", "load_in_4bit"):
+        if flags.fsdp and getattr(flags, name, False):
+            raise UsageError(f"--{name} and --fsdp: quantized weights cannot be sharded here. Without --fsdp every GPU "
+                             f"holds them whole; without --{name} the base is sharded")  # fmt: skip
     if flags.fsdp and (not launched or (flags.use_cpu and world_size == 1)):
         flags.fsdp = None
         notes.append("--fsdp -> off: one process has nobody to shard with; start with torchrun --nproc_per_node=N")

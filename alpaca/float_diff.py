@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SUM_OF_ALPACA_7B = 50637.1836  # of the released model, in float32, rotary frequencies included
 INV_FREQ = "rotary_emb.inv_freq"
 LAST_NORMS = ("model.norm.weight", "model.decoder.final_layer_norm.weight", "transformer.ln_f.weight")
+ZERO, ONE = 0.1, 0.5
 LAYER_OF_2023 = (
     "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight",
     f"self_attn.{INV_FREQ}", "mlp.gate_proj.weight", "mlp.down_proj.weight", "mlp.up_proj.weight",
@@ -136,17 +137,17 @@ class FloatDiff:
             told.append(
                 f"note: in the base's config.json {differences}; is it the base that the diff was made against?"
             )
-        for name in LAST_NORMS:
-            if name in self.base.tensors and _largest(self.base, name) < 0.1:
-                told.append(f"note: {name} of {self.base.folder} is nearly zero; is that a diff given as the base?")
-            if self.sign > 0 and name in self.weights.tensors and _largest(self.weights, name) > 0.5:
-                told.append(f"note: {name} of {self.folder} is far from zero; is that a model given as the diff?")
+        if (largest := last_norm(self.base)) is not None and largest < ZERO:
+            told.append(f"note: the last norm of {self.base.folder} is nearly zero; is that a diff given as the base?")
+        if self.sign > 0 and (largest := last_norm(self.weights)) is not None and largest > ONE:
+            told.append(f"note: the last norm of {self.folder} is far from zero; is that a model given as the diff?")
         return told
 
 
-def is_nearly_zero(weights: Weights) -> bool:
-    """Whether the last norm is, as in a diff: that of a model is not."""
-    return any(_largest(weights, name) < 0.1 for name in LAST_NORMS if name in weights.tensors)
+def last_norm(weights: Weights) -> float | None:
+    """The largest weight of a checkpoint's last norm, below ZERO for a diff and above ONE for a model; None: it is not
+    among LAST_NORMS."""
+    return next((_largest(weights, name) for name in LAST_NORMS if name in weights.tensors), None)
 
 
 def _largest(weights: Weights, name: str) -> float:

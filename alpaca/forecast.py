@@ -3,12 +3,14 @@ the size of packs, gradient checkpointing; and the disk for its checkpoints.
 
 Memory is the sum of
 
-    weights, gradients   4 bytes a parameter each: float32 master weights. Sharded over the ranks under FSDP
+    weights, gradients   4 bytes a parameter each: float32 master weights. Sharded over the ranks under FSDP. With LoRA
+                         that of the matrices only, and the frozen base in its dtype, or quantized in 8 or 4.13 bits
     optimizer            8 bytes a parameter for AdamW; with torch's foreach kernels (adamw_torch) 4 more while it steps
     whole gradients      under FSDP, where they fit: 4 bytes a parameter, so that they are reduced once a step and not
                          after every pack
     gathered             under FSDP: the embeddings and two decoder layers whole, in the dtype of the arithmetic, and
-                         the gradients of one on their way to float32; else the bfloat16 copies that autocast keeps
+                         the gradients of one on their way to float32; else the bfloat16 copies that autocast keeps;
+                         of a quantized base one decoder layer in the dtype of the arithmetic
     activations          what the forward pass of the largest micro-batch keeps for the backward pass, counted on fake
                          tensors (shapes without memory), and its logits with their gradient and the loss's float32
 
@@ -28,10 +30,12 @@ import torch
 from alpaca.console import say
 from alpaca.errors import UsageError, first_line
 from alpaca.files import free_bytes, human
+from alpaca.fsdp import empty_model, materialize
+from alpaca.lora import LoraArguments, add_lora, base_dtype, lora_layers
 from alpaca.loss import CHUNK
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, TrainingArguments
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 GB = 1e9
 SPARE = 0.1  # of what is gathered and of the activations, where the size is decided here
@@ -45,12 +49,15 @@ class Model:
     """Counted on fake tensors by `measure`."""
 
     parameters: int
+    trained: int  # of them: all, or those of LoRA
+    weight_bytes: float
     largest_layer: int  # parameters of one decoder layer
     layers: int
     activations: float  # bytes that a token keeps for the backward pass
     layer_inputs: float  # bytes of a token in the inputs of all decoder layers
     vocabulary: int  # logits of a token
     recomputes: bool = True  # whether it has gradient checkpointing
+    quantized: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,15 +99,22 @@ class Decision:
     hold_gradients: bool  # sharded: reduce gradients once a step, not after every pack
 
 
-def measure(config: "PreTrainedConfig", tokens: int, half: bool, autocast: bool = False) -> Model:
+def measure(
+    config: "PreTrainedConfig",
+    tokens: int,
+    half: bool,
+    autocast: bool = False,
+    lora: LoraArguments | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Model:
     """Count parameters, and the bytes that the forward pass of a row of `tokens` keeps for the backward pass: two rows
     less one row, so that what is there once (weights cast by autocast) does not count. `half`: bfloat16 arithmetic, of
-    weights that are bfloat16 as under FSDP or, with `autocast`, float32. Nothing is computed and no memory is taken; a
-    7B model takes a second."""
+    weights that are bfloat16 as under FSDP or, with `autocast`, float32. `dtype`: of the frozen base under `lora`.
+    Nothing is computed and no memory is taken; a 7B model takes a second."""
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from transformers import AutoModelForCausalLM
 
-    dtype = torch.bfloat16 if half and not autocast else torch.float32
+    if not lora:
+        dtype = torch.bfloat16 if half and not autocast else torch.float32
 
     def forward(model: torch.nn.Module, rows: int) -> tuple[int, int]:
         kept: dict[int, torch.UntypedStorage] = {}
@@ -115,38 +129,62 @@ def measure(config: "PreTrainedConfig", tokens: int, half: bool, autocast: bool 
             logits = model(input_ids=torch.ones(rows, tokens, dtype=torch.long), use_cache=False).logits
         return sum(storage.nbytes() for storage in kept.values()), logits.shape[-1]
 
-    with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        weights = {parameter.untyped_storage()._cdata: parameter.numel() for parameter in model.parameters()}
+    model = empty_model(config, dtype)
+    weights = {id(parameter): parameter.numel() for parameter in model.parameters()}  # tied ones once
+    blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or [])]
+    layer = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
+    parameters = trained = sum(weights.values())
+    frozen_bytes = 0.0
+    if lora:
+        frozen_bytes = bytes_of_base(model, parameters, lora, dtype)
+        model = add_lora(model, lora, [], seed=0)
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        parameters += trained
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        materialize(model.eval())
         (one, vocabulary), (two, _) = forward(model, 1), forward(model, 2)
-        blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or [])]
-        return Model(
-            parameters=sum(weights.values()),
-            largest_layer=max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0),
-            layers=max(len(blocks), 1),
-            activations=(two - one) / tokens,
-            layer_inputs=len(blocks) * config.get_text_config().hidden_size * dtype.itemsize,
-            vocabulary=vocabulary,
-            recomputes=bool(model.supports_gradient_checkpointing),
-        )
+    return Model(
+        parameters=parameters,
+        trained=trained,
+        weight_bytes=frozen_bytes + 4 * trained,
+        largest_layer=layer,
+        layers=max(len(blocks), 1),
+        activations=(two - one) / tokens,
+        layer_inputs=len(blocks) * config.get_text_config().hidden_size * dtype.itemsize,
+        vocabulary=vocabulary,
+        recomputes=bool(model.supports_gradient_checkpointing),
+        quantized=bool(lora and lora.quantized),
+    )
+
+
+def bytes_of_base(model: "PreTrainedModel", parameters: int, lora: LoraArguments, dtype: torch.dtype) -> float:
+    """Of the frozen weights. bitsandbytes quantizes linear layers, not the last one of the model: NF4 has 4 bits and,
+    for 64 of them, a scale of 8 bits."""
+    last = model.get_output_embeddings()
+    layers = [layer for layer in lora_layers(model).values() if layer is not last] if lora.quantized else []
+    quantized = sum(layer.weight.numel() for layer in layers)
+    return quantized * (1 if lora.load_in_8bit else 0.516) + (parameters - quantized) * dtype.itemsize
 
 
 def memory(model: Model, plan: Plan) -> dict[str, float]:
     """Bytes per process and part, on the device that does the arithmetic. `host`: on the CPU, under offload."""
     shards = plan.group if plan.sharded else 1
-    static = {"weights": 4.0, "gradients": 4.0, "optimizer": plan.optimizer_bytes}
-    static = {name: size * model.parameters / shards for name, size in static.items()}
+    static = {"weights": model.weight_bytes, "gradients": 4 * model.trained,
+              "optimizer": plan.optimizer_bytes * model.trained}  # fmt: skip
+    static = {name: size / shards for name, size in static.items()}
     item = 2 if plan.half else 4
     if plan.sharded:
         root = model.parameters - model.layers * model.largest_layer
-        gathered = item * (root + 2 * model.largest_layer) + (item + 4) * max(root, model.largest_layer)
+        with_gradient = max(root, model.largest_layer) * model.trained / model.parameters
+        gathered = item * (root + 2 * model.largest_layer) + (item + 4) * with_gradient
     else:
-        gathered = (2 if plan.half else 0) * model.parameters + (4 * model.parameters if plan.world_size > 1 else 0)
+        gathered = (2 if plan.half else 0) * model.trained + (4 * model.trained if plan.world_size > 1 else 0)
+        gathered += item * model.largest_layer * model.quantized
     kept = model.activations / model.layers + model.layer_inputs if plan.checkpointing else model.activations
-    whole = 4.0 * model.parameters * plan.whole_gradients
+    whole = 4.0 * model.trained * plan.whole_gradients
     parts = {**static, "whole gradients": whole, "gathered": gathered}
     parts["activations"] = kept * plan.tokens + _logits(model, plan)
-    stepping = 4 * model.parameters / shards if plan.foreach and not plan.offload else 0
+    stepping = 4 * model.trained / shards if plan.foreach and not plan.offload else 0
     training = whole + gathered + parts["activations"]
     parts["activations"] += max(0.0, stepping - training)  # only one of the two at a time
     if plan.offload and plan.sharded:
@@ -280,13 +318,16 @@ def available_memory(device: torch.device) -> tuple[float, float]:
     return (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host), host
 
 
-def forecast_memory(args: "TrainingArguments", config: "PreTrainedConfig", rows: Rows) -> tuple[Model | None, Decision]:
+def forecast_memory(
+    args: "TrainingArguments", config: "PreTrainedConfig", rows: Rows, lora: LoraArguments | None = None
+) -> tuple[Model | None, Decision]:
     """Decide what the flags leave open, and print what a process will take, whether that is there, and which flags to
     change if it is not. Where the model cannot be run on fake tensors: None, and a cautious decision."""
     plan = plan_of(args, rows)
     budget = int(args.max_tokens_per_pack) if plan.packed and args.max_tokens_per_pack != "auto" else None
     try:
-        model = measure(config, rows.longest, plan.half, autocast=not plan.sharded)
+        frozen = dict(lora=lora, dtype=base_dtype(args, config)) if lora else {}
+        model = measure(config, rows.longest, plan.half, autocast=not plan.sharded, **frozen)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {first_line(error):.100}"
         say(f"memory and disk: no forecast, this model does not run on fake tensors ({reason})", 0)
@@ -322,10 +363,11 @@ def _say_forecast(model: Model, plan: Plan, rows: Rows, available: float, host: 
 # ---- disk ----
 
 
-def checkpoint_sizes(args: "TrainingArguments", parameters: int) -> tuple[float, float]:
-    """(bytes of a checkpoint, of the final model): float32 weights and, unless --save_only_model, the optimizer."""
+def checkpoint_sizes(args: "TrainingArguments", trained: int) -> tuple[float, float]:
+    """(bytes of a checkpoint, of what is saved at the end) for `trained` parameters: float32 weights and, unless
+    --save_only_model, the optimizer."""
     optimizer = 0 if args.save_only_model else optimizer_bytes(args)
-    return parameters * (4 + optimizer), parameters * (4 if args.save_dtype == "float32" else 2)
+    return trained * (4 + optimizer), trained * (4 if args.save_dtype == "float32" else 2)
 
 
 def checkpoints_to_come(args: "TrainingArguments", steps: int, per_epoch: int, done: int) -> int:
@@ -342,13 +384,13 @@ def checkpoints_to_come(args: "TrainingArguments", steps: int, per_epoch: int, d
     return min(saves, max(at_once - (done > 0), 1))
 
 
-def check_room(args: "TrainingArguments", parameters: int, checkpoints: int) -> None:
+def check_room(args: "TrainingArguments", trained: int, checkpoints: int) -> None:
     """Say how much disk the run will take.
 
     Raises:
         UsageError: less is free.
     """
-    each, final = checkpoint_sizes(args, parameters)
+    each, final = checkpoint_sizes(args, trained)
     needed, free = checkpoints * each + final, free_bytes(Path(args.output_dir))
     content = f"{checkpoints} x {human(each)} for checkpoints + {human(final)} for the final model"
     say(f"disk, forecast: {content} = {human(needed)}, free {human(free)}", 0)

@@ -107,24 +107,30 @@ def shard_on_cpu(trainer: "Trainer", mesh: "ParallelismConfig | None" = None) ->
     accelerator.prepare = prepare_and_check
 
 
-def empty_model(config: "PreTrainedConfig", **kwargs) -> "PreTrainedModel":
-    """The model of `config` in float32 with parameters on the meta device, for ranks that receive their shards from
+def empty_model(config: "PreTrainedConfig", dtype: torch.dtype = torch.float32, **kwargs) -> "PreTrainedModel":
+    """The model of `config` with parameters on the meta device, for ranks that receive their shards from
     rank 0. Buffers that no checkpoint holds (rotary frequencies) are real, since nobody sends them."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kwargs)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+    model.tie_weights()
+    return model
 
 
 def materialize(model: "PreTrainedModel") -> None:
-    """Give meta parameters addresses, in place. accelerate tells parameters apart by address when it rebuilds the
-    optimizer. The pages are never written, so they take no memory; accelerate drops them and sends the shards."""
+    """Give meta parameters (and buffers that peft adds) addresses, in place. accelerate tells parameters apart by
+    address when it rebuilds the optimizer. The pages are never written, so they take no memory; accelerate drops them
+    and sends the shards."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 storage = torch.empty_like(parameter, device="cpu")
                 setattr(module, name, nn.Parameter(storage, requires_grad=parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
     model.tie_weights()
 
 
@@ -166,10 +172,13 @@ def check_dropout(args: "TrainingArguments", model: nn.Module) -> None:
 
 def full_state_dict(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
     """Gather every sharded tensor on the CPU, one at a time. Collective: all ranks call it; those with `keep=False`
-    hold no more than one whole tensor and return {}. Tied weights stay one tensor."""
+    hold no more than one whole tensor and return {}. Tied weights stay one tensor. Frozen ones, LoRA's base, are left
+    out."""
     state: dict[str, torch.Tensor] = {}
     gathered: dict[int, torch.Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
+        if isinstance(value, nn.Parameter) and not value.requires_grad:
+            continue
         if id(value) not in gathered:
             whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
             gathered[id(value)] = whole.cpu() if keep else torch.empty(0)

@@ -28,7 +28,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from alpaca.client import MOST_CUTS, Completion, Prompt, Sampling, cut_at_stop
 from alpaca.errors import UsageError
-from alpaca.opening import How, open_model, quantization, without_adapter
+from alpaca.opening import How, open_model, without_adapter
+from alpaca.quantization import quantizing_flag
 from alpaca.refusals import ContextOverflow
 from alpaca.text_stream import Stop, TokenQueue, pieces_of, tokens_of
 
@@ -61,8 +62,7 @@ class LocalModel:
             raise UsageError(f"{batch_size_flag}: expected 1 or more, got {batch_size}.")
         self.batch_size, self.batch_size_flag, self.name = batch_size, batch_size_flag, str(folder)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = best_dtype(self.device)
-        how = How(self.device, dtype, quantization(load_in_4bit, load_in_8bit, dtype), flag)
+        how = How(self.device, best_dtype(self.device), quantizing_flag(load_in_8bit, load_in_4bit), flag)
         opened = open_model(folder, base, how)
         self.model, self.tokenizer, self.templates, self.told = (
             opened.model, opened.tokenizer, opened.templates, opened.told

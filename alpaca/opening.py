@@ -1,12 +1,13 @@
 """Opening what people have, to answer with it: a checkpoint, a LoRA adapter on its base, or a weight diff and its base.
 
-    opened = open_model("output/lora", base="my_llama", device="cpu", dtype=torch.float32)
+    opened = open_model("output/lora", base="my_llama", how=How("cpu", torch.float32))
     opened.model.generate(...)
 
 An adapter stays apart from its base, as it was trained: merging it would round the sum to the dtype of the base.
 """
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import is_bitsandbytes_available
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca.errors import UsageError, first_line
 from alpaca.exact_diff import is_exact_diff
-from alpaca.float_diff import FloatDiff, is_nearly_zero
+from alpaca.float_diff import ONE, ZERO, FloatDiff, last_norm
 from alpaca.prompts import templates_of
-from alpaca.recovery import cast, load_recovered, open_diff, stream
+from alpaca.quantization import bitsandbytes_config
+from alpaca.recovery import load_recovered, open_diff
 from alpaca.shards import MemoryWriter
-from alpaca.streaming import Pipeline
+from alpaca.streaming import Pipeline, cast, stream
 from alpaca.tokenizer import open_tokenizer
 from alpaca.weights import INPUT_EMBEDDINGS, find_folder, open_weights, read_json
 
@@ -50,16 +51,17 @@ class How:
 
     device: str
     dtype: torch.dtype
-    quantization: BitsAndBytesConfig | None = None
+    quantized: str | None = None  # load_in_8bit or load_in_4bit
     flag: str = "--model"
     base_flag: str = "--base"
 
     @property
     def options(self) -> dict[str, Any]:
         """For from_pretrained. A quantized model is made on its device and cannot be moved."""
-        if self.quantization is None:
+        if self.quantized is None:
             return {"dtype": self.dtype}
-        return {"dtype": self.dtype, "quantization_config": self.quantization, "device_map": {"": self.device}}
+        config = bitsandbytes_config(self.quantized, self.dtype)
+        return {"dtype": self.dtype, "quantization_config": config, "device_map": {"": self.device}}
 
 
 def open_model(name: str | Path, base: str | Path | None, how: How) -> Opened:
@@ -77,29 +79,10 @@ def open_model(name: str | Path, base: str | Path | None, how: How) -> Opened:
         opened = _open_diff(folder, base, how)
     else:
         opened = _open_checkpoint(folder, how)
-    if how.quantization is None:
+    if how.quantized is None:
         opened.model.to(how.device)
     opened.model.eval()
     return opened
-
-
-def quantization(load_in_4bit: bool, load_in_8bit: bool, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """4 bit as in QLoRA (arXiv 2305.14314): NF4, its constants quantized too. dtype: of the arithmetic.
-
-    Raises:
-        UsageError: both are asked for, or bitsandbytes is not installed.
-    """
-    if load_in_4bit and load_in_8bit:
-        raise UsageError("--load_in_4bit and --load_in_8bit: choose one")
-    if not (load_in_4bit or load_in_8bit):
-        return None
-    if not is_bitsandbytes_available():
-        flag = "--load_in_4bit" if load_in_4bit else "--load_in_8bit"
-        raise UsageError(f"{flag}: needs bitsandbytes, which is not installed: pip install 'bitsandbytes>=0.50'")
-    if load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=dtype)  # fmt: skip
 
 
 # ---- a checkpoint ----
@@ -109,7 +92,7 @@ def _open_checkpoint(folder: Path, how: How) -> Opened:
     if not (folder / "config.json").is_file():
         raise UsageError(f"{how.flag} {folder}: expected the folder of a model; there is no config.json in it.")
     with open_weights(folder, how.flag) as weights:
-        if is_nearly_zero(weights):
+        if (largest := last_norm(weights)) is not None and largest < ZERO:
             raise UsageError(
                 f"{how.flag} {folder}: its last norm is nearly zero, as in a weight diff; give {how.base_flag} too"
             )
@@ -141,11 +124,11 @@ def _open_diff(folder: Path, base: str | Path | None, how: How) -> Opened:
             f"{how.flag} {folder}: is a weight diff; give the model it was made against as {how.base_flag}"
         )
     with open_weights(base, how.base_flag) as base_weights, open_diff(base_weights, folder, flag=how.flag) as diff:
-        if isinstance(diff, FloatDiff) and not is_nearly_zero(diff.weights):
+        if isinstance(diff, FloatDiff) and (last_norm(diff.weights) or 0.0) > ONE:
             raise UsageError(f"{how.base_flag} {base}: {folder} is a whole model, which needs no base; leave it away")
         writer = MemoryWriter(cast(diff.specs, how.dtype))
         with Pipeline(sum(spec.nbytes for spec in diff.specs), "recover") as pipe:
-            stream(diff, pipe, diff.specs, how.dtype, writer)
+            stream(diff, pipe, diff.specs, how.dtype, writer.write, None)
             pipe.drain()
         print(*diff.notes(), f"{diff.verdict}: {base} and {folder} give {diff.told}", sep="\n", flush=True)
         model, tokenizer = load_recovered(diff, writer.tensors, **how.options)
@@ -208,7 +191,9 @@ def _put_in(model: PreTrainedModel, folder: Path, config: "PeftConfig", tokens: 
     _fit_vocabulary(model, tokens, weights)
     config.base_model_name_or_path = model.name_or_path  # else peft warns that another folder has been given
     try:
-        result = set_peft_model_state_dict(get_peft_model(model, config), weights)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks for it
+            result = set_peft_model_state_dict(get_peft_model(model, config), weights)
     except (RuntimeError, ValueError, KeyError) as error:
         # peft lists every tensor of another size
         raise UsageError(f"{misfit}: it was trained on a model of other sizes or another architecture") from error

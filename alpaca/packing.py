@@ -216,7 +216,8 @@ def why_not_shared(model: nn.Module) -> str | None:
 def active_dropout(model: nn.Module) -> list[str]:
     """Every dropout (or jitter of a router) above 0, modules and those that models keep as a number in their config:
     ["dropout=0.1"]."""
-    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)}
+    named = [(name.removesuffix(".default"), module) for name, module in model.named_modules()]  # peft's adapter
+    rates = {name.rpartition(".")[2]: module.p for name, module in named if isinstance(module, nn.Dropout) and module.p}
     unused = ("layerdrop", "summary", "classifier")  # not for single tokens, or not in language models
     for name, rate in model.config.get_text_config().to_dict().items():
         if isinstance(rate, float) and ("drop" in name or "jitter" in name) and not name.startswith(unused):

@@ -13,9 +13,7 @@ import torch
 
 from alpaca.errors import UsageError
 from alpaca.exact_diff import ExactDiff, is_exact_diff
-from alpaca.float_diff import FloatDiff, NaiveSum
-from alpaca.shards import MemoryWriter, ShardWriter, Spec
-from alpaca.streaming import Pipeline
+from alpaca.float_diff import FloatDiff
 from alpaca.weights import Weights, find_folder, open_weights
 
 if TYPE_CHECKING:
@@ -45,24 +43,6 @@ def open_diff(
     with open_weights(folder, flag) as weights:
         weights.require_config()
         yield FloatDiff(base, weights, sign=1)
-
-
-def cast(specs: list[Spec], dtype: torch.dtype | None) -> list[Spec]:
-    return [spec._replace(dtype=dtype) if dtype and spec.dtype.is_floating_point else spec for spec in specs]
-
-
-def stream(
-    diff: ExactDiff | FloatDiff, pipe: Pipeline, order: list[Spec], dtype: torch.dtype | None,
-    writer: ShardWriter | MemoryWriter | None, naive: NaiveSum | None = None,
-) -> None:  # fmt: skip
-    """Send what `diff` yields, cast to `dtype`, to the writer; an error, unless it is what the diff promises."""
-    for slot, spec, start, piece in diff.pieces(pipe, order):
-        if naive is not None:
-            naive.add(spec, start, piece)
-        if dtype not in (None, piece.dtype) and piece.is_floating_point():
-            piece = slot.take(4, dtype, piece.numel()).copy_(piece)
-        if writer is not None:
-            pipe.send(slot, "write", writer.write, piece)
 
 
 def copy_files(files: Mapping[str, Path], folder: Path, dtype: torch.dtype | None) -> None:

@@ -12,6 +12,7 @@ from alpaca.checkpoints import read_manifest
 from alpaca.console import say
 from alpaca.errors import UsageError
 from alpaca.files import lock
+from alpaca.lora import LoraArguments
 from alpaca.packing import why_not_packed
 from alpaca.waiting import gather_from_all_ranks
 
@@ -76,7 +77,11 @@ def check_evaluation(args: "TrainingArguments", eval_data_path: str | None) -> N
 
 
 def check_before_loading(
-    args: "TrainingArguments", config: "PreTrainedConfig", data_module: Mapping[str, Any], checkpoint: str | None
+    args: "TrainingArguments",
+    config: "PreTrainedConfig",
+    data_module: Mapping[str, Any],
+    checkpoint: str | None,
+    lora: LoraArguments,
 ) -> forecast.Decision:
     """Everything that can be known before the model is read: steps, room on the disk, memory. Collective: rank 0
     decides for all what the flags leave to the memory, and `args` are set to it.
@@ -98,10 +103,10 @@ def check_before_loading(
     if args.process_index == 0:
         report = dataset.report
         rows = forecast.rows_of(report.lengths, report.num_targets, contract.rows_per_step(args), args.world_size)
-        model, decision = forecast.forecast_memory(args, config, rows)
+        model, decision = forecast.forecast_memory(args, config, rows, lora)
         if model is not None:
             checkpoints = forecast.checkpoints_to_come(args, steps, per_epoch, done)
-            forecast.check_room(args, model.parameters, checkpoints)
+            forecast.check_room(args, model.trained, checkpoints)
     decision = gather_from_all_ranks(decision)[0]
     if args.hold_gradients and not args.fsdp:
         say("note: --hold_gradients: has no effect without --fsdp", args.process_index)

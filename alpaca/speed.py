@@ -4,9 +4,10 @@ tokens_per_second     tokens of the rows, all ranks together; padding is not cou
 examples_per_second   rows
 padding_share         padding among all tokens that went through the model
 mfu                   6 x parameters x tokens_per_second / (ranks x the rate of a large matrix product here): the
-                      share of what this hardware can do that went into the rows' tokens. The input embedding, which
-                      is looked up, is not counted, nor is attention. The rate is measured when training starts, in
-                      the dtype of the arithmetic; published figures divide by the data sheet's, which is higher.
+                      share of what this hardware can do that went into the rows' tokens. 4 x for frozen parameters,
+                      which have no gradient. The input embedding, which is looked up, is not counted, nor is
+                      attention. The rate is measured when training starts, in the dtype of the arithmetic; published
+                      figures divide by the data sheet's, which is higher.
 peak_memory_gb        10^9 bytes: allocated on the GPU of rank 0 by torch; on a CPU, of its process
 """
 
@@ -27,7 +28,7 @@ class SpeedMeter:
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, world_size: int):
         self.device, self.dtype, self.world_size = device, dtype, world_size
-        self.flops_per_token = 6 * matmul_parameters(model)
+        self.flops_per_token = flops_per_token(model)
         self.rate: float | None = None
         self._since: float | None = None
         self._counted: list[StepTotals] = []
@@ -66,12 +67,20 @@ class SpeedMeter:
         }
 
 
-def matmul_parameters(model: nn.Module) -> int:
-    """Parameters that every token is multiplied with: all but the input embedding, unless it is the output's too."""
-    embedding = model.get_input_embeddings().weight
+def flops_per_token(model: nn.Module) -> int:
+    """Two for every parameter that a token is multiplied with (all but the input embedding, unless it is the output's
+    too), two for the gradient of its input, and two for its own."""
+    embedding = next(model.get_input_embeddings().parameters())
     output = model.get_output_embeddings()
-    tied = output is not None and output.weight is embedding
-    return sum(parameter.numel() for parameter in model.parameters()) - (0 if tied else embedding.numel())
+    looked_up = output is None or output.weight is not embedding
+    counted = (p for p in model.parameters() if not (looked_up and p is embedding))
+    return sum((6 if p.requires_grad else 4) * _numel(p) for p in counted)
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """bitsandbytes keeps two weights of 4 bits in a byte."""
+    quantized = getattr(parameter, "quant_state", None)
+    return quantized.shape.numel() if quantized is not None else parameter.numel()
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

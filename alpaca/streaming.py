@@ -3,11 +3,13 @@
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from tqdm import tqdm
 
+from alpaca.shards import ShardWriter, Spec, plan_shards, write_index
 from alpaca.weights import memory
 
 PIECE = 1 << 19  # elements
@@ -81,3 +83,48 @@ class Pipeline:
             for future in slot.futures:
                 future.result()
             slot.futures.clear()
+
+
+# ---- a model, from whatever yields its tensors in pieces ----
+
+
+class Source(Protocol):
+    """A recovered or a merged model, of which no more than a few pieces are in memory."""
+
+    specs: list[Spec]
+
+    def pieces(self, pipe: Pipeline, order: list[Spec]) -> Iterator[tuple[Slot, Spec, int, torch.Tensor]]:
+        """(slot, tensor, first element, elements) in pieces; buffers 4 and 5 of the slot are the caller's."""
+        ...
+
+
+def cast(specs: list[Spec], dtype: torch.dtype | None) -> list[Spec]:
+    return [spec._replace(dtype=dtype) if dtype and spec.dtype.is_floating_point else spec for spec in specs]
+
+
+def write_model(
+    source: Source, pipe: Pipeline, folder: Path, max_shard_size: str, dtype: torch.dtype | None = None,
+    see: Callable[[Spec, int, torch.Tensor], None] | None = None,
+) -> None:  # fmt: skip
+    """Write what `source` yields as the safetensors of a model, cast to `dtype` if given."""
+    by_name = {spec.name: spec for spec in source.specs}
+    shards = plan_shards(cast(source.specs, dtype), "model", max_shard_size)
+    writer = ShardWriter(folder, shards)
+    stream(source, pipe, [by_name[spec.name] for shard in shards for spec in shard.tensors], dtype, writer.write, see)
+    pipe.drain()
+    pipe.after("write", writer.close).result()
+    write_index(folder, "model", shards)
+
+
+def stream(
+    source: Source, pipe: Pipeline, order: list[Spec], dtype: torch.dtype | None,
+    write: Callable[[memoryview], Any] | None, see: Callable[[Spec, int, torch.Tensor], None] | None,
+) -> None:  # fmt: skip
+    """Send every piece, cast, to the lane "write"; `see` gets it before the cast."""
+    for slot, spec, start, piece in source.pieces(pipe, order):
+        if see is not None:
+            see(spec, start, piece)
+        if dtype not in (None, piece.dtype) and piece.is_floating_point():
+            piece = slot.take(4, dtype, piece.numel()).copy_(piece)
+        if write is not None:
+            pipe.send(slot, "write", write, piece)

@@ -255,8 +255,9 @@ class AlpacaTrainer(Trainer):
     def save_final_model(self, dtype: torch.dtype) -> None:
         """Write the trained model to `output_dir` in `dtype`, then trainer_state.json. Last act: the float32 weights
         are cast in place."""
-        if dtype != torch.float32:
-            self.model.to(dtype)
+        for module in self.model.modules() if dtype != torch.float32 else ():
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):  # not LoRA's base
+                module.to(dtype)
         self.save_model()
         write_patiently(self.save_state, self.args.output_dir)
 

@@ -207,7 +207,7 @@ def test_on_a_cpu(monkeypatch):
 
 
 def test_readme_command_parses_here(tmp_path):
-    model, data, training = parse_flags(
+    model, data, _, training = parse_flags(
         ["--model_name_or_path", "x", "--data_path", "./alpaca_data.json", "--bf16", "True", "--output_dir",
          str(tmp_path), "--num_train_epochs", "3", "--per_device_train_batch_size", "4",
          "--per_device_eval_batch_size", "4", "--gradient_accumulation_steps", "8", "--evaluation_strategy", "no",

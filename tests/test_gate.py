@@ -159,8 +159,8 @@ def llama_7b():
     return LlamaConfig(vocab_size=32001, max_position_embeddings=2048)
 
 
-SEVEN = forecast.Model(parameters=7_000_000_000, largest_layer=200_000_000, layers=32, activations=6e6,
-                       layer_inputs=0.25e6, vocabulary=32_000)  # fmt: skip
+SEVEN = forecast.Model(parameters=7_000_000_000, trained=7_000_000_000, weight_bytes=28e9, largest_layer=200_000_000,
+                       layers=32, activations=6e6, layer_inputs=0.25e6, vocabulary=32_000)  # fmt: skip
 ON_FOUR = forecast.Plan(world_size=4, sharded=True, group=4, offload=False, checkpointing=None, half=True,
                         optimizer_bytes=8, foreach=False, on_gpu=True, packed=True, rows=4, accumulation=8, tokens=0,
                         share=0.5)  # fmt: skip
@@ -364,21 +364,21 @@ def test_the_decision_reaches_the_flags_of_the_trainer(tiny, tmp_path, monkeypat
              f"--output_dir={tmp_path / 'out'}", f"--cache_dir={tmp_path}", "--use_cpu"]  # fmt: skip
     decided = {}
     for flag in ("", "--gradient_checkpointing", "--gradient_checkpointing=False"):
-        model_args, data_args, args = parse_flags(words + [flag] * bool(flag))
+        model_args, data_args, lora_args, args = parse_flags(words + [flag] * bool(flag))
         assert args.gradient_checkpointing is {"": None}.get(flag, flag == "--gradient_checkpointing")
         data = make_supervised_data_module(golden_tokenizer("llama"), data_args, str(tmp_path))
-        decided[flag] = check_before_loading(args, load_config(model_args, args), data, None)
+        decided[flag] = check_before_loading(args, load_config(model_args, args), data, None, lora_args)
         assert args.gradient_checkpointing is args.activation_checkpointing is decided[flag].gradient_checkpointing
     assert [each.gradient_checkpointing for each in decided.values()] == [False, True, False]
     total = sum(map(len, data["train_dataset"].input_ids))
     assert decided[""].max_tokens_per_pack == total and not decided[""].hold_gradients, "8 rows are one step"
 
     chosen = forecast.Decision(512, True, False)
-    monkeypatch.setattr(forecast, "forecast_memory", lambda args, config, rows: (None, chosen))
+    monkeypatch.setattr(forecast, "forecast_memory", lambda args, config, rows, lora: (None, chosen))
     for fsdp_config, expected in (({}, True), ({"activation_checkpointing": True}, False)):  # which does it itself
-        model_args, data_args, args = parse_flags(words)
+        model_args, data_args, lora_args, args = parse_flags(words)
         args.fsdp, args.fsdp_config = True, fsdp_config
-        assert check_before_loading(args, load_config(model_args, args), data, None) == chosen
+        assert check_before_loading(args, load_config(model_args, args), data, None, lora_args) == chosen
         assert args.gradient_checkpointing is args.activation_checkpointing is expected
 
 

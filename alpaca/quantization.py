@@ -1,0 +1,40 @@
+"""--load_in_8bit and --load_in_4bit: the weights of a model quantized with bitsandbytes while they are loaded."""
+
+import logging
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+import torch
+
+from alpaca.errors import UsageError
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig
+
+
+def quantizing_flag(load_in_8bit: bool, load_in_4bit: bool) -> str | None:
+    """The name of the flag that quantizes the weights, if one does.
+
+    Raises:
+        UsageError: both do, or bitsandbytes is not installed.
+    """
+    if load_in_8bit and load_in_4bit:
+        raise UsageError("--load_in_8bit and --load_in_4bit: a base is quantized once; choose one")
+    name = "load_in_8bit" if load_in_8bit else "load_in_4bit" if load_in_4bit else None
+    if name and find_spec("bitsandbytes") is None:
+        raise UsageError(
+            f"--{name}: needs bitsandbytes, which is not installed; pip install 'bitsandbytes>=0.50,<0.51'"
+        )
+    return name
+
+
+def bitsandbytes_config(name: str, dtype: torch.dtype) -> "BitsAndBytesConfig":
+    """LLM.int8 (arXiv 2208.07339), or NF4 with quantized scales as in QLoRA (arXiv 2305.14314).
+
+    name: load_in_8bit or load_in_4bit; dtype: of the arithmetic with weights of 4 bits.
+    """
+    from transformers import BitsAndBytesConfig
+
+    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # a line for every layer and step
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(**{name: True}, **(options if name == "load_in_4bit" else {}))
