@@ -27,7 +27,7 @@ from alpaca.client import Sampling
 from alpaca.data import Row, load_rows
 from alpaca.errors import UsageError, reported
 from alpaca.exact_diff import is_exact_diff
-from alpaca.float_diff import is_nearly_zero
+from alpaca.float_diff import ZERO, last_norm
 from alpaca.local_model import LocalModel
 from alpaca.opening import ADAPTER_CONFIG
 from alpaca.prompts import load_prompt_template
@@ -80,6 +80,8 @@ class DemoArguments:
         default=None, metadata={"help": "Folder of the model that --model was trained from; it answers beside it."}
     )
     compare: str | None = field(default=None, metadata={"help": "Any other model to answer beside --model instead."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the weights to 8 bit (bitsandbytes)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the weights to 4 bit, as in QLoRA."})
     prompt_template: str | None = field(
         default=None, metadata={"help": "JSON file as for train.py; by default what each model was trained with."}
     )
@@ -116,13 +118,15 @@ def load_voices(options: DemoArguments) -> list[Voice]:
     whole = is_whole_model(options.model)
     if whole and options.base and options.compare:
         raise UsageError(f"--base {options.base}: {options.model} is a whole model; leave --base or --compare away")
-    tuned = LocalModel(options.model, base=None if whole else options.base, flag="--model")
+    how = {"load_in_8bit": options.load_in_8bit, "load_in_4bit": options.load_in_4bit}
+    tuned = LocalModel(options.model, base=None if whole else options.base, flag="--model", **how)
     voices = [Voice(options.model, tuned, tuned.templates)]
     if options.compare:
-        other = LocalModel(options.compare, flag="--compare")
+        other = LocalModel(options.compare, flag="--compare", **how)
         voices.append(Voice(options.compare, other, other.templates))
     elif options.base:
-        base = tuned.without_adapter() if is_adapter(options.model) else LocalModel(options.base, flag="--base")
+        shared = is_adapter(options.model) and not options.load_in_8bit
+        base = tuned.without_adapter() if shared else LocalModel(options.base, flag="--base", **how)
         voices.append(Voice(options.base, base, tuned.templates))
     names = [Path(voice.name).resolve().name for voice in voices]
     override = load_prompt_template(options.prompt_template) if options.prompt_template else None
@@ -137,7 +141,7 @@ def is_whole_model(folder: str) -> bool:
     if is_adapter(folder) or is_exact_diff(find_folder(folder, "--model")):
         return False
     with open_weights(folder, "--model") as weights:
-        return not is_nearly_zero(weights)
+        return (last_norm(weights) or 1.0) >= ZERO  # of 2023's diffs it is nearly zero
 
 
 def is_adapter(folder: str) -> bool:
