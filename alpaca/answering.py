@@ -12,8 +12,6 @@ import traceback
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from alpaca.client import Sampling
 from alpaca.data import Row
 from alpaca.errors import UsageError, first_line
@@ -92,7 +90,7 @@ class Answer:
 
 def in_words(error: Exception) -> str:
     """For the page. What nobody foresaw also goes to the terminal, in full."""
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    if any(words in str(error) for words in ("out of memory", "can't allocate memory")):
         return "Out of memory. Ask for fewer new tokens, shorten the input, or try again when fewer people ask."
     if not isinstance(error, (UsageError, ContextOverflow)):
         traceback.print_exception(error)
@@ -114,32 +112,41 @@ class Answering:
     async def answer(
         self, session: str, instruction: str, input: str, sampling: Sampling
     ) -> AsyncIterator[list[Answer]]:
-        """The answers so far, of each voice, whenever there is more; the last time with all of them ended. Closing the
-        iterator stops the models."""
+        """The answers so far, of each voice: when there is more, and once a second, so that whoever takes them notices
+        that nobody reads them. The last time all have ended. Closing the iterator stops the models."""
         row = {"instruction": (instruction or "").strip(), "input": (input or "").strip()}
-        answers = [Answer(status="Waiting: all places are taken") for _ in self.voices]
         if problem := self.refusal(row):
             yield [Answer("", problem, wrong=True, ended=True) for _ in self.voices]
             return
         self.stop(session)
         stopped = self._running[session] = threading.Event()
+        answers = [Answer(status="Waiting: others are being answered") for _ in self.voices]
+        place = asyncio.ensure_future(self.places.acquire())
         try:
-            if self.places.locked():
-                yield copies(answers)
-            async with self.places:
-                for voice, answer in zip(self.voices, answers):
-                    answer.status = "Reading the instruction"
-                    threading.Thread(target=answer.write, args=(voice, row, sampling, stopped), daemon=True).start()
-                shown: list[Answer] = []
-                while not shown or not all(answer.ended for answer in shown):
-                    if (now := copies(answers)) != shown:
-                        yield now
-                        shown = now
-                    await asyncio.sleep(PAUSE)
+            await asyncio.sleep(0)  # a place that is free is taken now
+            started, ended, shown, at = False, False, [], 0.0
+            while not ended:
+                if not started and stopped.is_set():
+                    answers = [Answer("", "Stopped", ended=True) for _ in self.voices]
+                elif not started and place.done():
+                    started = self._start(answers, row, sampling, stopped)
+                ended = all(answer.ended for answer in answers)  # if so, their text is whole below
+                if (now := [replace(answer) for answer in answers]) != shown or time.monotonic() - at > 1:
+                    yield now
+                    shown, at = now, time.monotonic()
+                await asyncio.sleep(PAUSE)
         finally:
             stopped.set()
+            if not place.cancel():  # it was taken
+                self.places.release()
             if self._running.get(session) is stopped:
                 del self._running[session]
+
+    def _start(self, answers: Sequence[Answer], row: Row, sampling: Sampling, stopped: threading.Event) -> bool:
+        for voice, answer in zip(self.voices, answers):
+            answer.status = "Reading the instruction"
+            threading.Thread(target=answer.write, args=(voice, row, sampling, stopped), daemon=True).start()
+        return True
 
     def stop(self, session: str) -> None:
         if session in self._running:
@@ -151,7 +158,3 @@ class Answering:
         if (length := len(row["instruction"]) + len(row["input"])) > self.max_characters:
             return f"Too long: instruction and input have {length:,} characters, of at most {self.max_characters:,}."
         return None
-
-
-def copies(answers: Sequence[Answer]) -> list[Answer]:
-    return [replace(answer) for answer in answers]

@@ -27,7 +27,7 @@ from alpaca.client import Sampling
 from alpaca.data import Row, load_rows
 from alpaca.errors import UsageError, reported
 from alpaca.exact_diff import is_exact_diff
-from alpaca.float_diff import is_nearly_zero
+from alpaca.float_diff import ZERO, last_norm
 from alpaca.local_model import LocalModel
 from alpaca.opening import ADAPTER_CONFIG
 from alpaca.prompts import load_prompt_template
@@ -50,9 +50,27 @@ EXAMPLES = {  # what it is called on the page: words that are in one instruction
 }
 LONGEST_ANSWER = 2048  # tokens, where the model's context allows it
 NOTE = (
-    "A model for research, as its data and its base model are licensed: not for commercial use unless both allow it. "
-    "It can be wrong, biased or offensive in good English, and nothing here filters what it writes. Check what matters."
+    "For research, as the demo of 2023 was: Alpaca's data is CC BY-NC 4.0, and the licence of the base model and the "
+    "terms of the model that wrote the data apply to what is trained on them. It can be wrong, biased or offensive in "
+    "good English, and nothing filters what it writes: check what matters."
 )
+FOLLOW = """() => {
+    const box = document.querySelector("#ID textarea");
+    if (box.scrollHeight - box.clientHeight - box.scrollTop < 120) box.scrollTop = box.scrollHeight;
+}"""  # unless somebody reads further up
+CSS = """
+.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
+.plain > .html-container { padding: 0 2px !important; }
+.title p { margin: 0; font-size: .8rem; letter-spacing: .12em; text-transform: uppercase; opacity: .7; }
+.title h1 { margin: .1rem 0 .3rem; font-size: 1.9rem; line-height: 1.2; overflow-wrap: anywhere; }
+.title ul { margin: 0; padding: 0; list-style: none; font-size: .9rem; opacity: .8; }
+.answer-column { gap: .5rem !important; }
+.status { min-height: 1.4em; margin: 0 .2rem; font-size: .9rem; opacity: .85; }
+.status.wrong { color: #b91c1c; opacity: 1; }
+.dark .status.wrong { color: #fca5a5; }
+#stop:disabled { background: var(--button-secondary-background-fill); color: var(--body-text-color-subdued); }
+.note { font-size: .85rem; opacity: .8; max-width: 90ch; }
+"""
 
 
 @dataclass
@@ -62,6 +80,8 @@ class DemoArguments:
         default=None, metadata={"help": "Folder of the model that --model was trained from; it answers beside it."}
     )
     compare: str | None = field(default=None, metadata={"help": "Any other model to answer beside --model instead."})
+    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the weights to 8 bit (bitsandbytes)."})
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the weights to 4 bit, as in QLoRA."})
     prompt_template: str | None = field(
         default=None, metadata={"help": "JSON file as for train.py; by default what each model was trained with."}
     )
@@ -87,7 +107,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     voices = load_voices(options)
     for voice in voices:
         print(f"{voice.name}: {voice.facts()}", flush=True)
-    serve(build_page(Answering(voices, options.concurrency, options.max_characters)), options)
+    page = build_page(Answering(voices, options.concurrency, options.max_characters))
+    launch(page, options.host, options.port)
+    print(f"scripts.demo: http://{options.host}:{options.port}   Ctrl-C ends it", flush=True)
+    page.block_thread()
 
 
 def load_voices(options: DemoArguments) -> list[Voice]:
@@ -95,13 +118,15 @@ def load_voices(options: DemoArguments) -> list[Voice]:
     whole = is_whole_model(options.model)
     if whole and options.base and options.compare:
         raise UsageError(f"--base {options.base}: {options.model} is a whole model; leave --base or --compare away")
-    tuned = LocalModel(options.model, base=None if whole else options.base, flag="--model")
+    how = {"load_in_8bit": options.load_in_8bit, "load_in_4bit": options.load_in_4bit}
+    tuned = LocalModel(options.model, base=None if whole else options.base, flag="--model", **how)
     voices = [Voice(options.model, tuned, tuned.templates)]
     if options.compare:
-        other = LocalModel(options.compare, flag="--compare")
+        other = LocalModel(options.compare, flag="--compare", **how)
         voices.append(Voice(options.compare, other, other.templates))
     elif options.base:
-        base = tuned.without_adapter() if is_adapter(options.model) else LocalModel(options.base, flag="--base")
+        shared = is_adapter(options.model) and not options.load_in_8bit
+        base = tuned.without_adapter() if shared else LocalModel(options.base, flag="--base", **how)
         voices.append(Voice(options.base, base, tuned.templates))
     names = [Path(voice.name).resolve().name for voice in voices]
     override = load_prompt_template(options.prompt_template) if options.prompt_template else None
@@ -116,7 +141,7 @@ def is_whole_model(folder: str) -> bool:
     if is_adapter(folder) or is_exact_diff(find_folder(folder, "--model")):
         return False
     with open_weights(folder, "--model") as weights:
-        return not is_nearly_zero(weights)
+        return (last_norm(weights) or 1.0) >= ZERO  # of 2023's diffs it is nearly zero
 
 
 def is_adapter(folder: str) -> bool:
@@ -182,8 +207,9 @@ def answer_box(voice: Voice, number: int) -> tuple["gradio.Textbox", "gradio.HTM
     import gradio as gr
 
     with gr.Column(min_width=300, elem_classes="answer-column"):
-        text = gr.Textbox(label=f"Answer of {voice.name}", lines=10, max_lines=30, interactive=False, buttons=["copy"],
+        text = gr.Textbox(label=f"Answer of {voice.name}", lines=10, max_lines=20, interactive=False, buttons=["copy"],
                           elem_id=f"answer_{number}", elem_classes="answer")  # fmt: skip
+        text.change(None, js=FOLLOW.replace("ID", f"answer_{number}"))  # gradio's own autoscroll does nothing here
         status = gr.HTML(status_line(Answer()), elem_id=f"status_{number}", elem_classes="plain")
     return text, status
 
@@ -208,26 +234,25 @@ def examples() -> list[Row]:
     return [next(row for row in rows if words in row["instruction"]) for words in EXAMPLES.values()]
 
 
-def serve(page: "gradio.Blocks", options: DemoArguments) -> None:
-    """Until Ctrl-C."""
+def launch(page: "gradio.Blocks", host: str, port: int) -> None:
+    """Listen, in a thread. Nothing is shared, measured, remembered or fetched, whatever the environment says."""
     import gradio as gr
 
-    own = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost", options.host]))
+    own = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost", host]))
     os.environ |= {"NO_PROXY": own, "no_proxy": own}  # gradio asks its own address whether it answers
-    system = [gr.themes.Font(name) for name in ("system-ui", "sans-serif")]
-    mono = [gr.themes.Font(name) for name in ("ui-monospace", "monospace")]
-    theme = gr.themes.Default(primary_hue="teal", neutral_hue="stone", radius_size="lg", font=system, font_mono=mono)
-    page.queue(api_open=False)
+    fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
+    fonts = {kind: [gr.themes.Font(name) for name in names] for kind, names in fonts.items()}
     try:
-        page.launch(
-            server_name=options.host, server_port=options.port, share=False, inbrowser=False, quiet=True,
-            prevent_thread_lock=True, theme=theme, css=CSS, footer_links=[], run_history=False, pwa=False,
-            enable_monitoring=False, mcp_server=False, ssr_mode=False, max_file_size=1, strict_cors=True,
+        page.queue(api_open=False).launch(
+            server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, inbrowser=False, share=False,
+            theme=gr.themes.Default(primary_hue="teal", neutral_hue="stone", radius_size="lg", **fonts).set(
+                button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"
+            ), css=CSS,
+            footer_links=[], run_history=False, enable_monitoring=False, pwa=False, mcp_server=False, ssr_mode=False,
+            max_file_size=1,  # byte: no file is asked for, and none taken
         )  # fmt: skip
     except OSError as error:
-        raise UsageError(taken(options.host, options.port, error)) from error
-    print(f"scripts.demo: http://{options.host}:{options.port}   Ctrl-C ends it", flush=True)
-    page.block_thread()
+        raise UsageError(taken(host, port, error)) from error
 
 
 def check_address(host: str, port: int) -> None:
@@ -253,20 +278,6 @@ def import_gradio() -> None:
             f"the page needs gradio, which is not installed: pip install 'gradio>=6.31' ({error})"
         ) from error
 
-
-CSS = """
-.gradio-container { max-width: 1280px !important; margin: 0 auto !important; }
-.plain { padding: 0 !important; }
-.title p { margin: 0; font-size: .8rem; letter-spacing: .12em; text-transform: uppercase; opacity: .7; }
-.title h1 { margin: .1rem 0 .3rem; font-size: 1.9rem; line-height: 1.2; overflow-wrap: anywhere; }
-.title ul { margin: 0; padding: 0; list-style: none; font-size: .9rem; opacity: .8; }
-.answer-column { gap: .5rem !important; }
-.status { min-height: 1.4em; margin: 0 .2rem; font-size: .9rem; opacity: .85; }
-.status.wrong { color: #b91c1c; opacity: 1; }
-.dark .status.wrong { color: #fca5a5; }
-#stop:disabled { background: var(--button-secondary-background-fill); color: var(--body-text-color-subdued); }
-.note { font-size: .85rem; opacity: .8; max-width: 90ch; }
-"""
 
 if __name__ == "__main__":
     with reported("scripts.demo"):
