@@ -225,7 +225,7 @@ def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
     """The base that `model`, opened as an adapter on it, was made of: other layers around the same tensors.
 
     It takes no memory, and both may be used at the same time; peft's disable_adapter() would switch the adapter off for
-    everybody who uses it. Not for weights in 8 bit: what bitsandbytes needs of them goes to the layer that is used first.
+    everybody who uses it. Not for weights in 8 bit: what bitsandbytes has of them goes to the layer that is used first.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
