@@ -122,6 +122,11 @@ def publish_and_recover(folder: Path) -> None:
             raise SystemExit(f"quickstart: {task[0]} failed with exit status {status}; its output is above")
 
 
+def shown(path: Path) -> str:
+    """As short as it can be typed from here."""
+    return shlex.quote(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path))
+
+
 def show_differences(flags: dict[str, str]) -> None:
     print("The README's command for LLaMA-7B, with these differences:")
     for name, value in flags.items():
@@ -173,13 +178,18 @@ def main() -> None:
 
     print("\n4. Publishing it as its difference from the base model, and recovering it from there", flush=True)
     publish_and_recover(folder)
-    print(NEXT_STEPS)
+    print(NEXT_STEPS.format(tuned=shown(folder / "tuned"), base=shown(folder / "base")))
 
 
 NEXT_STEPS = """
-Next, a real model, on one GPU or more:
+Next, talk to what you have trained, at the terminal or in the browser (it knows little more than the seed tasks):
 
     source .venv/bin/activate
+    python -m scripts.generate --model {tuned} --interactive
+    python -m scripts.demo --model {tuned} --compare {base}
+
+And then a real model, on one GPU or more:
+
     MODEL=<folder or hub id of LLaMA-7B> DATA=tatsu-lab/alpaca OUTPUT=output/alpaca-7b NPROC=4 recipes/llama_7b.sh
 """
 

@@ -244,3 +244,31 @@ def test_forecast_counts_what_a_real_forward_pass_keeps(tiny, architecture):
     assert counted.weight_bytes == 2 * size + 4 * counted.trained
     embedding = 0 if architecture == "gpt2" else base.get_input_embeddings().weight.numel()
     assert flops_per_token(model) == 4 * (size - embedding) + 6 * counted.trained
+
+
+# ---- from training to a published diff ----
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture, added", [("llama", True), ("gpt2", False)])
+def test_merged_and_published(tiny, tmp_path, architecture, added):
+    """train.py --lora_r, merge_lora, make_diff, recover: bit for bit, and it answers as base and adapter do."""
+    import weight_diff
+    from alpaca.local_model import LocalModel
+    from scripts.merge_lora import merge_lora
+
+    base, out, merged, diff, recovered = tiny(architecture), *(tmp_path / name for name in ("out", "m", "d", "r"))
+    train_here(tmp_path, output_dir="out", model_name_or_path=base, add_missing_tokens=added)
+    merge_lora(str(out), str(merged))
+    weight_diff.make_diff(path_raw=base, path_tuned=str(merged), path_diff=str(diff))
+    weight_diff.recover(path_raw=base, path_diff=str(diff), path_tuned=str(recovered))
+    files = [load_file(folder / "model.safetensors") for folder in (merged, recovered)]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected, found = (LocalModel(folder).model(input_ids=ids).logits for folder in (out, merged))
+        untrained = AutoModelForCausalLM.from_pretrained(base)(input_ids=ids).logits
+    vocabulary = untrained.shape[-1]
+    assert (found - expected).abs().max() < 1e-4 < (found[..., :vocabulary] - untrained).abs().max()
+    tokenizer = AutoTokenizer.from_pretrained(recovered)
+    assert len(tokenizer) == vocabulary + added and tokenizer.chat_template

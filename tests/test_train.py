@@ -355,3 +355,5 @@ def test_quickstart_in_the_folder_of_an_earlier_one(tmp_path):
     assert "of 5 answers are word for word" in result.stdout and "2e-5 -> 1e-3" in result.stdout
     assert not (folder / "tuned" / "mine.txt").exists()
     assert result.stdout.count("\nproved: ") == 2 and (folder / "recovered" / "model.safetensors").exists()
+    offered = f"scripts.generate --model {folder / 'tuned'} --interactive", f"scripts.demo --model {folder / 'tuned'}"
+    assert all(f"    python -m {command}" in result.stdout for command in offered)
