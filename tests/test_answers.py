@@ -219,6 +219,9 @@ def test_pieces_are_whole_characters(tiny, architecture):
     assert "".join(pieces("one", last=part, stopped=True)) == "one"
     assert "\ufffd" in "".join(pieces("one", last=part)), "as generate() gives it"
     assert "".join(pieces("one", last=[2, *part])) == "one", "eos"
+    word = tokenizer("one", add_special_tokens=False)["input_ids"]
+    spoiled = tokenizer("🙂", add_special_tokens=False)["input_ids"] + [*part, *word]  # a run of bytes is one text
+    assert "".join(pieces("", last=spoiled)) == tokenizer.decode(spoiled)
 
 
 def test_a_stopped_stream_ends(model):
