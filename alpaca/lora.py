@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 ALL_LINEAR = "all-linear"  # peft's word
-DEFAULTS = {"lora_alpha": 16, "lora_dropout": 0.0, "lora_target_modules": ALL_LINEAR}
+DEFAULTS = {"lora_alpha": 16, "lora_dropout": 0.0, "lora_target_modules": [ALL_LINEAR]}
 
 
 @dataclass
@@ -34,8 +34,8 @@ class LoraArguments:
     lora_dropout: float | None = flag(
         None, "Dropout of their inputs, by default 0; above 0 the template is computed for every row of a pack."
     )
-    lora_target_modules: str | None = flag(
-        None, "Names of the layers that get them, e.g. q_proj,v_proj; by default all-linear, which leaves out lm_head."
+    lora_target_modules: list[str] | None = flag(
+        None, "Names of the layers that get them, q_proj,v_proj say; by default all-linear, which leaves out lm_head."
     )
     load_in_8bit: bool = flag(False, "Quantize the frozen base to 8 bits (LLM.int8, bitsandbytes).")
     load_in_4bit: bool = flag(False, "Quantize the frozen base to 4 bits (NF4, bitsandbytes).")
@@ -50,6 +50,8 @@ class LoraArguments:
         for name, value in DEFAULTS.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+        names = ",".join(self.lora_target_modules).split(",")  # divided by commas, spaces or both
+        self.lora_target_modules = sorted({name.strip() for name in names} - {""})
         if self.lora_r < 1 or self.lora_alpha <= 0:
             raise UsageError(f"--lora_r {self.lora_r} --lora_alpha {self.lora_alpha}: expected positive numbers")
         if not 0 <= self.lora_dropout < 1:
@@ -145,10 +147,9 @@ def _lora_config(model: "PreTrainedModel", lora: LoraArguments, new_tokens: list
     )
 
 
-def _targets(model: "PreTrainedModel", wanted: str, layers: dict[str, nn.Module]) -> list[str]:
+def _targets(model: "PreTrainedModel", names: list[str], layers: dict[str, nn.Module]) -> list[str]:
     """Names of layers, as peft takes them and as they stand in the saved config. peft itself ignores a name that is
     nowhere, if another one is somewhere."""
-    names = sorted({name.strip() for name in wanted.split(",") if name.strip()})
     if names == [ALL_LINEAR]:
         last = model.get_output_embeddings()
         short = {path.rpartition(".")[2] for path, layer in layers.items() if layer is not last}

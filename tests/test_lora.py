@@ -170,9 +170,10 @@ def test_flags_that_mean_nothing_or_contradict(tmp_path, monkeypatch):
 def test_target_modules(tiny):
     """peft itself takes a wrong name beside a right one without a word."""
     for architecture, wanted, expected in (
-        ("llama", "q_proj, v_proj", {"q_proj", "v_proj"}),
+        ("llama", ["q_proj, v_proj,"], {"q_proj", "v_proj"}),
         ("llama", None, {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
-        ("gpt2", "c_attn", {"c_attn"}),
+        ("gpt2", ["c_attn"], {"c_attn"}),
+        ("llama", ["o_proj", "up_proj"], {"o_proj", "up_proj"}),
         ("opt", None, {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
     ):
         model = AutoModelForCausalLM.from_pretrained(tiny(architecture))
@@ -181,7 +182,7 @@ def test_target_modules(tiny):
             name.split(".lora_")[0].rpartition(".")[2] for name, p in adapted.named_parameters() if p.requires_grad
         }
         assert found == expected == set(adapted.peft_config["default"].target_modules)
-    for wrong in ("q_proj,qkv", "mlp"):
+    for wrong in (["q_proj,qkv"], ["mlp"]):
         model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
         with pytest.raises(
             UsageError, match=r"--lora_target_modules (qkv|mlp): .* it has down_proj, gate_proj, k_proj"
