@@ -82,7 +82,8 @@ def test_a_quantized_base_is_trained_and_loads(tmp_path, architecture, flags):
 
     name = make_tiny_model(tmp_path / "base", architecture, hidden_size=64)
     saved = train_here(tmp_path, output_dir="out", model_name_or_path=name, **flags)
-    kind = {name: True for name in flags if name.startswith("load_in")}
+    kind = dict(load_in_8bit=True) if "load_in_8bit" in flags else dict(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(name, quantization_config=BitsAndBytesConfig(**kind), device_map="cpu")
     model = PeftModel.from_pretrained(base, tmp_path / "out")
     quantized = {type(module).__name__ for module in base.modules()} & {"Linear8bitLt", "Linear4bit"}
