@@ -141,7 +141,7 @@ def is_whole_model(folder: str) -> bool:
     if is_adapter(folder) or is_exact_diff(find_folder(folder, "--model")):
         return False
     with open_weights(folder, "--model") as weights:
-        return (last_norm(weights) or 1.0) >= ZERO  # of 2023's diffs it is nearly zero
+        return last_norm(weights)[1] >= ZERO  # of 2023's diffs it is nearly zero
 
 
 def is_adapter(folder: str) -> bool:
