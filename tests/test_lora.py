@@ -145,6 +145,15 @@ def test_no_new_token_by_default(tiny, tmp_path, capsys):
     assert load_tokenizer(model_args, args)[1] == 1, "without LoRA as in 2023"
 
 
+@pytest.mark.slow
+def test_rows_are_packed_on_a_base_of_half_precision(tiny, tmp_path, capsys):
+    """Without --bf16 too: what its layers round is not a difference between packed and padded rows."""
+    AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path / "half")
+    train_here(tmp_path, output_dir="out", model_name_or_path=tmp_path / "half", max_steps=1)
+    assert "padded batches" not in capsys.readouterr().out
+
+
 # ---- mistakes ----
 
 
