@@ -1,6 +1,7 @@
 """LoRA: equal on any number of processes and after a resume, on quantized bases, with and without new tokens."""
 
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +156,15 @@ def test_rows_are_packed_on_a_base_of_half_precision(tiny, tmp_path, capsys):
 
 
 # ---- mistakes ----
+
+
+def test_new_rows_of_tied_embeddings_are_not_sharded(tiny):
+    from alpaca.models import make_model
+    from train import ModelArguments
+
+    args = SimpleNamespace(fsdp=True, cache_dir=None)
+    with pytest.raises(UsageError, match="--add_missing_tokens with --lora_r and --fsdp: .* tied embeddings"):
+        make_model(ModelArguments(tiny("gpt2")), args, LoraArguments(lora_r=2), None, num_new_tokens=1)
 
 
 def test_flags_that_mean_nothing_or_contradict(tmp_path, monkeypatch):
