@@ -65,7 +65,9 @@ def watched(tiny, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("flags", [{}, {"gradient_checkpointing": True}, {"batching": "padded"}])
+@pytest.mark.parametrize(
+    "flags", [pytest.param({}, marks=pytest.mark.stress), {"gradient_checkpointing": True}, {"batching": "padded"}]
+)
 def test_layers_compile_once_and_compute_the_same_gradient(watched, capsys, flags):
     plain = watched(None, **flags)
     compiled = watched(Counting(), **flags)

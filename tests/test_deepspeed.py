@@ -103,6 +103,7 @@ def trained(tiny, tmp_path_factory):
 
 @installed
 @pytest.mark.slow
+@pytest.mark.stress
 def test_two_ranks_with_offload_end_as_one_process(trained, tmp_path):
     """In packs, whose gradient has been compared. The tokenizer has no pad token, so a row is added to partitioned
     embeddings. Every saved model is the plain float32 model."""

@@ -234,8 +234,6 @@ def test_a_7b_fits_a_small_card(monkeypatch, capsys):
         output = capsys.readouterr().out
         assert "does not fit" not in output and model.trained == 19_988_480, "r x (4d x 4 + 3 (d + 11008)) x 32, d 4096"
     assert disk.checkpoint_sizes(flags_of(save_only_model=False, save_dtype="float32"), model.trained)[0] < 250e6
-    _, _ = forecast.forecast_memory(alone, llama_7b(), rows)
-    assert "does not fit" in capsys.readouterr().out, "all weights"
 
 
 @pytest.mark.slow

@@ -78,6 +78,7 @@ def test_what_the_ranks_disagree_about_is_named(monkeypatch, other_seen, other_r
     assert message in str(refused.value)
 
 
+@pytest.mark.stress
 def test_the_slurm_script_shards_inside_a_node_and_replicates_over_nodes(tiny, tmp_path):
     """recipes/llama_7b_2x8.slurm, which starts llama_7b_2x8.sh on every node: two nodes of two processes, 128 rows a
     step. Slurm's two commands are stood in for; everything they start is real."""

@@ -73,7 +73,7 @@ def test_killed_while_saving(undisturbed, tmp_path, where, left):
     assert checkpoints(tmp_path / "out") == ["checkpoint-16"] and not list((tmp_path / "out").glob("saving-*"))
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_two_sharded_ranks_one_killed_while_saving(tiny, tmp_path):
     flags = flags_for(tiny("opt"), tmp_path, fsdp=FSDP, gradient_accumulation_steps=1)
     train(dict(output_dir=tmp_path / "whole", **flags), 2)

@@ -96,6 +96,7 @@ def test_plain_line_per_step(tiny, tmp_path):
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the real Alpaca rows are not here")
+@pytest.mark.stress
 def test_an_epoch_of_real_alpaca_rows(tiny, tmp_path):
     train(
         dict(
@@ -351,7 +352,9 @@ def test_quickstart_in_the_folder_of_an_earlier_one(tmp_path):
         fresh_folder(folder)
     assert (folder / "tuned" / "mine.txt").exists()
     (folder / ".made-by-quickstart").touch()
-    result = run([sys.executable, "-m", "scripts.quickstart", "--folder", folder])
+    result = run(
+        [sys.executable, "-m", "scripts.quickstart", "--folder", folder, "--num_train_epochs", "7"], timeout=600
+    )
     assert "of 5 answers are word for word" in result.stdout and "2e-5 -> 1e-3" in result.stdout
     assert not (folder / "tuned" / "mine.txt").exists()
     assert result.stdout.count("\nproved: ") == 2 and (folder / "recovered" / "model.safetensors").exists()
