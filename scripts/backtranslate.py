@@ -1,4 +1,4 @@
-r"""Instruction backtranslation (arXiv 2308.06259): texts become answers, a model writes the instructions to them, another
+r"""Instruction backtranslation (arXiv 2308.06259): texts become answers, a model writes their instructions, another
 chooses the good pairs, and the next one is trained on these and the seed data.
 
     python -m scripts.backtranslate train_backward --data_path seed.json --model_name_or_path <base> --output_dir Myx
@@ -353,9 +353,9 @@ def mix(
 ) -> None:
     """Write seed and augmented data as one shuffled file for train.py, each instruction with its tag.
 
-    The paper's sentence that says where an answer comes from follows its instruction after an empty line: "Answer in the
-    style of an AI Assistant." (seed), "Answer with knowledge from web search." (augmented). Ask the model with both, as
-    the paper does: <output_path>.prompt_template.json is a --prompt_template for scripts.generate and for curate.
+    The paper's sentence that says where an answer comes from follows its instruction after an empty line: "Answer in
+    the style of an AI Assistant." (seed), "Answer with knowledge from web search." (augmented). Ask the model with
+    both, as the paper does: <output_path>.prompt_template.json is a --prompt_template for scripts.generate and curate.
 
     Args:
         seed_path: the seed data, anything that train.py takes.
