@@ -1,5 +1,5 @@
-"""Instruction backtranslation (arXiv 2308.06259): how pairs are rated, what is read from a rating and chosen by it, and
-how the chosen pairs are mixed with the seed data.
+"""Instruction backtranslation (arXiv 2308.06259): the pairs of a backward model, how they are rated, what is read
+from a rating and chosen by it, and how the chosen pairs are mixed with the seed data.
 """
 
 import random
@@ -45,6 +45,23 @@ _SCORE = re.compile(
     (?: [\s*_`"')\]]* (?:/|(?:out\s+)?of\b) \s* (?P<of>\d+(?:\.\d+)?) )? (?P<rest>[^\d%/]*) $""",
     re.IGNORECASE | re.VERBOSE,
 )
+
+
+def pairs_of(
+    texts: Sequence[str], answers: Mapping[int, dict[str, Any]], keep_cut: bool
+) -> tuple[list[Row], dict[str, list[int]]]:
+    """Rows out of the journal entries of a backward model, by the number of their text; and the numbers of those that
+    are no good, by reason."""
+    rows, spoiled = [], {}
+    for number, entry in answers.items():
+        instruction = entry["text"].strip()
+        if not instruction:
+            spoiled.setdefault("empty_instruction", []).append(number)
+        elif entry["finish_reason"] == "length" and not keep_cut:
+            spoiled.setdefault("cut_instruction", []).append(number)
+        else:
+            rows.append({"instruction": instruction, "output": texts[number], "source": number})
+    return rows, spoiled
 
 
 def rating_prompt(row: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,12 @@ class Respondent:
     def seed_of(self, number: int) -> int:
         """The seed of a request: equal prompts get different answers, whatever is asked beside them."""
         return random.Random(f"{self.seed} {number}").randrange(2**62)
+
+
+def fitting(model: Model, numbers: Iterable[int], prompt_of: Callable[[int], str], sampling: Sampling) -> list[int]:
+    """Those whose prompt leaves room for an answer. Of a server's model only the server knows."""
+    fits = getattr(model, "fits", None)
+    return [number for number in numbers if fits is None or fits(prompt_of(number), sampling)]
 
 
 def check_numbers(**flags: int) -> None:

@@ -13,20 +13,20 @@ file that it goes into: after a kill the same command continues and asks nothing
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import utils
 from alpaca import commands
 from alpaca.asking import Budget, Model
-from alpaca.backtranslation import Curation, inference_templates, mixed, rated_row, rating_prompt
+from alpaca.backtranslation import Curation, inference_templates, mixed, pairs_of, rated_row, rating_prompt
 from alpaca.client import Sampling
 from alpaca.data import Row, load_rows, raw_rows
 from alpaca.errors import UsageError, reported
 from alpaca.progress import estimate
 from alpaca.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, format_prompt, load_prompt_template
-from alpaca.respondent import Respondent, budget_of, check_numbers
+from alpaca.respondent import Respondent, budget_of, check_numbers, fitting
 from alpaca.row_answers import RowAnswers, first_of, write_rows
 from alpaca.segments import Filters, load_texts
 
@@ -172,19 +172,21 @@ def augment(
         print(estimate([backward_prompt(texts[n], templates) for n in kept[:1000]], len(kept), max_tokens, budget))
         return
 
-    model = respondent.open(chat=False)
+    model = respondent.open(chat=api == "chat")
     templates = templates if prompt_template else _backward_templates(model, model_name)
     prompt_of = lambda number: backward_prompt(texts[number], templates)  # noqa: E731
+    asked = fitting(model, kept, prompt_of, sampling)
     answers = RowAnswers(
         texts, output_path, model, lambda endpoint: (sampling, {}), prompt_of,
-        respondent.how(texts=map(prompt_of, kept)), batch_size, budget,
-        order=sorted(kept, key=lambda number: -len(texts[number])), seed_of=respondent.seed_of, drop_failed=drop_failed,
+        respondent.how(texts=map(prompt_of, asked)), batch_size, budget,
+        order=sorted(asked, key=lambda number: -len(texts[number])), seed_of=respondent.seed_of,
+        drop_failed=drop_failed,
     ).answers()  # fmt: skip
-    rows, spoiled = _pairs(texts, answers, keep_cut)
-    if failed := [number for number in kept if number not in answers]:
-        spoiled["no_answer"] = failed
-    print(f"{len(kept):,} texts asked, {len(rows):,} instructions{_counts(spoiled)}")
-    counts = {"texts": len(texts), "asked": len(kept), "written": len(rows), "left_out": left_out | spoiled}
+    rows, spoiled = pairs_of(texts, answers, keep_cut)
+    spoiled |= {"no_answer": sorted(set(asked) - set(answers)), "too_long_for_model": sorted(set(kept) - set(asked))}
+    left_out |= {name: numbers for name, numbers in spoiled.items() if numbers}
+    print(f"{len(asked):,} texts asked, {len(rows):,} instructions{_counts(spoiled)}")
+    counts = {"texts": len(texts), "asked": len(asked), "written": len(rows), "left_out": left_out}
     utils.jdump({"model": model_name} | counts, f"{output_path}.report.json")
     write_rows(output_path, rows)
 
@@ -192,33 +194,21 @@ def augment(
 def _backward_templates(model: Model, model_name: str) -> Mapping[str, str]:
     """Those in the model's folder; a model that has none is asked as train.py --backward trains."""
     templates = getattr(model, "templates", PROMPT_DICT)
-    if templates is not PROMPT_DICT and templates == PROMPT_DICT:
+    if templates is PROMPT_DICT:
+        return BACKWARD_PROMPT_DICT
+    if model.api == "chat":
+        raise UsageError(f"--api chat: {model_name} was trained with a prompt of its own; leave --api away")
+    if templates == PROMPT_DICT:
         raise UsageError(
             f"--model_name {model_name}: was trained to answer instructions, not to write them; give a model of "
             "train_backward, or as --prompt_template the prompt to ask this one with"
         )
-    return BACKWARD_PROMPT_DICT if templates is PROMPT_DICT else templates
-
-
-def _pairs(
-    texts: Sequence[str], answers: Mapping[int, dict[str, Any]], keep_cut: bool
-) -> tuple[list[Row], dict[str, list[int]]]:
-    """Rows, and the numbers of texts whose instruction is no good, by reason."""
-    rows, spoiled = [], {}
-    for number, entry in answers.items():
-        instruction = entry["text"].strip()
-        if not instruction:
-            spoiled.setdefault("empty_instruction", []).append(number)
-        elif entry["finish_reason"] == "length" and not keep_cut:
-            spoiled.setdefault("cut_instruction", []).append(number)
-        else:
-            rows.append({"instruction": instruction, "output": texts[number], "source": number})
-    return rows, spoiled
+    return templates
 
 
 def _counts(numbers: Mapping[str, Sequence[int]]) -> str:
     """What was left out: a line for each reason."""
-    return "".join(f"\n  {name}: {len(found):,} (rows {first_of(found)})" for name, found in numbers.items())
+    return "".join(f"\n  {name}: {len(found):,} (rows {first_of(found)})" for name, found in numbers.items() if found)
 
 
 # ---- curate ----
@@ -289,7 +279,7 @@ def curate(
         )
     ratings_path = ratings_path or f"{output_path}.ratings.jsonl"
     if data_path is None:
-        curation = Curation(raw_rows(ratings_path), ratings_path)
+        curation = Curation(_load(ratings_path, "--ratings_path", raw_rows), ratings_path)
     else:
         sampling, budget = Sampling(max_tokens, temperature, top_p), budget_of(price_in, price_out, max_cost)
         rater = Respondent(
@@ -317,7 +307,7 @@ def _rate(
     """The rows with what the rater says of them. Rating k of row n is request k * len(rows) + n, so that more ratings
     come behind those that there are."""
     questions, model = [rating_prompt(row) for row in rows], rater.open(chat=templates is None)
-    around, plain, pairs = templates or getattr(model, "templates", PROMPT_DICT), False, len(rows)
+    around, plain, pairs = templates or getattr(model, "templates", PROMPT_DICT), model.api == "chat", len(rows)
 
     def settle(endpoint: str) -> tuple[Sampling, dict[str, Any]]:
         nonlocal plain
@@ -330,7 +320,10 @@ def _rate(
         question = questions[number % pairs]
         return question if plain else format_prompt({"instruction": question}, around)
 
-    by_length = sorted(range(pairs), key=lambda number: -len(questions[number]))
+    asked = fitting(model, range(pairs), prompt_of, rater.sampling)
+    if len(asked) < pairs:
+        print(f"note: {pairs - len(asked):,} pairs are too long for the rater; they get no answer")
+    by_length = sorted(asked, key=lambda number: -len(questions[number]))
     answers = RowAnswers(
         rows, ratings_path, model, settle, prompt_of, rater.how(pairs=questions, prompt=sorted(around.values())),
         rater.batch_size, budget, order=[turn * pairs + number for turn in range(ratings) for number in by_length],
@@ -374,9 +367,9 @@ def mix(
         utils.jdump(inference_templates(), f"{output_path}.prompt_template.json")
 
 
-def _load(path: str, flag: str) -> list[Row]:
+def _load(path: str, flag: str, load: Callable[[str], list[Row]] = load_rows) -> list[Row]:
     try:
-        return load_rows(path)
+        return load(path)
     except UsageError as error:
         raise UsageError(str(error).replace("--data_path", flag, 1)) from error
 

@@ -319,9 +319,17 @@ def test_the_loop_through_m1(tiny, tmp_path, capsys):
     candidates = read(tmp_path / "candidates.jsonl")
     assert [row["output"] for row in candidates] == [TEXTS[6 + row["source"]] for row in candidates] and candidates
 
-    m0 = usual | dict(learning_rate=1e-2, max_steps=40, per_device_train_batch_size=8, output_dir=tmp_path / "M0")
-    train(m0 | dict(data_path=write(tmp_path / "m0.jsonl", seeds + taught)))
-    rater = dict(data_path=tmp_path / "candidates.jsonl", model_name=tmp_path / "M0", max_tokens=24, batch_size=4)
+    m0 = usual | dict(
+        learning_rate=1e-2,
+        max_steps=40,
+        per_device_train_batch_size=4,
+        model_max_length=768,
+        output_dir=tmp_path / "M0",
+    )
+    train(m0 | dict(data_path=write(tmp_path / "m0.jsonl", seeds[:4] + taught[:4])))
+    rater = dict(
+        data_path=tmp_path / "candidates.jsonl", model_name=tmp_path / "M0", max_tokens=24, batch_size=4, temperature=0
+    )
     run("curate", **rater, output_path=tmp_path / "a5.json")
     chosen = read(tmp_path / "a5.json")
     assert chosen and all(row.items() <= (row | {"score": 5.0}).items() for row in chosen)
