@@ -161,8 +161,8 @@ def test_nothing_is_asked_twice(tmp_path, capsys):
         asked = [request.prompt for request in server.requests if request.body["top_p"] == 0.9]
         assert len(asked) == 13 and set(asked) == set(prompts), "one twice: the server had refused it"
         assert len({request.body["seed"] for request in server.requests}) == 12
-        for change in ({"temperature": 0.5}, {"min_chars": 230, "max_chars": 4}, {"seed": 1}):
-            with pytest.raises(UsageError, match="another question|in order|and order"):
+        for change in ({"temperature": 0.5}, {"min_chars": len(TEXTS[0]) + 1}, {"seed": 1}):
+            with pytest.raises(UsageError, match="another question"):
                 run("augment", **flags | change)
         assert len(server.requests) == 13
     numbers = [n for n in range(13) if n != 6]
@@ -332,7 +332,7 @@ def test_the_loop_through_m1(tiny, tmp_path, capsys):
     )
     run("curate", **rater, output_path=tmp_path / "a5.json")
     chosen = read(tmp_path / "a5.json")
-    assert chosen and all(row.items() <= (row | {"score": 5.0}).items() for row in chosen)
+    assert {row["score"] for row in chosen} == {5.0}
     run("mix", seed_path=seed, augmented_path=tmp_path / "a5.json", output_path=tmp_path / "m1.json")
     rows = read(tmp_path / "m1.json")
     assert len(rows) == len(seeds) + len(chosen)
