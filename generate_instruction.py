@@ -220,6 +220,8 @@ def generate_responses(
         return
 
     model, at_once = _open_model(model_name, base_url, api, request_batch_size, concurrency)
+    if prompt != "plain" and (own := getattr(model, "templates", None)):  # a folder's
+        prompts = [format_prompt(row, own) for row in rows]
 
     def settle(endpoint: str) -> tuple[Sampling, dict[str, Any]]:
         nonlocal prompts

@@ -27,7 +27,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from alpaca.client import MOST_CUTS, Completion, Prompt, Sampling, cut_at_stop
-from alpaca.errors import UsageError
+from alpaca.errors import UsageError, first_line
 from alpaca.opening import How, open_model, without_adapter
 from alpaca.quantization import quantizing_flag
 from alpaca.refusals import ContextOverflow
@@ -40,7 +40,7 @@ class LocalModel:
     chat: put each prompt into the tokenizer's chat template, if it has one; `api` says which way was taken.
     device: "cuda" or "cpu"; not given, the GPU if there is one. Weights are bfloat16 on a GPU that can, float16 on an
     older one, float32 on a CPU.
-    base: of an adapter or a weight diff (alpaca/opening.py); flag: what named the folder, for messages.
+    base: of an adapter or a weight diff (alpaca/opening.py); flag, base_flag: what names the folders, for messages.
     load_in_4bit, load_in_8bit: quantize the weights with bitsandbytes.
 
     `templates` are the prompt templates that the model was trained with (alpaca/prompts.py).
@@ -57,12 +57,14 @@ class LocalModel:
         load_in_4bit: bool = False,
         load_in_8bit: bool = False,
         flag: str = "--model_name",
+        base_flag: str | None = None,
     ):
         if batch_size < 1:
             raise UsageError(f"{batch_size_flag}: expected 1 or more, got {batch_size}.")
         self.batch_size, self.batch_size_flag, self.name = batch_size, batch_size_flag, str(folder)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        how = How(self.device, best_dtype(self.device), quantizing_flag(load_in_8bit, load_in_4bit), flag)
+        check_device(self.device)
+        how = How(self.device, best_dtype(self.device), quantizing_flag(load_in_8bit, load_in_4bit), flag, base_flag)
         opened = open_model(folder, base, how)
         self.model, self.tokenizer, self.templates, self.told = (
             opened.model, opened.tokenizer, opened.templates, opened.told
@@ -275,6 +277,14 @@ class Draw(LogitsProcessor):
         for row, generator in zip(noise, self.generators):
             row.exponential_(generator=generator)
         return scores - noise.log()
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError where nothing can be put there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device; torch without it
+        raise UsageError(f"--device {device}: expected cpu, or cuda if there is one ({first_line(error)})") from error
 
 
 def best_dtype(device: str) -> torch.dtype:

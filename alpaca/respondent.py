@@ -12,6 +12,7 @@ from typing import Any
 from alpaca.asking import Budget, Model
 from alpaca.client import Client, Sampling
 from alpaca.errors import UsageError
+from alpaca.prompts import TEMPLATE_FILE
 
 
 def open_respondent(
@@ -25,13 +26,15 @@ def open_respondent(
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
     batch_size_flag: str = "--request_batch_size",
+    base_flag: str | None = None,
 ) -> Model:
     """The model of a folder (a checkpoint, an adapter or a diff), unless there is a base URL; else a server's.
 
     Args:
-        api: completions, chat or auto; of a folder, auto is chat where its tokenizer has a chat template.
-        chat: whether a folder's chat template may be used.
-        base: of a folder with an adapter or a diff.
+        api: completions, chat or auto; of a folder, auto is chat where its tokenizer has a chat template, unless it is
+            of train.py, whose chat template writes the same prompts.
+        chat: whether auto may be chat.
+        base: of a folder with an adapter or a diff; base_flag names it, where the command takes one.
 
     Raises:
         UsageError: a flag that does not fit, a folder that cannot be opened, a bad address.
@@ -45,10 +48,10 @@ def open_respondent(
         raise UsageError(f"--api {api}: expected auto, chat or completions")
     from alpaca.local_model import LocalModel
 
-    model = LocalModel(
-        Path(model_name).expanduser(), batch_size, chat and api != "completions", batch_size_flag=batch_size_flag,
-        base=base, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit,
-    )  # fmt: skip
+    folder = Path(model_name).expanduser()
+    chat = api == "chat" or (api == "auto" and chat and not (folder / TEMPLATE_FILE).is_file())
+    model = LocalModel(folder, batch_size, chat, batch_size_flag=batch_size_flag, base=base,
+                       load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit, base_flag=base_flag)  # fmt: skip
     if api == "chat" and model.api != "chat":
         raise UsageError(f"--api chat: the tokenizer of {model_name} has no chat template; leave --api away")
     return model
@@ -88,6 +91,7 @@ class Respondent:
         return open_respondent(
             self.model_name, self.base_url, self.api, self.batch_size, chat=chat, base=self.base,
             load_in_8bit=self.load_in_8bit, load_in_4bit=self.load_in_4bit, batch_size_flag="--batch_size",
+            base_flag="--base",
         )  # fmt: skip
 
     def how(self, **texts: Iterable[str]) -> dict[str, Any]:

@@ -172,7 +172,7 @@ def augment(
         print(estimate([backward_prompt(texts[n], templates) for n in kept[:1000]], len(kept), max_tokens, budget))
         return
 
-    model = respondent.open(chat=api == "chat")
+    model = respondent.open()
     templates = templates if prompt_template else _backward_templates(model, model_name)
     prompt_of = lambda number: backward_prompt(texts[number], templates)  # noqa: E731
     asked = fitting(model, kept, prompt_of, sampling)

@@ -1,6 +1,7 @@
 """LoRA: equal on any number of processes and after a resume, on quantized bases, with and without new tokens."""
 
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,7 +83,8 @@ def test_a_quantized_base_is_trained_and_loads(tmp_path, architecture, flags):
 
     name = make_tiny_model(tmp_path / "base", architecture, hidden_size=64)
     saved = train_here(tmp_path, output_dir="out", model_name_or_path=name, **flags)
-    kind = {name: True for name in flags if name.startswith("load_in")}
+    kind = dict(load_in_8bit=True) if "load_in_8bit" in flags else dict(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(name, quantization_config=BitsAndBytesConfig(**kind), device_map="cpu")
     model = PeftModel.from_pretrained(base, tmp_path / "out")
     quantized = {type(module).__name__ for module in base.modules()} & {"Linear8bitLt", "Linear4bit"}
@@ -145,7 +147,25 @@ def test_no_new_token_by_default(tiny, tmp_path, capsys):
     assert load_tokenizer(model_args, args)[1] == 1, "without LoRA as in 2023"
 
 
+@pytest.mark.slow
+def test_rows_are_packed_on_a_base_of_half_precision(tiny, tmp_path, capsys):
+    """Without --bf16 too: what its layers round is not a difference between packed and padded rows."""
+    AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path / "half")
+    train_here(tmp_path, output_dir="out", model_name_or_path=tmp_path / "half", max_steps=1)
+    assert "padded batches" not in capsys.readouterr().out
+
+
 # ---- mistakes ----
+
+
+def test_new_rows_of_tied_embeddings_are_not_sharded(tiny):
+    from alpaca.models import make_model
+    from train import ModelArguments
+
+    args = SimpleNamespace(fsdp=True, cache_dir=None)
+    with pytest.raises(UsageError, match="--add_missing_tokens with --lora_r and --fsdp: .* tied embeddings"):
+        make_model(ModelArguments(tiny("gpt2")), args, LoraArguments(lora_r=2), None, num_new_tokens=1)
 
 
 def test_flags_that_mean_nothing_or_contradict(tmp_path, monkeypatch):
@@ -191,13 +211,13 @@ def test_target_modules(tiny):
 
 
 def test_an_adapter_is_no_base(tiny, tmp_path):
-    from alpaca.models import load_config
+    from alpaca.models import load_tokenizer
     from train import ModelArguments, TrainingArguments
 
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
     add_lora(model, LoraArguments(lora_r=2), [], seed=0).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="is a LoRA adapter, not a model; .*scripts.merge_lora --adapter"):
-        load_config(ModelArguments(str(tmp_path)), TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True))
+    with pytest.raises(UsageError, match="is a LoRA adapter, not a checkpoint; .*scripts.merge_lora --adapter"):
+        load_tokenizer(ModelArguments(str(tmp_path)), TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True))
 
 
 # ---- memory and speed ----
@@ -273,3 +293,19 @@ def test_merged_and_published(tiny, tmp_path, architecture, added):
     assert (found - expected).abs().max() < 1e-4 < (found[..., :vocabulary] - untrained).abs().max()
     tokenizer = AutoTokenizer.from_pretrained(recovered)
     assert len(tokenizer) == vocabulary + added and tokenizer.chat_template
+
+
+@pytest.mark.slow
+def test_a_base_of_the_same_shapes_is_told_from_the_one_of_the_training(tiny, tmp_path, capsys):
+    """A LLaMA has the shapes of a Llama 2, and peft takes one for the other."""
+    from alpaca.local_model import LocalModel
+    from scripts.merge_lora import merge_lora
+
+    train_here(tmp_path, output_dir="out", model_name_or_path=tiny("llama"), max_steps=1)
+    other = make_tiny_model(tmp_path / "other", "llama", hidden_size=32, seed=1)
+    capsys.readouterr()
+    for base, warned in ((tiny("llama"), False), (other, True)):
+        LocalModel(tmp_path / "out", base=base)
+        merge_lora(str(tmp_path / "out"), str(tmp_path / "merged"), base=str(base), overwrite=True)
+        warning = f"WARNING: {tmp_path / 'out'} was trained on a base with other files than {base}"
+        assert capsys.readouterr().out.count(warning) == 2 * warned
