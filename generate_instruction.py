@@ -13,7 +13,6 @@ server. Every answer is journaled before anything else: a rerun of the same comm
 
 import hashlib
 import json
-import os
 import random
 import time
 from collections.abc import Sequence
@@ -22,14 +21,15 @@ from typing import Any
 
 import utils
 from alpaca import commands, self_instruct
-from alpaca.asking import Asker, Budget, Model, answered_before
-from alpaca.client import Client, Sampling
+from alpaca.asking import Asker, Model, answered_before
+from alpaca.client import Sampling
 from alpaca.data import load_rows
 from alpaca.errors import UsageError, reported
 from alpaca.generation import JOURNAL, REPORT, Generation
 from alpaca.journal import Journal
 from alpaca.progress import Progress, estimate
-from alpaca.prompts import TEMPLATE_FILE, format_prompt, instruction_and_input
+from alpaca.prompts import format_prompt, instruction_and_input
+from alpaca.respondent import budget_of, check_numbers, is_folder, open_respondent
 from alpaca.row_answers import RowAnswers, write_rows
 from alpaca.self_instruct import find_word_in_string, load_prompt, load_seed_tasks  # noqa: F401  the first: of 2023
 
@@ -106,7 +106,7 @@ def generate_instruction_following_data(
     Raises:
         UsageError: a bad flag, file, key, address or model, before anything is asked, or the limit of cost.
     """
-    _check_numbers(
+    check_numbers(
         num_instructions_to_generate=num_instructions_to_generate, num_prompt_instructions=num_prompt_instructions,
         request_batch_size=request_batch_size, max_tokens=max_tokens, num_cpus=num_cpus,
     )  # fmt: skip
@@ -118,7 +118,7 @@ def generate_instruction_following_data(
         )
     if parser not in ("auto", *self_instruct.PARSERS):
         raise UsageError(f"--parser {parser}: expected auto, original or robust")
-    bias, budget = _read_bias(logit_bias), _budget(price_in, price_out, max_cost)
+    bias, budget = _read_bias(logit_bias), budget_of(price_in, price_out, max_cost)
     if dry_run:
         draw = random.Random(f"{seed} 0")
         prompt = self_instruct.encode_prompt(draw.sample(seeds, num_prompt_instructions), head)
@@ -209,10 +209,10 @@ def generate_responses(
     Raises:
         UsageError: a bad flag, file, key, address or model, the limit of cost, or rows without an answer.
     """
-    _check_numbers(request_batch_size=request_batch_size, max_tokens=max_tokens)
+    check_numbers(request_batch_size=request_batch_size, max_tokens=max_tokens)
     if prompt not in ("auto", "plain", "alpaca"):
         raise UsageError(f"--prompt {prompt}: expected auto, plain or alpaca")
-    rows, budget = load_rows(data_path), _budget(price_in, price_out, max_cost)
+    rows, budget = load_rows(data_path), budget_of(price_in, price_out, max_cost)
     plain = [instruction_and_input(row) for row in rows]
     prompts = plain if prompt == "plain" else [format_prompt(row) for row in rows]
     if dry_run:
@@ -275,33 +275,10 @@ def _open_model(
     model_name: str, base_url: str | None, api: str, batch_size: int, concurrency: int | None
 ) -> tuple[Model, int]:
     """A folder's model in this process, or a client of a server; and how many requests it gets at once."""
-    if not base_url and not os.environ.get("OPENAI_BASE_URL") and Path(model_name).expanduser().is_dir():
-        if api not in ("auto", "chat", "completions") or concurrency is not None:
-            raise UsageError("a folder's model takes --request_batch_size, and --api auto, chat or completions")
-        from alpaca.local_model import LocalModel
-
-        folder = Path(model_name).expanduser()
-        own = (folder / TEMPLATE_FILE).is_file()  # of train.py, whose chat template writes the same prompts
-        model = LocalModel(folder, batch_size, chat=api == "chat" or (api == "auto" and not own))
-        if api == "chat" and model.api != "chat":
-            raise UsageError(f"--api chat: the tokenizer of {model_name} has no chat template; leave --api away")
-        return model, batch_size
-    _check_numbers(concurrency=concurrency if concurrency is not None else 1)
-    return Client(model_name, base_url, api), concurrency or batch_size
-
-
-def _check_numbers(**flags: int) -> None:
-    for name, value in flags.items():
-        if value < 1:
-            raise UsageError(f"--{name} {value}: expected at least 1")
-
-
-def _budget(price_in: float, price_out: float, max_cost: float | None) -> Budget:
-    if min(price_in, price_out) < 0:
-        raise UsageError("--price_in, --price_out: expected dollars per million tokens, at least 0")
-    if max_cost is not None and not (max_cost > 0 and price_in + price_out > 0):
-        raise UsageError(f"--max_cost {max_cost}: expected dollars above 0, with --price_in and --price_out")
-    return Budget(price_in, price_out, max_cost)
+    if concurrency is not None and is_folder(model_name, base_url):
+        raise UsageError("a folder's model takes --request_batch_size, not --concurrency")
+    check_numbers(concurrency=concurrency if concurrency is not None else 1)
+    return open_respondent(model_name, base_url, api, batch_size), concurrency or batch_size
 
 
 def _read_bias(text: str | None) -> dict[str, float] | None:

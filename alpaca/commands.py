@@ -17,7 +17,7 @@ from alpaca.errors import UsageError
 
 def run(program: str, tasks: Mapping[str, Callable[..., None]], argv: Sequence[str] | None = None) -> None:
     """Call one of `tasks` with the flags of the command line. A parameter of a task is a flag; one without a default is
-    required.
+    required. A task with **parameters gets all other flags in them, as text.
 
     Raises:
         UsageError: before the task is called; the message names the word of the command line.
@@ -34,10 +34,12 @@ def run(program: str, tasks: Mapping[str, Callable[..., None]], argv: Sequence[s
 
 def read(task: Callable[..., None], words: Sequence[str]) -> dict[str, Any]:
     """The values of the flags in `words`, the first of which names the task."""
-    parameters = inspect.signature(task).parameters
+    signature = inspect.signature(task).parameters
+    parameters = {name: p for name, p in signature.items() if p.kind is not p.VAR_KEYWORD}
     given, unnamed = _split(words[1:], list(parameters))
-    for name in given:
-        if name not in parameters:
+    others = {name: text if text is not None else "True" for name, text in given.items() if name not in parameters}
+    for name in others:
+        if len(parameters) == len(signature):
             raise UsageError(f"unknown flag --{name}{_closest(name, parameters, '--')}; {words[0]} --help lists all")
     free = [name for name in parameters if name not in given]
     if len(unnamed) > len(free) or {"-", "--"} & set(unnamed):
@@ -45,7 +47,7 @@ def read(task: Callable[..., None], words: Sequence[str]) -> dict[str, Any]:
     given |= dict(zip(free, unnamed))
     if missing := [f"--{p.name}" for p in parameters.values() if p.default is p.empty and p.name not in given]:
         raise UsageError(f"{words[0]} needs {', '.join(missing)}; {words[0]} --help tells more")
-    return {name: _value(name, text, parameters[name].annotation) for name, text in given.items()}
+    return others | {n: _value(n, text, parameters[n].annotation) for n, text in given.items() if n in parameters}
 
 
 def _split(words: Sequence[str], known: list[str]) -> tuple[dict[str, str | None], list[str]]:

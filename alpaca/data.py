@@ -68,16 +68,7 @@ def read_data(
         UsageError: nothing is there, the file is malformed (line and column), empty, or a row has a missing field or a
             wrong type (row number).
     """
-    path = Path(data_path)
-    if path.is_file():
-        read = list(_read_file(path))
-    elif path.is_dir() or (
-        path.suffix not in DATA_SUFFIXES and data_path.count("/") <= 1 and not data_path.startswith((".", "/"))
-    ):
-        read = _read_dataset(data_path, split, cache_dir)
-    else:
-        hint = f"\n{ALPACA_DATA_HINT}" if "alpaca" in path.name else ""
-        raise UsageError(f"--data_path {data_path}: no such file (looked in {path.parent.resolve()}){hint}")
+    read = raw_rows(data_path, split, cache_dir)
     rows, numbers, problems = [], [], {}
     for number, row in enumerate(read):
         parts, found = parse_conversation(row["text"], guanaco_turns) if is_conversation(row) else (_instances(row), [])
@@ -96,17 +87,40 @@ def read_data(
     return Data(rows, numbers, problems)
 
 
+def raw_rows(data_path: str, split: str = "train", cache_dir: str | None = None) -> list[Any]:
+    """What stands in the file, folder or hub dataset, unchecked.
+
+    Raises:
+        UsageError: nothing is there, or the file is malformed (line and column).
+    """
+    path = Path(data_path)
+    if path.is_file():
+        return list(_read_file(path))
+    if path.is_dir() or (
+        path.suffix not in DATA_SUFFIXES and data_path.count("/") <= 1 and not data_path.startswith((".", "/"))
+    ):
+        return _read_dataset(data_path, split, cache_dir)
+    hint = f"\n{ALPACA_DATA_HINT}" if "alpaca" in path.name else ""
+    raise UsageError(f"--data_path {data_path}: no such file (looked in {path.parent.resolve()}){hint}")
+
+
 def _read_file(path: Path) -> Iterator[Row]:
     """JSON and JSONL are told apart by content, so a JSON list under any name works."""
     if path.suffix.lower() in (".csv", ".tsv", ".parquet"):
         return iter(_read_table(path))
+    text = read_text(path)
+    return iter(_parse_json(text, path) if text.lstrip()[:1] == "[" else _parse_jsonl(text, path))
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, which is no git-lfs pointer."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"--data_path {path}: is not UTF-8 (byte {error.start}); convert it first") from error
     if text.startswith("version https://git-lfs"):
         raise UsageError(f"--data_path {path}: is a git-lfs pointer, not the data; run `git lfs pull`")
-    return iter(_parse_json(text, path) if text.lstrip()[:1] == "[" else _parse_jsonl(text, path))
+    return text
 
 
 def _parse_json(text: str, path: Path) -> list[Row]:

@@ -169,6 +169,14 @@ class LocalModel:
         """How many of the `context` tokens `prompt` takes."""
         return len(self._encode(prompt))
 
+    def fits(self, prompt: Prompt, sampling: Sampling) -> bool:
+        """Whether the context has room for it and an answer."""
+        try:
+            self._fitting(self._encode(prompt), sampling)
+        except ContextOverflow:
+            return False
+        return True
+
     def without_adapter(self) -> "LocalModel":
         """The base model of an adapter, for the same prompts, around the same weights; both may be used at once."""
         bare = copy.copy(self)

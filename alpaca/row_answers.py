@@ -31,6 +31,8 @@ class RowAnswers:
         more: fields that every written row gets.
         drop_failed: leave out rows without an answer; else they are an error at the end.
         limit_flag: what cuts an answer.
+        number_of: what messages call a row, by its number.
+        unit: what is counted; path_flag: that of output_path.
     """
 
     rows: Sequence[Row]
@@ -46,25 +48,46 @@ class RowAnswers:
     more: Mapping[str, Any] = field(default_factory=dict)
     drop_failed: bool = False
     limit_flag: str = "--max_tokens"
+    number_of: Callable[[int], int] = int
+    unit: str = "rows"
+    path_flag: str = "--output_path"
 
     def run(self) -> None:
         """Ask for what is not in the journal, and write the output.
 
         Raises:
+            UsageError: as `answers`; the output cannot be written.
+        """
+        texts = {number: entry["text"].strip() for number, entry in self.answers().items()}
+        self._note("answers are empty", [number for number, text in texts.items() if not text])
+        write_rows(self.output_path, [{**self.rows[n], "output": text, **self.more} for n, text in texts.items()])
+
+    def answers(self) -> dict[int, dict[str, Any]]:
+        """Ask for what is not in the journal. Returns the journal's entries by the number of their row, in its order.
+
+        Raises:
             UsageError: as Asker.run; the journal has answers to another question; rows have no answer.
         """
-        with Journal(f"{self.output_path}.journal.jsonl", "--output_path") as journal:
-            check_same_run(journal, self.how)
+        with Journal(f"{self.output_path}.journal.jsonl", self.path_flag) as journal:
+            check_same_run(journal, self.how, self.path_flag)
             before = answered_before(journal, 0, self.budget)
-            known = {index: entry for index, entry in before.items() if entry["kind"] == "answer"}
+            known = {
+                index: entry
+                for index, entry in before.items()
+                if entry["kind"] == "answer" and index < len(self._order)  # an earlier run may have asked for more
+            }
             journal.append({"kind": "run", "how": self.how, "time": time.time()})
-            self._finish(self._ask(journal, known))
+            return self._checked(self._ask(journal, known))
+
+    @property
+    def _order(self) -> Sequence[int]:
+        return self.order if self.order is not None else range(len(self.rows))
 
     def _ask(self, journal: Journal, known: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """Journal entries by the number of their row."""
-        order = self.order if self.order is not None else range(len(self.rows))
+        order = self._order
         answers: dict[int, dict[str, Any]] = {}
-        progress = Progress("rows", len(order), len(known), self.budget)
+        progress = Progress(self.unit, len(order), len(known), self.budget)
 
         def take(entries: list[dict[str, Any]]) -> None:
             answers.update({order[entry["index"]]: entry for entry in entries if entry["kind"] == "answer"})
@@ -82,36 +105,37 @@ class RowAnswers:
         asker.refuse_stop_by_cost(len(answers), len(order))
         return answers
 
-    def _finish(self, answers: dict[int, dict[str, Any]]) -> None:
-        """Write the answered rows, and say which answers are no good."""
-        wanted = sorted(self.order) if self.order is not None else range(len(self.rows))
-        failed = [number for number in wanted if number not in answers]
+    def _checked(self, answers: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+        """In the order of the rows; says which have no answer, or one that was cut."""
+        total, failed = len(self._order), [number for number in sorted(self._order) if number not in answers]
         if failed and not self.drop_failed:
             raise UsageError(
-                f"{len(failed)} of {len(wanted)} rows have no answer (rows {failed[:10]}); run again to ask for them, "
-                "or pass --drop_failed; the others are in the journal"
+                f"{len(failed)} of {total} {self.unit} have no answer (rows {self._named(failed[:10])}); run again to "
+                "ask for them, or pass --drop_failed; the others are in the journal"
             )
-        texts = {number: entry["text"].strip() for number, entry in sorted(answers.items())}
-        cut = [number for number, entry in sorted(answers.items()) if entry["finish_reason"] == "length"]
-        for what, numbers in (
-            ("rows have no answer and are left out", failed),
-            ("answers are empty", [number for number, text in texts.items() if not text]),
-            (f"answers were cut at {self.limit_flag}", cut),
-        ):
-            if numbers:
-                print(f"note: {len(numbers)} {what}, rows {first_of(numbers)}")
-        write_rows(self.output_path, [{**self.rows[n], "output": text, **self.more} for n, text in texts.items()])
+        self._note(f"{self.unit} have no answer and are left out", failed)
+        answers = dict(sorted(answers.items()))
+        cut = [number for number, entry in answers.items() if entry["finish_reason"] == "length"]
+        self._note(f"answers were cut at {self.limit_flag}", cut)
+        return answers
+
+    def _note(self, what: str, numbers: Sequence[int]) -> None:
+        if numbers:
+            print(f"note: {len(numbers)} {what}, rows {first_of(self._named(numbers))}")
+
+    def _named(self, numbers: Sequence[int]) -> list[int]:
+        return [self.number_of(number) for number in numbers]
 
 
-def check_same_run(journal: Journal, how: dict[str, Any]) -> None:
+def check_same_run(journal: Journal, how: dict[str, Any], flag: str = "--output_path") -> None:
     """Raise UsageError if the journal has answers to other rows, or of another model: a mixture is nobody's wish."""
     for entry in journal:
         if entry["kind"] == "run" and entry["how"] != how:
             other = ", ".join(
                 f"{name} {entry['how'].get(name)!r}" for name in how if entry["how"].get(name) != how[name]
             )
-            raise UsageError(f"--output_path: {journal.path} has answers to another question ({other}); choose another "
-                             "--output_path, or move the journal away")  # fmt: skip
+            raise UsageError(f"{flag}: {journal.path} has answers to another question ({other}); choose another "
+                             f"{flag}, or move the journal away")  # fmt: skip
 
 
 def first_of(numbers: Sequence[int]) -> str:
@@ -120,10 +144,13 @@ def first_of(numbers: Sequence[int]) -> str:
 
 
 def write_rows(path: str | Path, rows: list[Row]) -> None:
-    """As a JSON list, whole or not at all."""
+    """As a JSON list, or for a name that ends in .jsonl one object a line; whole or not at all."""
     try:
         with atomic_write(path) as file:
-            json.dump(rows, file, indent=4, default=str)
+            if Path(path).suffix == ".jsonl":
+                file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
+            else:
+                json.dump(rows, file, indent=4, default=str)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
     print(f"{len(rows)} rows in {path}")

@@ -1,0 +1,199 @@
+"""Instruction backtranslation (arXiv 2308.06259): the pairs of a backward model, how they are rated, what is read
+from a rating and chosen by it, and how the chosen pairs are mixed with the seed data.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from alpaca.data import Row
+from alpaca.errors import UsageError
+from alpaca.prompts import PROMPT_DICT, instruction_and_input
+from alpaca.row_answers import first_of
+
+SEED_TAG = "Answer in the style of an AI Assistant."
+AUGMENTED_TAG = "Answer with knowledge from web search."
+
+# The paper's scale in words of our own. Reason first: what a model writes then is what its score follows from.
+_RATING = """\
+Judge how well the answer below does as the reply of an AI assistant to the instruction below. Rate it on this scale:
+
+1: It misses what was asked: off topic, vague, cut off, or mostly advertising or navigation of a web page.
+2: It covers most of what was asked, but only indirectly; it was not written to answer this.
+3: It helps and covers the basics, but speaks as somebody else: the author of a blog or a web page, with experiences, \
+opinions or a context of their own.
+4: It is an assistant's reply: to the point, complete and well ordered, with little that could be better, such as its \
+length or focus.
+5: It is an excellent assistant's reply: deliberate, written for this instruction, with expert knowledge, clear and \
+without anything superfluous.
+
+Instruction:
+{instruction}
+
+Answer:
+{output}
+
+First give the reason for your rating in a few sentences. Then write the rating alone on the last line, as "Score: " \
+and a number from 1 to 5; halves such as 3.5 are possible."""
+
+# "Score: 4", "**Score:** 4.5/5", "- Final score = 4 out of 5.", "score is [3]" up to the end of the line, without
+# another number behind it: "Score: 3 or 4" and "Score: 3-4" say nothing. A minus is no decoration.
+_SCORE = re.compile(
+    r"""\bscore\b [\s*_`"']* (?:\([^)]*\))? [\s*_`"']* (?:[:：=]|\bis\b) [\s*_`"'(\[]* (?P<score>\d+(?:[.,]\d+)?)
+    (?: [\s*_`"')\]]* (?:/|(?:out\s+)?of\b) \s* (?P<of>\d+(?:\.\d+)?) )? (?P<rest>[^\d%/]*) $""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+def pairs_of(
+    texts: Sequence[str], answers: Mapping[int, dict[str, Any]], keep_cut: bool
+) -> tuple[list[Row], dict[str, list[int]]]:
+    """Rows out of the journal entries of a backward model, by the number of their text; and the numbers of those that
+    are no good, by reason."""
+    rows, spoiled = [], {}
+    for number, entry in answers.items():
+        instruction = entry["text"].strip()
+        if not instruction:
+            spoiled.setdefault("empty_instruction", []).append(number)
+        elif entry["finish_reason"] == "length" and not keep_cut:
+            spoiled.setdefault("cut_instruction", []).append(number)
+        else:
+            rows.append({"instruction": instruction, "output": texts[number], "source": number})
+    return rows, spoiled
+
+
+def rating_prompt(row: Mapping[str, Any]) -> str:
+    """What a rater is asked about one row."""
+    before, between, after = re.split(r"\{instruction\}|\{output\}", _RATING)
+    return f"{before}{instruction_and_input(row)}{between}{row['output']}{after}"
+
+
+def parse_score(text: str) -> tuple[float | None, str | None]:
+    """The score of a rating, from 1 to 5, or why there is none: no_score, out_of_range, or contradiction.
+
+    It stands on the last line; in a text that goes on behind it, on any line, if no other line says something else.
+    """
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    found = [match for line in lines[-1:] if (match := _SCORE.search(line))]
+    found = found or [match for line in lines if (match := _SCORE.search(line))]
+    scores = {_value(match) for match in found}
+    if len(scores) != 1:
+        return None, "contradiction" if scores else "no_score"
+    (score,) = scores
+    return (score, None) if score is not None else (None, "out_of_range")
+
+
+def _value(match: re.Match[str]) -> float | None:
+    """None: it is not on the scale from 1 to 5."""
+    score = float(match["score"].replace(",", "."))
+    return score if 1 <= score <= 5 and float(match["of"] or 5) == 5 else None
+
+
+def rated_row(row: Row, texts: Sequence[str | None]) -> Row:
+    """The row with the rater's `texts` (None: no answer), the `ratings` read from them, what stands in the way where
+    there is none, and the `score`: their mean, or None."""
+    read = [parse_score(text) if text is not None else (None, "no_answer") for text in texts]
+    scores = [score for score, _ in read if score is not None]
+    ratings = [score if score is not None else problem for score, problem in read]
+    mean = round(sum(scores) / len(scores), 6) if scores else None
+    return {**row, "score": mean, "ratings": ratings, "texts": list(texts)}
+
+
+class Curation:
+    """Rated rows: what they score, and which to choose.
+
+    Raises:
+        UsageError: a row is not one of `rated_row`'s, by its number.
+    """
+
+    def __init__(self, rows: Sequence[Row], path: str):
+        self.rows, self.path = rows, path
+        for number, row in enumerate(rows):
+            if not isinstance(row, Mapping) or not isinstance(row.get("ratings"), list) or "score" not in row:
+                raise UsageError(
+                    f"--ratings_path {path}, row {number}: has no score and ratings; expected curate's file"
+                )
+        self.scores = [row["score"] for row in rows if row["score"] is not None]
+        self.unread = [number for number, row in enumerate(rows) if row["score"] is None]
+        self.ratings = Counter("read" if not isinstance(r, str) else r for row in rows for r in row["ratings"])
+
+    def chosen(self, threshold: float) -> list[Row]:
+        """Without the ratings."""
+        return [
+            {name: value for name, value in row.items() if name not in ("ratings", "texts")}
+            for row in self.rows
+            if row["score"] is not None and row["score"] >= threshold
+        ]
+
+    def report(self, threshold: float) -> dict[str, Any]:
+        return {
+            "ratings_path": self.path, "pairs": len(self.rows), "threshold": threshold,
+            "chosen": len(self.chosen(threshold)), "ratings": dict(self.ratings),
+            "pairs_without_a_score": self.unread, "histogram": histogram(self.scores),
+        }  # fmt: skip
+
+    def told(self, threshold: float) -> str:
+        """Counts, the histogram, and what is suspicious about them."""
+        total, read = self.ratings.total(), self.ratings["read"]
+        problems = ", ".join(f"{name} {count:,}" for name, count in self.ratings.items() if name != "read")
+        lines = [
+            f"{len(self.rows):,} pairs, {total:,} ratings, {read:,} of them readable"
+            + f" ({problems})" * bool(problems)
+        ]
+        if self.unread:
+            lines.append(f"{len(self.unread):,} pairs have no score and are not chosen (rows {first_of(self.unread)})")
+        counts = histogram(self.scores)
+        for score, count in counts.items():
+            bar = "#" * -(-40 * count // max(1, *counts.values()))
+            lines.append(f"  {score} | {bar} {count:,} ({count / max(len(self.scores), 1):.1%})")
+        if read < 0.8 * total:
+            lines.append("warning: many ratings cannot be read; a stronger rater, or a higher --max_tokens, may help")
+        if flat := undecided(self.scores):
+            lines.append(f"warning: {flat[1]:,} of {len(self.scores):,} pairs score {flat[0]:g}: this rater hardly "
+                         "tells them apart; take another one, or average several --ratings")  # fmt: skip
+        return "\n".join([*lines, f"{len(self.chosen(threshold)):,} pairs score {threshold:g} or more"])
+
+
+def histogram(scores: Sequence[float]) -> dict[str, int]:
+    """{"1.0": 3, "1.5": 0, …, "5.0": 1}: how many are at least that and less than half a point more."""
+    counts = Counter(int(score * 2) for score in scores)
+    return {str(half / 2): counts[half] for half in range(2, 11)}
+
+
+def undecided(scores: Sequence[float], share: float = 0.9) -> tuple[float, int] | None:
+    """The score that at least `share` of several pairs have, and how many do."""
+    score, count = Counter(scores).most_common(1)[0] if len(scores) > 1 else (0.0, -1)
+    return (score, count) if count >= share * len(scores) else None
+
+
+def tagged(instruction: str, *tags: str) -> str:
+    """The instruction and, after an empty line, the sentences that say where its answer comes from."""
+    return f"{instruction}\n\n{' '.join(tags)}"
+
+
+def inference_templates(templates: Mapping[str, str] = PROMPT_DICT) -> dict[str, str]:
+    """Prompt templates with both tags, as the paper asks its models: better than either one there."""
+    both = tagged("{instruction}", SEED_TAG, AUGMENTED_TAG)
+    return {name: text.replace("{instruction}", both) for name, text in templates.items()}
+
+
+def mixed(seed_rows: Sequence[Row], augmented: Sequence[Row], tags: bool, seed: int) -> tuple[list[Row], str]:
+    """The rows of both, tagged and shuffled, and a line that counts them. A pair that is there already, or lacks its
+    instruction or output, is dropped."""
+    rows, known, dropped = [], set(), Counter()
+    for source, tag, of_source in (("seed", SEED_TAG, seed_rows), ("augmented", AUGMENTED_TAG, augmented)):
+        for row in of_source:
+            instruction, input, output = (row.get(name) or "" for name in ("instruction", "input", "output"))
+            pair = instruction_and_input(row).strip(), output.strip()
+            if not all(pair) or pair in known:
+                dropped["duplicates" if pair in known else "pairs without instruction or output"] += 1
+                continue
+            known.add(pair)
+            instruction = tagged(instruction, tag) if tags else instruction
+            rows.append({"instruction": instruction, "input": input, "output": output, "source": source})
+    random.Random(seed).shuffle(rows)
+    counts = Counter(row["source"] for row in rows)
+    told = f"{counts['seed']:,} seed rows, {counts['augmented']:,} augmented rows"
+    return rows, told + "".join(f", {count:,} {what} dropped" for what, count in dropped.items())
