@@ -47,8 +47,8 @@ class RowAnswers:
     drop_failed: bool = False
     limit_flag: str = "--max_tokens"
 
-    def run(self) -> list[Row]:
-        """Ask for what is not in the journal, and write the output, which is returned too.
+    def run(self) -> None:
+        """Ask for what is not in the journal, and write the output.
 
         Raises:
             UsageError: as Asker.run; the journal has answers to another question; rows have no answer.
@@ -58,7 +58,7 @@ class RowAnswers:
             before = answered_before(journal, 0, self.budget)
             known = {index: entry for index, entry in before.items() if entry["kind"] == "answer"}
             journal.append({"kind": "run", "how": self.how, "time": time.time()})
-            return self._finish(self._ask(journal, known))
+            self._finish(self._ask(journal, known))
 
     def _ask(self, journal: Journal, known: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
         """Journal entries by the number of their row."""
@@ -82,7 +82,7 @@ class RowAnswers:
         asker.refuse_stop_by_cost(len(answers), len(order))
         return answers
 
-    def _finish(self, answers: dict[int, dict[str, Any]]) -> list[Row]:
+    def _finish(self, answers: dict[int, dict[str, Any]]) -> None:
         """Write the answered rows, and say which answers are no good."""
         wanted = sorted(self.order) if self.order is not None else range(len(self.rows))
         failed = [number for number in wanted if number not in answers]
@@ -100,9 +100,7 @@ class RowAnswers:
         ):
             if numbers:
                 print(f"note: {len(numbers)} {what}, rows {first_of(numbers)}")
-        written = [{**self.rows[n], "output": text, **self.more} for n, text in texts.items()]
-        write_rows(self.output_path, written)
-        return written
+        write_rows(self.output_path, [{**self.rows[n], "output": text, **self.more} for n, text in texts.items()])
 
 
 def check_same_run(journal: Journal, how: dict[str, Any]) -> None:

@@ -1,21 +1,180 @@
 """How good a model is, by the measures of the published ones. Four tasks:
 
+    python -m scripts.evaluate alpaca_eval --model output/alpaca-7b --data_path alpaca_eval.json --output_path ours.json
+    python -m scripts.evaluate win_rate --outputs ours.json --reference theirs.json --judge gpt-4o    # our own judge
     python -m scripts.evaluate backward --pred answers.json                     # BLEU, ROUGE of generated instructions
 
 They need `pip install -c constraints.txt -r scripts/requirements.txt`, except for win_rate and alpaca_eval.
 """
 
+import hashlib
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from alpaca import commands
+from alpaca import commands, judging
+from alpaca.client import Sampling
+from alpaca.data import load_rows
 from alpaca.errors import UsageError, reported
 from alpaca.files import atomic_write
 from alpaca.overlap import ROUGE, overlap, worst
 from alpaca.pairing import load_named, partners
-from alpaca.prompts import instruction_and_input
-from alpaca.row_answers import first_of
+from alpaca.progress import estimate
+from alpaca.prompts import instruction_and_input, load_prompt_template
+from alpaca.respondent import budget_of, check_numbers, open_respondent
+from alpaca.row_answers import RowAnswers, first_of
+from scripts.generate import GenerateArguments, answer_file
+
+OFFICIAL = "alpaca_eval --model_outputs {} --reference_outputs {} --annotators_config alpaca_eval_gpt4"
+
+# ---- alpaca_eval: answers for it ----
+
+
+def alpaca_eval(
+    model: str, data_path: str, output_path: str, base: str | None = None, generator: str | None = None,
+    prompt_template: str | None = None, max_new_tokens: int = 2048, temperature: float = 0.7, top_p: float = 1.0,
+    seed: int = 42, batch_size: int = 8, drop_too_long: bool = False, load_in_8bit: bool = False,
+    load_in_4bit: bool = False, device: str | None = None,
+) -> None:  # fmt: skip
+    """Answer the instructions of a file, in AlpacaEval's format; a rerun continues. The settings are claude2-alpaca's.
+
+    Args:
+        model: folder or hub id of a model, an adapter or a diff.
+        data_path: rows with an instruction, such as AlpacaEval's 805; an input is written below its instruction.
+        output_path: JSON of instruction, output and generator; the journal lies beside it.
+        base: the base model of an adapter or a diff.
+        generator: name of the model; not given, that of its folder.
+        prompt_template: JSON file with other prompts than those that the model was trained with.
+        max_new_tokens: tokens of an answer, at most.
+        temperature: of sampling; 0 is greedy.
+        top_p: of sampling.
+        seed: of sampling, for each row apart.
+        batch_size: prompts in a batch.
+        drop_too_long: leave out rows whose prompt is too long for the model; else an error.
+        load_in_8bit: quantize the weights with bitsandbytes.
+        load_in_4bit: quantize the weights with bitsandbytes.
+        device: cuda or cpu; not given, the GPU if there is one.
+
+    Raises:
+        UsageError: as scripts.generate.
+    """
+    options = GenerateArguments(
+        model=model, base=base, data_path=data_path, output_path=output_path, max_new_tokens=max_new_tokens,
+        temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size, generator=generator,
+        drop_too_long=drop_too_long, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit, device=device,
+    )  # fmt: skip
+    templates = load_prompt_template(prompt_template) if prompt_template else None
+    rows = [{"instruction": instruction_and_input(row)} for row in load_rows(data_path, answered=False)]
+    from alpaca.local_model import LocalModel
+
+    opened = LocalModel(model, batch_size, device=device, batch_size_flag="--batch_size", base=base,
+                        load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, flag="--model")  # fmt: skip
+    answer_file(rows, opened, templates or opened.templates, options)
+    print(f"average length: {_average_length(_read_json(output_path))} characters")
+
+
+def _average_length(rows: list[dict[str, Any]]) -> int:
+    """As alpaca_eval computes avg_length."""
+    return int(fmean(len(row["output"]) for row in rows))
+
+
+# ---- win_rate: our own judge ----
+
+
+def win_rate(
+    outputs: str, reference: str, judge: str, output_path: str | None = None, base_url: str | None = None,
+    api: str = "auto", orders: str = "both", seed: int = 0, concurrency: int = 8, temperature: float | None = 0.0,
+    top_p: float | None = 1.0, max_tokens: int = 512, price_in: float = 0.0, price_out: float = 0.0,
+    max_cost: float | None = None, drop_failed: bool = False, dry_run: bool = False,
+) -> None:  # fmt: skip
+    """How often a judge prefers the answers of one file to those of another; a rerun continues and asks nothing twice.
+
+    The judge's prompt is ours (alpaca/judging.py): the result is no AlpacaEval number, for which the official command
+    is printed.
+
+    Args:
+        outputs: rows with instruction and output, as alpaca_eval writes them.
+        reference: the same instructions with the answers to compare with.
+        judge: a model of the server, or the folder of a model.
+        output_path: JSON of the result; not given, <outputs without .json>.win_rate.json. Beside it are the verdicts
+            and their journal.
+        base_url: of the server; not given, OPENAI_BASE_URL or OpenAI.
+        api: chat, completions or auto.
+        orders: both, or one, drawn for each row: half the requests, and the place counts.
+        seed: of the orders, if one.
+        concurrency: requests on their way at once; for a folder, prompts in a batch.
+        temperature: of the judge; None leaves it to the server.
+        top_p: of the judge; None leaves it to the server.
+        max_tokens: of a verdict and its reasons.
+        price_in: dollars per million prompt tokens.
+        price_out: dollars per million generated tokens.
+        max_cost: dollars that are never exceeded, earlier runs with this output_path included.
+        drop_failed: leave out rows that the judge does not answer; else they are an error at the end.
+        dry_run: print one prompt and an estimate of tokens and cost, ask nothing.
+
+    Raises:
+        UsageError: a bad flag, file, key, address or model, the limit of cost, or pairs without a verdict.
+    """
+    check_numbers(concurrency=concurrency, max_tokens=max_tokens)
+    if orders not in ("both", "one"):
+        raise UsageError(f"--orders {orders}: expected both or one")
+    ours, others = _pairs(outputs, reference)
+    asked, budget = judging.questions(len(ours), orders, seed), budget_of(price_in, price_out, max_cost)
+    prompts = [_judge_prompt(ours[q["row"]], others[q["row"]], q["first"]) for q in asked]
+    if dry_run:
+        print(estimate(prompts, len(prompts), max_tokens, budget))
+        return
+    result_path = output_path or f"{outputs.removesuffix('.json')}.win_rate.json"
+    verdicts_path = f"{result_path.removesuffix('.json')}.verdicts.json"
+    how = {"judge": judge, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "orders": orders}
+    how["questions"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+    RowAnswers(asked, verdicts_path, open_respondent(judge, base_url, api, concurrency),
+               lambda endpoint: (Sampling(max_tokens, temperature, top_p), {}), lambda number: prompts[number], how,
+               concurrency, budget, drop_failed=drop_failed).run()  # fmt: skip
+    verdicts = _read_json(verdicts_path)
+    for entry in verdicts:
+        entry["preference"] = judging.read_preference(entry["output"], entry["first"])
+    official = OFFICIAL.format(outputs, reference)
+    result = {"what": "win rate by the judge of scripts.evaluate, in percent; not an AlpacaEval number",
+              **judging.tally(verdicts, len(ours)), "judge": judge, "orders": orders, "temperature": temperature,
+              "prompt_sha256": hashlib.sha256(judging.PROMPT.encode()).hexdigest(),
+              "average_length": _average_length(ours), "reference_average_length": _average_length(others),
+              "cost_dollars": round(budget.cost, 6), "official_command": official}  # fmt: skip
+    print(_told(result), f"AlpacaEval's own, after pip install alpaca_eval:\n    {official}", sep="\n")
+    _write(result_path, result)
+
+
+def _pairs(outputs: str, reference: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The rows of `outputs`, and for each the one of `reference` with the same instruction."""
+    ours, others = load_named(outputs, "--outputs"), load_named(reference, "--reference")
+    places = partners(list(map(instruction_and_input, ours)), list(map(instruction_and_input, others)),
+                      f"--reference {reference}: has no answer")  # fmt: skip
+    if len(others) > len(ours):
+        print(f"note: {len(others) - len(ours)} rows of {reference} have no answer in {outputs}", flush=True)
+    return ours, [others[place] for place in places]
+
+
+def _judge_prompt(ours: dict[str, Any], others: dict[str, Any], first: str) -> str:
+    return judging.judge_prompt(instruction_and_input(ours), ours["output"], others["output"], first)
+
+
+def _told(result: dict[str, Any]) -> str:
+    number = {name: "-" if value is None else f"{value:.2f}" if isinstance(value, float) else value
+              for name, value in result.items()}  # fmt: skip
+    lines = [
+        "{what}: {win_rate} ± {standard_error} (standard error)",
+        "{rows_counted} of {rows} rows: {wins} wins, {losses} losses, {ties} ties; average length {average_length} "
+        "characters, of the reference {reference_average_length}",
+        "{win_rate_when_first} where shown first, {win_rate_when_second} where second; the answer shown first wins "
+        "{first_place_wins}% of the decided verdicts",
+    ]
+    if result["orders"] == "both":
+        lines.append("both orders agree on {orders_agree}% of the rows")
+    if result["verdicts_unread"]:
+        lines.append("note: {verdicts_unread} of {verdicts} answers of the judge end without a verdict; their rows do "
+                     "not count")  # fmt: skip
+    return "\n".join(line.format_map(number) for line in lines)
 
 
 # ---- backward: generated instructions against the true ones ----
@@ -47,8 +206,10 @@ def backward(
     lines.append("mean length: " + ", ".join(
         f"{scores[f'generated_{unit}']:.1f} {unit} generated, {scores[f'true_{unit}']:.1f} true"
         for unit in ("words", "characters")))  # fmt: skip
-    for told, name in (("generated instructions are empty", "empty"),
-                       ("true instructions have no a-z or 0-9: their ROUGE is 0, whatever is generated", "not_latin")):
+    for told, name in (
+        ("generated instructions are empty", "empty"),
+        ("true instructions have no a-z or 0-9: their ROUGE is 0, whatever is generated", "not_latin"),
+    ):
         if scores[name]:
             lines.append(f"note: {len(scores[name])} {told} (rows {first_of(scores[name])})")
     lines += [_bad_row(number, scores["rows"][number], rows[number]["output"], true[number])
@@ -81,6 +242,10 @@ def _bad_row(number: int, scores: dict[str, Any], text: str, truth: str) -> str:
 # ---- what they share ----
 
 
+def _read_json(path: str) -> list[dict[str, Any]]:
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
 def _write(path: str | Path, result: Any) -> None:
     try:
         with atomic_write(path) as file:
@@ -91,7 +256,7 @@ def _write(path: str | Path, result: Any) -> None:
 
 
 def main() -> None:
-    tasks = (backward,)
+    tasks = (alpaca_eval, win_rate, backward)
     commands.run("scripts.evaluate", {task.__name__: task for task in tasks})
 
 

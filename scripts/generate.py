@@ -112,13 +112,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def answer_file(
     rows: Sequence[Row], model: "LocalModel", templates: Mapping[str, str], options: GenerateArguments
-) -> list[Row]:
+) -> None:
     """Answer all rows, longest prompt first: what is padded least is generated together, and memory runs out at once
-    if it does. Returns what was written."""
+    if it does."""
     prompts = [format_prompt(row, templates) for row in rows]
     lengths = [model.prompt_tokens(prompt) for prompt in prompts]
     fitting = rows_that_fit(lengths, model.context, options)
-    return RowAnswers(
+    RowAnswers(
         rows, options.output_path, model, lambda endpoint: (options.sampling, {}), lambda row: prompts[row],
         description(prompts, fitting, options), options.batch_size,
         order=sorted(fitting, key=lambda row: -lengths[row]), seed_of=options.seed_of,
