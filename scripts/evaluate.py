@@ -1,10 +1,11 @@
 """How good a model is, by the measures of the published ones. Four tasks:
 
+    python -m scripts.evaluate harness --model output/alpaca-7b --output_dir output/scores    # ARC, HellaSwag, MMLU …
     python -m scripts.evaluate alpaca_eval --model output/alpaca-7b --data_path alpaca_eval.json --output_path ours.json
     python -m scripts.evaluate win_rate --outputs ours.json --reference theirs.json --judge gpt-4o    # our own judge
     python -m scripts.evaluate backward --pred answers.json                     # BLEU, ROUGE of generated instructions
 
-They need `pip install -c constraints.txt -r scripts/requirements.txt`, except for win_rate and alpaca_eval.
+harness and backward need `pip install -c constraints.txt -r scripts/requirements.txt`.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ from alpaca.client import Sampling
 from alpaca.data import load_rows
 from alpaca.errors import UsageError, reported
 from alpaca.files import atomic_write
+from alpaca.harness import HarnessRun
 from alpaca.overlap import ROUGE, overlap, worst
 from alpaca.pairing import load_named, partners
 from alpaca.progress import estimate
@@ -27,6 +29,41 @@ from alpaca.row_answers import RowAnswers, first_of
 from scripts.generate import GenerateArguments, answer_file
 
 OFFICIAL = "alpaca_eval --model_outputs {} --reference_outputs {} --annotators_config alpaca_eval_gpt4"
+GROUPS = Path(__file__).resolve().parent.parent / "configs" / "harness"
+
+# ---- harness: multiple choice ----
+
+
+def harness(
+    model: str, output_dir: str, base: str | None = None, group: str = "open_llm_v1_4", include_path: str | None = None,
+    tasks: str | None = None, limit: int | None = None, add_bos_token: bool | None = None, batch_size: str = "8",
+    load_in_8bit: bool = False, load_in_4bit: bool = False, device: str | None = None,
+) -> None:  # fmt: skip
+    """The table of the claude2-alpaca cards: ARC 25-shot, HellaSwag 10-shot, MMLU 5-shot, TruthfulQA, and their mean.
+
+    Every task that is finished has a file in output_dir; a rerun continues with the others.
+
+    Args:
+        model: folder or hub id of a model, an adapter or a diff.
+        output_dir: gets <task>.json for each task, results.json and table.md.
+        base: the base model of an adapter or a diff.
+        group: of tasks; a YAML file of the harness whose metadata.table names columns and metrics.
+        include_path: folder with that file and with tasks of one's own; not given, configs/harness.
+        tasks: some of the group's, divided by commas.
+        limit: the first so many examples of each task, for a try.
+        add_bos_token: begin every context with the BOS token, or never; not given, as the tokenizer does.
+        batch_size: a number, or auto.
+        load_in_8bit: quantize the weights with bitsandbytes.
+        load_in_4bit: quantize the weights with bitsandbytes.
+        device: cuda or cpu; not given, the GPU if there is one.
+
+    Raises:
+        UsageError: as alpaca.harness.HarnessRun.run.
+    """
+    run = HarnessRun(model, output_dir, base, group, str(include_path or GROUPS), tasks, limit, add_bos_token,
+                     batch_size, load_in_8bit, load_in_4bit, device)  # fmt: skip
+    print(run.run())
+
 
 # ---- alpaca_eval: answers for it ----
 
@@ -256,7 +293,7 @@ def _write(path: str | Path, result: Any) -> None:
 
 
 def main() -> None:
-    tasks = (alpaca_eval, win_rate, backward)
+    tasks = (harness, alpaca_eval, win_rate, backward)
     commands.run("scripts.evaluate", {task.__name__: task for task in tasks})
 
 
