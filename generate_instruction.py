@@ -29,7 +29,7 @@ from alpaca.errors import UsageError, reported
 from alpaca.generation import JOURNAL, REPORT, Generation
 from alpaca.journal import Journal
 from alpaca.progress import Progress, estimate
-from alpaca.prompts import format_prompt, instruction_and_input
+from alpaca.prompts import TEMPLATE_FILE, format_prompt, instruction_and_input
 from alpaca.row_answers import RowAnswers, write_rows
 from alpaca.self_instruct import find_word_in_string, load_prompt, load_seed_tasks  # noqa: F401  the first: of 2023
 
@@ -220,6 +220,8 @@ def generate_responses(
         return
 
     model, at_once = _open_model(model_name, base_url, api, request_batch_size, concurrency)
+    if prompt != "plain" and (own := getattr(model, "templates", None)):  # a folder's
+        prompts = [format_prompt(row, own) for row in rows]
 
     def settle(endpoint: str) -> tuple[Sampling, dict[str, Any]]:
         nonlocal prompts
@@ -278,7 +280,9 @@ def _open_model(
             raise UsageError("a folder's model takes --request_batch_size, and --api auto, chat or completions")
         from alpaca.local_model import LocalModel
 
-        model = LocalModel(Path(model_name).expanduser(), batch_size, chat=api != "completions")
+        folder = Path(model_name).expanduser()
+        own = (folder / TEMPLATE_FILE).is_file()  # of train.py, whose chat template writes the same prompts
+        model = LocalModel(folder, batch_size, chat=api == "chat" or (api == "auto" and not own))
         if api == "chat" and model.api != "chat":
             raise UsageError(f"--api chat: the tokenizer of {model_name} has no chat template; leave --api away")
         return model, batch_size

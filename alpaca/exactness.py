@@ -68,7 +68,9 @@ def check_packing(trainer: "AlpacaTrainer", loader: "DataLoader") -> None:
         reference = _gradient(trainer, loader, [padded])
         noise = difference(_gradient(trainer, loader, alone), reference)
     args = trainer.args
-    if noise > MOST[bool(args.bf16 or args.fp16 or args.tf32)]:
+    rough = args.bf16 or args.fp16 or args.tf32
+    rough = rough or any(weight.dtype != torch.float32 for weight in trainer.model.parameters())  # LoRA's base
+    if noise > MOST[bool(rough)]:
         sampler.packing = loader.dataset.packing = None
         say(f"note: padded batches: already rows alone differ from padded ones, by {noise:.1e}, and so there is no "
             "telling whether packs are exact", rank)  # fmt: skip

@@ -27,7 +27,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from alpaca.client import MOST_CUTS, Completion, Prompt, Sampling, cut_at_stop
-from alpaca.errors import UsageError
+from alpaca.errors import UsageError, first_line
 from alpaca.opening import How, open_model, without_adapter
 from alpaca.quantization import quantizing_flag
 from alpaca.refusals import ContextOverflow
@@ -62,6 +62,7 @@ class LocalModel:
             raise UsageError(f"{batch_size_flag}: expected 1 or more, got {batch_size}.")
         self.batch_size, self.batch_size_flag, self.name = batch_size, batch_size_flag, str(folder)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device(self.device)
         how = How(self.device, best_dtype(self.device), quantizing_flag(load_in_8bit, load_in_4bit), flag)
         opened = open_model(folder, base, how)
         self.model, self.tokenizer, self.templates, self.told = (
@@ -267,6 +268,14 @@ class Draw(LogitsProcessor):
         for row, generator in zip(noise, self.generators):
             row.exponential_(generator=generator)
         return scores - noise.log()
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError where nothing can be put there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device; torch without it
+        raise UsageError(f"--device {device}: expected cpu, or cuda if there is one ({first_line(error)})") from error
 
 
 def best_dtype(device: str) -> torch.dtype:

@@ -102,6 +102,8 @@ def make_model(
     """The model ready for the Trainer: as `load_model`, from `checkpoint` if there is one, with rows for all tokens of
     `tokenizer`, the last `num_new_tokens` of which are new to the base, and with LoRA if asked for. Collective."""
     weights = None if lora_args else checkpoint  # LoRA's checkpoints lack the base
+    if lora_args and num_new_tokens and training_args.fsdp:
+        _refuse_tied(load_config(model_args, training_args), model_args.model_name_or_path)
     model = load_model(model_args, training_args, weights, lora_args)
     wait_for_all_ranks()
     repair_generation_config(model, tokenizer.pad_token_id, training_args.process_index)
@@ -116,3 +118,12 @@ def make_model(
     if training_args.deepspeed:
         zero.to_arithmetic_dtype(model, training_args)
     return model
+
+
+def _refuse_tied(config: PreTrainedConfig, name: str) -> None:
+    """accelerate ties embeddings again when it has sharded them, and does not find them in peft's wrapper."""
+    if config.get_text_config().tie_word_embeddings:
+        raise UsageError(
+            f"--add_missing_tokens with --lora_r and --fsdp: {name} has tied embeddings, whose new rows cannot be "
+            "trained in shards; leave --fsdp away, or take an existing token: --pad_token"
+        )

@@ -337,6 +337,7 @@ def test_prompts_that_are_too_long_are_named(tiny, tmp_path):
         (["--model=x", "--interactive", "--top_p=0"], "--top_p 0.0: expected more than 0"),
         (["--model=x", "--interactiv"], "unknown flag --interactiv; did you mean --interactive"),
         (["--model=/nowhere", "--interactive"], "--model /nowhere: no such folder"),
+        (["--model=/nowhere", "--interactive", "--device=gpu"], "--device gpu: expected cpu, or cuda"),
     ],
 )
 def test_mistakes_fail_before_work(flags, message):

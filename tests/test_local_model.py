@@ -194,3 +194,23 @@ def test_dtype(monkeypatch):
     for capability, dtype in (((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, capability=capability: capability)
         assert best_dtype("cuda:1") == dtype
+
+
+def test_what_train_py_has_trained_is_asked_with_its_own_prompts(tiny, tmp_path, monkeypatch):
+    """Its chat template would put an input, or the whole prompt, into the instruction."""
+    from alpaca.chat_template import save_templates, set_chat_template
+    from alpaca.tokenizer import open_tokenizer
+    from generate_instruction import generate_responses
+
+    folder, row = tmp_path / "tuned", {"instruction": "Translate.", "input": "Hallo", "output": "Hello"}
+    shutil.copytree(tiny("llama"), folder)
+    own = {"prompt_input": "{instruction} ({input})", "prompt_no_input": "{instruction}"}
+    tokenizer = open_tokenizer(str(folder))
+    set_chat_template(tokenizer, own, rank=0)
+    tokenizer.save_pretrained(folder)
+    save_templates(own, str(folder))
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    asked, encode = set(), LocalModel._ids
+    monkeypatch.setattr(LocalModel, "_ids", lambda self, text: asked.add((self.api, text)) or encode(self, text))
+    generate_responses(str(tmp_path / "rows.json"), str(tmp_path / "new.json"), str(folder), max_tokens=2)
+    assert asked == {("completions", "Translate. (Hallo)")}

@@ -1,6 +1,7 @@
 """LoRA: equal on any number of processes and after a resume, on quantized bases, with and without new tokens."""
 
 import shlex
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,7 +83,8 @@ def test_a_quantized_base_is_trained_and_loads(tmp_path, architecture, flags):
 
     name = make_tiny_model(tmp_path / "base", architecture, hidden_size=64)
     saved = train_here(tmp_path, output_dir="out", model_name_or_path=name, **flags)
-    kind = {name: True for name in flags if name.startswith("load_in")}
+    kind = dict(load_in_8bit=True) if "load_in_8bit" in flags else dict(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)  # fmt: skip
     base = AutoModelForCausalLM.from_pretrained(name, quantization_config=BitsAndBytesConfig(**kind), device_map="cpu")
     model = PeftModel.from_pretrained(base, tmp_path / "out")
     quantized = {type(module).__name__ for module in base.modules()} & {"Linear8bitLt", "Linear4bit"}
@@ -145,7 +147,25 @@ def test_no_new_token_by_default(tiny, tmp_path, capsys):
     assert load_tokenizer(model_args, args)[1] == 1, "without LoRA as in 2023"
 
 
+@pytest.mark.slow
+def test_rows_are_packed_on_a_base_of_half_precision(tiny, tmp_path, capsys):
+    """Without --bf16 too: what its layers round is not a difference between packed and padded rows."""
+    AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(tiny("llama")).save_pretrained(tmp_path / "half")
+    train_here(tmp_path, output_dir="out", model_name_or_path=tmp_path / "half", max_steps=1)
+    assert "padded batches" not in capsys.readouterr().out
+
+
 # ---- mistakes ----
+
+
+def test_new_rows_of_tied_embeddings_are_not_sharded(tiny):
+    from alpaca.models import make_model
+    from train import ModelArguments
+
+    args = SimpleNamespace(fsdp=True, cache_dir=None)
+    with pytest.raises(UsageError, match="--add_missing_tokens with --lora_r and --fsdp: .* tied embeddings"):
+        make_model(ModelArguments(tiny("gpt2")), args, LoraArguments(lora_r=2), None, num_new_tokens=1)
 
 
 def test_flags_that_mean_nothing_or_contradict(tmp_path, monkeypatch):
