@@ -9,6 +9,7 @@ would weight them by size, which is written beside it.
 
 import importlib.metadata
 import json
+import logging
 import math
 import platform
 import re
@@ -141,10 +142,12 @@ class HarnessRun:
         how = How(device, best_dtype(device), quantizing_flag(self.load_in_8bit, self.load_in_4bit))
         opened = open_model(self.model, self.base, how)
         print(f"evaluating {opened.told} on {device} in {opened.model.dtype}", flush=True)
-        return HFLM(
-            pretrained=opened.model, tokenizer=opened.tokenizer, backend="causal", batch_size=self.batch_size,
-            add_bos_token=self.add_bos_token,
-        )  # fmt: skip
+        logger = logging.getLogger("lm_eval.models.huggingface")
+        logger.setLevel(logging.ERROR)  # three lines about a model that is not the name of one
+        lm = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, backend="causal", batch_size=self.batch_size,
+                  add_bos_token=self.add_bos_token)  # fmt: skip
+        logger.setLevel(logging.NOTSET)
+        return lm
 
     def _evaluate(self, lm: "HFLM", manager: "TaskManager", member: Member, tasks: dict[str, "Task"]) -> dict[str, Any]:
         import torch

@@ -6,7 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from completion_server import BAD_KEY, CompletionServer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca import judging
 from alpaca.errors import UsageError
@@ -186,3 +189,172 @@ def test_generate_asks_a_backward_model_with_outputs(tiny, tmp_path):
                    "--max_new_tokens", "3", "--output_path", str(tmp_path / "pred.json")])  # fmt: skip
     (row,) = read(tmp_path / "pred.json")
     assert (row["instruction"], row["reference"]) == ("2", "Add.\n\n1 + 1") and row["output"] != "2"
+
+
+# ---- harness ----
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: {folder}/train.json, test: {folder}/{data}.json}}}}
+output_type: multiple_choice
+training_split: train
+test_split: test
+doc_to_text: "Q: {{{{question}}}}\\nA:"
+doc_to_target: {target}
+doc_to_choice: "{{{{choices}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}{more}]
+metadata: {{version: 1.0}}
+"""
+GROUP = """
+group: small
+task:
+  - {task: small_arc, num_fewshot: 3}
+  - {task: small_mmlu, num_fewshot: 2}
+  - {task: small_mc2, num_fewshot: 0}
+metadata:
+  version: 1.0
+  table:
+    small_arc: {column: ARC, metric: acc_norm}
+    small_mmlu: {column: MMLU, metric: acc}
+    small_mc2: {column: TruthfulQA, metric: acc}
+"""
+MC2 = """
+import numpy as np
+
+def mass(doc, results):
+    shares = np.exp([result[0] for result in results])
+    return {"acc": float(shares[np.array(doc["labels"]) == 1].sum() / shares.sum())}
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path, installed, monkeypatch):
+    """A folder of tasks of our own: ARC's kind, a group of two as MMLU is one, TruthfulQA's second kind."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # asks pip and others, two seconds
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"question": f"{n} and one?", "choices": [f"it is {n + 1}", f"it is {n}", "it is none"], "answer": n % 3,
+             "labels": [1, 0, 1]} for n in range(12)]  # fmt: skip
+    for name, count in (("train", 12), ("large", 9), ("small", 2)):
+        save(folder / f"{name}.json", rows[:count])
+    norm = ", {metric: acc_norm, aggregation: mean, higher_is_better: true}"
+    for name, data, target, more in (("small_arc", "large", "answer", norm), ("small_one", "large", "answer", ""),
+                                     ("small_two", "small", "answer", ""), ("small_mc2", "small", 0, "")):  # fmt: skip
+        text = TASK.format(name=name, folder=folder, data=data, target=target, more=more)
+        text += "process_results: !function mc2.mass\n" if name == "small_mc2" else ""
+        (folder / f"{name}.yaml").write_text(text)
+    (folder / "small_mmlu.yaml").write_text("group: small_mmlu\ntask: [small_one, small_two]\n")
+    (folder / "small.yaml").write_text(GROUP)
+    (folder / "mc2.py").write_text(MC2)
+    return folder
+
+
+def mass_of_true_choices(model, tokenizer, rows):
+    """mc2 by hand: the share of the labelled choices, whose probability is that of their tokens after the context."""
+    shares = []
+    for row in rows:
+        context, masses = tokenizer(f"Q: {row['question']}\nA:")["input_ids"], []
+        for choice in row["choices"]:
+            ids = torch.tensor([tokenizer(f"Q: {row['question']}\nA: {choice}")["input_ids"]])
+            with torch.no_grad():
+                logs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            masses.append(logs[len(context) - 1 :].sum().exp().item())
+        shares.append(sum(m for m, label in zip(masses, row["labels"]) if label) / sum(masses))
+    return 100 * sum(shares) / len(shares)
+
+
+@pytest.mark.slow
+def test_harness(tiny, tasks, tmp_path, capsys):
+    """An adapter on its base, all three kinds of tasks, and what a rerun does."""
+    torch.manual_seed(1)
+    base, out = tiny("llama"), tmp_path / "scores"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    flags = dict(model=str(tmp_path / "adapter"), base=base, group="small", include_path=str(tasks))
+
+    evaluate.harness(**flags, output_dir=str(out))
+    arc, mmlu, mc2 = (read(out / f"small_{name}.json") for name in ("arc", "mmlu", "mc2"))
+    assert [result["num_fewshot"] for result in (arc, mmlu, mc2)] == [[3], [2], [0]]
+    assert mc2["value"] == pytest.approx(mass_of_true_choices(adapted, tokenizer, read(tasks / "small.json")), rel=1e-4)
+    one, two = (mmlu["tasks"][name] for name in ("small_one", "small_two"))
+    assert (one["samples"], two["samples"]) == (9, 2) and one["value"] != two["value"]
+    assert mmlu["value"] == pytest.approx((one["value"] + two["value"]) / 2), "every subject counts alike"
+    assert mmlu["weighted_by_size"] == pytest.approx((9 * one["value"] + 2 * two["value"]) / 11)
+    assert mmlu["stderr"] == pytest.approx((one["stderr"] ** 2 + two["stderr"] ** 2) ** 0.5 / 2)
+    average = (arc["value"] + mmlu["value"] + mc2["value"]) / 3
+    told = capsys.readouterr().out
+    assert f"| adapter | {average:.2f} | {arc['value']:.2f} | {mmlu['value']:.2f} | {mc2['value']:.2f} |" in told
+    assert "ARC: small_arc, 3-shot, acc_norm" in told and "contexts begin with the BOS token" in told
+    assert read(out / "results.json")["average"] == pytest.approx(average)
+    assert (out / "table.md").read_text().strip() in told
+
+    (out / "small_mc2.json").unlink()
+    times = [(out / f"small_{name}.json").stat().st_mtime_ns for name in ("arc", "mmlu")]
+    evaluate.harness(**flags, output_dir=str(out))
+    assert "ARC: " not in capsys.readouterr().out.split("| |")[0], "what is finished is not evaluated again"
+    assert read(out / "small_mc2.json")["value"] == mc2["value"]
+    assert times == [(out / f"small_{name}.json").stat().st_mtime_ns for name in ("arc", "mmlu")]
+    with pytest.raises(UsageError, match="small_arc.json was made with other arguments .limit None"):
+        evaluate.harness(**flags, output_dir=str(out), limit=1)
+
+    evaluate.harness(**flags, output_dir=str(tmp_path / "try"), limit=1, tasks="small_mc2", add_bos_token=False)
+    told, tried = capsys.readouterr().out, read(tmp_path / "try" / "small_mc2.json")
+    assert "Of the first 1 examples" in told and "begin without the BOS token" in told and "| – | – | – |" in told
+    assert tried["samples"] == 1 and tried["value"] != pytest.approx(mc2["value"])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(batch_size="many"), "--batch_size many: expected a number, or auto"),
+        (dict(limit=0), "--limit 0"),
+        (dict(group="smal"), "--group smal: no such group .* groups there: small, small_mmlu"),
+        (dict(tasks="small_arc,mmlu"), "--tasks small_arc,mmlu: 'mmlu' is not in small; it has small_arc, small_mmlu"),
+        (dict(group="small_mmlu"), "metadata.table says no column and metric for small_one"),
+        (dict(include_path="/nowhere"), "--include_path /nowhere: expected a folder"),
+    ],
+)
+def test_harness_flags(tasks, tmp_path, flags, message):
+    flags = dict(model="tiny", output_dir=str(tmp_path / "out"), group="small", include_path=str(tasks)) | flags
+    with pytest.raises(UsageError, match=message):
+        evaluate.harness(**flags)
+
+
+@pytest.mark.slow
+def test_the_shipped_group_is_that_of_the_cards(installed, monkeypatch):
+    """Its tasks as the harness has them, data aside: shots and where they are taken from, metrics, all 57 subjects."""
+    import datasets
+    import lm_eval.tasks
+    from lm_eval.tasks import TaskManager
+
+    from alpaca.harness import find_group, load_tasks
+
+    own = Path(lm_eval.tasks.__file__).parent
+    folders = [own / name for name in ("arc", "hellaswag", "mmlu/default", "truthfulqa")]  # of 14,000 files
+
+    def manager(include_path, include_defaults=True):
+        return TaskManager(include_path=[include_path, *folders * include_defaults], include_defaults=False)
+
+    row = {"question": "q", "subject": "s", "activity_label": "a", "ctx_a": "a", "ctx_b": "b", "endings": ["x", "y"],
+           "label": "1", "answer": 1, "answerKey": "A", "mc1_targets": {"choices": ["a"], "labels": [1]},
+           "mc2_targets": {"choices": ["a"], "labels": [1]}}  # fmt: skip
+
+    def load_dataset(path, **_):
+        choices = ["a", "b", "c", "d"] if path == "cais/mmlu" else {"text": ["x", "y"], "label": ["A", "B"]}
+        split = datasets.Dataset.from_list([row | {"choices": choices}])
+        return datasets.DatasetDict(dict.fromkeys(("train", "dev", "validation", "test"), split))
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    manager, members = find_group(str(evaluate.GROUPS), "open_llm_v1_4")
+    found = {}
+    for member in members:
+        loaded = load_tasks(manager, member)
+        for task in loaded.values():
+            settings = (len(loaded), task.config.num_fewshot, task.config.fewshot_split, member.metric)
+            assert found.setdefault(member.column, settings) == settings
+            assert member.metric in [metric["metric"] for metric in task.config.metric_list]
+    assert found == {"ARC": (1, 25, "train", "acc_norm"), "HellaSwag": (1, 10, "train", "acc_norm"),
+                     "MMLU": (57, 5, "dev", "acc"), "TruthfulQA": (1, 0, None, "acc")}  # fmt: skip
