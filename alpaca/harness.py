@@ -134,11 +134,12 @@ class HarnessRun:
         import torch
         from lm_eval.models.huggingface import HFLM
 
-        from alpaca.local_model import best_dtype
+        from alpaca.local_model import best_dtype, check_device
         from alpaca.opening import How, open_model
         from alpaca.quantization import quantizing_flag
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        check_device(device)
         how = How(device, best_dtype(device), quantizing_flag(self.load_in_8bit, self.load_in_4bit))
         opened = open_model(self.model, self.base, how)
         print(f"evaluating {opened.told} on {device} in {opened.model.dtype}", flush=True)
