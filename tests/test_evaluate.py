@@ -85,6 +85,18 @@ def test_a_judge_is_asked_nothing_twice(files):
             evaluate.win_rate(**files, base_url=server.url, max_tokens=9)
 
 
+def test_a_row_counts_only_with_all_its_verdicts():
+    """With one of two orders unread, or left out by --drop_failed, the place would decide."""
+    verdicts = [(0, "outputs", 2.0), (0, "reference", 2.0), (1, "outputs", 2.0), (1, "reference", None),
+                (2, "outputs", None), (2, "reference", 2.0), (3, "outputs", 2.0), (4, "outputs", 1.0),
+                (4, "reference", 1.5)]  # fmt: skip
+    result = judging.tally([dict(zip(("row", "first", "preference"), verdict)) for verdict in verdicts], 6)
+    assert [result[name] for name in ("rows", "rows_counted", "wins", "losses")] == [6, 2, 1, 1]
+    assert (result["win_rate"], result["orders_agree"]) == pytest.approx((62.5, 50))
+    assert result["standard_error"] == pytest.approx(37.5)
+    assert judging.tally([], 6)["win_rate"] is None
+
+
 def test_one_order_is_drawn_for_each_row():
     drawn = judging.questions(200, "one", seed=1)
     assert drawn == judging.questions(200, "one", seed=1) != judging.questions(200, "one", seed=2)
@@ -137,7 +149,7 @@ def installed(monkeypatch):
         monkeypatch.syspath_prepend(BESIDE)
 
 
-PRED = [("a", "Name three oceans.", "Name three oceans."), ("b", "List a rainbow's colours", "Tell me a joke."),
+PRED = [("a", "Name three oceans.", "Name three oceans."), ("b", "List a rainbow's colours", "Listing the colour of rainbows"),
         ("c", "", "Write down the colours of a rainbow."), ("d", "What is this?", "你好")]  # fmt: skip
 
 
