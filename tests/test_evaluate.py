@@ -149,7 +149,8 @@ def installed(monkeypatch):
         monkeypatch.syspath_prepend(BESIDE)
 
 
-PRED = [("a", "Name three oceans.", "Name three oceans."), ("b", "List a rainbow's colours", "Listing the colour of rainbows"),
+PRED = [("a", "Name three oceans.", "Name three oceans."),
+        ("b", "List a rainbow's colours", "Listing the colour of rainbows"),
         ("c", "", "Write down the colours of a rainbow."), ("d", "What is this?", "你好")]  # fmt: skip
 
 
