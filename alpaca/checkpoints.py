@@ -18,6 +18,7 @@ from alpaca.console import say
 from alpaca.errors import UsageError
 from alpaca.files import atomic_write, free_bytes, human
 from alpaca.waiting import wait_for_all_ranks
+from alpaca.weights import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     import torch
@@ -100,7 +101,7 @@ def _numbered(output: Path) -> list[Path]:
 
 def holds_a_model(folder: Path) -> bool:
     """Something that `from_pretrained` may read."""
-    config = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    config = any((folder / name).exists() for name in ("config.json", ADAPTER_CONFIG))
     return config and any(path for ending in ("safetensors", "bin") for path in folder.glob(f"*model*.{ending}"))
 
 

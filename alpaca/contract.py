@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import torch
 import transformers
 
 from alpaca import zero
-from alpaca.checkpoints import holds_a_model, read_manifest, read_record, write_patiently, write_record
+from alpaca.checkpoints import MANIFEST, holds_a_model, read_manifest, read_record, write_patiently, write_record
 from alpaca.console import say
 from alpaca.data import fingerprint
 from alpaca.errors import UsageError
@@ -36,6 +37,7 @@ ROUNDING = (
 ).split()
 # Of these, what the memory forecast decides where the flags leave it open, and what they are then.
 DECIDED = {"max_tokens_per_pack": "auto", "gradient_checkpointing": None, "hold_gradients": None}
+BASE = "the base model (--model_name_or_path)"
 STEPS = "the steps of the run (--num_train_epochs, --max_steps)"
 
 
@@ -56,7 +58,7 @@ def describe_run(
         **{f"--{name}": getattr(args, name) for name in FIXED},
         **{f"--{name}": value for name, value in vars(lora_args).items()},
         "the tokenizer (of --model_name_or_path)": vocabulary[:12],
-        "the base model (--model_name_or_path)": fingerprint_of_weights(model_args.model_name_or_path),
+        BASE: fingerprint_of_weights(model_args.model_name_or_path),
         "the global batch (per device x accumulation x processes)": rows_per_step(args),
         **zero.described(args),
     }
@@ -114,6 +116,18 @@ def fingerprint_of_weights(name: str) -> str:
             file.seek(-min(65536, path.stat().st_size), os.SEEK_END)
             digest.update(file.read())
     return digest.hexdigest()[:12]
+
+
+def other_base(adapter: Path, base: Path) -> str | None:
+    """A warning where the run that made the folder `adapter` knew another base than the folder `base`. Shapes tell a
+    LLaMA from a Llama 2 as little as peft does. A copy saved anew has other files too, so it is no error."""
+    manifest = Path(adapter) / MANIFEST
+    record = read_record(adapter) or (read_manifest(str(adapter)) if manifest.is_file() else None)
+    known = record and record["contract"]["fixed"].get(BASE)
+    if not known or not re.fullmatch("[0-9a-f]{12}", known) or known == fingerprint_of_weights(str(base)):
+        return None
+    return (f"WARNING: {adapter} was trained on a base with other files than {base}. If that is another model, and not "
+            "the same one saved anew, the answers are wrong")  # fmt: skip
 
 
 def changes(old: Contract, new: Contract, kind: str) -> list[str]:

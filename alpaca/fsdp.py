@@ -172,12 +172,13 @@ def check_dropout(args: "TrainingArguments", model: nn.Module) -> None:
 
 def full_state_dict(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
     """Gather every sharded tensor on the CPU, one at a time. Collective: all ranks call it; those with `keep=False`
-    hold no more than one whole tensor and return {}. Tied weights stay one tensor. Frozen ones, LoRA's base, are left
-    out."""
+    hold no more than one whole tensor and return {}. Tied weights stay one tensor. Under LoRA
+    the frozen base is left out."""
     state: dict[str, torch.Tensor] = {}
     gathered: dict[int, torch.Tensor] = {}
+    frozen_base = hasattr(model, "peft_config")
     for name, value in model.state_dict(keep_vars=True).items():
-        if isinstance(value, nn.Parameter) and not value.requires_grad:
+        if frozen_base and isinstance(value, nn.Parameter) and not value.requires_grad:
             continue
         if id(value) not in gathered:
             whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()

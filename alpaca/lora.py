@@ -5,7 +5,6 @@ bits QLoRA, arXiv 2305.14314). What is saved are these matrices, for `PeftModel.
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -188,12 +187,3 @@ def _load(model: "PeftModel", checkpoint: str) -> None:
     if wrong := sorted(trained & set(result.missing_keys)) + sorted(result.unexpected_keys):
         raise UsageError(f"--resume_from_checkpoint {checkpoint}: its LoRA matrices are not those of this run "
                          f"({wrong[0]})")  # fmt: skip
-
-
-def refuse_adapter(name: str) -> None:
-    """Raise UsageError where a base model is expected and `name` is the folder of an adapter."""
-    if (Path(name) / "adapter_config.json").is_file() and not (Path(name) / "config.json").is_file():
-        raise UsageError(
-            f"--model_name_or_path {name}: is a LoRA adapter, not a model; merge it with its base first: "
-            f"python -m scripts.merge_lora --adapter {name} --output_dir <merged>"
-        )

@@ -16,14 +16,25 @@ from typing import Any, NoReturn
 
 import torch
 
+from alpaca.contract import other_base
 from alpaca.diagnosis import config_differences, rows_may_differ
 from alpaca.errors import UsageError, first_line
 from alpaca.prompts import TEMPLATE_FILE
 from alpaca.shards import Spec
 from alpaca.streaming import Pipeline, Slot, cast
-from alpaca.weights import Tensor, Weights, companions, dtype_name, find_folder, read_json, readable, shard_tensors
+from alpaca.weights import (
+    ADAPTER_CONFIG,
+    TOKENIZER_FILES,
+    Tensor,
+    Weights,
+    companions,
+    dtype_name,
+    find_folder,
+    read_json,
+    readable,
+    shard_tensors,
+)
 
-CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."  # what peft puts before the model's own names
 MERGED = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "modules_to_save",
@@ -64,9 +75,11 @@ class Adapter:
 
     def __init__(self, folder: str | Path, flag: str):
         self.folder, self.flag = find_folder(folder, flag), flag
-        if not (self.folder / CONFIG).is_file():
-            raise UsageError(f"{flag} {folder}: has no {CONFIG}; expected a LoRA adapter, as peft or train.py saves it")
-        self.config = read_json(self.folder / CONFIG, flag)
+        if not (self.folder / ADAPTER_CONFIG).is_file():
+            raise UsageError(
+                f"{flag} {folder}: has no {ADAPTER_CONFIG}; expected a LoRA adapter, as peft or train.py saves it"
+            )
+        self.config = read_json(self.folder / ADAPTER_CONFIG, flag)
         self._check_config()
         files = [self.folder / name for name in WEIGHTS if (self.folder / name).is_file()]
         if not files:
@@ -81,7 +94,7 @@ class Adapter:
     def _check_config(self) -> None:
         if self.config.get("peft_type") != "LORA":
             raise UsageError(f"{self.flag} {self.folder}: expected a LoRA adapter, got peft_type "
-                             f"{self.config.get('peft_type')} in {CONFIG}")  # fmt: skip
+                             f"{self.config.get('peft_type')} in {ADAPTER_CONFIG}")  # fmt: skip
         for name, value in self.config.items():
             if name not in (*MERGED, *WITHOUT_EFFECT) and value not in (None, False, [], {}, ""):
                 raise self._refused(f"{name} = {json.dumps(value)}")
@@ -91,7 +104,7 @@ class Adapter:
                                 "with peft's path_initial_model_for_weight_conversion first")  # fmt: skip
 
     def _refused(self, what: str) -> UsageError:
-        return UsageError(f"{self.flag} {self.folder}: {CANNOT}: its {CONFIG} has {what}")
+        return UsageError(f"{self.flag} {self.folder}: {CANNOT}: its {ADAPTER_CONFIG} has {what}")
 
     def _add(self, tensor: Tensor) -> None:
         name = tensor.name.removeprefix(PREFIX)
@@ -114,7 +127,9 @@ class Adapter:
         rank = self._pattern("rank_pattern", module, self.config.get("r", 8))
         alpha = self._pattern("alpha_pattern", module, self.config.get("lora_alpha", 8))
         if len(tensor.shape) != 2 or tensor.shape[part == "B"] != rank:
-            raise UsageError(f"{self.flag} {self.folder}: {tensor}, expected a matrix of rank {rank}, as {CONFIG} says")
+            raise UsageError(
+                f"{self.flag} {self.folder}: {tensor}, expected a matrix of rank {rank}, as {ADAPTER_CONFIG} says"
+            )
         return alpha / math.sqrt(rank) if self.config.get("use_rslora") else alpha / rank
 
     def _pattern(self, key: str, module: str, default: float) -> float:
@@ -140,7 +155,7 @@ class Adapter:
             missing.append("trainable_tokens_delta")
         if missing or not self.changes:
             raise UsageError(f"{self.flag} {self.folder}: lacks {', '.join(missing[:5]) or 'any tensor'}, which its "
-                             f"{CONFIG} promises; it is damaged or was not saved whole")  # fmt: skip
+                             f"{ADAPTER_CONFIG} promises; it is damaged or was not saved whole")  # fmt: skip
 
     def alone(self, *names: str) -> bool:
         """Whether one of these tensors, which are tied in the model, was trained apart from the other."""
@@ -153,7 +168,7 @@ class Adapter:
     def base_folder(self) -> str:
         name = self.config.get("base_model_name_or_path")
         if not name or self.config.get("revision"):
-            raise UsageError(f"--base: needed, because {self.folder / CONFIG} names "
+            raise UsageError(f"--base: needed, because {self.folder / ADAPTER_CONFIG} names "
                              f"{'a revision of the base' if name else 'no base_model_name_or_path'}")  # fmt: skip
         return name
 
@@ -268,8 +283,10 @@ class Merged:
     def files(self) -> dict[str, Path]:
         """The small files of a checkpoint: configuration and code of the base, tokenizer of one of the two."""
         base, ours = companions(self.base.folder), companions(self.adapter.folder)
-        own = any(path.name in ("tokenizer.json", "tokenizer_config.json") for path in ours)
-        ours = [path for path in ours if path.name != CONFIG and not any(fnmatch(path.name, p) for p in OF_THE_BASE)]
+        own = any(path.name in TOKENIZER_FILES for path in ours)
+        ours = [
+            path for path in ours if path.name != ADAPTER_CONFIG and not any(fnmatch(path.name, p) for p in OF_THE_BASE)
+        ]
         of_both = ("generation_config.json", TEMPLATE_FILE)
         taken = [path for path in base if not own or any(fnmatch(path.name, p) for p in (*OF_THE_BASE, *of_both))]
         taken += [path for path in ours if own or path.name in of_both]
@@ -282,6 +299,8 @@ class Merged:
         if bits := self.adapter.quantized():
             told.append(f"note: trained on the base in {bits} bits, merged into its plain weights: answers may "
                         "differ a little from those of adapter and quantized base")  # fmt: skip
+        if other := other_base(self.adapter.folder, self.base.folder):
+            told.append(other)
         return [*told, *self.told]
 
     def pieces(self, pipe: Pipeline, order: list[Spec]) -> Iterator[tuple[Slot, Spec, int, torch.Tensor]]:

@@ -1,5 +1,6 @@
 """The tokenizer and the model to train, as train.py's flags ask for them."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,10 +9,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from alpaca import fsdp, zero
 from alpaca.errors import UsageError
-from alpaca.lora import LoraArguments, add_lora, base_dtype, existing_tokens, quantization, refuse_adapter
+from alpaca.exact_diff import is_exact_diff
+from alpaca.lora import LoraArguments, add_lora, base_dtype, existing_tokens, quantization
 from alpaca.run import repair_generation_config
-from alpaca.tokenizer import SPECIAL_TOKENS, open_tokenizer
+from alpaca.tokenizer import SPECIAL_TOKENS, open_tokenizer, to_save
 from alpaca.waiting import wait_for_all_ranks
+from alpaca.weights import ADAPTER_CONFIG, what_it_is_instead
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -35,6 +38,7 @@ def load_tokenizer(model_args: Any, training_args: "TrainingArguments") -> tuple
     """The tokenizer with pad, eos, bos and unk tokens, and how many tokens had to be added for that, as in 2023.
     A token that is "" counts as missing."""
     name = model_args.model_name_or_path
+    refuse_no_model(name)
     try:
         tokenizer = open_tokenizer(
             name, training_args.cache_dir, model_max_length=training_args.model_max_length, padding_side="right"
@@ -52,9 +56,16 @@ def load_tokenizer(model_args: Any, training_args: "TrainingArguments") -> tuple
     return tokenizer, tokenizer.add_special_tokens(missing)
 
 
+def refuse_no_model(name: str) -> None:
+    """Raise UsageError where a model is expected and `name` is the folder of an adapter or a weight diff."""
+    folder = Path(name)
+    adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    if adapter or is_exact_diff(folder):
+        raise UsageError(f"--model_name_or_path {name}: {what_it_is_instead(folder)}")
+
+
 def load_config(model_args: Any, training_args: "TrainingArguments", checkpoint: str | None = None) -> PreTrainedConfig:
     name = checkpoint or model_args.model_name_or_path
-    refuse_adapter(name)
     try:
         return AutoConfig.from_pretrained(name, cache_dir=training_args.cache_dir)
     except (OSError, ValueError) as error:
@@ -106,10 +117,12 @@ def make_model(
         _refuse_tied(load_config(model_args, training_args), model_args.model_name_or_path)
     model = load_model(model_args, training_args, weights, lora_args)
     wait_for_all_ranks()
-    repair_generation_config(model, tokenizer.pad_token_id, training_args.process_index)
+    repair_generation_config(model, to_save(tokenizer).pad_token_id, training_args.process_index)
     if not lora_args or num_new_tokens:
         resize_embeddings(model, 0 if weights else num_new_tokens, len(tokenizer))
     if lora_args:
+        if training_args.ddp_find_unused_parameters is None:  # the Trainer would look for some in every step
+            training_args.ddp_find_unused_parameters = False
         new_tokens = list(range(len(tokenizer) - num_new_tokens, len(tokenizer)))
         model = add_lora(model, lora_args, new_tokens, training_args.seed, checkpoint)
     if training_args.fsdp:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from alpaca.contract import other_base
 from alpaca.errors import UsageError, first_line
 from alpaca.exact_diff import is_exact_diff
 from alpaca.float_diff import ONE, ZERO, FloatDiff, last_norm
@@ -27,13 +28,10 @@ from alpaca.recovery import load_recovered, open_diff
 from alpaca.shards import MemoryWriter
 from alpaca.streaming import Pipeline, cast, stream
 from alpaca.tokenizer import open_tokenizer
-from alpaca.weights import INPUT_EMBEDDINGS, find_folder, open_weights, read_json
+from alpaca.weights import ADAPTER_CONFIG, INPUT_EMBEDDINGS, TOKENIZER_FILES, find_folder, open_weights, read_json
 
 if TYPE_CHECKING:
     from peft import PeftConfig
-
-ADAPTER_CONFIG = "adapter_config.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,11 @@ class How:
     dtype: torch.dtype
     quantized: str | None = None  # load_in_8bit or load_in_4bit
     flag: str = "--model"
-    base_flag: str = "--base"
+    base_flag: str | None = "--base"  # None: the command takes no base
+
+    def no_base(self, merge: str) -> str:
+        """What to do where a base is needed: give it, or make a plain checkpoint first."""
+        return f"give {self.base_flag}" if self.base_flag else f"make a plain checkpoint of it first: {merge}"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -96,7 +98,8 @@ def _open_checkpoint(folder: Path, how: How) -> Opened:
         name, largest = last_norm(weights)
         if largest < ZERO:
             raise UsageError(
-                f"{how.flag} {folder}: {name} is nearly zero, as in a weight diff; give {how.base_flag} too"
+                f"{how.flag} {folder}: {name} is nearly zero, as in a weight diff, which needs its base; "
+                + how.no_base(f"python weight_diff.py recover --path_diff {folder} --path_raw <base> ...")
             )
     tokenizer = _tokenizer(folder, how.flag)
     return Opened(_load(folder, how, how.flag), tokenizer, templates_of(folder), f"model {folder}")
@@ -123,7 +126,8 @@ def _open_diff(folder: Path, base: str | Path | None, how: How) -> Opened:
     """The model that the diff and its base give, recovered in memory; an exact diff proves it."""
     if base is None:
         raise UsageError(
-            f"{how.flag} {folder}: is a weight diff; give the model it was made against as {how.base_flag}"
+            f"{how.flag} {folder}: is a weight diff, which needs the model it was made against; "
+            + how.no_base(f"python weight_diff.py recover --path_diff {folder} --path_raw <base> --path_tuned <model>")
         )
     with open_weights(base, how.base_flag) as base_weights, open_diff(base_weights, folder, flag=how.flag) as diff:
         if isinstance(diff, FloatDiff) and last_norm(diff.weights)[1] > ONE:
@@ -142,7 +146,9 @@ def _open_diff(folder: Path, base: str | Path | None, how: How) -> Opened:
 
 def _open_adapter(folder: Path, base: str | Path | None, how: How) -> Opened:
     config, base = _adapter_config(folder, how), base or _base_of(folder, how)
-    base_folder = find_folder(base, how.base_flag)
+    base_folder = find_folder(base, how.base_flag or how.flag)
+    if other := other_base(folder, base_folder):
+        print(other, flush=True)
     if is_exact_diff(base_folder) or (base_folder / ADAPTER_CONFIG).is_file():
         raise UsageError(f"{how.base_flag} {base}: expected a whole model, this is a weight diff or an adapter itself")
     own = any((folder / name).is_file() for name in TOKENIZER_FILES)
@@ -171,14 +177,19 @@ def _adapter_config(folder: Path, how: How) -> "PeftConfig":
 
 def _base_of(folder: Path, how: How) -> str:
     """The base that the adapter names."""
-    name = read_json(folder / ADAPTER_CONFIG, how.flag).get("base_model_name_or_path")
+    settings = read_json(folder / ADAPTER_CONFIG, how.flag)
+    name, revision = (settings.get(key) for key in ("base_model_name_or_path", "revision"))
+    merge = f"python -m scripts.merge_lora --adapter {folder} --base <base> --output_dir <model>"
+    if name and revision:
+        raise UsageError(f"{how.flag} {folder}: is a LoRA adapter of revision {revision} of {name}; download that, and "
+                         f"{how.no_base(merge)}")  # fmt: skip
     if not name:
-        raise UsageError(f"{how.flag} {folder}: is a LoRA adapter that names no base model; give {how.base_flag}")
+        raise UsageError(f"{how.flag} {folder}: is a LoRA adapter that names no base model; {how.no_base(merge)}")
     try:
         return str(find_folder(name, how.base_flag))
     except UsageError as error:
         raise UsageError(
-            f"{how.flag} {folder}: is a LoRA adapter of {name!r}, which is not here; give {how.base_flag} ({error})"
+            f"{how.flag} {folder}: is a LoRA adapter of {name!r}, which is not here; {how.no_base(merge)} ({error})"
         ) from error
 
 

@@ -26,6 +26,8 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}  # safetensors' names
+ADAPTER_CONFIG = "adapter_config.json"  # of peft; a LoRA adapter's folder has it
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 MANIFEST = "weight_diff.json"  # an exact diff's folder has it (alpaca/exact_diff.py)
 COMPANIONS = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 OF_THE_RUN = (
@@ -174,7 +176,7 @@ def find_folder(folder: str | Path, flag: str) -> Path:
     if path.is_file():
         raise UsageError(f"{flag} {folder}: is a file; expected the folder that holds config.json and the weights")
     parts = str(folder).split("/")
-    if len(parts) != 2 or not all(parts) or parts[0] in (".", "..", "~"):
+    if len(parts) > 2 or not all(parts) or parts[0] in (".", "..", "~"):  # one part: gpt2
         raise UsageError(f"{flag} {folder}: no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -199,7 +201,7 @@ def find_shards(folder: Path, flag: str) -> list[Path]:
             return [folder / name]
         if (folder / f"{name}.index.json").is_file():
             return _indexed(folder, folder / f"{name}.index.json", flag)
-    raise UsageError(f"{flag} {folder}: {_what_it_is_instead(folder)}")
+    raise UsageError(f"{flag} {folder}: {what_it_is_instead(folder)}")
 
 
 def _indexed(folder: Path, index: Path, flag: str) -> list[Path]:
@@ -211,12 +213,12 @@ def _indexed(folder: Path, index: Path, flag: str) -> list[Path]:
     return [folder / name for name in names]
 
 
-def _what_it_is_instead(folder: Path) -> str:
+def what_it_is_instead(folder: Path) -> str:
     """Why a folder without weights was given, in words."""
     if (folder / MANIFEST).exists():
         return ("is a weight diff, not a model; recover the model first: python weight_diff.py recover "
                 f"--path_raw <base> --path_diff {folder} --path_tuned <folder>")  # fmt: skip
-    if (folder / "adapter_config.json").exists():
+    if (folder / ADAPTER_CONFIG).exists():
         return ("is a LoRA adapter, not a checkpoint; merge it into its base model first: python -m scripts.merge_lora "
                 f"--adapter {folder} --output_dir <folder>")  # fmt: skip
     if any(folder.glob("consolidated.*.pth")):

@@ -29,9 +29,8 @@ from alpaca.errors import UsageError, reported
 from alpaca.exact_diff import is_exact_diff
 from alpaca.float_diff import ZERO, last_norm
 from alpaca.local_model import LocalModel
-from alpaca.opening import ADAPTER_CONFIG
 from alpaca.prompts import load_prompt_template
-from alpaca.weights import find_folder, open_weights
+from alpaca.weights import ADAPTER_CONFIG, find_folder, open_weights
 
 if TYPE_CHECKING:
     import gradio
@@ -48,6 +47,7 @@ EXAMPLES = {  # what it is called on the page: words that are in one instruction
     "French, formally": "sentence into French",
     "A Python function": "minutes_between",
 }
+WAITING = 100  # requests that may wait for their turn; others are told to come back
 LONGEST_ANSWER = 2048  # tokens, where the model's context allows it
 NOTE = (
     "For research, as the demo of 2023 was: Alpaca's data is CC BY-NC 4.0, and the licence of the base model and the "
@@ -119,7 +119,7 @@ def load_voices(options: DemoArguments) -> list[Voice]:
     if whole and options.base and options.compare:
         raise UsageError(f"--base {options.base}: {options.model} is a whole model; leave --base or --compare away")
     how = {"load_in_8bit": options.load_in_8bit, "load_in_4bit": options.load_in_4bit}
-    tuned = LocalModel(options.model, base=None if whole else options.base, flag="--model", **how)
+    tuned = LocalModel(options.model, base=None if whole else options.base, flag="--model", base_flag="--base", **how)
     voices = [Voice(options.model, tuned, tuned.templates)]
     if options.compare:
         other = LocalModel(options.compare, flag="--compare", **how)
@@ -243,7 +243,7 @@ def launch(page: "gradio.Blocks", host: str, port: int) -> None:
     fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
     fonts = {kind: [gr.themes.Font(name) for name in names] for kind, names in fonts.items()}
     try:
-        page.queue(api_open=False).launch(
+        page.queue(api_open=False, max_size=WAITING).launch(
             server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, inbrowser=False, share=False,
             theme=gr.themes.Default(primary_hue="teal", neutral_hue="stone", radius_size="lg", **fonts).set(
                 button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"

@@ -30,6 +30,7 @@ from alpaca.data import Row, load_rows
 from alpaca.errors import UsageError, reported
 from alpaca.prompts import format_prompt, instruction_and_input, load_prompt_template
 from alpaca.row_answers import RowAnswers, first_of
+from alpaca.weights import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from alpaca.local_model import LocalModel
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     model = LocalModel(
         options.model, options.batch_size, device=options.device, batch_size_flag="--batch_size", base=options.base,
-        load_in_4bit=options.load_in_4bit, load_in_8bit=options.load_in_8bit, flag="--model",
+        load_in_4bit=options.load_in_4bit, load_in_8bit=options.load_in_8bit, flag="--model", base_flag="--base",
     )  # fmt: skip
     if options.interactive:
         from alpaca.chat import chat
@@ -120,9 +121,9 @@ def answer_file(
     fitting = rows_that_fit(lengths, model.context, options)
     RowAnswers(
         rows, options.output_path, model, lambda endpoint: (options.sampling, {}), lambda row: prompts[row],
-        description(prompts, fitting, options), options.batch_size,
+        description(prompts, fitting, options, model.told), options.batch_size,
         order=sorted(fitting, key=lambda row: -lengths[row]), seed_of=options.seed_of,
-        more={"generator": options.generator or Path(options.model).name}, limit_flag="--max_new_tokens",
+        more={"generator": options.generator or Path(options.model).resolve().name}, limit_flag="--max_new_tokens",
     ).run()  # fmt: skip
 
 
@@ -139,14 +140,21 @@ def rows_that_fit(lengths: Sequence[int], context: int | None, options: Generate
     return sorted(set(range(len(lengths))) - set(too_long))
 
 
-def description(prompts: Sequence[str], fitting: Sequence[int], options: GenerateArguments) -> dict[str, Any]:
-    """All that the answers depend on: a journal with answers to anything else is refused."""
+def description(
+    prompts: Sequence[str], fitting: Sequence[int], options: GenerateArguments, opened: str
+) -> dict[str, Any]:
+    """All that the answers depend on: a journal with answers to anything else is refused. `opened`: the folders that
+    the model came from."""
     from alpaca.contract import fingerprint_of_weights
 
     names = ("model", "base", "max_new_tokens", "temperature", "top_p", "seed", "load_in_8bit", "load_in_4bit")
     how = {name: getattr(options, name) for name in names}
     for name in filter(None, (options.model, options.base)):
         how[f"weights of {name}"] = fingerprint_of_weights(name)
+    how["opened"] = opened
+    settings = Path(options.model) / ADAPTER_CONFIG
+    if settings.is_file():
+        how["settings of the adapter"] = hashlib.sha256(settings.read_bytes()).hexdigest()[:12]
     how["prompts"] = hashlib.sha256(json.dumps([prompts[row] for row in fitting]).encode()).hexdigest()[:12]
     return how
 

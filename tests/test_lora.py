@@ -211,13 +211,13 @@ def test_target_modules(tiny):
 
 
 def test_an_adapter_is_no_base(tiny, tmp_path):
-    from alpaca.models import load_config
+    from alpaca.models import load_tokenizer
     from train import ModelArguments, TrainingArguments
 
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
     add_lora(model, LoraArguments(lora_r=2), [], seed=0).save_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="is a LoRA adapter, not a model; .*scripts.merge_lora --adapter"):
-        load_config(ModelArguments(str(tmp_path)), TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True))
+    with pytest.raises(UsageError, match="is a LoRA adapter, not a checkpoint; .*scripts.merge_lora --adapter"):
+        load_tokenizer(ModelArguments(str(tmp_path)), TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True))
 
 
 # ---- memory and speed ----
@@ -293,3 +293,19 @@ def test_merged_and_published(tiny, tmp_path, architecture, added):
     assert (found - expected).abs().max() < 1e-4 < (found[..., :vocabulary] - untrained).abs().max()
     tokenizer = AutoTokenizer.from_pretrained(recovered)
     assert len(tokenizer) == vocabulary + added and tokenizer.chat_template
+
+
+@pytest.mark.slow
+def test_a_base_of_the_same_shapes_is_told_from_the_one_of_the_training(tiny, tmp_path, capsys):
+    """A LLaMA has the shapes of a Llama 2, and peft takes one for the other."""
+    from alpaca.local_model import LocalModel
+    from scripts.merge_lora import merge_lora
+
+    train_here(tmp_path, output_dir="out", model_name_or_path=tiny("llama"), max_steps=1)
+    other = make_tiny_model(tmp_path / "other", "llama", hidden_size=32, seed=1)
+    capsys.readouterr()
+    for base, warned in ((tiny("llama"), False), (other, True)):
+        LocalModel(tmp_path / "out", base=base)
+        merge_lora(str(tmp_path / "out"), str(tmp_path / "merged"), base=str(base), overwrite=True)
+        warning = f"WARNING: {tmp_path / 'out'} was trained on a base with other files than {base}"
+        assert capsys.readouterr().out.count(warning) == 2 * warned

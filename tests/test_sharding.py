@@ -61,7 +61,7 @@ def test_no_rank_but_the_first_holds_a_full_copy(tiny, tmp_path):
     for file in ("tokenizer.model", "tokenizer_config.json"):
         (tmp_path / "model" / file).write_bytes(open(f"{tiny('llama')}/{file}", "rb").read())
     reports = probe(tmp_path, real=True, model_name_or_path=tmp_path / "model", fsdp="full_shard auto_wrap",
-                    save_strategy="no", data_path=write_rows(tmp_path / "rows.json", 4))  # fmt: skip
+                    batching="padded", save_strategy="no", data_path=write_rows(tmp_path / "rows.json", 4))  # fmt: skip
     whole = reports[0]["full"] * 4
     assert whole > 380e6
     rank_0, rank_1 = (report["grew"] / whole for report in reports)
