@@ -22,11 +22,14 @@ $(VENV)/.installed: requirements.txt constraints.txt
 	$(RUN)/pip install --disable-pip-version-check -c constraints.txt -r requirements.txt
 	@touch $@
 
-# DeepSpeed in a folder of its own, which its tests alone look into: whatever imports accelerate would load it too
-$(VENV)/.installed-tests: $(VENV)/.installed tests/requirements.txt tests/requirements-deepspeed.txt
+# DeepSpeed and lm-eval in folders of their own, which their tests alone look into: accelerate would load the one, and
+# transformers scipy, which comes with the other, wherever they are imported
+$(VENV)/.installed-tests: $(VENV)/.installed $(wildcard tests/requirements*.txt)
 	$(RUN)/pip install --disable-pip-version-check -c constraints.txt -r tests/requirements.txt
 	$(RUN)/pip install --disable-pip-version-check -c constraints.txt -r tests/requirements-deepspeed.txt \
 		--no-deps --upgrade --target $(VENV)/deepspeed
+	$(RUN)/pip install --disable-pip-version-check -c constraints.txt -r tests/requirements-evaluate.txt \
+		--no-deps --upgrade --target $(VENV)/evaluation
 	@touch $@
 
 quickstart: $(VENV)/.installed

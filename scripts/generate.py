@@ -9,7 +9,8 @@ The prompt is that of training, id for id: the template in the model's folder, o
 is given; then --seed decides, for each row apart, whatever else is in its batch.
 
 answers.json has the rows of the file in their order, with `output` replaced and `generator` naming the model, as
-AlpacaEval reads them. Every answer goes into answers.json.journal.jsonl first: after a kill the same command continues
+AlpacaEval reads them; with --backward a row is asked with its output, and keeps its instruction as `reference`, for
+scripts.evaluate. Every answer goes into answers.json.journal.jsonl first: after a kill the same command continues
 and repeats none. --interactive asks for an instruction and an input, which may have several lines and ends with an
 empty one; Ctrl-C stops an answer, exit or Ctrl-D leaves. What is piped into it is read in the same way.
 """
@@ -27,7 +28,7 @@ from alpaca import flags
 from alpaca.client import Sampling
 from alpaca.data import Row, load_rows
 from alpaca.errors import UsageError, reported
-from alpaca.prompts import format_prompt, load_prompt_template
+from alpaca.prompts import format_prompt, instruction_and_input, load_prompt_template
 from alpaca.row_answers import RowAnswers, first_of
 from alpaca.weights import ADAPTER_CONFIG
 
@@ -43,6 +44,9 @@ class GenerateArguments:
     data_split: str = field(default="train", metadata={"help": "Split of a hub dataset, such as eval or train[:100]."})
     output_path: str | None = field(default=None, metadata={"help": "JSON file for the answered rows."})
     interactive: bool = field(default=False, metadata={"help": "Talk to the model at the terminal."})
+    backward: bool = field(
+        default=False, metadata={"help": "Ask a backward model for the instructions of the file's outputs."}
+    )
     prompt_template: str | None = field(
         default=None, metadata={"help": "JSON file with other prompts than those that the model was trained with."}
     )
@@ -68,6 +72,8 @@ class GenerateArguments:
             raise UsageError("expected --data_path and --output_path for the rows of a file, or --interactive")
         if not self.interactive and not (self.data_path and self.output_path):
             raise UsageError(f"--{'output' if self.data_path else 'data'}_path is missing")
+        if self.interactive and self.backward:
+            raise UsageError("--backward: is for the rows of a file; --interactive asks with what is typed anyway")
         if self.max_new_tokens < 1:
             raise UsageError(f"--max_new_tokens {self.max_new_tokens}: expected 1 or more")
         if self.temperature < 0:
@@ -88,7 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     (options,), _ = flags.parse(argv, (GenerateArguments,), __doc__, program="scripts.generate")
     templates = load_prompt_template(options.prompt_template) if options.prompt_template else None
-    rows = load_rows(options.data_path, options.data_split, answered=False) if options.data_path else []
+    rows = load_rows(options.data_path, options.data_split, answered=options.backward) if options.data_path else []
+    if options.backward:
+        rows = [{"instruction": row["output"], "reference": instruction_and_input(row)} for row in rows]
     from alpaca.local_model import LocalModel
 
     model = LocalModel(

@@ -1,0 +1,32 @@
+"""Two files about the same texts, row by row: answers and what they are compared with, in whatever order each has."""
+
+from collections import defaultdict, deque
+from collections.abc import Sequence
+
+from alpaca.data import Row, load_rows
+from alpaca.errors import UsageError
+
+
+def load_named(path: str, flag: str, answered: bool = True) -> list[Row]:
+    """`load_rows` of a file that another flag than --data_path has named."""
+    try:
+        return load_rows(path, answered=answered)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--data_path", flag)) from error
+
+
+def partners(wanted: Sequence[str], offered: Sequence[str], told: str) -> list[int]:
+    """For each text of `wanted` the place of the same text in `offered`; for its second time there, the second place.
+
+    told: the message's begin if a text has no partner.
+
+    Raises:
+        UsageError: the rows that have none.
+    """
+    places: dict[str, deque[int]] = defaultdict(deque)
+    for place, text in enumerate(offered):
+        places[text].append(place)
+    found = [places[text].popleft() if places[text] else None for text in wanted]
+    if missing := [row for row, place in enumerate(found) if place is None]:
+        raise UsageError(f"{told} for {len(missing)} of {len(wanted)} rows (rows {missing[:10]})")
+    return found

@@ -1,0 +1,373 @@
+"""Evaluation: overlap with true texts, answers for AlpacaEval, a judge over HTTP, the harness on tasks of our own."""
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from completion_server import BAD_KEY, CompletionServer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alpaca import judging
+from alpaca.errors import UsageError
+from scripts import evaluate, generate
+
+BESIDE = Path(sys.prefix) / "evaluation"  # where make installs what tests alone need
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def save(path, rows):
+    path.write_text(json.dumps(rows))
+    return str(path)
+
+
+# ---- win_rate ----
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Six pairs; the other file has them in another order, and one more."""
+    ours = enumerate(["good", "good", "bad", "same", "place", "odd"])
+    theirs = [(5, "odd"), (9, "-"), (4, "place"), (3, "same"), (2, "good"), (1, "bad"), (0, "bad")]
+    paths = [
+        save(tmp_path / name, [{"instruction": f"Task {n}", "output": text} for n, text in pairs])
+        for name, pairs in (("ours.json", ours), ("theirs.json", theirs))
+    ]
+    return dict(zip(("outputs", "reference"), paths), judge="tiny", api="chat")
+
+
+def judge(prompt, body):
+    """Prefers "good", wherever it stands; says a tie for "same", the first for "place", nothing clear for "odd"."""
+    first, second = (prompt.split(f"<answer_{n}>\n")[1].split("\n")[0] for n in (1, 2))
+    if first == "odd":
+        return "Verdict: 1 would be unfair, and so would\nVerdict: 2 be."
+    verdict = "tie" if first == "same" else "1" if first in ("good", "place") else "2"
+    return f"The line\nVerdict: 2\nstands in the reasons.\n**Verdict: {verdict}**"
+
+
+def test_win_rate_in_both_orders(tmp_path, files, capsys):
+    with CompletionServer(judge) as server:
+        evaluate.win_rate(**files, base_url=server.url)
+    result, told = read(tmp_path / "ours.win_rate.json"), capsys.readouterr().out
+    wins = [1, 1, 0, 0.5, 0.5]  # "place" wins once, "odd" does not count
+    mean = sum(wins) / 5
+    assert result["win_rate"] == pytest.approx(100 * mean)
+    deviation = (sum((win - mean) ** 2 for win in wins) / 4) ** 0.5
+    assert result["standard_error"] == pytest.approx(100 * deviation / 5**0.5)
+    assert [result[name] for name in ("rows", "rows_counted", "wins", "losses", "ties")] == [6, 5, 2, 1, 2]
+    assert (result["verdicts"], result["verdicts_unread"]) == (12, 2)
+    assert result["orders_agree"] == pytest.approx(80)
+    assert (result["win_rate_when_first"], result["win_rate_when_second"]) == pytest.approx((70, 50))
+    assert (result["average_length"], result["reference_average_length"]) == (3, 3)  # 23 / 6, 23 / 6
+    assert "not an AlpacaEval number" in told and f"--model_outputs {files['outputs']}" in told
+    assert "1 rows of" in told and "2 of 12 answers of the judge end without a verdict" in told
+
+
+def test_a_judge_is_asked_nothing_twice(files):
+    with CompletionServer(judge, script=[None] * 6 + [BAD_KEY] * 9) as server:
+        with pytest.raises(UsageError, match="Incorrect API key"):
+            evaluate.win_rate(**files, base_url=server.url, concurrency=1)
+        server.script = []
+        done = [request.prompt for request in server.requests[:6]]
+        server.requests.clear()
+        evaluate.win_rate(**files, base_url=server.url)
+        asked = [request.prompt for request in server.requests]
+        assert len(done) == len(asked) == 6 and not set(done) & set(asked)
+        evaluate.win_rate(**files, base_url=server.url)
+        assert len(server.requests) == 6
+        with pytest.raises(UsageError, match="another question .*max_tokens 512"):
+            evaluate.win_rate(**files, base_url=server.url, max_tokens=9)
+
+
+def test_a_row_counts_only_with_all_its_verdicts():
+    """With one of two orders unread, or left out by --drop_failed, the place would decide."""
+    verdicts = [(0, "outputs", 2.0), (0, "reference", 2.0), (1, "outputs", 2.0), (1, "reference", None),
+                (2, "outputs", None), (2, "reference", 2.0), (3, "outputs", 2.0), (4, "outputs", 1.0),
+                (4, "reference", 1.5)]  # fmt: skip
+    result = judging.tally([dict(zip(("row", "first", "preference"), verdict)) for verdict in verdicts], 6)
+    assert [result[name] for name in ("rows", "rows_counted", "wins", "losses")] == [6, 2, 1, 1]
+    assert (result["win_rate"], result["orders_agree"]) == pytest.approx((62.5, 50))
+    assert result["standard_error"] == pytest.approx(37.5)
+    assert judging.tally([], 6)["win_rate"] is None
+
+
+def test_one_order_is_drawn_for_each_row():
+    drawn = judging.questions(200, "one", seed=1)
+    assert drawn == judging.questions(200, "one", seed=1) != judging.questions(200, "one", seed=2)
+    assert [question["row"] for question in drawn] == list(range(200))
+    assert 70 < sum(question["first"] == judging.OURS for question in drawn) < 130
+
+
+@pytest.mark.parametrize(
+    "text, preference",
+    [
+        ("Verdict: 1", 2.0), ("reasons\n- verdict: **2** ", 1.0), ("Verdict: Tie.", 1.5), ("Verdict: 1 or 2", None),
+        ("", None), ("Verdict: 1\nbut on reflection\nVerdict: 2", 1.0), ("The verdict: 1 wins", None),
+    ],
+)  # fmt: skip
+def test_verdicts(text, preference):
+    assert judging.read_preference(text, judging.OURS) == preference
+    mirrored = None if preference is None else 3 - preference
+    assert judging.read_preference(text, judging.OTHERS) == mirrored
+
+
+# ---- alpaca_eval ----
+
+
+@pytest.mark.slow
+def test_answers_in_the_format_of_alpaca_eval(tiny, tmp_path, capsys):
+    rows = [{"instruction": "Name three oceans.", "output": "of another model", "dataset": "koala"},
+            {"instruction": "Add.", "input": "1 + 1", "output": ""}]  # fmt: skip
+    flags = dict(model=tiny("llama"), data_path=save(tmp_path / "rows.json", rows), max_new_tokens=12,
+                 output_path=str(tmp_path / "ours.json"), generator="mine")  # fmt: skip
+    evaluate.alpaca_eval(**flags)
+    first = read(flags["output_path"])
+    assert [list(row) for row in first] == [["instruction", "output", "generator"]] * 2
+    assert [row["instruction"] for row in first] == ["Name three oceans.", "Add.\n\n1 + 1"]
+    length = int(sum(len(row["output"]) for row in first) / 2)
+    assert length > 0 and f"average length: {length} characters" in capsys.readouterr().out
+    journal = (tmp_path / "ours.json.journal.jsonl").read_text()
+    assert '"temperature": 0.7, "top_p": 1.0' in journal, "claude2-alpaca's settings"
+    evaluate.alpaca_eval(**flags)
+    assert read(flags["output_path"]) == first and "0 requests in this run" in capsys.readouterr().out
+
+
+# ---- backward ----
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    if find_spec("sacrebleu") is None or find_spec("lm_eval") is None:
+        if not BESIDE.is_dir():
+            pytest.skip(f"lm-eval and sacrebleu are not installed, nor in {BESIDE}")
+        monkeypatch.syspath_prepend(BESIDE)
+
+
+PRED = [("a", "Name oceans", "Name oceans"),  # shorter than BLEU's four words
+        ("b", "List a rainbow's colours", "Listing the colour of rainbows"),
+        ("c", "", "Write down the colours of a rainbow."), ("d", "What is this?", "你好")]  # fmt: skip
+
+
+def test_overlap_is_that_of_sacrebleu_and_rouge_score(tmp_path, installed, capsys):
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu import corpus_bleu, sentence_bleu
+
+    rows = [{"instruction": text, "output": output, "reference": true} for text, output, true in PRED]
+    evaluate.backward(save(tmp_path / "pred.json", rows), show_worst=2)
+    scores, told = read(tmp_path / "pred.scores.json"), capsys.readouterr().out
+    generated, true = [row[1] for row in PRED], [row[2] for row in PRED]
+    assert scores["bleu"] == pytest.approx(corpus_bleu(generated, [true]).score)
+    assert [row["bleu"] for row in scores["rows"]] == [
+        pytest.approx(sentence_bleu(*pair).score) for pair in zip(generated, ([text] for text in true))
+    ]
+    rouge = [RougeScorer(["rouge1", "rougeL"], use_stemmer=True).score(t, g) for g, t in zip(generated, true)]
+    for name in ("rouge1", "rougeL"):
+        assert scores[name] == pytest.approx(25 * sum(row[name].fmeasure for row in rouge))
+    assert scores["rows"][0]["rouge2"] == pytest.approx(100) and "tok:13a" in scores["bleu_signature"]
+    assert (scores["empty"], scores["not_latin"]) == ([2], [3])
+    assert scores["generated_words"] == pytest.approx(9 / 4) and "2.2 words generated" in told
+    assert "row 2: ROUGE-L 0.0, BLEU 0.0  '' for 'Write down the colours" in told and "row 0:" not in told
+
+
+def test_true_instructions_from_a_training_file(tmp_path, installed):
+    pred = save(tmp_path / "pred.json", [{"instruction": text, "output": true} for text, _, true in PRED[::-1]])
+    with pytest.raises(UsageError, match="4 of 4 rows have no `reference`.*--reference"):
+        evaluate.backward(pred)
+    rows = [{"instruction": true[:4], "input": true[4:], "output": text} for text, _, true in PRED]
+    evaluate.backward(pred, save(tmp_path / "rows.json", rows))
+    assert [row["true"] for row in read(tmp_path / "pred.scores.json")["rows"]] == [
+        f"{true[:4]}\n\n{true[4:]}" if true[4:] else true for _, _, true in PRED[::-1]
+    ]
+    with pytest.raises(UsageError, match=r"--reference .*rows.json: has no row .* 1 of 4 rows \(rows \[0\]\)"):
+        evaluate.backward(pred, save(tmp_path / "rows.json", rows[:3]))
+
+
+def test_a_missing_library_is_said_with_its_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sacrebleu.metrics", None)
+    pred = save(tmp_path / "pred.json", [{"instruction": "a", "output": "b", "reference": "c"}])
+    with pytest.raises(UsageError, match="pip install -c constraints.txt -r scripts/requirements.txt"):
+        evaluate.backward(pred)
+
+
+@pytest.mark.slow
+def test_generate_asks_a_backward_model_with_outputs(tiny, tmp_path):
+    rows = [{"instruction": "Add.", "input": "1 + 1", "output": "2"}]
+    generate.main(["--model", tiny("llama"), "--data_path", save(tmp_path / "rows.json", rows), "--backward", "True",
+                   "--max_new_tokens", "3", "--output_path", str(tmp_path / "pred.json")])  # fmt: skip
+    (row,) = read(tmp_path / "pred.json")
+    assert (row["instruction"], row["reference"]) == ("2", "Add.\n\n1 + 1") and row["output"] != "2"
+
+
+# ---- harness ----
+
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: {folder}/train.json, test: {folder}/{data}.json}}}}
+output_type: multiple_choice
+training_split: train
+test_split: test
+doc_to_text: "Q: {{{{question}}}}\\nA:"
+doc_to_target: {target}
+doc_to_choice: "{{{{choices}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}{more}]
+metadata: {{version: 1.0}}
+"""
+GROUP = """
+group: small
+task:
+  - {task: small_arc, num_fewshot: 3}
+  - {task: small_mmlu, num_fewshot: 2}
+  - {task: small_mc2, num_fewshot: 0}
+metadata:
+  version: 1.0
+  table:
+    small_arc: {column: ARC, metric: acc_norm}
+    small_mmlu: {column: MMLU, metric: acc}
+    small_mc2: {column: TruthfulQA, metric: acc}
+"""
+MC2 = """
+import numpy as np
+
+def mass(doc, results):
+    shares = np.exp([result[0] for result in results])
+    return {"acc": float(shares[np.array(doc["labels"]) == 1].sum() / shares.sum())}
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path, installed, monkeypatch):
+    """A folder of tasks of our own: ARC's kind, a group of two as MMLU is one, TruthfulQA's second kind."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # asks pip and others, two seconds
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"question": f"{n} and one?", "choices": [f"it is {n + 1}", f"it is {n}", "it is none"], "answer": n % 3,
+             "labels": [1, 0, 1]} for n in range(12)]  # fmt: skip
+    for name, count in (("train", 12), ("large", 9), ("small", 2)):
+        save(folder / f"{name}.json", rows[:count])
+    norm = ", {metric: acc_norm, aggregation: mean, higher_is_better: true}"
+    for name, data, target, more in (("small_arc", "large", "answer", norm), ("small_one", "large", "answer", ""),
+                                     ("small_two", "small", "answer", ""), ("small_mc2", "small", 0, "")):  # fmt: skip
+        text = TASK.format(name=name, folder=folder, data=data, target=target, more=more)
+        text += "process_results: !function mc2.mass\n" if name == "small_mc2" else ""
+        (folder / f"{name}.yaml").write_text(text)
+    (folder / "small_mmlu.yaml").write_text("group: small_mmlu\ntask: [small_one, small_two]\n")
+    (folder / "small.yaml").write_text(GROUP)
+    (folder / "mc2.py").write_text(MC2)
+    return folder
+
+
+def mass_of_true_choices(model, tokenizer, rows):
+    """mc2 by hand: the share of the labelled choices, whose probability is that of their tokens after the context."""
+    shares = []
+    for row in rows:
+        context, masses = tokenizer(f"Q: {row['question']}\nA:")["input_ids"], []
+        for choice in row["choices"]:
+            ids = torch.tensor([tokenizer(f"Q: {row['question']}\nA: {choice}")["input_ids"]])
+            with torch.no_grad():
+                logs = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            masses.append(logs[len(context) - 1 :].sum().exp().item())
+        shares.append(sum(m for m, label in zip(masses, row["labels"]) if label) / sum(masses))
+    return 100 * sum(shares) / len(shares)
+
+
+@pytest.mark.slow
+def test_harness(tiny, tasks, tmp_path, capsys):
+    """An adapter on its base, all three kinds of tasks, and what a rerun does."""
+    torch.manual_seed(1)
+    base, out = tiny("llama"), tmp_path / "scores"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), AutoTokenizer.from_pretrained(base)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    flags = dict(model=str(tmp_path / "adapter"), base=base, group="small", include_path=str(tasks))
+
+    evaluate.harness(**flags, output_dir=str(out))
+    arc, mmlu, mc2 = (read(out / f"small_{name}.json") for name in ("arc", "mmlu", "mc2"))
+    assert [result["num_fewshot"] for result in (arc, mmlu, mc2)] == [[3], [2], [0]]
+    assert mc2["value"] == pytest.approx(mass_of_true_choices(adapted, tokenizer, read(tasks / "small.json")), rel=1e-4)
+    one, two = (mmlu["tasks"][name] for name in ("small_one", "small_two"))
+    assert (one["samples"], two["samples"]) == (9, 2) and one["value"] != two["value"]
+    assert mmlu["value"] == pytest.approx((one["value"] + two["value"]) / 2), "every subject counts alike"
+    assert mmlu["weighted_by_size"] == pytest.approx((9 * one["value"] + 2 * two["value"]) / 11)
+    assert mmlu["stderr"] == pytest.approx((one["stderr"] ** 2 + two["stderr"] ** 2) ** 0.5 / 2)
+    average = (arc["value"] + mmlu["value"] + mc2["value"]) / 3
+    told = capsys.readouterr().out
+    assert f"| adapter | {average:.2f} | {arc['value']:.2f} | {mmlu['value']:.2f} | {mc2['value']:.2f} |" in told
+    assert "ARC: small_arc, 3-shot, acc_norm" in told and "contexts begin with the BOS token" in told
+    assert read(out / "results.json")["average"] == pytest.approx(average)
+    assert (out / "table.md").read_text().strip() in told
+
+    (out / "small_mc2.json").unlink()
+    times = [(out / f"small_{name}.json").stat().st_mtime_ns for name in ("arc", "mmlu")]
+    evaluate.harness(**flags, output_dir=str(out))
+    assert "ARC: " not in capsys.readouterr().out.split("| |")[0], "what is finished is not evaluated again"
+    assert read(out / "small_mc2.json")["value"] == mc2["value"]
+    assert times == [(out / f"small_{name}.json").stat().st_mtime_ns for name in ("arc", "mmlu")]
+    with pytest.raises(UsageError, match="small_arc.json was made with other arguments .limit None"):
+        evaluate.harness(**flags, output_dir=str(out), limit=1)
+
+    evaluate.harness(**flags, output_dir=str(tmp_path / "try"), limit=1, tasks="small_mc2", add_bos_token=False)
+    told, tried = capsys.readouterr().out, read(tmp_path / "try" / "small_mc2.json")
+    assert "Of the first 1 examples" in told and "begin without the BOS token" in told and "| – | – | – |" in told
+    assert tried["samples"] == 1 and tried["value"] != pytest.approx(mc2["value"])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(batch_size="many"), "--batch_size many: expected a number, or auto"),
+        (dict(limit=0), "--limit 0"),
+        (dict(group="smal"), "--group smal: no such group .* groups there: small, small_mmlu"),
+        (dict(tasks="small_arc,mmlu"), "--tasks small_arc,mmlu: 'mmlu' is not in small; it has small_arc, small_mmlu"),
+        (dict(group="small_mmlu"), "metadata.table says no column and metric for small_one"),
+        (dict(include_path="/nowhere"), "--include_path /nowhere: expected a folder"),
+    ],
+)
+def test_harness_flags(tasks, tmp_path, flags, message):
+    flags = dict(model="tiny", output_dir=str(tmp_path / "out"), group="small", include_path=str(tasks)) | flags
+    with pytest.raises(UsageError, match=message):
+        evaluate.harness(**flags)
+
+
+@pytest.mark.slow
+def test_the_shipped_group_is_that_of_the_cards(installed, monkeypatch):
+    """Its tasks as the harness has them, data aside: shots and where they are taken from, metrics, all 57 subjects."""
+    import datasets
+    import lm_eval.tasks
+    from lm_eval.tasks import TaskManager
+
+    from alpaca.harness import find_group, load_tasks
+
+    own = Path(lm_eval.tasks.__file__).parent
+    folders = [own / name for name in ("arc", "hellaswag", "mmlu/default", "truthfulqa")]  # of 14,000 files
+
+    def manager(include_path, include_defaults=True):
+        return TaskManager(include_path=[include_path, *folders * include_defaults], include_defaults=False)
+
+    row = {"question": "q", "subject": "s", "activity_label": "a", "ctx_a": "a", "ctx_b": "b", "endings": ["x", "y"],
+           "label": "1", "answer": 1, "answerKey": "A", "mc1_targets": {"choices": ["a"], "labels": [1]},
+           "mc2_targets": {"choices": ["a"], "labels": [1]}}  # fmt: skip
+
+    def load_dataset(path, **_):
+        choices = ["a", "b", "c", "d"] if path == "cais/mmlu" else {"text": ["x", "y"], "label": ["A", "B"]}
+        split = datasets.Dataset.from_list([row | {"choices": choices}])
+        return datasets.DatasetDict(dict.fromkeys(("train", "dev", "validation", "test"), split))
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    manager, members = find_group(str(evaluate.GROUPS), "open_llm_v1_4")
+    found = {}
+    for member in members:
+        loaded = load_tasks(manager, member)
+        for task in loaded.values():
+            settings = (len(loaded), task.config.num_fewshot, task.config.fewshot_split, member.metric)
+            assert found.setdefault(member.column, settings) == settings
+            assert member.metric in [metric["metric"] for metric in task.config.metric_list]
+    assert found == {"ARC": (1, 25, "train", "acc_norm"), "HellaSwag": (1, 10, "train", "acc_norm"),
+                     "MMLU": (57, 5, "dev", "acc"), "TruthfulQA": (1, 0, None, "acc")}  # fmt: skip
