@@ -105,8 +105,10 @@ def alpaca_eval(
     rows = [{"instruction": instruction_and_input(row)} for row in load_rows(data_path, answered=False)]
     from alpaca.local_model import LocalModel
 
-    opened = LocalModel(model, batch_size, device=device, batch_size_flag="--batch_size", base=base,
-                        load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, flag="--model", base_flag="--base")  # fmt: skip
+    opened = LocalModel(
+        model, batch_size, device=device, batch_size_flag="--batch_size", base=base, load_in_4bit=load_in_4bit,
+        load_in_8bit=load_in_8bit, flag="--model", base_flag="--base",
+    )  # fmt: skip
     answer_file(rows, opened, templates or opened.templates, options)
     print(f"average length: {_average_length(_read_json(output_path))} characters")
 
