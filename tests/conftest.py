@@ -26,6 +26,11 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 SHARED = ROOT.parent / "shared" / "data"  # real Alpaca rows, not part of the repository
 
 
+def pytest_collection_modifyitems(items):
+    """The longest test first, so that no other process waits for it at the end."""
+    items.sort(key=lambda item: "test_quickstart" not in item.name)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """tiny("llama" | "opt" | "gpt2") -> the folder of a model with random weights, made once per session."""

@@ -45,7 +45,7 @@ def test_readme_command(tiny, tmp_path, architecture, layer, fsdp):
         fsdp=fsdp,
         num_train_epochs=1,
     )
-    result = train(flags, processes=2, real=architecture == "opt")  # LLaMA's under torchrun: the quickstart
+    result = train(flags, processes=2, real=architecture == "opt")
     assert [entry["step"] for entry in history(out)] == [1, 2, 3]
     assert result.stdout.count("--evaluation_strategy no -> --eval_strategy no") == 1, "noted once, by rank 0"
     assert "--save_steps 2000 exceeds the 3 steps" in result.stdout
@@ -343,7 +343,8 @@ def test_lora_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
     assert sorted(adapter["target_modules"]) == layers
 
 
-def test_quickstart_in_the_folder_of_an_earlier_one(tmp_path):
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.stress)])
+def test_quickstart_in_the_folder_of_an_earlier_one(tmp_path, processes):
     """The whole story; a folder that quickstart did not make is left alone."""
     folder = tmp_path / "q"
     (folder / "tuned").mkdir(parents=True)
@@ -353,7 +354,7 @@ def test_quickstart_in_the_folder_of_an_earlier_one(tmp_path):
     assert (folder / "tuned" / "mine.txt").exists()
     (folder / ".made-by-quickstart").touch()
     result = run(
-        [sys.executable, "-m", "scripts.quickstart", "--folder", folder, "--num_train_epochs", "7"], timeout=600
+        [sys.executable, "-m", "scripts.quickstart", "--folder", folder, "--nproc_per_node", processes], timeout=600
     )
     assert "of 5 answers are word for word" in result.stdout and "2e-5 -> 1e-3" in result.stdout
     assert not (folder / "tuned" / "mine.txt").exists()

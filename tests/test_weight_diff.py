@@ -713,7 +713,7 @@ def test_a_model_of_train_py_from_opt(tiny, tmp_path):
     assert wrong.returncode == 2 and "error: --path_raw" in wrong.stderr and "Traceback" not in wrong.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """A model of 400 MB takes no more than one of 4 MB, give or take a few buffers; mapped pages count."""
     peaks = []
