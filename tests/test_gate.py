@@ -450,7 +450,7 @@ def test_too_small_a_disk_is_refused_before_training(tmp_path, capsys):
     assert disk.checkpoint_sizes(args, 10) == (40, 20)
 
 
-@pytest.mark.stress
+@pytest.mark.slow
 def test_a_disk_that_fills_in_the_middle_of_a_save_loses_nothing(tiny, tmp_path):
     """`ulimit -f` stands in for the full disk: the system refuses to write on. The optimizer is twice the weights."""
     flags = dict(model_name_or_path=tiny("llama"), data_path=write_rows(tmp_path / "rows.json", 24), save_steps=4,

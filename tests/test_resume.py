@@ -324,7 +324,7 @@ def test_what_is_in_the_output_folder_is_not_overwritten(stopped, tmp_path):
     assert not read_record(model)["finished"], "its model is gone"
 
 
-@pytest.mark.stress
+@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_is_not_finished(tiny, tmp_path):
     """SIGTERM with transformers' --enable_jit_checkpoint, as Slurm sends it before it takes the nodes back."""
     flags = flags_for(tiny("llama"), tmp_path, max_steps=3000, save_strategy="no", output_dir=tmp_path / "out")

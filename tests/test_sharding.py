@@ -50,7 +50,6 @@ def test_checkpointing_that_forgets_dropout_masks_is_refused(tiny, tmp_path):
     assert refused.returncode != 0 and "wrong gradients with dropout (dropout=0.1)" in refused.stderr
 
 
-@pytest.mark.stress
 def test_no_rank_but_the_first_holds_a_full_copy(tiny, tmp_path):
     """Peak memory of a model of 400 MB: rank 0 reads it whole; both need about 0.4 of it for late imports."""
     from transformers import AutoConfig, AutoModelForCausalLM
