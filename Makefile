@@ -39,7 +39,7 @@ test: $(VENV)/.installed-tests
 	$(PYTEST) -n 2 -m "not stress"
 
 test-fast: $(VENV)/.installed-tests
-	$(PYTEST) -m "not slow and not stress"
+	$(PYTEST) -n 2 -m "not slow and not stress"
 
 stress: $(VENV)/.installed-tests
 	$(PYTEST) -m stress
