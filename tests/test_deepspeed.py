@@ -30,7 +30,7 @@ installed = pytest.mark.skipif(
 def with_deepspeed(processes=2, **flags):
     path = os.pathsep.join(filter(None, (str(BESIDE), os.environ.get("PYTHONPATH"))))
     check = flags.pop("check", True)
-    return launch(dict(deepspeed=CONFIG, **FLAGS) | flags, processes, check=check, env={"PYTHONPATH": path})
+    return launch(dict(deepspeed=CONFIG, **FLAGS) | flags, processes, real=True, check=check, env={"PYTHONPATH": path})
 
 
 def here(**flags):
