@@ -112,8 +112,12 @@ class Respondent:
         return how
 
     def seed_of(self, number: int) -> int:
-        """The seed of a request: equal prompts get different answers, whatever is asked beside them."""
-        return random.Random(f"{self.seed} {number}").randrange(2**62)
+        return seed_of(self.seed, number)
+
+
+def seed_of(seed: int, number: int) -> int:
+    """The seed of a request: equal prompts get different answers, whatever is asked beside them."""
+    return random.Random(f"{seed} {number}").randrange(2**62)
 
 
 def fitting(model: Model, numbers: Iterable[int], prompt_of: Callable[[int], str], sampling: Sampling) -> list[int]:

@@ -17,7 +17,6 @@ empty one; Ctrl-C stops an answer, exit or Ctrl-D leaves. What is piped into it 
 
 import hashlib
 import json
-import random
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from alpaca.client import Sampling
 from alpaca.data import Row, load_rows
 from alpaca.errors import UsageError, reported
 from alpaca.prompts import format_prompt, instruction_and_input, load_prompt_template
+from alpaca.respondent import seed_of
 from alpaca.row_answers import RowAnswers, first_of
 from alpaca.weights import ADAPTER_CONFIG
 
@@ -87,7 +87,7 @@ class GenerateArguments:
 
     def seed_of(self, number: int) -> int:
         """The seed of an answer: equal prompts of two rows get two answers."""
-        return random.Random(f"{self.seed} {number}").randrange(2**62)
+        return seed_of(self.seed, number)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
