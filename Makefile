@@ -1,4 +1,5 @@
 # make quickstart   the Alpaca recipe on this machine, in miniature: train, save, reload, answer
+# make tour         the whole story in miniature: generate, train, publish, recover, talk, evaluate
 # make test         the test suite (under 10 minutes on 2 cores); test-fast: under 1; stress: as long as it takes
 # make lint         ruff
 #
@@ -9,7 +10,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 PYTEST := $(RUN)/python -m pytest
 
-.PHONY: help install quickstart test test-fast stress lint clean
+.PHONY: help install quickstart tour test test-fast stress lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -22,18 +23,24 @@ $(VENV)/.installed: requirements.txt constraints.txt
 	$(RUN)/pip install --disable-pip-version-check -c constraints.txt -r requirements.txt
 	@touch $@
 
-# DeepSpeed and lm-eval in folders of their own, which their tests alone look into: accelerate would load the one, and
+# lm-eval and DeepSpeed in folders of their own, where only who needs them looks: accelerate would load the one, and
 # transformers scipy, which comes with the other, wherever they are imported
-$(VENV)/.installed-tests: $(VENV)/.installed $(wildcard tests/requirements*.txt)
-	$(RUN)/pip install --disable-pip-version-check -c constraints.txt -r tests/requirements.txt
-	$(RUN)/pip install --disable-pip-version-check -c constraints.txt -r tests/requirements-deepspeed.txt \
-		--no-deps --upgrade --target $(VENV)/deepspeed
+$(VENV)/.installed-evaluation: $(VENV)/.installed tests/requirements-evaluate.txt
 	$(RUN)/pip install --disable-pip-version-check -c constraints.txt -r tests/requirements-evaluate.txt \
 		--no-deps --upgrade --target $(VENV)/evaluation
 	@touch $@
 
+$(VENV)/.installed-tests: $(VENV)/.installed-evaluation tests/requirements.txt tests/requirements-deepspeed.txt
+	$(RUN)/pip install --disable-pip-version-check -c constraints.txt -r tests/requirements.txt
+	$(RUN)/pip install --disable-pip-version-check -c constraints.txt -r tests/requirements-deepspeed.txt \
+		--no-deps --upgrade --target $(VENV)/deepspeed
+	@touch $@
+
 quickstart: $(VENV)/.installed
 	$(RUN)/python -m scripts.quickstart
+
+tour: $(VENV)/.installed-evaluation
+	PYTHONPATH=$(VENV)/evaluation $(RUN)/python -m scripts.tour
 
 test: $(VENV)/.installed-tests
 	$(PYTEST) -n 2 -m "not stress"
@@ -49,4 +56,4 @@ lint: $(VENV)/.installed-tests
 	$(RUN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) quickstart
+	rm -rf $(VENV) quickstart tour

@@ -21,8 +21,6 @@ from alpaca.data import load_rows
 from alpaca.prompts import format_prompt
 from scripts.make_tiny_model import ROOT, make_tiny_model
 
-MARKER = ".made-by-quickstart"
-
 README_FLAGS = {
     "--nproc_per_node": "4",
     "--model_name_or_path": "<your_path_to_hf_converted_llama_ckpt_and_tokenizer>",
@@ -48,13 +46,14 @@ README_FLAGS = {
 }
 
 
-def fresh_folder(folder: Path) -> Path:
-    """Empty `folder`, but only if an earlier quickstart made it."""
-    if folder.exists() and not (folder / MARKER).exists():
-        raise SystemExit(f"quickstart: {folder} exists and was not made by quickstart; pass another --folder")
+def fresh_folder(folder: Path, program: str = "quickstart") -> Path:
+    """Empty `folder`, but only if an earlier `program` made it."""
+    marker = folder / f".made-by-{program}"
+    if folder.exists() and not marker.exists():
+        raise SystemExit(f"{program}: {folder} exists and was not made by {program}; pass another --folder")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    (folder / MARKER).touch()
+    marker.touch()
     return folder
 
 
@@ -71,6 +70,19 @@ def differences(folder: Path, processes: int, epochs: int) -> dict[str, str]:
         "--learning_rate": "1e-3",
         "--logging_steps": "20",
     }
+
+
+def shown(word: str | Path) -> str:
+    """As short as it can be typed in this folder."""
+    path = Path(word)
+    return shlex.quote(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else word))
+
+
+def run(command: list[str | Path], answers: str | None = None, **env: str) -> None:
+    """Show `command` and run it, with `answers` as what is typed there. Raises SystemExit if it fails."""
+    print(f"\n$ {' '.join(map(shown, command))}\n", flush=True)
+    if status := subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, input=answers, text=True).returncode:
+        raise SystemExit(f"{shown(command[1])} failed with exit status {status}; its output is above")
 
 
 def torchrun_command(flags: dict[str, str]) -> list[str]:
@@ -90,7 +102,7 @@ def check_loss_fell(output_dir: Path) -> tuple[float, float]:
     history = json.loads((output_dir / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     if not losses[-1] < losses[0] / 2:
-        raise SystemExit(f"quickstart: the loss went from {losses[0]:.3f} to {losses[-1]:.3f}; it should have halved")
+        raise SystemExit(f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}; it should have halved")
     return losses[0], losses[-1]
 
 
@@ -111,26 +123,27 @@ def answer(output_dir: Path, instructions: list[str]) -> list[str]:
 def publish_and_recover(folder: Path) -> None:
     """Run the README's three commands; raises SystemExit unless the recovered model is the trained one, bit for bit."""
     raw, tuned, diff, recovered = (folder / name for name in ("base", "tuned", "diff", "recovered"))
-    for task in (
-        ["make_diff", "--path_raw", raw, "--path_tuned", tuned, "--path_diff", diff],
-        ["recover", "--path_raw", raw, "--path_diff", diff, "--path_tuned", recovered],
-        ["verify", "--path_diff", diff, "--path_tuned", tuned],
-    ):
-        command = [sys.executable, str(ROOT / "weight_diff.py"), *(str(word) for word in task)]
-        print(f"\n$ {shlex.join(command)}", flush=True)
-        if status := subprocess.run(command, cwd=ROOT).returncode:
-            raise SystemExit(f"quickstart: {task[0]} failed with exit status {status}; its output is above")
+    program = [sys.executable, ROOT / "weight_diff.py"]
+    run([*program, "make_diff", "--path_raw", raw, "--path_tuned", tuned, "--path_diff", diff])
+    run([*program, "recover", "--path_raw", raw, "--path_diff", diff, "--path_tuned", recovered])
+    run([*program, "verify", "--path_diff", diff, "--path_tuned", tuned])
 
 
-def shown(path: Path) -> str:
-    """As short as it can be typed from here."""
-    return shlex.quote(str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path))
+def fine_tune(changed: dict[str, str]) -> None:
+    """Run the README's command with the flags `changed`. Raises SystemExit unless the loss halves."""
+    import torch
 
-
-def show_differences(flags: dict[str, str]) -> None:
     print("The README's command for LLaMA-7B, with these differences:")
-    for name, value in flags.items():
+    for name, value in changed.items():
         print(f"    {name:32}{README_FLAGS[name]} -> {value}")
+    processes = int(changed["--nproc_per_node"])
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if 0 < torch.cuda.device_count() < processes else {}
+    if hidden:
+        print(f"(on the CPU: {processes} processes need as many GPUs; --nproc_per_node 1 takes one)", flush=True)
+    run(torchrun_command({**README_FLAGS, **changed}), **hidden)
+    tuned = Path(changed["--output_dir"])
+    first, last = check_loss_fell(tuned)
+    print(f"\nThe loss fell from {first:.2f} to {last:.2f}; the curve is {tuned / 'loss.png'}")
 
 
 def main() -> None:
@@ -147,21 +160,7 @@ def main() -> None:
     make_tiny_model(folder / "base", hidden_size=256, num_hidden_layers=2)
 
     print("\n2. Fine-tuning it on the 175 seed tasks, parameters sharded over the processes", flush=True)
-    changed = differences(folder, args.nproc_per_node, args.num_train_epochs)
-    show_differences(changed)
-    command = torchrun_command({**README_FLAGS, **changed})
-    print(f"\n$ {shlex.join(command)}\n", flush=True)
-    import torch
-
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if 0 < torch.cuda.device_count() < args.nproc_per_node else {}
-    if hidden:
-        print(
-            f"(on the CPU: {args.nproc_per_node} processes need as many GPUs; --nproc_per_node 1 takes one)", flush=True
-        )
-    if status := subprocess.run(command, cwd=ROOT, env={**os.environ, **hidden}).returncode:
-        raise SystemExit(f"quickstart: training failed with exit status {status}; its output is above")
-    first, last = check_loss_fell(folder / "tuned")
-    print(f"\nThe loss fell from {first:.2f} to {last:.2f}; the curve is {folder / 'tuned' / 'loss.png'}")
+    fine_tune(differences(folder, args.nproc_per_node, args.num_train_epochs))
 
     print("\n3. Reloading the saved model with AutoModelForCausalLM and asking it what it was trained on\n", flush=True)
     rows = [
