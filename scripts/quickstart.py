@@ -82,7 +82,7 @@ def run(command: list[str | Path], answers: str | None = None, **env: str) -> No
     """Show `command` and run it, with `answers` as what is typed there. Raises SystemExit if it fails."""
     print(f"\n$ {' '.join(map(shown, command))}\n", flush=True)
     if status := subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, input=answers, text=True).returncode:
-        raise SystemExit(f"{shown(command[1])} failed with exit status {status}; its output is above")
+        raise SystemExit(f"the last command failed with exit status {status}; its output is above")
 
 
 def torchrun_command(flags: dict[str, str]) -> list[str]:

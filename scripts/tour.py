@@ -60,18 +60,18 @@ class StandIn:
     """Answers the two kinds of prompt that this tour sends, by what it knows of `tasks`."""
 
     def __init__(self, tasks: Sequence[Mapping[str, str]]):
-        self.tasks, self.draw = tasks, random.Random(0)
+        self.tasks = tasks
         self.answer_to = {instruction_and_input(task): task["output"] for task in tasks}
 
     def answer(self, prompt: str) -> str:
-        return self.judge(prompt) if "<answer_1>" in prompt else self.propose()
+        return self.judge(prompt) if "<answer_1>" in prompt else self.propose(prompt)
 
-    def propose(self) -> str:
-        """Five tasks, as a completion model goes on with the list that prompt.txt begins."""
+    def propose(self, prompt: str) -> str:
+        """Five tasks, as a completion model goes on with the list that prompt.txt begins. Equal prompts, equal tasks."""
         items = [
             f" {task['instruction']}\n{number}. Input:\n{task['input'] or '<noinput>'}\n"
             f"{number}. Output:\n{task['output']}\n"
-            for number, task in enumerate(self.draw.sample(self.tasks, 5), 4)
+            for number, task in enumerate(random.Random(prompt).sample(self.tasks, 5), 4)
         ]
         return items[0] + "".join(f"###\n{number}. Instruction:{item}" for number, item in enumerate(items[1:], 5))
 
