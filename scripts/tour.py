@@ -67,7 +67,7 @@ class StandIn:
         return self.judge(prompt) if "<answer_1>" in prompt else self.propose(prompt)
 
     def propose(self, prompt: str) -> str:
-        """Five tasks, as a completion model goes on with the list that prompt.txt begins. Equal prompts, equal tasks."""
+        """Five tasks, as a completion model goes on with the list of prompt.txt; equal prompts, equal tasks."""
         items = [
             f" {task['instruction']}\n{number}. Input:\n{task['input'] or '<noinput>'}\n"
             f"{number}. Output:\n{task['output']}\n"
