@@ -34,6 +34,8 @@ def load_texts(data_path: str, split: str = "train", text_field: str | None = No
     if path.suffix.lower() == ".txt":
         if not path.is_file():
             raise UsageError(f"--data_path {data_path}: no such file (looked in {path.parent.resolve()})")
+        if text_field is not None:
+            raise UsageError(f"--text_field {text_field}: a .txt file has no fields")
         return [text.strip() for text in re.split(r"\n[ \t\r]*\n", read_text(path)) if text.strip()]
     return [_text_of(row, number, data_path, text_field) for number, row in enumerate(raw_rows(data_path, split))]
 
@@ -77,7 +79,9 @@ class Filters:
         that is kept stays."""
         kept, left_out, seen = [], {}, set()
         for number, text in enumerate(texts):
-            same = hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=16).digest()
+            same = hashlib.blake2b(
+                " ".join(text.lower().split()).encode(errors="surrogatepass"), digest_size=16
+            ).digest()
             reason = self._fault(text) or ("duplicate" if same in seen else None)
             if reason is None:
                 seen.add(same)
