@@ -48,9 +48,7 @@ class Budget:
 
     def most(self, prompt: str, max_tokens: int) -> float:
         """Dollars that a request can cost: no tokenizer makes more tokens than a text has bytes."""
-        return (
-            (len(prompt.encode(errors="surrogatepass")) + ENVELOPE) * self.price_in + max_tokens * self.price_out
-        ) / 1e6
+        return ((len(prompt.encode()) + ENVELOPE) * self.price_in + max_tokens * self.price_out) / 1e6
 
     def allows(self, amount: float) -> bool:
         return self.max_cost is None or self.cost + sum(self.reserved.values()) + amount <= self.max_cost

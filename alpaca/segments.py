@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alpaca.data import raw_rows, read_text
+from alpaca.data import check_text, raw_rows, read_text
 from alpaca.errors import UsageError
 
 # Words that hardly any English text of some sentences goes without, and that other languages do not have
@@ -50,6 +50,7 @@ def _text_of(row: Any, number: int, data_path: str, text_field: str | None) -> s
         raise UsageError(f"{where}: no field {field!r}; the row has {fields}; --text_field names the one to take")
     if not isinstance(row[field], str):
         raise UsageError(f"{where}: {field!r} must be text, got {type(row[field]).__name__} {row[field]!r:.60}")
+    check_text(row[field], f"{where}: {field!r}")
     return row[field].strip()
 
 
@@ -79,9 +80,7 @@ class Filters:
         that is kept stays."""
         kept, left_out, seen = [], {}, set()
         for number, text in enumerate(texts):
-            same = hashlib.blake2b(
-                " ".join(text.lower().split()).encode(errors="surrogatepass"), digest_size=16
-            ).digest()
+            same = hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=16).digest()
             reason = self._fault(text) or ("duplicate" if same in seen else None)
             if reason is None:
                 seen.add(same)
