@@ -120,3 +120,79 @@ def test_no_command_writes_over_what_it_reads(tmp_path, command, flag):
         command(path)
     assert (tmp_path / "rows.json").read_bytes() == before
     keep_input(tmp_path / "new.json", "--output_path", data_path=path, reference=None)
+
+
+# ---- what every command that asks a server has ----
+
+
+@pytest.fixture
+def commands(tmp_path):
+    """name: (command, its flags, the requests it sends); their texts are long enough for the filters."""
+    rows = [{"instruction": f"Task {n}?", "output": f"It is {n}. " * 30} for n in range(6)]
+    for name, kept in (("rows.json", rows), ("theirs.json", rows[::-1])):
+        (tmp_path / name).write_text(json.dumps(kept))
+    path, out = str(tmp_path / "rows.json"), str(tmp_path / "out.json")
+    asked = dict(data_path=path, output_path=out, model_name="tiny")
+    judged = dict(outputs=path, reference=str(tmp_path / "theirs.json"), judge="tiny", output_path=out)
+    return {
+        "generate_responses": (generate_instruction.generate_responses, asked, 6),
+        "augment": (backtranslate.augment, asked, 6),
+        "curate": (backtranslate.curate, asked | {"ratings": 2}, 12),
+        "win_rate": (evaluate.win_rate, judged, 12),
+    }
+
+
+COMMANDS = ("generate_responses", "augment", "curate", "win_rate")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_dry_run_asks_nothing_and_names_the_cost(commands, name, tmp_path, capsys):
+    command, flags, requests = commands[name]
+    before = sorted(tmp_path.iterdir())
+    with CompletionServer() as server:
+        command(**flags, base_url=server.url, price_in=1.0, price_out=900.0, max_tokens=1000, dry_run=True)
+        assert not server.requests
+    told = capsys.readouterr().out
+    assert f"about {requests} requests" in told and "It is 0." in told or "Task 0?" in told
+    most = float(told.rsplit("at most $")[-1])
+    assert requests * 0.9 <= most < requests * 0.91
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_limit_of_cost_holds(commands, name):
+    command, flags, requests = commands[name]
+    with CompletionServer() as server:
+        asking = dict(base_url=server.url, api="completions", price_in=1.0, price_out=1000.0, max_tokens=100)
+        with pytest.raises(UsageError, match="--max_cost 0.12: stopped"):
+            command(**flags, **asking, max_cost=0.12)
+        assert 1 <= len(server.requests) < requests
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_failed_rows_are_an_error_or_left_out(commands, name, tmp_path):
+    command, flags, _ = commands[name]
+    with CompletionServer(lambda *_: "It is.\nVerdict: 1\nScore: 5") as server:
+        server.faults = lambda request: (
+            OVERFLOW if "It is 3." in request.prompt or "Task 3?" in request.prompt else None
+        )
+        asking = dict(base_url=server.url, api="completions")
+        with pytest.raises(UsageError, match="have no answer .rows 3"):
+            command(**flags, **asking)
+        assert not (tmp_path / "out.json").exists()
+        command(**flags, **asking, drop_failed=True)
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert (written["rows_counted"] if name == "win_rate" else len(written)) == 5
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_sampling_is_checked_and_sent(commands, name):
+    command, flags, _ = commands[name]
+    for wrong, message in ((dict(temperature=-1.0), "--temperature -1.0"), (dict(top_p=1.5), "--top_p 1.5"),
+                           (dict(max_tokens=0), "--max_tokens 0")):  # fmt: skip
+        with pytest.raises(UsageError, match=message):
+            command(**flags, **wrong)
+    with CompletionServer(lambda *_: "It is.\nVerdict: 1\nScore: 5") as server:
+        command(**flags, base_url=server.url, api="completions", temperature=0.3, top_p=0.8, max_tokens=77)
+        sent = [request.body for request in server.requests if "ping" not in request.body]
+    assert {(body["temperature"], body["top_p"], body["max_tokens"]) for body in sent} == {(0.3, 0.8, 77)}
