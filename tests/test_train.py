@@ -311,7 +311,9 @@ def test_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
     )
     result = recipe(f"{name}.sh", ["--max_steps", "1"], env, real=name == "llama_7b")
     batch, decay, warmup, schedule = (32, 0.1, 0, "polynomial") if "humpback" in name else (128, 0, 3, "cosine")
-    assert f"{batch} a step" in result.stdout and 'flag: --fsdp "full_shard auto_wrap" --fsdp_transformer' in result.stdout
+    assert (
+        f"{batch} a step" in result.stdout and 'flag: --fsdp "full_shard auto_wrap" --fsdp_transformer' in result.stdout
+    )
     monkeypatch.setattr(sys.modules["__main__"], "TrainingArguments", TrainingArguments, raising=False)
     args = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
     assert (args.learning_rate, args.num_train_epochs, args.model_max_length) == (float(learning_rate), epochs, length)
