@@ -318,8 +318,12 @@ def _rate(
         order=[turn * pairs + number for turn in range(ratings) for number in by_length], seed_of=rater.seed_of,
         drop_failed=drop_failed, number_of=lambda number: number % pairs, unit="ratings", path_flag="--ratings_path",
     ).answers()  # fmt: skip
-    texts = {number: entry["text"].strip() for number, entry in answers.items()}
-    return [rated_row(row, [texts.get(k * pairs + n) for k in range(ratings)]) for n, row in enumerate(rows)]
+    of_row = [[answers.get(turn * pairs + number) for turn in range(ratings)] for number in range(pairs)]
+    return [
+        rated_row(row, [entry and entry["text"].strip() for entry in entries],
+                  [entry is not None and entry["finish_reason"] == "length" for entry in entries])
+        for row, entries in zip(rows, of_row)
+    ]  # fmt: skip
 
 
 # ---- mix ----

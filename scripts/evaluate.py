@@ -9,7 +9,6 @@ harness and backward need `pip install -c constraints.txt -r scripts/requirement
 """
 
 import hashlib
-import json
 import shlex
 from pathlib import Path
 from statistics import fmean
@@ -20,7 +19,7 @@ from alpaca import commands, judging
 from alpaca.client import Sampling
 from alpaca.data import load_rows
 from alpaca.errors import UsageError, reported
-from alpaca.files import atomic_write, keep_input
+from alpaca.files import keep_input, write_json
 from alpaca.harness import HarnessRun
 from alpaca.overlap import ROUGE, overlap, worst
 from alpaca.pairing import load_named, partners
@@ -178,12 +177,14 @@ def win_rate(
     write_rows(f"{result_path.removesuffix('.json')}.verdicts.json", verdicts)
     official = OFFICIAL.format(shlex.quote(outputs), shlex.quote(reference))
     result = {"what": "win rate by the judge of scripts.evaluate, in percent; not an AlpacaEval number",
-              **judging.tally(verdicts, len(ours)), "judge": judge, "orders": orders, "temperature": temperature,
+              **judging.tally(verdicts, len(ours), 2 if orders == "both" else 1),
+              "judge": judge, "orders": orders, "temperature": temperature,
               "prompt_sha256": hashlib.sha256(judging.PROMPT.encode()).hexdigest(),
               "average_length": _average_length(ours), "reference_average_length": _average_length(others),
               "cost_dollars": round(budget.cost, 6), "official_command": official}  # fmt: skip
     print(_told(result, verdicts), f"AlpacaEval's own, after pip install alpaca_eval:\n    {official}", sep="\n")
-    _write(result_path, result)
+    write_json(result_path, result, "--output_path")
+    print(f"wrote {result_path}")
 
 
 def _verdict(entry: dict[str, Any], first: str) -> dict[str, Any]:
@@ -269,7 +270,8 @@ def backward(
     print("\n".join(lines))
     for row, text, truth in zip(scores["rows"], rows, true):
         row |= {"generated": text["output"], "true": truth}
-    _write(output_path, scores)
+    write_json(output_path, scores, "--output_path")
+    print(f"wrote {output_path}")
 
 
 def _true_instructions(rows: list[dict[str, Any]], pred: str, reference: str | None) -> list[str]:
@@ -289,18 +291,6 @@ def _true_instructions(rows: list[dict[str, Any]], pred: str, reference: str | N
 
 def _bad_row(number: int, scores: dict[str, Any], text: str, truth: str) -> str:
     return f"row {number}: ROUGE-L {scores['rougeL']:.1f}, BLEU {scores['bleu']:.1f}  {text!r:.70} for {truth!r:.70}"
-
-
-# ---- what they share ----
-
-
-def _write(path: str | Path, result: Any) -> None:
-    try:
-        with atomic_write(path) as file:
-            json.dump(result, file, indent=2, default=str)
-    except OSError as error:
-        raise UsageError(f"--output_path {path}: cannot be written ({error.strerror})") from error
-    print(f"wrote {path}")
 
 
 def main() -> None:

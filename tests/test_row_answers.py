@@ -122,6 +122,25 @@ def test_no_command_writes_over_what_it_reads(tmp_path, command, flag):
     keep_input(tmp_path / "new.json", "--output_path", data_path=path, reference=None)
 
 
+def test_a_judges_answer_that_was_cut_is_no_verdict(tmp_path):
+    """Nor is one of another judge taken over."""
+    rows = [{"instruction": f"Task {n}", "output": text} for n, text in enumerate(("ours", "theirs, longer"))]
+    for name, kept in (("ours.json", rows), ("theirs.json", [row | {"output": row["output"] * 2} for row in rows])):
+        (tmp_path / name).write_text(json.dumps(kept))
+    flags = dict(outputs=str(tmp_path / "ours.json"), reference=str(tmp_path / "theirs.json"), api="completions")
+    with CompletionServer(lambda *_: ("Verdict: 1\nand yet the", "length"), models=("one", "two")) as server:
+        evaluate.win_rate(**flags, judge="one", base_url=server.url, orders="one", seed=3)
+        result = json.loads((tmp_path / "ours.win_rate.json").read_text())
+        assert (result["verdicts"], result["verdicts_unread"], result["win_rate"]) == (2, 2, None)
+        assert (result["average_length"], result["reference_average_length"]) == (9, 18)
+        verdicts = json.loads((tmp_path / "ours.win_rate.verdicts.json").read_text())
+        assert [verdict["preference"] for verdict in verdicts] == [None, None]
+        assert all("### Instruction:\nTwo assistants" in request.prompt for request in server.requests[-2:])
+        for change in (dict(judge="two"), dict(api="chat"), dict(orders="both"), dict(temperature=0.5)):
+            with pytest.raises(UsageError, match="another question"):
+                evaluate.win_rate(**flags | dict(judge="one", base_url=server.url, orders="one", seed=3) | change)
+
+
 # ---- what every command that asks a server has ----
 
 
