@@ -93,6 +93,12 @@ class DataArguments:
     )
     backward: bool = flag(False, "Learn the instruction (and input) from the output, with a prompt for that.")
 
+    def __post_init__(self):
+        if not self.data_path:
+            raise UsageError(
+                "--data_path is missing: a file of rows (./alpaca_data.json) or a hub id (tatsu-lab/alpaca)"
+            )
+
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
@@ -161,8 +167,6 @@ def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Lor
     """The dataclasses from a command line of 2023 or of today; see alpaca/flags.py."""
     classes = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
     (model_args, data_args, lora_args, training_args), notes = flags.parse(argv, classes, description=__doc__)
-    if not data_args.data_path:
-        raise UsageError("--data_path is missing: a file of rows (./alpaca_data.json) or a hub id (tatsu-lab/alpaca)")
     check_lora(lora_args, training_args)
     if model_args.add_missing_tokens is None:
         model_args.add_missing_tokens = not lora_args

@@ -41,12 +41,12 @@ def save(folder, kind):
 
 @pytest.mark.parametrize("kind", ["json", "bom.json", "jsonl", "csv", "tsv", "parquet", "saved", "folder"])
 def test_every_format_gives_the_same_rows(tmp_path, kind):
-    rows = load_rows(save(tmp_path, kind), cache_dir=str(tmp_path / "cache"))
+    rows = load_rows(save(tmp_path, kind))
     assert [{name: row[name] for name in ("instruction", "input", "output")} for row in rows] == ROWS
 
 
 def test_splits_can_be_sliced(tmp_path):
-    rows = load_rows(save(tmp_path, "folder"), split="train[1:]", cache_dir=str(tmp_path / "cache"))
+    rows = load_rows(save(tmp_path, "folder"), split="train[1:]")
     assert [row["output"] for row in rows] == ["007", "null"]
 
 
@@ -104,7 +104,7 @@ def test_bad_files_are_located(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(UsageError, match=message) as caught:
-        load_rows(str(path), cache_dir=str(tmp_path / "cache"))
+        load_rows(str(path))
     assert str(path) in str(caught.value)
 
 
