@@ -143,7 +143,6 @@ class TrainingArguments(transformers.TrainingArguments):
         choices=["token", "microbatch"],
     )
     overwrite_output_dir: bool = flag(False, "Train from the start in a folder that already holds a run.")
-    logging_nan_inf_filter: bool = flag(False, "Hide non-finite losses from the log.")
 
     def __post_init__(self):
         check_combinations(self)
@@ -157,6 +156,7 @@ class TrainingArguments(transformers.TrainingArguments):
         recompute = self.activation_checkpointing = self.gradient_checkpointing if new_name is None else new_name
         super().__post_init__()
         self.gradient_checkpointing = recompute  # None, which transformers makes False: check_before_loading decides
+        self.logging_nan_inf_filter = False  # it would wait for the device in every step; the black box looks anyway
         if self.fsdp and (policy := fsdp.mixed_precision_policy(self.mixed_precision)):
             self.fsdp_plugin_args["mixed_precision_policy"] = policy
         if self.deepspeed:
