@@ -47,6 +47,11 @@ def flag(default: Any, text: str, **metadata: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
 
+def spelled(option: Any) -> str:
+    """The value of a flag that may be one of transformers' enums or a plain text."""
+    return str(getattr(option, "value", option))
+
+
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """The description keeps its line breaks; a flag is shown in one spelling, its default only where it has one, and
     --no_x as "not --x"."""
