@@ -8,10 +8,10 @@ The base is the one that the adapter names, or --base. Tensors are read and writ
 does not touch keep every bit. Tokenizer and prompt template are the adapter's where it has them, else the base's.
 """
 
-import argparse
 import json
 import shutil
 
+from alpaca.commands import Parser
 from alpaca.errors import reported
 from alpaca.files import human
 from alpaca.merging import Adapter, Merged
@@ -58,8 +58,7 @@ def merge_lora(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("scripts.merge_lora", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(__doc__, "scripts.merge_lora")
     parser.add_argument("--adapter", required=True, help="folder or hub id of the LoRA adapter")
     parser.add_argument("--output_dir", required=True, help="folder to be written")
     parser.add_argument("--base", help="folder or hub id of its base, if it is not where the adapter says")
