@@ -66,7 +66,8 @@ class ModelArguments:
     model_name_or_path: str | None = flag("facebook/opt-125m", "A local folder or hub id: weights and tokenizer.")
     attn_implementation: str | None = flag(None, "eager, sdpa, flash_attention_2, ...; by default the model's choice.")
     pad_token: str | None = flag(
-        None, "An existing token to pad with, instead of adding [PAD] where the tokenizer has no pad token."
+        None,
+        "An existing token to pad with, in place of the tokenizer's pad token, or of adding [PAD] where it has none.",
     )
     add_missing_tokens: bool | None = flag(
         None, "Add the pad, eos, bos and unk tokens that are missing; by default as in 2023, but not with --lora_r."
@@ -77,10 +78,12 @@ class ModelArguments:
 class DataArguments:
     _argument_group_name = "data"
     data_path: str = flag(
-        None, "Rows to train on: Alpaca or Guanaco .json, .jsonl, .csv, .parquet, seed_tasks.jsonl, or a hub id."
+        None,
+        "Rows to train on, Alpaca's or Guanaco's: .json, .jsonl, .csv, .tsv, .parquet, seed_tasks.jsonl, a folder of "
+        "the datasets library, or a hub id.",
     )
     eval_data_path: str | None = flag(None, "Rows to evaluate on when --eval_strategy is steps or epoch.")
-    data_split: str = flag("train", "Split of a hub dataset, e.g. train or train[:1000].")
+    data_split: str = flag("train", "Split of a hub dataset or a datasets folder, e.g. train or train[:1000].")
     prompt_template: str | None = flag(None, "JSON with prompt_input and prompt_no_input; else Alpaca's two prompts.")
     prompt_boundary: str = flag(
         "stanford",
@@ -142,7 +145,9 @@ class TrainingArguments(transformers.TrainingArguments):
         "micro-batches.",
         choices=["token", "microbatch"],
     )
-    overwrite_output_dir: bool = flag(False, "Train from the start in a folder that already holds a run.")
+    overwrite_output_dir: bool = flag(
+        False, "Train from the start in a folder that already holds a run, but no checkpoint-N any more."
+    )
 
     def __post_init__(self):
         check_combinations(self)
