@@ -5,9 +5,11 @@ import json
 
 import datasets
 import pytest
+from test_tokens import golden_tokenizer
 
 from alpaca.data import load_rows
 from alpaca.errors import UsageError
+from train import make_supervised_data_module, parse_flags
 
 ROWS = [
     {"instruction": "Add.", "input": "2, 3", "output": "5"},
@@ -48,6 +50,13 @@ def test_every_format_gives_the_same_rows(tmp_path, kind):
 def test_splits_can_be_sliced(tmp_path):
     rows = load_rows(save(tmp_path, "folder"), split="train[1:]")
     assert [row["output"] for row in rows] == ["007", "null"]
+
+
+def test_the_split_of_the_command_line_is_what_is_trained_on(tmp_path):
+    words = ["--data_path", save(tmp_path, "folder"), "--data_split", "train[1:]", "--use_cpu"]
+    _, data_args, _, _ = parse_flags(words)
+    module = make_supervised_data_module(golden_tokenizer("llama"), data_args, str(tmp_path))
+    assert len(module["train_dataset"]) == len(ROWS) - 1
 
 
 def test_seed_tasks_give_a_row_per_instance(tmp_path):
