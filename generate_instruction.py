@@ -11,7 +11,6 @@
 server. Every answer is journaled before anything else: a rerun of the same command continues and pays nothing twice.
 """
 
-import hashlib
 import json
 import random
 import time
@@ -21,15 +20,16 @@ from typing import Any
 
 import utils
 from alpaca import commands, self_instruct
-from alpaca.asking import Asker, Model, answered_before
+from alpaca.asking import Asker, answered_before
 from alpaca.client import Sampling
 from alpaca.data import load_rows
 from alpaca.errors import UsageError, reported
+from alpaca.files import keep_input
 from alpaca.generation import JOURNAL, REPORT, Generation
 from alpaca.journal import Journal
 from alpaca.progress import Progress, estimate
 from alpaca.prompts import format_prompt, instruction_and_input
-from alpaca.respondent import budget_of, check_numbers, is_folder, open_respondent
+from alpaca.respondent import Respondent, budget_of, check_numbers, is_folder, open_respondent
 from alpaca.row_answers import RowAnswers, write_rows
 from alpaca.self_instruct import find_word_in_string, load_prompt, load_seed_tasks  # noqa: F401  the first: of 2023
 
@@ -125,7 +125,8 @@ def generate_instruction_following_data(
         print(estimate([prompt], -(-num_instructions_to_generate // EXPECTED), max_tokens, budget))
         return
 
-    model, at_once = _open_model(model_name, base_url, api, request_batch_size, concurrency)
+    at_once = _at_once(model_name, base_url, request_batch_size, concurrency)
+    model = open_respondent(model_name, base_url, api, request_batch_size)
 
     def settle(endpoint: str) -> tuple[Sampling, dict[str, Any]]:
         chosen = parser if parser != "auto" else ("original" if endpoint == "completions" else "robust")
@@ -209,7 +210,10 @@ def generate_responses(
     Raises:
         UsageError: a bad flag, file, key, address or model, the limit of cost, or rows without an answer.
     """
-    check_numbers(request_batch_size=request_batch_size, max_tokens=max_tokens)
+    sampling = Sampling(max_tokens, temperature, top_p)
+    respondent = Respondent(model_name, sampling, None, base_url, api, request_batch_size,
+                            batch_size_flag="--request_batch_size", base_flag=None)  # fmt: skip
+    keep_input(output_path, "--output_path", data_path=data_path)
     if prompt not in ("auto", "plain", "alpaca"):
         raise UsageError(f"--prompt {prompt}: expected auto, plain or alpaca")
     rows, budget = load_rows(data_path), budget_of(price_in, price_out, max_cost)
@@ -219,17 +223,17 @@ def generate_responses(
         print(estimate(prompts, len(prompts), max_tokens, budget))
         return
 
-    model, at_once = _open_model(model_name, base_url, api, request_batch_size, concurrency)
+    at_once = _at_once(model_name, base_url, request_batch_size, concurrency)
+    model = respondent.open()
     if prompt != "plain" and (own := getattr(model, "templates", None)):  # a folder's
         prompts = [format_prompt(row, own) for row in rows]
 
     def settle(endpoint: str) -> tuple[Sampling, dict[str, Any]]:
         nonlocal prompts
         prompts = plain if prompt == "plain" or (prompt == "auto" and endpoint == "chat") else prompts
-        return Sampling(max_tokens, temperature, top_p), {}
+        return sampling, {}
 
-    how = {"model": model_name, "prompt": prompt, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
-    how["rows"] = hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+    how = respondent.how(rows=plain, prompts=prompts) | {"prompt": prompt}
     prompt_of = lambda row: prompts[row]  # noqa: E731  settle may change them
     RowAnswers(rows, output_path, model, settle, prompt_of, how, at_once, budget, drop_failed=drop_failed).run()
 
@@ -253,6 +257,7 @@ def export(
         eval_path: file for them; not given, output_path with _eval before its ending.
         seed: of the choice of rows that are held out.
     """
+    keep_input(output_path, "--output_path", regen_path=regen_path)
     try:
         rows = utils.jload(regen_path)
         rows = [{name: row[name] for name in ("instruction", "input", "output")} for row in rows]
@@ -271,14 +276,12 @@ def export(
 # ---- what they share ----
 
 
-def _open_model(
-    model_name: str, base_url: str | None, api: str, batch_size: int, concurrency: int | None
-) -> tuple[Model, int]:
-    """A folder's model in this process, or a client of a server; and how many requests it gets at once."""
+def _at_once(model_name: str, base_url: str | None, batch_size: int, concurrency: int | None) -> int:
+    """How many requests a model gets at once."""
     if concurrency is not None and is_folder(model_name, base_url):
         raise UsageError("a folder's model takes --request_batch_size, not --concurrency")
     check_numbers(concurrency=concurrency if concurrency is not None else 1)
-    return open_respondent(model_name, base_url, api, batch_size), concurrency or batch_size
+    return concurrency or batch_size
 
 
 def _read_bias(text: str | None) -> dict[str, float] | None:

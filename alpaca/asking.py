@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from alpaca.client import Completion, RequestFailed, Sampling
 from alpaca.errors import UsageError
 from alpaca.journal import Journal
+from alpaca.refusals import ContextOverflow
 
 ENVELOPE = 256  # tokens that a chat template may add to a prompt, at most
 GIVE_UP = 20  # requests that fail in a row
@@ -70,6 +71,9 @@ class Asker:
         settle: how to ask, and what the journal is to remember of every answer; given the model's endpoint,
             "completions" or "chat".
         seed_of: the seed of a request, by its number; None: that of what `settle` gave.
+        journaled_as: what the journal calls a request, by its number: `index` of its entries.
+        overflows_count: whether prompts that are too long count among the failures in a row that end a run. Not where
+            the requests are a given number, each with a prompt of its own.
     """
 
     model: Model
@@ -83,6 +87,8 @@ class Asker:
     first: int = 0
     known: dict[int, dict[str, Any]] = field(default_factory=dict)
     seed_of: Callable[[int], int] | None = None
+    journaled_as: Callable[[int], int] = int
+    overflows_count: bool = True
     stopped_by_cost: bool = False
     broken: bool = False  # deliver cannot go on
 
@@ -140,7 +146,7 @@ class Asker:
         self.budget.reserved[index], self.lost[index] = most, 0.0
         self.asked += 1
         if self.budget.max_cost is not None:  # a kill leaves no answer, and perhaps a bill
-            self.journal.append({"kind": "sent", "index": index, "most": most})
+            self.journal.append({"kind": "sent", "index": self.journaled_as(index), "most": most})
         self.flying.add(asyncio.ensure_future(self._ask(index, prompt)))
 
     async def _ask(self, index: int, prompt: str) -> None:
@@ -159,7 +165,10 @@ class Asker:
             self.stop_with = self.stop_with or error
             return
         self.known[index] = entry
-        self.failed_in_a_row = self.failed_in_a_row + 1 if entry["kind"] == "failed" else 0
+        if entry["kind"] == "answer":
+            self.failed_in_a_row = 0
+        elif self.overflows_count or not entry["too_long"]:
+            self.failed_in_a_row += 1
         if self.failed_in_a_row >= GIVE_UP:
             told = f"{GIVE_UP} requests in a row failed: {entry['error']}\nThe same command, run again, continues."
             self.stop_with = self.stop_with or UsageError(told)
@@ -176,14 +185,15 @@ class Asker:
         try:
             sampling = replace(self.sampling, seed=self.seed_of(index)) if self.seed_of else self.sampling
             answer = await self.model.complete(prompt, sampling, lose)
-            entry = {"kind": "answer", "index": index, **self.about, "text": answer.text}
+            entry = {"kind": "answer", **self.about, "text": answer.text}
             entry |= {"finish_reason": answer.finish_reason, "prompt_tokens": answer.prompt_tokens}
             entry |= {"completion_tokens": answer.completion_tokens, "seconds": round(time.time() - begin, 3)}
             if answer.prompt_tokens is None or answer.completion_tokens is None:
                 entry["unanswered"] = most
         except RequestFailed as error:
-            entry = {"kind": "failed", "index": index, "error": str(error)}
-        return {**entry, "unanswered": entry.get("unanswered", 0.0) + self.lost[index]}
+            entry = {"kind": "failed", "error": str(error), "too_long": isinstance(error, ContextOverflow)}
+        entry["unanswered"] = entry.get("unanswered", 0.0) + self.lost[index]
+        return {"index": self.journaled_as(index), **entry}
 
     async def _deliver_known(self) -> None:
         """What earlier runs were answered, before it is decided how much more is needed."""

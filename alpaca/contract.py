@@ -6,6 +6,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from alpaca.console import say
 from alpaca.data import fingerprint
 from alpaca.errors import UsageError
 from alpaca.waiting import gather_from_all_ranks, wait_for_all_ranks
+from alpaca.weights import ADAPTER_CONFIG, TOKENIZER_FILES, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -37,6 +39,9 @@ ROUNDING = (
 ).split()
 # Of these, what the memory forecast decides where the flags leave it open, and what they are then.
 DECIDED = {"max_tokens_per_pack": "auto", "gradient_checkpointing": None, "hold_gradients": None}
+# What answers depend on beside the weights.
+SETTINGS = ("config.json", "generation_config.json", ADAPTER_CONFIG)
+TOKENIZER = (*TOKENIZER_FILES, "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
 BASE = "the base model (--model_name_or_path)"
 STEPS = "the steps of the run (--num_train_epochs, --max_steps)"
 
@@ -115,6 +120,46 @@ def fingerprint_of_weights(name: str) -> str:
             digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(65536))
             file.seek(-min(65536, path.stat().st_size), os.SEEK_END)
             digest.update(file.read())
+    return digest.hexdigest()[:12]
+
+
+def weights_of(base: str | None = None, **models: str | None) -> dict[str, Any]:
+    """What the answers of models depend on, by words for messages: `weights_of(model="out/", base=None)` gives `model`,
+    the folder's whole path or the hub id, and of a folder `weights of model`, `settings of model` and `tokenizer of
+    model`, fingerprints of its files. A None, or what a folder has no files of, is left out.
+
+    base: of an adapter or a diff; not given, the fingerprints are those of the base that an adapter names.
+
+    Raises:
+        UsageError: the settings of an adapter cannot be read.
+    """
+    described = {}
+    for name, given in {**models, "base": base}.items():
+        folder = Path(given).expanduser() if given else None
+        if folder is None or not folder.is_dir():
+            described |= {name: given} if given else {}
+            continue
+        described |= {name: str(folder.resolve()), **_fingerprints(name, folder)}
+        if base is None and (folder / ADAPTER_CONFIG).is_file():
+            its_base = Path(read_json(folder / ADAPTER_CONFIG, f"--{name}").get("base_model_name_or_path") or "")
+            described |= _fingerprints(f"{name}'s base", its_base) if its_base.name and its_base.is_dir() else {}
+    return described
+
+
+def _fingerprints(name: str, folder: Path) -> dict[str, str]:
+    found = {f"weights of {name}": fingerprint_of_weights(str(folder))}
+    for what, names in {"settings": SETTINGS, "tokenizer": TOKENIZER}.items():
+        if files := [folder / file for file in names if (folder / file).is_file()]:
+            found[f"{what} of {name}"] = fingerprint_of_files(files)
+    return found
+
+
+def fingerprint_of_files(files: Iterable[Path]) -> str:
+    """Of their names and all that is in them."""
+    digest = hashlib.sha256()
+    for file in files:
+        data = file.read_bytes()
+        digest.update(f"{file.name} {len(data)} ".encode() + data)
     return digest.hexdigest()[:12]
 
 

@@ -193,6 +193,20 @@ def _check_row(row: Any, number: int, data_path: str) -> None:
         value = row.get(field)
         if not isinstance(value, str) and not (field == "input" and value is None):
             raise UsageError(f"{where}: {field!r} must be text, got {type(value).__name__} {value!r:.60}")
+        check_text(value or "", f"{where}: {field!r}")
+
+
+def check_text(text: str, where: str) -> None:
+    """Raise UsageError for half of a surrogate pair: JSON can say it ("\\ud83d"), no tokenizer or server reads it."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start]
+            raise UsageError(
+                f"{where} holds {half!r} at character {error.start}, one half of a character such as an emoji that was "
+                "cut in two; mend or remove it"
+            ) from error
 
 
 def fingerprint(*parts: Any) -> str:

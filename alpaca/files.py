@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from alpaca.errors import UsageError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -35,6 +37,13 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def keep_input(output: str | Path, flag: str, **inputs: str | Path | None) -> None:
+    """Raise UsageError if the file to be written is one of those that are read, which are named by their flags."""
+    for name, path in inputs.items():
+        if path is not None and os.path.exists(path) and os.path.exists(output) and os.path.samefile(path, output):
+            raise UsageError(f"{flag} {output}: is the file of --{name}, which would be lost; give another one")
 
 
 def lock(handle: int, path: str | Path) -> bool:

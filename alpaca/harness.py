@@ -96,12 +96,10 @@ class HarnessRun:
 
     def _how(self) -> dict[str, Any]:
         """All that the numbers depend on, but rounding: not the size of batches, nor the GPU."""
-        from alpaca.contract import fingerprint_of_weights
+        from alpaca.contract import weights_of
 
-        names = ("model", "base", "limit", "add_bos_token", "load_in_8bit", "load_in_4bit")
-        how = {name: getattr(self, name) for name in names}
-        for name in filter(None, (self.model, self.base)):
-            how[f"weights of {name}"] = fingerprint_of_weights(name)
+        how = weights_of(model=self.model, base=self.base)
+        how |= {name: getattr(self, name) for name in ("limit", "add_bos_token", "load_in_8bit", "load_in_4bit")}
         return how | {"lm_eval": importlib.metadata.version("lm-eval")}
 
     def _how_of(self, member: Member, how: dict[str, Any]) -> dict[str, Any]:

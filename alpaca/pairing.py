@@ -1,18 +1,18 @@
 """Two files about the same texts, row by row: answers and what they are compared with, in whatever order each has."""
 
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from alpaca.data import Row, load_rows
 from alpaca.errors import UsageError
 
 
-def load_named(path: str, flag: str, answered: bool = True) -> list[Row]:
-    """`load_rows` of a file that another flag than --data_path has named."""
+def load_named(path: str, flag: str, load: Callable[[str], list[Row]] = load_rows) -> list[Row]:
+    """`load` of a file that another flag than --data_path has named."""
     try:
-        return load_rows(path, answered=answered)
+        return load(path)
     except UsageError as error:
-        raise UsageError(str(error).replace("--data_path", flag)) from error
+        raise UsageError(str(error).replace("--data_path", flag, 1)) from error
 
 
 def partners(wanted: Sequence[str], offered: Sequence[str], told: str) -> list[int]:

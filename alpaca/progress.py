@@ -2,6 +2,7 @@
 
 import sys
 import time
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -52,10 +53,10 @@ class Progress:
 
 
 def estimate(prompts: list[str], requests: int, max_tokens: int, budget: Budget) -> str:
-    """One prompt, and what all would cost; a token is taken for four characters."""
-    tokens = round(sum(map(len, prompts)) / len(prompts) / 4)
-    likely, most = (requests * (tokens * budget.price_in + generated * budget.price_out) / 1e6
-                    for generated in (max_tokens // 2, max_tokens))  # fmt: skip
+    """One prompt, and what all would cost; a token is taken for four bytes, and in what it can cost at most for one."""
+    tokens = round(fmean(len(prompt.encode()) for prompt in prompts) / 4)
+    likely = requests * (tokens * budget.price_in + max_tokens // 2 * budget.price_out) / 1e6
+    most = requests * fmean(budget.most(prompt, max_tokens) for prompt in prompts)
     cost = f": about ${likely:.2f}, at most ${most:.2f}" if most else "; --price_in and --price_out give the cost"
     return (
         f"{prompts[0]}\n\n--- dry run: this is such a prompt; nothing was asked ---\n"

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from alpaca.asking import Budget, Model
 from alpaca.client import Client, Sampling
 from alpaca.errors import UsageError
-from alpaca.prompts import TEMPLATE_FILE
+from alpaca.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt
 
 
 def open_respondent(
@@ -25,6 +25,7 @@ def open_respondent(
     base: str | None = None,
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
+    flag: str = "--model_name",
     batch_size_flag: str = "--request_batch_size",
     base_flag: str | None = None,
 ) -> Model:
@@ -35,6 +36,7 @@ def open_respondent(
             of train.py, whose chat template writes the same prompts.
         chat: whether auto may be chat.
         base: of a folder with an adapter or a diff; base_flag names it, where the command takes one.
+        flag, batch_size_flag: what model and batch size are called, for messages.
 
     Raises:
         UsageError: a flag that does not fit, a folder that cannot be opened, a bad address.
@@ -42,7 +44,8 @@ def open_respondent(
     if not is_folder(model_name, base_url):
         for name, given in {"base": base, "load_in_8bit": load_in_8bit, "load_in_4bit": load_in_4bit}.items():
             if given:
-                raise UsageError(f"--{name} is for the model of a folder; --model_name {model_name} is a server's")
+                server = "--base_url" if base_url else "OPENAI_BASE_URL, as --base_url names none"
+                raise UsageError(f"--{name} is for the model of a folder; {flag} {model_name} is a server's ({server})")
         return Client(model_name, base_url, api)
     if api not in ("auto", "chat", "completions"):
         raise UsageError(f"--api {api}: expected auto, chat or completions")
@@ -50,7 +53,7 @@ def open_respondent(
 
     folder = Path(model_name).expanduser()
     chat = api == "chat" or (api == "auto" and chat and not (folder / TEMPLATE_FILE).is_file())
-    model = LocalModel(folder, batch_size, chat, batch_size_flag=batch_size_flag, base=base,
+    model = LocalModel(folder, batch_size, chat, batch_size_flag=batch_size_flag, base=base, flag=flag,
                        load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit, base_flag=base_flag)  # fmt: skip
     if api == "chat" and model.api != "chat":
         raise UsageError(f"--api chat: the tokenizer of {model_name} has no chat template; leave --api away")
@@ -58,6 +61,7 @@ def open_respondent(
 
 
 def is_folder(model_name: str, base_url: str | None) -> bool:
+    """A base URL, of the environment too, wins: servers such as vLLM call their models by the folder they came from."""
     return not base_url and not os.environ.get("OPENAI_BASE_URL") and Path(model_name).expanduser().is_dir()
 
 
@@ -65,54 +69,88 @@ def is_folder(model_name: str, base_url: str | None) -> bool:
 class Respondent:
     """A respondent by the flags of a command, which are named as these fields and those of Sampling.
 
+    flag, batch_size_flag: of model and batch size, where they have other names.
+
     Raises:
         UsageError: a number that no model takes.
     """
 
     model_name: str
-    base: str | None
-    base_url: str | None
-    api: str
-    batch_size: int
-    load_in_8bit: bool
-    load_in_4bit: bool
     sampling: Sampling
-    seed: int
+    base: str | None = None
+    base_url: str | None = None
+    api: str = "auto"
+    batch_size: int = 8
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
+    seed: int | None = None
+    flag: str = "--model_name"
+    batch_size_flag: str = "--batch_size"
+    base_flag: str | None = "--base"
 
     def __post_init__(self) -> None:
-        check_numbers(batch_size=self.batch_size, max_tokens=self.sampling.max_tokens)
-        if self.sampling.temperature < 0:
-            raise UsageError(f"--temperature {self.sampling.temperature}: expected 0 (greedy) or more")
-        if not 0 < self.sampling.top_p <= 1:
-            raise UsageError(f"--top_p {self.sampling.top_p}: expected more than 0, 1 at most")
+        check_numbers(**{self.batch_size_flag[2:]: self.batch_size})
+        check_sampling(self.sampling)
 
     def open(self, chat: bool = True) -> Model:
         """As `open_respondent`."""
         return open_respondent(
             self.model_name, self.base_url, self.api, self.batch_size, chat=chat, base=self.base,
-            load_in_8bit=self.load_in_8bit, load_in_4bit=self.load_in_4bit, batch_size_flag="--batch_size",
-            base_flag="--base",
+            load_in_8bit=self.load_in_8bit, load_in_4bit=self.load_in_4bit, flag=self.flag,
+            batch_size_flag=self.batch_size_flag, base_flag=self.base_flag,
         )  # fmt: skip
 
     def how(self, **texts: Iterable[str]) -> dict[str, Any]:
-        """All that the answers depend on, for a journal; of texts, their SHA-256."""
-        names = ("model_name", "base", "base_url", "api", "load_in_8bit", "load_in_4bit", "seed")
-        how = {name: getattr(self, name) for name in names}
+        """All that the answers depend on, for a journal; of texts, their SHA-256. A server is told by its model, as it
+        may come back at another address."""
+        how = {name: getattr(self, name) for name in ("api", "load_in_8bit", "load_in_4bit", "seed")}
         how |= {name: asdict(self.sampling)[name] for name in ("max_tokens", "temperature", "top_p")}
         if is_folder(self.model_name, self.base_url):
-            from alpaca.contract import fingerprint_of_weights
+            from alpaca.contract import weights_of
 
-            for name in filter(None, (self.model_name, self.base)):
-                how[f"weights of {name}"] = fingerprint_of_weights(str(Path(name).expanduser()))
-        for name, parts in texts.items():
-            digest = hashlib.sha256()
-            for part in parts:
-                digest.update(json.dumps(part).encode())
-            how[name] = digest.hexdigest()[:12]
-        return how
+            how |= weights_of(**{self.flag[2:]: self.model_name, "base": self.base})
+        else:
+            how[self.flag[2:]] = self.model_name
+        return how | {name: digest(parts) for name, parts in texts.items()}
 
     def seed_of(self, number: int) -> int:
         return seed_of(self.seed, number)
+
+
+@dataclass
+class Questions:
+    """What a respondent is asked, by number: a chat model the question as it is, another one inside of a prompt.
+
+    templates: JSON file's prompts; not given, those of the model's folder, or Alpaca's.
+    """
+
+    questions: Sequence[str]
+    model: Model
+    sampling: Sampling
+    templates: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        self.around = self.templates or getattr(self.model, "templates", PROMPT_DICT)
+        self.plain = self.model.api == "chat"
+
+    def settle(self, endpoint: str) -> tuple[Sampling, dict[str, Any]]:
+        """For an Asker."""
+        self.plain = endpoint == "chat"
+        if self.plain and self.templates is not None:
+            raise UsageError("--prompt_template is for completions, and this server chats: add --api completions")
+        return self.sampling, {}
+
+    def prompt_of(self, number: int) -> str:
+        question = self.questions[number % len(self.questions)]
+        return question if self.plain else format_prompt({"instruction": question}, self.around)
+
+
+def digest(parts: Iterable[str]) -> str:
+    """Of texts, in their order."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(json.dumps(part).encode())
+    return found.hexdigest()[:12]
 
 
 def seed_of(seed: int, number: int) -> int:
@@ -124,6 +162,15 @@ def fitting(model: Model, numbers: Iterable[int], prompt_of: Callable[[int], str
     """Those whose prompt leaves room for an answer. Of a server's model only the server knows."""
     fits = getattr(model, "fits", None)
     return [number for number in numbers if fits is None or fits(prompt_of(number), sampling)]
+
+
+def check_sampling(sampling: Sampling, limit_flag: str = "--max_tokens") -> None:
+    """Raise UsageError for a number that no model takes. None, where a server may decide, is none."""
+    check_numbers(**{limit_flag[2:]: sampling.max_tokens})
+    if sampling.temperature is not None and sampling.temperature < 0:
+        raise UsageError(f"--temperature {sampling.temperature}: expected 0 (greedy) or more")
+    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
+        raise UsageError(f"--top_p {sampling.top_p}: expected more than 0, 1 at most")
 
 
 def check_numbers(**flags: int) -> None:

@@ -15,6 +15,8 @@ from alpaca.files import atomic_write
 from alpaca.journal import Journal
 from alpaca.progress import Progress
 
+Entry = dict[str, Any]  # of a journal
+
 
 @dataclass
 class RowAnswers:
@@ -29,7 +31,8 @@ class RowAnswers:
         order: numbers of the rows, in the order in which they are asked; those left out are left out of the output.
         seed_of: as for Asker, by the number of a row.
         more: fields that every written row gets.
-        drop_failed: leave out rows without an answer; else they are an error at the end.
+        drop_failed: leave out rows without an answer; else they are an error at the end, which names drop_flag, where
+            the command has one.
         limit_flag: what cuts an answer.
         number_of: what messages call a row, by its number.
         unit: what is counted; path_flag: that of output_path.
@@ -47,6 +50,7 @@ class RowAnswers:
     seed_of: Callable[[int], int] | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
     drop_failed: bool = False
+    drop_flag: str | None = "--drop_failed"
     limit_flag: str = "--max_tokens"
     number_of: Callable[[int], int] = int
     unit: str = "rows"
@@ -62,7 +66,7 @@ class RowAnswers:
         self._note("answers are empty", [number for number, text in texts.items() if not text])
         write_rows(self.output_path, [{**self.rows[n], "output": text, **self.more} for n, text in texts.items()])
 
-    def answers(self) -> dict[int, dict[str, Any]]:
+    def answers(self) -> dict[int, Entry]:
         """Ask for what is not in the journal. Returns the journal's entries by the number of their row, in its order.
 
         Raises:
@@ -71,49 +75,48 @@ class RowAnswers:
         with Journal(f"{self.output_path}.journal.jsonl", self.path_flag) as journal:
             check_same_run(journal, self.how, self.path_flag)
             before = answered_before(journal, 0, self.budget)
-            known = {
-                index: entry
-                for index, entry in before.items()
-                if entry["kind"] == "answer" and index < len(self._order)  # an earlier run may have asked for more
-            }
             journal.append({"kind": "run", "how": self.how, "time": time.time()})
-            return self._checked(self._ask(journal, known))
+            return self._checked(*self._ask(journal, before))
 
     @property
     def _order(self) -> Sequence[int]:
         return self.order if self.order is not None else range(len(self.rows))
 
-    def _ask(self, journal: Journal, known: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-        """Journal entries by the number of their row."""
+    def _ask(self, journal: Journal, before: dict[int, Entry]) -> tuple[dict[int, Entry], list[Entry]]:
+        """Answers by the number of their row, those of `before` too; and what failed."""
         order = self._order
-        answers: dict[int, dict[str, Any]] = {}
+        known = {place: before[row] for place, row in enumerate(order) if before.get(row, {}).get("kind") == "answer"}
+        answers: dict[int, Entry] = {}
+        failed: list[Entry] = []
         progress = Progress(self.unit, len(order), len(known), self.budget)
 
-        def take(entries: list[dict[str, Any]]) -> None:
-            answers.update({order[entry["index"]]: entry for entry in entries if entry["kind"] == "answer"})
+        def take(entries: list[Entry]) -> None:
+            answers.update({entry["index"]: entry for entry in entries if entry["kind"] == "answer"})
+            failed.extend(entry for entry in entries if entry["kind"] == "failed")
             progress.show(len(answers) + len(asker.known), asker.asked, getattr(self.model, "retries", 0))
 
         seed_of = self.seed_of and (lambda index: self.seed_of(order[index]))
         asker = Asker(self.model, self.settle, journal, self.budget, lambda index: self.prompt_of(order[index]),
                       lambda on_their_way: asker.delivered + on_their_way < len(order), take, self.at_once,
-                      known=known, seed_of=seed_of)  # fmt: skip
+                      known=known, seed_of=seed_of, journaled_as=order.__getitem__, overflows_count=False)  # fmt: skip
         try:
             asker.run()
         finally:
             progress.close()
             print(progress.told())
         asker.refuse_stop_by_cost(len(answers), len(order))
-        return answers
+        return answers, failed
 
-    def _checked(self, answers: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    def _checked(self, answers: dict[int, Entry], failed: list[Entry]) -> dict[int, Entry]:
         """In the order of the rows; says which have no answer, or one that was cut."""
-        total, failed = len(self._order), [number for number in sorted(self._order) if number not in answers]
         if failed and not self.drop_failed:
+            rows = first_of(self._named(sorted(entry["index"] for entry in failed)))
+            leave_out = f", or leave them out: {self.drop_flag}" if self.drop_flag else ""
             raise UsageError(
-                f"{len(failed)} of {total} {self.unit} have no answer (rows {self._named(failed[:10])}); run again to "
-                "ask for them, or pass --drop_failed; the others are in the journal"
+                f"{len(failed)} of {len(self._order)} {self.unit} have no answer (rows {rows}); the others are in the "
+                f"journal. Run again to ask for these{leave_out}. The first: {failed[0]['error']}"
             )
-        self._note(f"{self.unit} have no answer and are left out", failed)
+        self._note(f"{self.unit} have no answer and are left out", sorted(entry["index"] for entry in failed))
         answers = dict(sorted(answers.items()))
         cut = [number for number, entry in answers.items() if entry["finish_reason"] == "length"]
         self._note(f"answers were cut at {self.limit_flag}", cut)
@@ -129,11 +132,14 @@ class RowAnswers:
 
 def check_same_run(journal: Journal, how: dict[str, Any], flag: str = "--output_path") -> None:
     """Raise UsageError if the journal has answers to other rows, or of another model: a mixture is nobody's wish."""
+    how, begun = json.loads(json.dumps(how)), False
     for entry in journal:
+        begun = begun or entry["kind"] == "run"
+        if not begun:
+            raise UsageError(f"{flag}: {journal.path} begins with answers to nobody knows what; move it away")
         if entry["kind"] == "run" and entry["how"] != how:
-            other = ", ".join(
-                f"{name} {entry['how'].get(name)!r}" for name in how if entry["how"].get(name) != how[name]
-            )
+            names = [name for name in {**entry["how"], **how} if entry["how"].get(name) != how.get(name)]
+            other = ", ".join(f"{name} {entry['how'].get(name)!r}" for name in names)
             raise UsageError(f"{flag}: {journal.path} has answers to another question ({other}); choose another "
                              f"{flag}, or move the journal away")  # fmt: skip
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alpaca.data import raw_rows, read_text
+from alpaca.data import check_text, raw_rows, read_text
 from alpaca.errors import UsageError
 
 # Words that hardly any English text of some sentences goes without, and that other languages do not have
@@ -34,6 +34,8 @@ def load_texts(data_path: str, split: str = "train", text_field: str | None = No
     if path.suffix.lower() == ".txt":
         if not path.is_file():
             raise UsageError(f"--data_path {data_path}: no such file (looked in {path.parent.resolve()})")
+        if text_field is not None:
+            raise UsageError(f"--text_field {text_field}: a .txt file has no fields")
         return [text.strip() for text in re.split(r"\n[ \t\r]*\n", read_text(path)) if text.strip()]
     return [_text_of(row, number, data_path, text_field) for number, row in enumerate(raw_rows(data_path, split))]
 
@@ -48,6 +50,7 @@ def _text_of(row: Any, number: int, data_path: str, text_field: str | None) -> s
         raise UsageError(f"{where}: no field {field!r}; the row has {fields}; --text_field names the one to take")
     if not isinstance(row[field], str):
         raise UsageError(f"{where}: {field!r} must be text, got {type(row[field]).__name__} {row[field]!r:.60}")
+    check_text(row[field], f"{where}: {field!r}")
     return row[field].strip()
 
 

@@ -13,9 +13,8 @@ file that it goes into: after a kill the same command continues and asks nothing
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import utils
 from alpaca import commands
@@ -24,9 +23,11 @@ from alpaca.backtranslation import Curation, inference_templates, mixed, pairs_o
 from alpaca.client import Sampling
 from alpaca.data import Row, load_rows, raw_rows
 from alpaca.errors import UsageError, reported
+from alpaca.files import keep_input
+from alpaca.pairing import load_named
 from alpaca.progress import estimate
-from alpaca.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, format_prompt, load_prompt_template
-from alpaca.respondent import Respondent, budget_of, check_numbers, fitting
+from alpaca.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, load_prompt_template
+from alpaca.respondent import Questions, Respondent, budget_of, check_numbers, fitting
 from alpaca.row_answers import RowAnswers, first_of, write_rows
 from alpaca.segments import Filters, load_texts
 
@@ -131,7 +132,7 @@ def augment(
         output_path: JSONL (or .json) of the pairs; its journal lies beside it.
         model_name: the folder of a backward model or its adapter, or a model of the server.
         base: the base model of an adapter, where it is not where it was in training.
-        base_url: of a server; not given, OPENAI_BASE_URL or OpenAI, if model_name is no folder.
+        base_url: of a server; not given, OPENAI_BASE_URL; without both model_name may be a folder.
         api: completions, for a backward model that is served; chat, for a general model, which gets the same prompt.
         batch_size: prompts in a batch, or requests on their way at once.
         text_field: the field of a row that is the text; not given, output if there is one, else text.
@@ -156,11 +157,10 @@ def augment(
         dry_run: filter, print one prompt and an estimate of tokens and cost, ask nothing.
     """
     sampling, budget = Sampling(max_tokens, temperature, top_p), budget_of(price_in, price_out, max_cost)
-    respondent = Respondent(
-        model_name, base, base_url, api, batch_size, load_in_8bit, load_in_4bit, sampling, seed
-    )  # fmt: skip
+    respondent = Respondent(model_name, sampling, base, base_url, api, batch_size, load_in_8bit, load_in_4bit, seed)
     if api not in ("completions", "chat"):
         raise UsageError(f"--api {api}: expected completions, or chat")
+    keep_input(output_path, "--output_path", data_path=data_path)
     filters = Filters(min_chars, max_chars, max_capitals, min_english)
     templates = load_prompt_template(prompt_template, backward=True)
     texts = load_texts(data_path, data_split, text_field)
@@ -254,7 +254,7 @@ def curate(
         ratings: of each pair, with different seeds; the score is the mean of those that can be read. A higher number
             later asks only for the ratings that are missing.
         base: the base model of an adapter, where it is not where it was in training.
-        base_url: of a server; not given, OPENAI_BASE_URL or OpenAI, if model_name is no folder.
+        base_url: of a server; not given, OPENAI_BASE_URL; without both model_name may be a folder.
         api: completions, chat or auto. A chat model gets the question as it is, a completion model inside a prompt.
         batch_size: prompts in a batch, or requests on their way at once.
         prompt_template: JSON file with that prompt; not given, the one in the model's folder, or Alpaca's.
@@ -278,13 +278,13 @@ def curate(
             "expected --data_path and --model_name to rate pairs, or --ratings_path to choose from ratings"
         )
     ratings_path = ratings_path or f"{output_path}.ratings.jsonl"
+    keep_input(output_path, "--output_path", data_path=data_path, ratings_path=ratings_path)
+    keep_input(ratings_path, "--ratings_path", data_path=data_path)
     if data_path is None:
-        curation = Curation(_load(ratings_path, "--ratings_path", raw_rows), ratings_path)
+        curation = Curation(load_named(ratings_path, "--ratings_path", raw_rows), ratings_path)
     else:
         sampling, budget = Sampling(max_tokens, temperature, top_p), budget_of(price_in, price_out, max_cost)
-        rater = Respondent(
-            model_name, base, base_url, api, batch_size, load_in_8bit, load_in_4bit, sampling, seed
-        )  # fmt: skip
+        rater = Respondent(model_name, sampling, base, base_url, api, batch_size, load_in_8bit, load_in_4bit, seed)
         if ratings > 1 and temperature == 0:
             raise UsageError(f"--ratings {ratings}: at --temperature 0 they are all the same")
         templates = load_prompt_template(prompt_template) if prompt_template else None
@@ -306,29 +306,17 @@ def _rate(
 ) -> list[Row]:  # fmt: skip
     """The rows with what the rater says of them. Rating k of row n is request k * len(rows) + n, so that more ratings
     come behind those that there are."""
-    questions, model = [rating_prompt(row) for row in rows], rater.open(chat=templates is None)
-    around, plain, pairs = templates or getattr(model, "templates", PROMPT_DICT), model.api == "chat", len(rows)
-
-    def settle(endpoint: str) -> tuple[Sampling, dict[str, Any]]:
-        nonlocal plain
-        plain = endpoint == "chat"
-        if plain and templates is not None:
-            raise UsageError("--prompt_template is for completions, and this server chats: add --api completions")
-        return rater.sampling, {}
-
-    def prompt_of(number: int) -> str:
-        question = questions[number % pairs]
-        return question if plain else format_prompt({"instruction": question}, around)
-
-    asked = fitting(model, range(pairs), prompt_of, rater.sampling)
+    model, pairs = rater.open(chat=templates is None), len(rows)
+    rated = Questions([rating_prompt(row) for row in rows], model, rater.sampling, templates)
+    asked = fitting(model, range(pairs), rated.prompt_of, rater.sampling)
     if len(asked) < pairs:
         print(f"note: {pairs - len(asked):,} pairs are too long for the rater; they get no answer")
-    by_length = sorted(asked, key=lambda number: -len(questions[number]))
+    by_length = sorted(asked, key=lambda number: -len(rated.questions[number]))
     answers = RowAnswers(
-        rows, ratings_path, model, settle, prompt_of, rater.how(pairs=questions, prompt=sorted(around.values())),
-        rater.batch_size, budget, order=[turn * pairs + number for turn in range(ratings) for number in by_length],
-        seed_of=rater.seed_of, drop_failed=drop_failed, number_of=lambda number: number % pairs,
-        unit="ratings", path_flag="--ratings_path",
+        rows, ratings_path, model, rated.settle, rated.prompt_of,
+        rater.how(pairs=rated.questions, prompt=sorted(rated.around.values())), rater.batch_size, budget,
+        order=[turn * pairs + number for turn in range(ratings) for number in by_length], seed_of=rater.seed_of,
+        drop_failed=drop_failed, number_of=lambda number: number % pairs, unit="ratings", path_flag="--ratings_path",
     ).answers()  # fmt: skip
     texts = {number: entry["text"].strip() for number, entry in answers.items()}
     return [rated_row(row, [texts.get(k * pairs + n) for k in range(ratings)]) for n, row in enumerate(rows)]
@@ -357,21 +345,15 @@ def mix(
         tags: add the sentences.
         seed: of the shuffle.
     """
-    augmented = _load(augmented_path, "--augmented_path") if augmented_path else []
+    keep_input(output_path, "--output_path", seed_path=seed_path, augmented_path=augmented_path)
+    augmented = load_named(augmented_path, "--augmented_path") if augmented_path else []
     if any("ratings" in row for row in augmented):
         raise UsageError(f"--augmented_path {augmented_path}: has all rated pairs; give curate's --output_path")
-    rows, told = mixed(_load(seed_path, "--seed_path"), augmented, tags, seed)
+    rows, told = mixed(load_named(seed_path, "--seed_path"), augmented, tags, seed)
     print(told)
     write_rows(output_path, rows)
     if tags:
         utils.jdump(inference_templates(), f"{output_path}.prompt_template.json")
-
-
-def _load(path: str, flag: str, load: Callable[[str], list[Row]] = load_rows) -> list[Row]:
-    try:
-        return load(path)
-    except UsageError as error:
-        raise UsageError(str(error).replace("--data_path", flag, 1)) from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,23 +10,25 @@ harness and backward need `pip install -c constraints.txt -r scripts/requirement
 
 import hashlib
 import json
+import shlex
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import utils
 from alpaca import commands, judging
 from alpaca.client import Sampling
 from alpaca.data import load_rows
 from alpaca.errors import UsageError, reported
-from alpaca.files import atomic_write
+from alpaca.files import atomic_write, keep_input
 from alpaca.harness import HarnessRun
 from alpaca.overlap import ROUGE, overlap, worst
 from alpaca.pairing import load_named, partners
 from alpaca.progress import estimate
-from alpaca.prompts import instruction_and_input, load_prompt_template
-from alpaca.respondent import budget_of, check_numbers, open_respondent
-from alpaca.row_answers import RowAnswers, first_of
-from scripts.generate import GenerateArguments, answer_file
+from alpaca.prompts import instruction_and_input
+from alpaca.respondent import Questions, Respondent, budget_of
+from alpaca.row_answers import RowAnswers, first_of, write_rows
+from scripts.generate import GenerateArguments, answer_file, opened
 
 OFFICIAL = "alpaca_eval --model_outputs {} --reference_outputs {} --annotators_config alpaca_eval_gpt4"
 GROUPS = Path(__file__).resolve().parent.parent / "configs" / "harness"
@@ -69,7 +71,8 @@ def harness(
 
 
 def alpaca_eval(
-    model: str, data_path: str, output_path: str, base: str | None = None, generator: str | None = None,
+    model: str, data_path: str, output_path: str, data_split: str = "train", base: str | None = None,
+    generator: str | None = None,
     prompt_template: str | None = None, max_new_tokens: int = 2048, temperature: float = 0.7, top_p: float = 1.0,
     seed: int = 42, batch_size: int = 8, drop_too_long: bool = False, load_in_8bit: bool = False,
     load_in_4bit: bool = False, device: str | None = None,
@@ -80,6 +83,7 @@ def alpaca_eval(
         model: folder or hub id of a model, an adapter or a diff.
         data_path: rows with an instruction, such as AlpacaEval's 805; an input is written below its instruction.
         output_path: JSON of instruction, output and generator; the journal lies beside it.
+        data_split: of a hub dataset, or of a folder of the datasets library.
         base: the base model of an adapter or a diff.
         generator: name of the model; not given, that of its folder.
         prompt_template: JSON file with other prompts than those that the model was trained with.
@@ -100,17 +104,11 @@ def alpaca_eval(
         model=model, base=base, data_path=data_path, output_path=output_path, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p, seed=seed, batch_size=batch_size, generator=generator,
         drop_too_long=drop_too_long, load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit, device=device,
+        prompt_template=prompt_template,
     )  # fmt: skip
-    templates = load_prompt_template(prompt_template) if prompt_template else None
-    rows = [{"instruction": instruction_and_input(row)} for row in load_rows(data_path, answered=False)]
-    from alpaca.local_model import LocalModel
-
-    opened = LocalModel(
-        model, batch_size, device=device, batch_size_flag="--batch_size", base=base, load_in_4bit=load_in_4bit,
-        load_in_8bit=load_in_8bit, flag="--model", base_flag="--base",
-    )  # fmt: skip
-    answer_file(rows, opened, templates or opened.templates, options)
-    print(f"average length: {_average_length(_read_json(output_path))} characters")
+    rows = [{"instruction": instruction_and_input(row)} for row in load_rows(data_path, data_split, answered=False)]
+    answer_file(rows, *opened(options), options)
+    print(f"average length: {_average_length(utils.jload(output_path))} characters")
 
 
 def _average_length(rows: list[dict[str, Any]]) -> int:
@@ -155,34 +153,43 @@ def win_rate(
     Raises:
         UsageError: a bad flag, file, key, address or model, the limit of cost, or pairs without a verdict.
     """
-    check_numbers(concurrency=concurrency, max_tokens=max_tokens)
+    sampling, budget = Sampling(max_tokens, temperature, top_p), budget_of(price_in, price_out, max_cost)
+    respondent = Respondent(judge, sampling, base_url=base_url, api=api, batch_size=concurrency, flag="--judge",
+                            batch_size_flag="--concurrency", base_flag=None)  # fmt: skip
     if orders not in ("both", "one"):
         raise UsageError(f"--orders {orders}: expected both or one")
-    ours, others = _pairs(outputs, reference)
-    asked, budget = judging.questions(len(ours), orders, seed), budget_of(price_in, price_out, max_cost)
-    prompts = [_judge_prompt(ours[q["row"]], others[q["row"]], q["first"]) for q in asked]
-    if dry_run:
-        print(estimate(prompts, len(prompts), max_tokens, budget))
-        return
     result_path = output_path or f"{outputs.removesuffix('.json')}.win_rate.json"
-    verdicts_path = f"{result_path.removesuffix('.json')}.verdicts.json"
-    how = {"judge": judge, "temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "orders": orders}
-    how["questions"] = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
-    RowAnswers(asked, verdicts_path, open_respondent(judge, base_url, api, concurrency),
-               lambda endpoint: (Sampling(max_tokens, temperature, top_p), {}), lambda number: prompts[number], how,
-               concurrency, budget, drop_failed=drop_failed,
-               number_of=lambda number: asked[number]["row"], unit="questions").run()  # fmt: skip
-    verdicts = _read_json(verdicts_path)
-    for entry in verdicts:
-        entry["preference"] = judging.read_preference(entry["output"], entry["first"])
-    official = OFFICIAL.format(outputs, reference)
+    keep_input(result_path, "--output_path", outputs=outputs, reference=reference)
+    ours, others = _pairs(outputs, reference)
+    asked = judging.questions(len(ours), orders, seed)
+    questions = [_judge_prompt(ours[q["row"]], others[q["row"]], q["first"]) for q in asked]
+    if dry_run:
+        print(estimate(questions, len(questions), max_tokens, budget))
+        return
+
+    model = respondent.open()
+    judged = Questions(questions, model, sampling)
+    answers = RowAnswers(
+        asked, result_path, model, judged.settle, judged.prompt_of,
+        respondent.how(questions=questions, prompts=sorted(judged.around.values())), concurrency, budget,
+        drop_failed=drop_failed, number_of=lambda number: asked[number]["row"], unit="questions",
+    ).answers()  # fmt: skip
+    verdicts = [asked[number] | _verdict(entry, asked[number]["first"]) for number, entry in answers.items()]
+    write_rows(f"{result_path.removesuffix('.json')}.verdicts.json", verdicts)
+    official = OFFICIAL.format(shlex.quote(outputs), shlex.quote(reference))
     result = {"what": "win rate by the judge of scripts.evaluate, in percent; not an AlpacaEval number",
               **judging.tally(verdicts, len(ours)), "judge": judge, "orders": orders, "temperature": temperature,
               "prompt_sha256": hashlib.sha256(judging.PROMPT.encode()).hexdigest(),
               "average_length": _average_length(ours), "reference_average_length": _average_length(others),
               "cost_dollars": round(budget.cost, 6), "official_command": official}  # fmt: skip
-    print(_told(result), f"AlpacaEval's own, after pip install alpaca_eval:\n    {official}", sep="\n")
+    print(_told(result, verdicts), f"AlpacaEval's own, after pip install alpaca_eval:\n    {official}", sep="\n")
     _write(result_path, result)
+
+
+def _verdict(entry: dict[str, Any], first: str) -> dict[str, Any]:
+    text = entry["text"].strip()
+    cut = entry["finish_reason"] == "length"
+    return {"output": text, "preference": judging.read_preference(text, first, cut)}
 
 
 def _pairs(outputs: str, reference: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -199,7 +206,7 @@ def _judge_prompt(ours: dict[str, Any], others: dict[str, Any], first: str) -> s
     return judging.judge_prompt(instruction_and_input(ours), ours["output"], others["output"], first)
 
 
-def _told(result: dict[str, Any]) -> str:
+def _told(result: dict[str, Any], verdicts: list[dict[str, Any]]) -> str:
     number = {name: "-" if value is None else f"{value:.2f}" if isinstance(value, float) else value
               for name, value in result.items()}  # fmt: skip
     lines = [
@@ -212,8 +219,9 @@ def _told(result: dict[str, Any]) -> str:
     if result["orders"] == "both":
         lines.append("both orders agree on {orders_agree}% of the rows")
     if result["verdicts_unread"]:
+        unread = first_of([verdict["row"] for verdict in verdicts if verdict["preference"] is None])
         lines.append("note: {verdicts_unread} of {verdicts} answers of the judge end without a verdict; their rows do "
-                     "not count")  # fmt: skip
+                     f"not count (rows {unread})")  # fmt: skip
     return "\n".join(line.format_map(number) for line in lines)
 
 
@@ -237,6 +245,10 @@ def backward(
     Raises:
         UsageError: a file is malformed, a text has no true instruction, or sacrebleu or rouge_score is missing.
     """
+    output_path = output_path or f"{pred.removesuffix('.json')}.scores.json"
+    keep_input(output_path, "--output_path", pred=pred, reference=reference)
+    if show_worst < 0:
+        raise UsageError(f"--show_worst {show_worst}: expected a number of rows, 0 or more")
     rows = load_named(pred, "--pred")
     true = _true_instructions(rows, pred, reference)
     scores = overlap([row["output"] for row in rows], true, bleu_tokenizer)
@@ -257,7 +269,7 @@ def backward(
     print("\n".join(lines))
     for row, text, truth in zip(scores["rows"], rows, true):
         row |= {"generated": text["output"], "true": truth}
-    _write(output_path or f"{pred.removesuffix('.json')}.scores.json", scores)
+    _write(output_path, scores)
 
 
 def _true_instructions(rows: list[dict[str, Any]], pred: str, reference: str | None) -> list[str]:
@@ -280,10 +292,6 @@ def _bad_row(number: int, scores: dict[str, Any], text: str, truth: str) -> str:
 
 
 # ---- what they share ----
-
-
-def _read_json(path: str) -> list[dict[str, Any]]:
-    return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
 def _write(path: str | Path, result: Any) -> None:

@@ -15,11 +15,9 @@ and repeats none. --interactive asks for an instruction and an input, which may 
 empty one; Ctrl-C stops an answer, exit or Ctrl-D leaves. What is piped into it is read in the same way.
 """
 
-import hashlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +25,11 @@ from alpaca import flags
 from alpaca.client import Sampling
 from alpaca.data import Row, load_rows
 from alpaca.errors import UsageError, reported
+from alpaca.files import keep_input
+from alpaca.flags import flag
 from alpaca.prompts import format_prompt, instruction_and_input, load_prompt_template
-from alpaca.respondent import seed_of
+from alpaca.respondent import check_sampling, digest, fitting, seed_of
 from alpaca.row_answers import RowAnswers, first_of
-from alpaca.weights import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from alpaca.local_model import LocalModel
@@ -38,32 +37,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class GenerateArguments:
-    model: str | None = field(default=None, metadata={"help": "Folder or hub id: a model, a LoRA adapter or a diff."})
-    base: str | None = field(default=None, metadata={"help": "The base model of an adapter or a diff."})
-    data_path: str | None = field(default=None, metadata={"help": "Rows to answer: any file that train.py takes."})
-    data_split: str = field(default="train", metadata={"help": "Split of a hub dataset, such as eval or train[:100]."})
-    output_path: str | None = field(default=None, metadata={"help": "JSON file for the answered rows."})
-    interactive: bool = field(default=False, metadata={"help": "Talk to the model at the terminal."})
-    backward: bool = field(
-        default=False, metadata={"help": "Ask a backward model for the instructions of the file's outputs."}
-    )
-    prompt_template: str | None = field(
-        default=None, metadata={"help": "JSON file with other prompts than those that the model was trained with."}
-    )
-    max_new_tokens: int = field(default=512, metadata={"help": "Tokens of an answer, at most."})
-    temperature: float = field(default=0.0, metadata={"help": "Of sampling; 0 is greedy."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this probability."})
-    seed: int = field(default=42, metadata={"help": "Of sampling."})
-    batch_size: int = field(default=8, metadata={"help": "Prompts in a batch; the longest ones come first."})
-    generator: str | None = field(
-        default=None, metadata={"help": "Name of the model in the answered rows; by default that of its folder."}
-    )
-    drop_too_long: bool = field(
-        default=False, metadata={"help": "Leave out rows whose prompt is too long for the model; else an error."}
-    )
-    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the weights with bitsandbytes."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the weights with bitsandbytes."})
-    device: str | None = field(default=None, metadata={"help": "cuda or cpu; by default the GPU if there is one."})
+    model: str | None = flag(None, "Folder or hub id: a model, a LoRA adapter or a diff.")
+    base: str | None = flag(None, "The base model of an adapter or a diff.")
+    data_path: str | None = flag(None, "Rows to answer: any file that train.py takes.")
+    data_split: str = flag("train", "Split of a hub dataset, such as eval or train[:100].")
+    output_path: str | None = flag(None, "JSON file for the answered rows.")
+    interactive: bool = flag(False, "Talk to the model at the terminal.")
+    backward: bool = flag(False, "Ask a backward model for the instructions of the file's outputs.")
+    prompt_template: str | None = flag(None, "JSON file with other prompts than those that the model was trained with.")
+    max_new_tokens: int = flag(512, "Tokens of an answer, at most.")
+    temperature: float = flag(0.0, "Of sampling; 0 is greedy.")
+    top_p: float = flag(1.0, "Sample from the likeliest tokens of this probability.")
+    seed: int = flag(42, "Of sampling.")
+    batch_size: int = flag(8, "Prompts in a batch; the longest ones come first.")
+    generator: str | None = flag(None, "Name of the model in the answered rows; by default that of its folder.")
+    drop_too_long: bool = flag(False, "Leave out rows whose prompt is too long for the model; else an error.")
+    load_in_8bit: bool = flag(False, "Quantize the weights with bitsandbytes.")
+    load_in_4bit: bool = flag(False, "Quantize the weights with bitsandbytes.")
+    device: str | None = flag(None, "cuda or cpu; by default the GPU if there is one.")
 
     def __post_init__(self):
         if not self.model:
@@ -74,12 +65,9 @@ class GenerateArguments:
             raise UsageError(f"--{'output' if self.data_path else 'data'}_path is missing")
         if self.interactive and self.backward:
             raise UsageError("--backward: is for the rows of a file; --interactive asks with what is typed anyway")
-        if self.max_new_tokens < 1:
-            raise UsageError(f"--max_new_tokens {self.max_new_tokens}: expected 1 or more")
-        if self.temperature < 0:
-            raise UsageError(f"--temperature {self.temperature}: expected 0 (greedy) or more")
-        if not 0 < self.top_p <= 1:
-            raise UsageError(f"--top_p {self.top_p}: expected more than 0, 1 at most")
+        check_sampling(self.sampling, "--max_new_tokens")
+        if self.output_path:
+            keep_input(self.output_path, "--output_path", data_path=self.data_path)
 
     @property
     def sampling(self) -> Sampling:
@@ -93,22 +81,28 @@ class GenerateArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     (options,), _ = flags.parse(argv, (GenerateArguments,), __doc__, program="scripts.generate")
-    templates = load_prompt_template(options.prompt_template) if options.prompt_template else None
     rows = load_rows(options.data_path, options.data_split, answered=options.backward) if options.data_path else []
     if options.backward:
         rows = [{"instruction": row["output"], "reference": instruction_and_input(row)} for row in rows]
+    model, templates = opened(options)
+    if options.interactive:
+        from alpaca.chat import chat
+
+        chat(model, templates, options.sampling, options.seed_of)
+    else:
+        answer_file(rows, model, templates, options)
+
+
+def opened(options: GenerateArguments) -> tuple["LocalModel", Mapping[str, str]]:
+    """The model, and the prompts to ask it with."""
+    templates = load_prompt_template(options.prompt_template) if options.prompt_template else None
     from alpaca.local_model import LocalModel
 
     model = LocalModel(
         options.model, options.batch_size, device=options.device, batch_size_flag="--batch_size", base=options.base,
         load_in_4bit=options.load_in_4bit, load_in_8bit=options.load_in_8bit, flag="--model", base_flag="--base",
     )  # fmt: skip
-    if options.interactive:
-        from alpaca.chat import chat
-
-        chat(model, templates or model.templates, options.sampling, options.seed_of)
-    else:
-        answer_file(rows, model, templates or model.templates, options)
+    return model, templates or model.templates
 
 
 def answer_file(
@@ -117,46 +111,36 @@ def answer_file(
     """Answer all rows, longest prompt first: what is padded least is generated together, and memory runs out at once
     if it does."""
     prompts = [format_prompt(row, templates) for row in rows]
-    lengths = [model.prompt_tokens(prompt) for prompt in prompts]
-    fitting = rows_that_fit(lengths, model.context, options)
+    fits = rows_that_fit(prompts, model, options)
     RowAnswers(
         rows, options.output_path, model, lambda endpoint: (options.sampling, {}), lambda row: prompts[row],
-        description(prompts, fitting, options, model.told), options.batch_size,
-        order=sorted(fitting, key=lambda row: -lengths[row]), seed_of=options.seed_of,
+        description([prompts[row] for row in fits], options), options.batch_size,
+        order=sorted(fits, key=lambda row: -model.prompt_tokens(prompts[row])), seed_of=options.seed_of,
         more={"generator": options.generator or Path(options.model).resolve().name}, limit_flag="--max_new_tokens",
+        drop_flag=None,
     ).run()  # fmt: skip
 
 
-def rows_that_fit(lengths: Sequence[int], context: int | None, options: GenerateArguments) -> list[int]:
+def rows_that_fit(prompts: Sequence[str], model: "LocalModel", options: GenerateArguments) -> list[int]:
     """Numbers of the rows whose prompt leaves room for an answer in the model's context."""
-    too_long = [row for row, length in enumerate(lengths) if context is not None and length >= context]
-    if not too_long:
-        return list(range(len(lengths)))
-    told = (f"{len(too_long)} of {len(lengths)} rows have prompts that leave no room for an answer in the {context:,} "
-            f"tokens of the model's context (rows {first_of(too_long)})")  # fmt: skip
-    if not options.drop_too_long:
+    fits = fitting(model, range(len(prompts)), prompts.__getitem__, options.sampling)
+    if not (too_long := sorted(set(range(len(prompts))) - set(fits))):
+        return fits
+    told = (f"{len(too_long)} of {len(prompts)} rows have prompts that leave too little room for an answer in the "
+            f"{model.context:,} tokens of the model's context (rows {first_of(too_long)})")  # fmt: skip
+    if not (options.drop_too_long and fits):
         raise UsageError(f"--data_path {options.data_path}: {told}; shorten them, or leave them out: --drop_too_long")
     print(f"note: {told}; they are left out", flush=True)
-    return sorted(set(range(len(lengths))) - set(too_long))
+    return fits
 
 
-def description(
-    prompts: Sequence[str], fitting: Sequence[int], options: GenerateArguments, opened: str
-) -> dict[str, Any]:
-    """All that the answers depend on: a journal with answers to anything else is refused. `opened`: the folders that
-    the model came from."""
-    from alpaca.contract import fingerprint_of_weights
+def description(prompts: Sequence[str], options: GenerateArguments) -> dict[str, Any]:
+    """All that the answers depend on: a journal with answers to anything else is refused."""
+    from alpaca.contract import weights_of
 
-    names = ("model", "base", "max_new_tokens", "temperature", "top_p", "seed", "load_in_8bit", "load_in_4bit")
-    how = {name: getattr(options, name) for name in names}
-    for name in filter(None, (options.model, options.base)):
-        how[f"weights of {name}"] = fingerprint_of_weights(name)
-    how["opened"] = opened
-    settings = Path(options.model) / ADAPTER_CONFIG
-    if settings.is_file():
-        how["settings of the adapter"] = hashlib.sha256(settings.read_bytes()).hexdigest()[:12]
-    how["prompts"] = hashlib.sha256(json.dumps([prompts[row] for row in fitting]).encode()).hexdigest()[:12]
-    return how
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "load_in_8bit", "load_in_4bit")
+    how = weights_of(model=options.model, base=options.base) | {name: getattr(options, name) for name in names}
+    return how | {"prompts": digest(prompts)}
 
 
 if __name__ == "__main__":

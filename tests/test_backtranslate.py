@@ -118,6 +118,11 @@ def test_texts_of_every_kind_of_file(tmp_path):
         load_texts(str(rows), text_field="body")
     with pytest.raises(UsageError, match="row 1: 'text' must be text, got int 3"):
         load_texts(str(write(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": 3}])))
+    with pytest.raises(UsageError, match="row 0: 'text' holds '.ud83d' at character 2"):
+        load_texts(str(write(tmp_path / "rows.jsonl", [{"text": "a \ud83d"}])))
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(UsageError, match="--text_field body: a .txt file has no fields"):
+        load_texts(str(tmp_path / "a.txt"), text_field="body")
 
 
 def test_what_is_left_out_and_why():

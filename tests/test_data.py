@@ -103,6 +103,7 @@ def test_the_seed_tasks_of_this_repository():
         ("a.json", '[{"instruction": "x", "output": null}]', "row 0: 'output' must be text, got NoneType"),
         ("a.json", '[{"instruction": "x", "input": ["a"], "output": "y"}]', "'input' must be text, got list"),
         ("a.json", '[{"instruction": 5, "output": "y"}]', "'instruction' must be text, got int 5"),
+        ("a.json", '[{"instruction": "é", "output": "a \\ud83d"}]', "row 0: 'output' holds '.ud83d' at character 2"),
         ("a.json", '["x"]', "row 0: expected an object"),
         ("a.csv", "question,answer\n1,2\n", "no field 'instruction'"),
         ("a.parquet", "not parquet", "cannot be read as parquet"),

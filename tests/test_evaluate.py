@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca import judging
+from alpaca.contract import weights_of
 from alpaca.errors import UsageError
 from scripts import evaluate, generate
 
@@ -275,6 +276,35 @@ def mass_of_true_choices(model, tokenizer, rows):
             masses.append(logs[len(context) - 1 :].sum().exp().item())
         shares.append(sum(m for m, label in zip(masses, row["labels"]) if label) / sum(masses))
     return 100 * sum(shares) / len(shares)
+
+
+def test_what_the_answers_of_a_model_depend_on(tmp_path, monkeypatch):
+    """Where it lies however that is spelt, and its files that count: of an adapter its base's too."""
+    settings = json.dumps({"base_model_name_or_path": str(tmp_path / "base")})
+    files = {"base": {"model.safetensors": "1", "config.json": "{}", "tokenizer.json": "{}"},
+             "lora": {"adapter_model.safetensors": "2", "adapter_config.json": settings}}  # fmt: skip
+    for folder, texts in files.items():
+        (tmp_path / folder).mkdir()
+        for name, text in texts.items():
+            (tmp_path / folder / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    known = weights_of(model="lora/")
+    assert known == weights_of(model="lora", base=None) == weights_of(model="~/lora") and "base" not in known
+    assert set(known) == {"model", "weights of model", "settings of model", "weights of model's base",
+                          "settings of model's base", "tokenizer of model's base"}  # fmt: skip
+    assert weights_of(judge="gpt2", base="~/base/")["base"] == str(tmp_path / "base")
+    assert weights_of(judge="gpt2") == {"judge": "gpt2"}
+    changes = [("base", "model.safetensors", "weights of model's base"),
+               ("base", "tokenizer.json", "tokenizer of model's base"),
+               ("lora", "adapter_config.json", "settings of model"), ("lora", "notes.json", None)]  # fmt: skip
+    for folder, name, what in changes:
+        before = weights_of(model="lora")
+        (tmp_path / folder / name).write_text(files[folder].get(name, "") + " ")
+        assert [key for key, value in weights_of(model="lora").items() if value != before[key]] == [what] * bool(what)
+    (tmp_path / "lora" / "adapter_config.json").write_text("{")
+    with pytest.raises(UsageError, match="--model: .*adapter_config.json cannot be read"):
+        weights_of(model="lora")
 
 
 @pytest.mark.slow

@@ -278,6 +278,7 @@ RECIPES = {
     "llama2_7b_alpaca_cleaned": ("llama", "2e-05", 3, 512),
     "claude2_alpaca_7b": ("llama", "1e-05", 5, 2048),
     "claude2_alpaca_13b": ("llama", "1e-05", 5, 2048),
+    "humpback_llama_7b": ("llama", "1e-05", 3, 2048),
 }
 
 
@@ -295,7 +296,7 @@ def test_every_recipe_is_tested():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
-    """Its own flags, a tiny model, one step of 128 rows; the published values are read back from the run. The first of
+    """Its own flags, a tiny model, one step of its batch; the published values are read back from the run. The first of
     each architecture on 2 sharded ranks, the others, to be quick, on one; one of them by torchrun."""
     from conftest import free_port
 
@@ -309,11 +310,15 @@ def test_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
         PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     )
     result = recipe(f"{name}.sh", ["--max_steps", "1"], env, real=name == "llama_7b")
-    assert "128 a step" in result.stdout and 'flag: --fsdp "full_shard auto_wrap" --fsdp_transformer' in result.stdout
+    batch, decay, warmup, schedule = (32, 0.1, 0, "polynomial") if "humpback" in name else (128, 0, 3, "cosine")
+    assert f"{batch} a step" in result.stdout and 'flag: --fsdp "full_shard auto_wrap" --fsdp_transformer' in result.stdout
     monkeypatch.setattr(sys.modules["__main__"], "TrainingArguments", TrainingArguments, raising=False)
     args = torch.load(tmp_path / "out" / "training_args.bin", weights_only=False)
     assert (args.learning_rate, args.num_train_epochs, args.model_max_length) == (float(learning_rate), epochs, length)
-    assert (args.weight_decay, args.get_warmup_steps(100), args.lr_scheduler_type.value) == (0, 3, "cosine")
+    assert (args.weight_decay, args.get_warmup_steps(100), args.lr_scheduler_type.value) == (decay, warmup, schedule)
+    if schedule == "polynomial":
+        (step,) = history(tmp_path / "out")
+        assert step["learning_rate"] == pytest.approx(1e-5) and args.lr_scheduler_kwargs["lr_end"] == 9e-6
     assert args.bf16 and bool(args.fsdp) == (env["NPROC"] == "2")
 
 
