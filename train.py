@@ -66,7 +66,8 @@ class ModelArguments:
     model_name_or_path: str | None = flag("facebook/opt-125m", "A local folder or hub id: weights and tokenizer.")
     attn_implementation: str | None = flag(None, "eager, sdpa, flash_attention_2, ...; by default the model's choice.")
     pad_token: str | None = flag(
-        None, "An existing token to pad with, instead of adding [PAD] where the tokenizer has no pad token."
+        None,
+        "An existing token to pad with, in place of the tokenizer's pad token, or of adding [PAD] where it has none.",
     )
     add_missing_tokens: bool | None = flag(
         None, "Add the pad, eos, bos and unk tokens that are missing; by default as in 2023, but not with --lora_r."
@@ -77,10 +78,12 @@ class ModelArguments:
 class DataArguments:
     _argument_group_name = "data"
     data_path: str = flag(
-        None, "Rows to train on: Alpaca or Guanaco .json, .jsonl, .csv, .parquet, seed_tasks.jsonl, or a hub id."
+        None,
+        "Rows to train on, Alpaca's or Guanaco's: .json, .jsonl, .csv, .tsv, .parquet, seed_tasks.jsonl, a folder of "
+        "the datasets library, or a hub id.",
     )
     eval_data_path: str | None = flag(None, "Rows to evaluate on when --eval_strategy is steps or epoch.")
-    data_split: str = flag("train", "Split of a hub dataset, e.g. train or train[:1000].")
+    data_split: str = flag("train", "Split of a hub dataset or a datasets folder, e.g. train or train[:1000].")
     prompt_template: str | None = flag(None, "JSON with prompt_input and prompt_no_input; else Alpaca's two prompts.")
     prompt_boundary: str = flag(
         "stanford",
@@ -92,6 +95,12 @@ class DataArguments:
         "first", "Of a conversation: its first pair, or all, each with what came before.", choices=["first", "all"]
     )
     backward: bool = flag(False, "Learn the instruction (and input) from the output, with a prompt for that.")
+
+    def __post_init__(self):
+        if not self.data_path:
+            raise UsageError(
+                "--data_path is missing: a file of rows (./alpaca_data.json) or a hub id (tatsu-lab/alpaca)"
+            )
 
 
 @dataclass
@@ -136,8 +145,9 @@ class TrainingArguments(transformers.TrainingArguments):
         "micro-batches.",
         choices=["token", "microbatch"],
     )
-    overwrite_output_dir: bool = flag(False, "Train from the start in a folder that already holds a run.")
-    logging_nan_inf_filter: bool = flag(False, "Hide non-finite losses from the log.")
+    overwrite_output_dir: bool = flag(
+        False, "Train from the start in a folder that already holds a run, but no checkpoint-N any more."
+    )
 
     def __post_init__(self):
         check_combinations(self)
@@ -151,6 +161,7 @@ class TrainingArguments(transformers.TrainingArguments):
         recompute = self.activation_checkpointing = self.gradient_checkpointing if new_name is None else new_name
         super().__post_init__()
         self.gradient_checkpointing = recompute  # None, which transformers makes False: check_before_loading decides
+        self.logging_nan_inf_filter = False  # it would wait for the device in every step; the black box looks anyway
         if self.fsdp and (policy := fsdp.mixed_precision_policy(self.mixed_precision)):
             self.fsdp_plugin_args["mixed_precision_policy"] = policy
         if self.deepspeed:
@@ -161,8 +172,6 @@ def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Lor
     """The dataclasses from a command line of 2023 or of today; see alpaca/flags.py."""
     classes = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
     (model_args, data_args, lora_args, training_args), notes = flags.parse(argv, classes, description=__doc__)
-    if not data_args.data_path:
-        raise UsageError("--data_path is missing: a file of rows (./alpaca_data.json) or a hub id (tatsu-lab/alpaca)")
     check_lora(lora_args, training_args)
     if model_args.add_missing_tokens is None:
         model_args.add_missing_tokens = not lora_args

@@ -6,32 +6,33 @@
 
 A diff is exact: recover gives back every bit of the tuned checkpoint, and proves it with the SHA-256 digests of the
 diff's manifest. Diffs in the format of 2023, such as that of Alpaca-7B, are recovered as 2023 did. Tensors are read and
-written in pieces: a model of any size takes a few hundred megabytes of memory.
+written in pieces, in a few hundred megabytes of memory; recovering 2023's format, whose sum is checked, also takes that
+of the largest tensor in float32.
 """
 
 import functools
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from alpaca import commands, exact_diff
+from alpaca.devices import check_device
 from alpaca.errors import UsageError, reported
 from alpaca.exact_diff import ExactDiff, is_exact_diff
 from alpaca.files import human
 from alpaca.float_diff import FloatDiff, NaiveSum
 from alpaca.prompts import format_prompt
 from alpaca.recovery import copy_files, load_recovered, most_common_dtype, open_diff
-from alpaca.shards import MemoryWriter, new_folder, plan_shards
+from alpaca.shards import FLOATS, MemoryWriter, new_folder, plan_shards
 from alpaca.streaming import Pipeline, cast, stream, write_model
 from alpaca.weights import find_folder, open_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 QUESTION = "List three technologies that make life easier."  # as in 2023
-ROOM = 10**8  # bytes on the disk for tokenizer and manifest
 
 
 def make_diff(
@@ -57,7 +58,8 @@ def make_diff(
     Raises:
         UsageError: a folder is no checkpoint or is damaged, or base and tuned do not fit; nothing is written.
     """
-    _check_choices(device=device, method=method)
+    check_device(device)
+    _check_choice("method", method, ("exact", "float"))
     plan_shards([], "diff", max_shard_size)
     with open_weights(path_raw, "--path_raw") as base, open_weights(path_tuned, "--path_tuned") as tuned:
         if base.folder.resolve() == tuned.folder.resolve():
@@ -65,7 +67,7 @@ def make_diff(
         tuned.require_config()
         size = tuned.nbytes if method == "exact" else 4 * sum(tensor.numel for tensor in tuned.tensors.values())
         inputs = (base.folder, tuned.folder)
-        with new_folder(path_diff, "--path_diff", size + ROOM, overwrite, inputs) as folder:
+        with new_folder(path_diff, "--path_diff", size, overwrite, inputs) as folder:
             with Pipeline(size, "make_diff") as pipe:
                 if method == "exact":
                     lines = exact_diff.make(pipe, base, tuned, folder, max_shard_size)
@@ -156,7 +158,8 @@ def _recover(
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase] | None":  # fmt: skip
     """`recover`, which loads the model only if it is to answer or to be returned."""
     dtype = str(dtype).removeprefix("torch.") if dtype is not None else None
-    _check_choices(device=device, dtype=dtype)
+    check_device(device)
+    _check_choice("dtype", dtype, (None, *FLOATS))
     plan_shards([], "model", max_shard_size)
     load, kind, state = load or test_inference, FLOATS.get(dtype), None
     with open_weights(path_raw, "--path_raw") as base, open_diff(base, path_diff, digest) as diff:
@@ -169,7 +172,7 @@ def _recover(
         sum_line = functools.partial(naive.check, check_integrity_naively is True) if naive else str
         if path_tuned is not None:
             inputs = (base.folder, diff.folder)
-            with new_folder(path_tuned, "--path_tuned", size + ROOM, overwrite, inputs) as folder:
+            with new_folder(path_tuned, "--path_tuned", size, overwrite, inputs) as folder:
                 with Pipeline(nbytes, "recover") as pipe:
                     write_model(diff, pipe, folder, max_shard_size, kind, naive and naive.add)
                 copy_files(diff.files, folder, kind)
@@ -220,17 +223,9 @@ def _load(
     return model, tokenizer
 
 
-def _check_choices(**flags: str | None) -> None:
-    choices = {"method": ("exact", "float"), "dtype": (None, *FLOATS)}
-    for name, value in flags.items():
-        if name in choices and value not in choices[name]:
-            expected = ", ".join(choice for choice in choices[name] if choice)
-            raise UsageError(f"--{name} {value}: expected one of {expected}")
-    if flags["device"] != "cpu":
-        try:
-            torch.empty(0, device=flags["device"])
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"--device {flags['device']}: is not available here ({error})") from error
+def _check_choice(name: str, value: str | None, choices: Iterable[str | None]) -> None:
+    if value not in choices:
+        raise UsageError(f"--{name} {value}: expected one of {', '.join(filter(None, choices))}")
 
 
 def main() -> None:

@@ -26,6 +26,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from alpaca.packing import Packing, RowSizes
 
+EXCHANGES = 50  # between packs of a step at most, to even them out
+
 
 @dataclass(frozen=True)
 class StepTotals:
@@ -177,11 +179,11 @@ def _longest_first(costs: Sequence[int], number: int) -> list[list[int]]:
     return packs
 
 
-def _even_out(packs: list[list[int]], costs: Sequence[int], rounds: int = 50) -> list[int]:
+def _even_out(packs: list[list[int]], costs: Sequence[int]) -> list[int]:
     """Exchange items between the fullest and the emptiest pack, in place, each time the exchange that halves their
     difference best. Returns the sizes."""
     sizes = [sum(costs[item] for item in pack) for pack in packs]
-    for _ in range(rounds):
+    for _ in range(EXCHANGES):
         full, empty = sizes.index(max(sizes)), sizes.index(min(sizes))
         gap = sizes[full] - sizes[empty]
         if gap < 2:

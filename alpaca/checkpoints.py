@@ -65,8 +65,8 @@ def _check_that_nothing_is_overwritten(args: "TrainingArguments", output: Path) 
     unfinished = found and not (record and record["finished"])
     if (unfinished or (record is None and holds_a_model(output))) and not args.overwrite_output_dir:
         raise UsageError(
-            f"--output_dir {output} already holds a run; continue it with --resume_from_checkpoint True, "
-            "choose another folder, or pass --overwrite_output_dir True"
+            f"--output_dir {output} already holds a run; continue it with --resume_from_checkpoint True, choose "
+            f"another folder, or {'move its checkpoints away and ' * bool(found)}pass --overwrite_output_dir True"
         )
 
 

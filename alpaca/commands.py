@@ -1,13 +1,15 @@
 """`python program.py task --flag value …` with the words that fire took in 2023; fire still writes the help.
 
 fire itself would run a task before it rejects a flag that it does not know, and make a tuple of a path with a comma.
+A command with a few flags and no task has a Parser.
 """
 
+import argparse
 import difflib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 import fire
@@ -72,8 +74,8 @@ def _split(words: Sequence[str], known: list[str]) -> tuple[dict[str, str | None
     return given, unnamed
 
 
-def _closest(name: str, known: Mapping[str, Any], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def _closest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {prefix}{close[0]}?" if close else ""
 
 
@@ -96,3 +98,18 @@ def _value(name: str, text: str | None, annotation: Any) -> Any:
             except ValueError as error:
                 raise UsageError(f"--{name} {text}: expected a {'whole ' * (kind is int)}number") from error
     return text
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, which guesses no abbreviated flag, and names one that it does not know before one that is missing."""
+
+    def __init__(self, description: str | None, program: str | None = None):
+        super().__init__(program, description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
+        known = self._option_string_actions
+        for name in (word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)):
+            if name.startswith("--") and name not in known:
+                self.error(f"unknown flag {name}{_closest(name, known)}")
+        return super().parse_args(args, namespace)

@@ -10,8 +10,6 @@ from typing import Any
 # "C#". Any other ### is text, and so is a marker that ends a longer row of # at the start of a line (a heading).
 MARKER = re.compile(r"(?<!^#)(?<!^##)(?<!^###)### (Human|Assistant):", re.MULTILINE)
 
-PAIRS = ("first", "all")
-
 
 def is_conversation(row: Any) -> bool:
     """Whether a row of a file has its turns in `text` (the Alpaca data has a `text` too, beside its fields)."""

@@ -39,9 +39,9 @@ class Data:
         return fingerprint([(row["instruction"], row.get("input") or "", row["output"]) for row in self.rows])
 
 
-def load_rows(data_path: str, split: str = "train", cache_dir: str | None = None, answered: bool = True) -> list[Row]:
+def load_rows(data_path: str, split: str = "train", answered: bool = True) -> list[Row]:
     """The rows of `read_data`; a line says if rows of the file are left out."""
-    data = read_data(data_path, split, cache_dir, answered=answered)
+    data = read_data(data_path, split, answered=answered)
     if left_out := data.problems.get("no_pair"):
         first = ", ".join(map(str, left_out[:5])) + ", ..." * (len(left_out) > 5)
         print(f"{data_path}: rows left out, without a human turn and its answer: {len(left_out):,} ({first})")

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import json
 import os
-from argparse import Action, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,19 @@ DROPPED = {
     "fp16_backend": "torch's own mixed precision is used",
     "half_precision_backend": "torch's own mixed precision is used",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR instead",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+}
+WITHOUT_EFFECT = {  # flags of transformers for what is done otherwise here; accepted, noted, left at their defaults
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "train.py trains, and evaluates by --eval_strategy"),
+    **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), "evaluation computes as training does"),
+    **dict.fromkeys(
+        "prediction_loss_only eval_accumulation_steps batch_eval_metrics include_for_metrics eval_do_concat_batches "
+        "eval_use_gather_object".split(),
+        "evaluation computes a loss, and keeps no predictions",
+    ),
+    **dict.fromkeys(
+        ("remove_unused_columns", "label_names", "length_column_name"), "rows are tokens and labels, of known lengths"
+    ),
 }
 FSDP_WORDS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "auto_wrap", "offload")
 
@@ -34,14 +47,22 @@ def flag(default: Any, text: str, **metadata: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
 
+def spelled(option: Any) -> str:
+    """The value of a flag that may be one of transformers' enums or a plain text."""
+    return str(getattr(option, "value", option))
+
+
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """The description keeps its line breaks; a flag is shown in one spelling, its default only where it has one."""
+    """The description keeps its line breaks; a flag is shown in one spelling, its default only where it has one, and
+    --no_x as "not --x"."""
 
     def _format_action_invocation(self, action: Action) -> str:
         values = "" if action.nargs == 0 else " " + self._format_args(action, "VALUE")
         return (action.option_strings[-1] if action.dest == "help" else action.option_strings[0]) + values
 
     def _get_help_string(self, action: Action) -> str | None:
+        if action.nargs == 0 and action.default is False:
+            return f"not --{action.dest}"
         return action.help if action.default is None else super()._get_help_string(action)
 
 
@@ -54,6 +75,9 @@ class FlagParser(transformers.HfArgumentParser):
         inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
         for group in self._action_groups:  # for --help: our own flags before the hundred of transformers
             group._group_actions.sort(key=lambda action: action.dest in inherited)
+            for action in group._group_actions:
+                if action.dest in inherited & {*DROPPED, *WITHOUT_EFFECT}:
+                    action.help = SUPPRESS
 
     def error(self, message: str):
         raise UsageError(message)
@@ -77,11 +101,23 @@ def parse(
     refuse_unknown_flags(words, parser.known())
     namespace = parser.parse_args(words)
     if issubclass(dataclass_types[-1], transformers.TrainingArguments):
-        notes += adapt_to_hardware(namespace)
+        notes += _reset_without_effect(namespace, parser) + adapt_to_hardware(namespace)
     try:
         return parser.parse_dict(vars(namespace)), notes
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
+
+
+def _reset_without_effect(flags: Namespace, parser: FlagParser) -> list[str]:
+    """To their defaults, in place: --bf16_full_eval, for one, would tell DeepSpeed to train in bfloat16."""
+    notes = []
+    for name, reason in WITHOUT_EFFECT.items():
+        value, default = getattr(flags, name, None), parser.get_default(name)
+        if value != default:
+            setattr(flags, name, default)
+            text = " ".join(value) if isinstance(value, list) else value
+            notes.append(f"--{name} {text} -> without effect: {reason}")
+    return notes
 
 
 def split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:

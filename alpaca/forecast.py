@@ -30,6 +30,7 @@ import torch
 from alpaca.console import say
 from alpaca.errors import first_line
 from alpaca.files import human
+from alpaca.flags import spelled
 from alpaca.fsdp import empty_model, materialize
 from alpaca.lora import LoraArguments, add_lora, base_dtype, lora_layers
 from alpaca.loss import CHUNK
@@ -295,7 +296,7 @@ def plan_of(args: "TrainingArguments", rows: Rows) -> Plan:
         checkpointing=True if fsdp_config.get("activation_checkpointing") else args.gradient_checkpointing,
         half=bool(args.bf16 or args.fp16),
         optimizer_bytes=optimizer_bytes(args),
-        foreach=optimizer_bytes(args) >= 4 and "fused" not in _optimizer(args),
+        foreach=optimizer_bytes(args) >= 4 and "fused" not in spelled(args.optim),
         on_gpu=args.device.type != "cpu",
         packed=packed,
         rows=args.per_device_train_batch_size,
@@ -306,13 +307,9 @@ def plan_of(args: "TrainingArguments", rows: Rows) -> Plan:
     )
 
 
-def _optimizer(args: "TrainingArguments") -> str:
-    return str(getattr(args.optim, "value", args.optim))
-
-
 def optimizer_bytes(args: "TrainingArguments") -> float:
     """A parameter's, of the state that --optim keeps."""
-    return next((size for key, size in OPTIMIZER_BYTES.items() if key in _optimizer(args)), 8)
+    return next((size for key, size in OPTIMIZER_BYTES.items() if key in spelled(args.optim)), 8)
 
 
 def local_world_size() -> int:

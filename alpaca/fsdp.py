@@ -1,6 +1,7 @@
 """Fully sharded training (FSDP2): loading without a full copy per rank, sharding on CPU ranks, saving whole tensors."""
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -170,10 +171,16 @@ def check_dropout(args: "TrainingArguments", model: nn.Module) -> None:
         )
 
 
-def full_state_dict(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
-    """Gather every sharded tensor on the CPU, one at a time. Collective: all ranks call it; those with `keep=False`
-    hold no more than one whole tensor and return {}. Tied weights stay one tensor. Under LoRA
-    the frozen base is left out."""
+def _whole(value: torch.Tensor) -> torch.Tensor:
+    return value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+
+
+def full_state_dict(
+    model: nn.Module, keep: bool, whole: Callable[[torch.Tensor], torch.Tensor] = _whole
+) -> dict[str, torch.Tensor]:
+    """Gather every sharded tensor (by `whole`) on the CPU, one at a time. Collective: all ranks call it; those with
+    `keep=False` hold no more than one whole tensor and return {}. Tied weights stay one tensor. Under LoRA the frozen
+    base is left out."""
     state: dict[str, torch.Tensor] = {}
     gathered: dict[int, torch.Tensor] = {}
     frozen_base = hasattr(model, "peft_config")
@@ -181,8 +188,8 @@ def full_state_dict(model: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
         if frozen_base and isinstance(value, nn.Parameter) and not value.requires_grad:
             continue
         if id(value) not in gathered:
-            whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
-            gathered[id(value)] = whole.cpu() if keep else torch.empty(0)
+            tensor = whole(value)
+            gathered[id(value)] = tensor.cpu() if keep else torch.empty(0)
         if keep:
             state[name] = gathered[id(value)]
     return state

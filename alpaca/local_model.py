@@ -27,7 +27,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from alpaca.client import MOST_CUTS, Completion, Prompt, Sampling, cut_at_stop
-from alpaca.errors import UsageError, first_line
+from alpaca.devices import best_dtype, check_device
+from alpaca.errors import UsageError
 from alpaca.opening import How, open_model, without_adapter
 from alpaca.quantization import quantizing_flag
 from alpaca.refusals import ContextOverflow
@@ -277,20 +278,6 @@ class Draw(LogitsProcessor):
         for row, generator in zip(noise, self.generators):
             row.exponential_(generator=generator)
         return scores - noise.log()
-
-
-def check_device(device: str) -> None:
-    """Raise UsageError where nothing can be put there."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such device; torch without it
-        raise UsageError(f"--device {device}: expected cpu, or cuda if there is one ({first_line(error)})") from error
-
-
-def best_dtype(device: str) -> torch.dtype:
-    if not device.startswith("cuda"):
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 
 def _listed(tokens: int | list[int] | None) -> list[int]:

@@ -25,6 +25,7 @@ from alpaca.chat_template import separator
 from alpaca.console import say
 from alpaca.contract import rows_per_step
 from alpaca.files import atomic_write
+from alpaca.flags import spelled
 from alpaca.prompts import TEMPLATE_FILE, format_prompt
 from alpaca.report import PROBLEMS, DataReport
 
@@ -234,13 +235,13 @@ def hyperparameters(
     boundary = {"stanford": "tokenized as one text, then the prompt is masked", "split": "tokenized apart"}
     return {
         "Learning rate": f"{args.learning_rate:g}",
-        "Schedule": f"{_value(args.lr_scheduler_type)}, warmup steps: {args.get_warmup_steps(state.max_steps)}",
+        "Schedule": f"{spelled(args.lr_scheduler_type)}, warmup steps: {args.get_warmup_steps(state.max_steps)}",
         "Epochs": f"{state.epoch:.4g}",
         "Optimizer steps": f"{state.global_step:,}",
         "Global batch": f"{rows_per_step(args)} rows: {args.train_batch_size} per device x "
         f"{args.gradient_accumulation_steps} accumulated x {args.world_size} process{'es' * (args.world_size > 1)}",
         "Maximum length": f"{args.model_max_length} tokens, longer rows are cut on the right",
-        "Optimizer": f"{_value(args.optim)}, betas {args.adam_beta1:g} and {args.adam_beta2:g}, epsilon "
+        "Optimizer": f"{spelled(args.optim)}, betas {args.adam_beta1:g} and {args.adam_beta2:g}, epsilon "
         f"{args.adam_epsilon:g}, weight decay {args.weight_decay:g}",
         "Gradient clipping": f"{args.max_grad_norm:g}" if args.max_grad_norm else "none",
         "Arithmetic": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
@@ -334,11 +335,6 @@ def table(rows: Mapping[str, str | None]) -> str:
     """A Markdown table of two columns, without the rows that are None or empty."""
     lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items() if value]
     return "\n".join(["| | |", "|---|---|", *lines])
-
-
-def _value(option: Any) -> str:
-    """Of transformers' enums, which may also be plain texts."""
-    return str(getattr(option, "value", option))
 
 
 def _listed(modules: str | list[str] | set[str]) -> list[str]:

@@ -17,7 +17,9 @@ from alpaca.errors import UsageError
 from alpaca.files import free_bytes, human, lock
 from alpaca.weights import COMPANIONS, DTYPE_NAMES, memory
 
+FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # for --dtype
 MARKER = ".incomplete"  # in a folder that is being written
+ROOM = 10**8  # bytes on the disk for what stands beside the tensors: tokenizer, configuration, manifest
 OF_A_CHECKPOINT = (".safetensors", ".bin", ".sha256", ".png", ".md", ".gitattributes", "LICENSE", *COMPANIONS)
 
 
@@ -26,7 +28,7 @@ OF_A_CHECKPOINT = (".safetensors", ".bin", ".sha256", ".png", ".md", ".gitattrib
 
 @contextmanager
 def new_folder(path: str | Path, flag: str, nbytes: int, overwrite: bool, inputs: Iterable[Path]) -> Iterator[Path]:
-    """A folder beside `path` to write `nbytes` into, renamed to `path` when the block ends without an error.
+    """A folder beside `path` to write tensors of `nbytes` into, renamed to `path` when the block ends without an error.
 
     Raises:
         UsageError: `path` is taken, is one of the `inputs`, cannot be written, or its disk is too small.
@@ -37,8 +39,10 @@ def new_folder(path: str | Path, flag: str, nbytes: int, overwrite: bool, inputs
     partial, replaced = (target.with_name(f"{target.name}.{ending}") for ending in ("incomplete", "replaced"))
     try:
         _check_target(target, replaced, flag, overwrite, inputs)
-        if free_bytes(target) < nbytes + 10**7:
-            raise UsageError(f"{flag} {path}: needs {human(nbytes)}, its disk has {human(free_bytes(target))} free")
+        if free_bytes(target) < nbytes + ROOM:
+            raise UsageError(
+                f"{flag} {path}: needs {human(nbytes + ROOM)}, its disk has {human(free_bytes(target))} free"
+            )
         handle, ours = _lock(partial, flag), False
         try:
             _clear(partial, flag)

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import torch
 
-from alpaca.errors import UsageError
+from alpaca.errors import UsageError, first_line
 from alpaca.files import human
 
 DTYPES = {
@@ -287,8 +287,7 @@ def _bin_header(shard: Path, flag: str) -> dict[str, Tensor]:
         if isinstance(state, Mapping) and all(isinstance(value, torch.Tensor) for value in state.values()):
             return {str(name): _bin_tensor(name, value, shard) for name, value in state.items()}
     except Exception as error:  # pickle raises what it likes
-        reason = (str(error).strip() or repr(error)).split("\n")[0]
-        raise UsageError(f"{flag}: {shard} is damaged, or holds more than tensors ({reason})") from error
+        raise UsageError(f"{flag}: {shard} is damaged, or holds more than tensors ({first_line(error)})") from error
     raise UsageError(f"{flag}: {shard} is not a checkpoint: expected only tensors by name, got {_kinds(state)}")
 
 

@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from alpaca import fsdp
 from alpaca.console import say
 from alpaca.data import fingerprint
 from alpaca.errors import UsageError
-from alpaca.flags import read_config
+from alpaca.flags import read_config, spelled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -49,7 +50,7 @@ def configure(args: "TrainingArguments") -> None:
         )
     if args.torch_compile:
         raise UsageError("--torch_compile: not with --deepspeed, which gathers parameters inside layers; use --fsdp")
-    optimizer = str(getattr(args.optim, "value", args.optim))
+    optimizer = spelled(args.optim)
     if optimizer not in OPTIMIZERS and "optimizer" not in args.deepspeed:
         raise UsageError(f"--optim {optimizer}: with --deepspeed expected {' or '.join(OPTIMIZERS)}")
     if find_spec("deepspeed") is None:
@@ -231,24 +232,14 @@ def gradient(parameter: nn.Parameter) -> Tensor | None:
 
 
 def full_state_dict(model: nn.Module, keep: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Gather the float32 master weights on the CPU, one at a time, cast to `dtype`; else as alpaca.fsdp's."""
-    state: dict[str, Tensor] = {}
-    whole: dict[int, Tensor] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) not in whole:
-            tensor = _whole(value)
-            target = dtype if tensor.is_floating_point() else tensor.dtype
-            whole[id(value)] = tensor.to("cpu", target) if keep else torch.empty(0)
-        if keep:
-            state[name] = whole[id(value)]
-    return state
-
-
-def _whole(value: Tensor) -> Tensor:
+    """As alpaca.fsdp's, of the float32 master weights cast to `dtype`."""
     from deepspeed.utils import safe_get_full_fp32_param
 
-    master = safe_get_full_fp32_param(value) if isinstance(value, nn.Parameter) else None
-    if master is None:  # a buffer, or a frozen parameter, which has no master
-        with gathered([value]):
-            master = value.detach().clone()
-    return master
+    def whole(value: Tensor) -> Tensor:
+        master = safe_get_full_fp32_param(value) if isinstance(value, nn.Parameter) else None
+        if master is None:  # a buffer, or a frozen parameter, which has no master
+            with gathered([value]):
+                master = value.detach().clone()
+        return master.to(dtype) if master.is_floating_point() else master
+
+    return fsdp.full_state_dict(model, keep, whole)

@@ -7,11 +7,9 @@ What is measured is the whole command, HTTP, parsing, novelty filter, journal an
 told at a quarter of the tasks and at all of them: what grows is the tasks that are kept.
 """
 
-import argparse
 import hashlib
 import json
 import multiprocessing
-import platform
 import random
 import subprocess
 import sys
@@ -19,13 +17,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import openai
-import rapidfuzz
-
-from benchmarks.machine import describe_machine
+from alpaca.commands import Parser
+from benchmarks.machine import ROOT, describe_machine, versions, write_result
 from tests.completion_server import CompletionServer
 
-ROOT = Path(__file__).resolve().parent.parent
 VERBS = "Name List Find Describe Compare Explain Choose Rank Sort Invent Suggest Summarize Rewrite Classify".split()
 RUN = """
 import sys, resource
@@ -74,7 +69,7 @@ def measure(tasks: int, url: str, ties: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--tasks", type=int, default=52000)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
@@ -85,15 +80,8 @@ def main() -> None:
     runs = [measure(args.tasks // 4, url, "2023"), measure(args.tasks, url, "2023"), measure(args.tasks, url, "stable")]
     here.send("end")
     process.join(10)
-    if args.output:
-        machine = describe_machine()
-        versions = {
-            "openai": openai.__version__,
-            "rapidfuzz": rapidfuzz.__version__,
-            "python": platform.python_version(),
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps({"runs": runs, "machine": machine, "versions": versions}, indent=1) + "\n")
+    result = {"runs": runs, "machine": describe_machine(), "versions": versions(("openai", "rapidfuzz"))}
+    write_result(result, args.output)
 
 
 if __name__ == "__main__":

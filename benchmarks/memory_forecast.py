@@ -7,7 +7,6 @@ A model of about 0.2 billion parameters is trained for two steps. Measured is th
 torch take themselves.
 """
 
-import argparse
 import json
 import os
 import re
@@ -16,14 +15,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-import transformers
-
-from benchmarks.machine import describe_machine
+from alpaca.commands import Parser
+from benchmarks.machine import ROOT, describe_machine, versions, write_result
 from scripts.make_tiny_model import make_tiny_model
 from scripts.quickstart import free_port
 
-ROOT = Path(__file__).resolve().parent.parent
 CHILD = """
 import resource, sys, train
 from alpaca.errors import reported
@@ -61,7 +57,7 @@ def run(model: str, processes: int, flags: list[str], folder: Path) -> tuple[flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     results = {}
@@ -80,14 +76,8 @@ def main() -> None:
                 "forecast_over_measured": round((forecast - own_forecast) / grown, 2),
             }
             print(label, results[label], flush=True)
-    content = {
-        "runs": results,
-        "machine": describe_machine(),
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
-    }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(content, indent=1) + "\n")
+    result = {"runs": results, "machine": describe_machine(), "versions": versions(("torch", "transformers"))}
+    write_result(result, options.output)
 
 
 if __name__ == "__main__":

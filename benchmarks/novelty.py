@@ -13,25 +13,21 @@ The whole run, from the seed tasks to `total` kept instructions, is run with our
 from its measured milliseconds: straight lines between pool sizes, below the smallest that one's.
 """
 
-import argparse
 import json
 import multiprocessing
-import os
-import platform
 import random
 import statistics
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from rouge_score import rouge_scorer
 
+from alpaca.commands import Parser
 from alpaca.novelty import NoveltyFilter, Similarity
-from benchmarks.machine import cpu_name
+from benchmarks.machine import ROOT, describe_machine, versions, write_result
 
-ROOT = Path(__file__).resolve().parent.parent
 CALL = 85
 OURS = {  # name: settings of the filter
     "ours, 1 thread": {"workers": 1},
@@ -148,7 +144,7 @@ def whole_run(total: int, rows: list[dict]) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 52_000], help="pools of both sides")
     parser.add_argument("--ours_only", type=int, nargs="*", default=[200_000], help="pools of ours alone")
     parser.add_argument("--total", type=int, default=52_002, help="instructions kept in the whole run")
@@ -174,13 +170,10 @@ def main() -> None:
         "candidates_per_call": CALL,
         "pools": rows,
         "whole_run": whole_run(options.total, rows),
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
-        "versions": {name: version(name) for name in ("numpy", "rapidfuzz", "rouge_score")},
+        "machine": describe_machine(),
+        "versions": versions(("numpy", "rapidfuzz", "rouge_score")),
     }
-    print(json.dumps(result["whole_run"], indent=1))
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(result, options.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 r"""Tokenizing as many rows as Alpaca has: the loop of 2023, ours, and ours from its cache.
 
-    python -m benchmarks.tokenization --data_path alpaca_data.json --output benchmarks/results/tokenization_cpu.json
+    python -m benchmarks.tokenization --output benchmarks/results/tokenization_cpu.json
 
 The rows of --data_path are repeated to `rows` distinct ones in which every fourth word is another of theirs, at times
 with another ending, so that the words are about as many as 52,002 real rows have by Heaps' law. Two tokenizers are
@@ -10,7 +10,6 @@ Times: `original` and `ours` from texts to ids and labels, `ours_cached` the sam
 the whole of SupervisedDataset, with reading, checking and reporting.
 """
 
-import argparse
 import copy
 import json
 import os
@@ -26,6 +25,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from alpaca.commands import Parser
+from alpaca.data import load_rows
+from alpaca.errors import reported
 from alpaca.prompts import format_prompt
 from alpaca.tokenizer import open_tokenizer
 from alpaca.tokens import IGNORE_INDEX, cached_tokens
@@ -128,13 +130,13 @@ def make_tokenizer(kind: str, texts: list[str], folder: Path) -> PreTrainedToken
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", type=Path, required=True, help="a JSON list of Alpaca rows")
+    parser = Parser(__doc__)
+    parser.add_argument("--data_path", default="alpaca_data.json", help="Alpaca rows: a file or a hub id")
     parser.add_argument("--rows", type=int, default=52_002)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
-    real = json.loads(options.data_path.read_text(encoding="utf-8"))
+    real = load_rows(options.data_path)
     rows = make_rows(real, options.rows)
     result: dict[str, Any] = {"rows": len(rows), "made_from": len(real), "distinct_words": distinct_words(rows)}
     with tempfile.TemporaryDirectory() as name:
@@ -154,4 +156,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported("benchmarks.tokenization"):
+        main()

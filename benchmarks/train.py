@@ -32,7 +32,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, Trainer, TrainerCallback
 
 import train
+from alpaca.commands import Parser
 from alpaca.data import load_rows
+from alpaca.errors import reported
 from alpaca.prompts import format_prompt
 from alpaca.speed import matmul_rate
 from benchmarks.contenders import MAX_LENGTH, SECTIONS, SEED, Contender, Setup
@@ -252,8 +254,8 @@ def render_files(paths: list[Path]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", help="Alpaca rows: a file or a hub id")
+    parser = Parser(__doc__)
+    parser.add_argument("--data_path", default="alpaca_data.json", help="Alpaca rows: a file or a hub id")
     parser.add_argument("--rows", type=int, default=1000, help="how many of them")
     parser.add_argument("--section", choices=SECTIONS, help="cpu, or what to measure on a GPU (rivals)")
     parser.add_argument("--quick", action="store_true", help="on a CPU: one step, one round, 32 examples a step")
@@ -265,8 +267,6 @@ def main() -> None:
     options = parser.parse_args()
     if options.render is not None:
         return print(render_files(options.render or sorted(RESULTS.glob("train_*.json"))))
-    if not options.data_path:
-        parser.error("--data_path is missing")
     gpu = torch.cuda.is_available()
     options.section = options.section or ("rivals" if gpu else "cpu")
     options.minutes = options.minutes or (8 if options.section != "cpu" else 11.5)
@@ -288,4 +288,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported("benchmarks.train"):
+        main()

@@ -8,9 +8,7 @@ with LLaMA's architecture: base of 32,000 tokens, tuned of 32,001. For scale: th
 copying the tuned file to the same disk, fsync included.
 """
 
-import argparse
 import hashlib
-import json
 import os
 import shutil
 import statistics
@@ -23,12 +21,12 @@ from pathlib import Path
 import torch
 import transformers
 
+from alpaca.commands import Parser
 from alpaca.shards import ShardWriter, Spec, plan_shards
 from alpaca.weights import memory
-from benchmarks.machine import describe_machine
+from benchmarks.machine import ROOT, describe_machine, versions, write_result
 from scripts.make_tiny_model import make_tiny_model
 
-ROOT = Path(__file__).resolve().parent.parent
 MODELS = {  # name: (dtype, hidden size, layers, intermediate size)
     "0.55B float32": (torch.float32, 1536, 16, 4096),
     "2.0B bfloat16": (torch.bfloat16, 2560, 24, 6912),
@@ -141,7 +139,7 @@ def median(runs: list[dict[str, float]], what: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--without_2023", action="store_true", help="2B needs 19 GB of memory in 2023's way")
@@ -168,14 +166,8 @@ def main() -> None:
                     ratio = median(runs[f"2023 {task}"], "seconds") / median(runs[f"exact {task}"], "seconds")
                     results[name][f"2023_over_exact_{task}"] = round(ratio, 2)
                     print(f"{name} | {task}: {ratio:.2f} times as fast as 2023's")
-            print({key: value for key, value in results[name].items() if key != "runs"}, flush=True)
-    if args.output:
-        machine = describe_machine()
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(
-            json.dumps({"models": results, "machine": machine, "versions": versions}, indent=1) + "\n"
-        )
+    result = {"models": results, "machine": describe_machine(), "versions": versions(("torch", "transformers"))}
+    write_result(result, args.output)
 
 
 if __name__ == "__main__":

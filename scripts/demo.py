@@ -17,7 +17,7 @@ import os
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,11 @@ from alpaca.client import Sampling
 from alpaca.data import Row, load_rows
 from alpaca.errors import UsageError, reported
 from alpaca.exact_diff import is_exact_diff
+from alpaca.flags import flag
 from alpaca.float_diff import ZERO, last_norm
 from alpaca.local_model import LocalModel
 from alpaca.prompts import load_prompt_template
+from alpaca.respondent import check_numbers
 from alpaca.weights import ADAPTER_CONFIG, find_folder, open_weights
 
 if TYPE_CHECKING:
@@ -75,27 +77,21 @@ CSS = """
 
 @dataclass
 class DemoArguments:
-    model: str | None = field(default=None, metadata={"help": "Folder of the model, or of an adapter."})
-    base: str | None = field(
-        default=None, metadata={"help": "Folder of the model that --model was trained from; it answers beside it."}
-    )
-    compare: str | None = field(default=None, metadata={"help": "Any other model to answer beside --model instead."})
-    load_in_8bit: bool = field(default=False, metadata={"help": "Quantize the weights to 8 bit (bitsandbytes)."})
-    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize the weights to 4 bit, as in QLoRA."})
-    prompt_template: str | None = field(
-        default=None, metadata={"help": "JSON file as for train.py; by default what each model was trained with."}
-    )
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to listen on; 0.0.0.0: all of this machine's."})
-    port: int = field(default=7860, metadata={"help": "Port to listen on."})
-    concurrency: int = field(default=8, metadata={"help": "Requests that are answered at the same time."})
-    max_characters: int = field(default=4000, metadata={"help": "Of instruction and input together."})
+    model: str | None = flag(None, "Folder or hub id of a model, a LoRA adapter, or a weight diff with its --base.")
+    base: str | None = flag(None, "Folder or hub id of what --model was trained from; it answers beside it.")
+    compare: str | None = flag(None, "Any other model to answer beside --model instead.")
+    load_in_8bit: bool = flag(False, "Quantize the weights to 8 bit (bitsandbytes).")
+    load_in_4bit: bool = flag(False, "Quantize the weights to 4 bit, as in QLoRA.")
+    prompt_template: str | None = flag(None, "JSON file as for train.py; by default what each model was trained with.")
+    host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0: all of this machine's.")
+    port: int = flag(7860, "Port to listen on.")
+    concurrency: int = flag(8, "Requests that are answered at the same time.")
+    max_characters: int = flag(4000, "Of instruction and input together.")
 
     def __post_init__(self):
         if not self.model:
             raise UsageError("--model is missing: the folder of a model, such as train.py's --output_dir")
-        for name in ("concurrency", "max_characters"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: must be 1 or more")
+        check_numbers(concurrency=self.concurrency, max_characters=self.max_characters)
         if not 1 <= self.port <= 65535:
             raise UsageError(f"--port {self.port}: expected a number from 1 to 65535")
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alpaca import flags
 from alpaca.errors import UsageError, reported
+from alpaca.flags import flag
 from alpaca.models import load_tokenizer
 from alpaca.report import PROBLEMS
 from alpaca.tokens import IGNORE_INDEX
@@ -32,22 +33,20 @@ DIM, GREEN, REVERSED, RESET = "\033[2m", "\033[32m", "\033[7m", "\033[0m"
 class InspectArguments:
     _argument_group_name = "inspection"
     rows: list[int] = field(default_factory=list, metadata={"help": "Numbers of rows to show, from 0."})
-    problem: str | None = field(
-        default=None, metadata={"help": "Show the first rows with this problem.", "choices": [None, *PROBLEMS]}
-    )
-    limit: int = field(default=5, metadata={"help": "How many rows --problem shows."})
-    model_max_length: int = field(default=512, metadata={"help": "As for train.py."})
-    cache_dir: str | None = field(default=None, metadata={"help": "As for train.py."})
-    color: str = field(default="auto", metadata={"help": "When to colour.", "choices": ["auto", "always", "never"]})
+    problem: str | None = flag(None, "Show the first rows with this problem.", choices=[None, *PROBLEMS])
+    limit: int = flag(5, "How many rows --problem shows.")
+    model_max_length: int = flag(512, "As for train.py.")
+    cache_dir: str | None = flag(None, "As for train.py.")
+    color: str = flag("auto", "When to colour.", choices=["auto", "always", "never"])
+
+    process_index = 0  # what train.py's functions ask for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report and the rows of the command line `argv`; returns the exit code."""
     classes = (ModelArguments, DataArguments, InspectArguments)
     argv = sys.argv[1:] if argv is None else argv
-    (model_args, data_args, options), notes = flags.parse(argv, classes, __doc__, program="scripts.inspect_data")
-    if not data_args.data_path:
-        raise UsageError("--data_path is missing: a file of rows (./alpaca_data.json) or a hub id (tatsu-lab/alpaca)")
+    (model_args, data_args, options), _ = flags.parse(argv, classes, __doc__, program="scripts.inspect_data")
     tokenizer, _ = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)
     spoiled = []

@@ -7,11 +7,12 @@ It loads like a real one (AutoTokenizer, AutoModelForCausalLM) and trains in sec
 command line, a data file and a cluster work before a real model is tried.
 """
 
-import argparse
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from alpaca.commands import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("llama", "opt", "gpt2")
@@ -117,15 +118,15 @@ def make_tiny_model(
     return output_dir
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(__doc__)
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--architecture", choices=ARCHITECTURES, default="llama")
     parser.add_argument("--hidden_size", type=int, default=64)
     parser.add_argument("--num_hidden_layers", type=int, default=2)
     parser.add_argument("--vocab_size", type=int, default=1000, help="at most; a small text gives fewer tokens")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     path = make_tiny_model(**vars(args))
     print(f"wrote a {args.architecture} model with random weights to {path}")
 

@@ -8,21 +8,16 @@ The base is the one that the adapter names, or --base. Tensors are read and writ
 does not touch keep every bit. Tokenizer and prompt template are the adapter's where it has them, else the base's.
 """
 
-import argparse
 import json
 import shutil
 
-import torch
-
+from alpaca.commands import Parser
 from alpaca.errors import reported
 from alpaca.files import human
 from alpaca.merging import Adapter, Merged
-from alpaca.shards import new_folder, plan_shards
+from alpaca.shards import FLOATS, new_folder, plan_shards
 from alpaca.streaming import Pipeline, write_model
 from alpaca.weights import open_weights
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-ROOM = 10**8  # bytes on the disk for the tokenizer
 
 
 def merge_lora(
@@ -49,11 +44,11 @@ def merge_lora(
     plan_shards([], "model", max_shard_size)
     opened = Adapter(adapter, "--adapter")
     with opened.weights, open_weights(base or opened.base_folder(), "--base") as weights:
-        merged = Merged(weights, opened, DTYPES[dtype] if dtype else None)
+        merged = Merged(weights, opened, FLOATS[dtype] if dtype else None)
         for line in merged.notes():
             print(line, flush=True)
         size = sum(spec.nbytes for spec in merged.specs)
-        with new_folder(output_dir, "--output_dir", size + ROOM, overwrite, (weights.folder, opened.folder)) as folder:
+        with new_folder(output_dir, "--output_dir", size, overwrite, (weights.folder, opened.folder)) as folder:
             with Pipeline(size, "merge_lora") as pipe:
                 write_model(merged, pipe, folder, max_shard_size)
             for name, path in merged.files.items():
@@ -63,12 +58,11 @@ def merge_lora(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("scripts.merge_lora", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = Parser(__doc__, "scripts.merge_lora")
     parser.add_argument("--adapter", required=True, help="folder or hub id of the LoRA adapter")
     parser.add_argument("--output_dir", required=True, help="folder to be written")
     parser.add_argument("--base", help="folder or hub id of its base, if it is not where the adapter says")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; not given, the base's")
+    parser.add_argument("--dtype", choices=FLOATS, help="of the weights; not given, the base's")
     parser.add_argument("--max_shard_size", default="5GB", help="largest size of one file (5GB)")
     parser.add_argument("--overwrite", action="store_true", help="replace output_dir if it is a checkpoint")
     merge_lora(**vars(parser.parse_args()))

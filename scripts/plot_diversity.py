@@ -17,13 +17,15 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from alpaca import flags
 from alpaca.data import load_rows
 from alpaca.errors import UsageError, reported
 from alpaca.files import atomic_write
+from alpaca.flags import flag
+from alpaca.respondent import check_numbers
 from alpaca.sunburst import Sunburst, draw, lay_out
 from alpaca.verb_noun import VerbNoun, verb_noun
 
@@ -32,21 +34,17 @@ SUFFIXES = (".png", ".svg", ".json")
 
 @dataclass
 class DiversityArguments:
-    data_path: str | None = field(default=None, metadata={"help": "Alpaca file, seed_tasks.jsonl or hub id."})
-    output: str = field(default="diversity", metadata={"help": "Where to write, without .png, .svg or .json."})
-    top_verbs: int = field(default=20, metadata={"help": "How many root verbs to draw."})
-    top_nouns: int = field(default=4, metadata={"help": "How many objects of each verb to draw."})
-    min_count: int = field(default=1, metadata={"help": "Draw only pairs that occur at least so often."})
-    title: str | None = field(default=None, metadata={"help": "Text above the picture; by default it names the data."})
-    parser: str = field(
-        default="rules", metadata={"help": "What finds verbs and nouns.", "choices": ["rules", "spacy"]}
-    )
-    spacy_model: str | None = field(default=None, metadata={"help": "English model for --parser spacy."})
+    data_path: str | None = flag(None, "Alpaca file, seed_tasks.jsonl or hub id.")
+    output: str = flag("diversity", "Where to write, without .png, .svg or .json.")
+    top_verbs: int = flag(20, "How many root verbs to draw.")
+    top_nouns: int = flag(4, "How many objects of each verb to draw.")
+    min_count: int = flag(1, "Draw only pairs that occur at least so often.")
+    title: str | None = flag(None, "Text above the picture; by default it names the data.")
+    parser: str = flag("rules", "What finds verbs and nouns.", choices=["rules", "spacy"])
+    spacy_model: str | None = flag(None, "English model for --parser spacy.")
 
     def __post_init__(self):
-        for name in ("top_verbs", "top_nouns", "min_count"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: must be 1 or more")
+        check_numbers(top_verbs=self.top_verbs, top_nouns=self.top_nouns, min_count=self.min_count)
         if (self.parser == "spacy") != (self.spacy_model is not None):
             raise UsageError(
                 "--parser spacy and --spacy_model go together: --parser spacy --spacy_model en_core_web_md"

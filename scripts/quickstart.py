@@ -7,7 +7,6 @@ The command is the one for LLaMA-7B on four GPUs, sharding included. What is dif
 processes, epochs, batch and learning rate. Everything is written to ./quickstart, which is made anew each time.
 """
 
-import argparse
 import json
 import os
 import shlex
@@ -17,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from alpaca.commands import Parser
 from alpaca.data import load_rows
 from alpaca.prompts import format_prompt
 from scripts.make_tiny_model import ROOT, make_tiny_model
@@ -147,7 +147,7 @@ def fine_tune(changed: dict[str, str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / "quickstart")
     parser.add_argument("--nproc_per_node", type=int, default=2)
     parser.add_argument("--num_train_epochs", type=int, default=10)

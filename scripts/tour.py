@@ -7,7 +7,6 @@ could invent tasks or judge answers, so a stand-in server does: it knows some of
 ones, and as a judge prefers what is closer to its own answer. Everything is written to ./tour, which is made anew.
 """
 
-import argparse
 import difflib
 import json
 import random
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
+from alpaca.commands import Parser
 from alpaca.data import load_rows
 from alpaca.overlap import INSTALL
 from alpaca.prompts import format_prompt, instruction_and_input
@@ -197,7 +197,7 @@ def check(folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--folder", type=Path, default=ROOT / "tour")
     parser.add_argument("--nproc_per_node", type=int, default=2)
     args = parser.parse_args()

@@ -18,7 +18,7 @@ Exit code: 0 where every way of packing that train.py would use is exact, 1 wher
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 from alpaca import flags
 from alpaca.attention import PackLayout, confined_to_rows, named_kernel
 from alpaca.batching import StepSampler
-from alpaca.errors import UsageError, first_line, reported
+from alpaca.errors import first_line, reported
+from alpaca.flags import flag
 from alpaca.loss import batch_loss
 from alpaca.models import load_model, load_tokenizer, resize_embeddings
 from alpaca.packing import MicroBatches, Packing, measure_rows, plan_packing, why_not_packed, why_not_shared
@@ -39,13 +40,13 @@ Gradient = dict[str, Tensor]
 @dataclass
 class VerifyArguments:
     _argument_group_name = "comparison"
-    num_rows: int = field(default=32, metadata={"help": "Rows of the step."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Rows of a padded micro-batch."})
-    max_tokens_per_pack: int = field(default=4096, metadata={"help": "Tokens that a pack has at most."})
-    bf16: bool = field(default=False, metadata={"help": "Compare in bfloat16 arithmetic, weights in float32."})
-    seed: int = field(default=42, metadata={"help": "As for train.py: of the order of rows."})
-    model_max_length: int = field(default=512, metadata={"help": "As for train.py."})
-    cache_dir: str | None = field(default=None, metadata={"help": "As for train.py."})
+    num_rows: int = flag(32, "Rows of the step.")
+    per_device_train_batch_size: int = flag(4, "Rows of a padded micro-batch.")
+    max_tokens_per_pack: int = flag(4096, "Tokens that a pack has at most.")
+    bf16: bool = flag(False, "Compare in bfloat16 arithmetic, weights in float32.")
+    seed: int = flag(42, "As for train.py: of the order of rows.")
+    model_max_length: int = flag(512, "As for train.py.")
+    cache_dir: str | None = flag(None, "As for train.py.")
 
     fsdp, process_index, deepspeed, neftune_noise_alpha = None, 0, None, None  # what train.py's functions ask for
 
@@ -55,8 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     classes = (ModelArguments, DataArguments, VerifyArguments)
     argv = sys.argv[1:] if argv is None else argv
     (model_args, data_args, options), _ = flags.parse(argv, classes, __doc__, program="scripts.verify")
-    if not data_args.data_path:
-        raise UsageError("--data_path is missing: a file of rows (./alpaca_data.json) or a hub id (tatsu-lab/alpaca)")
     tokenizer, new_tokens = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)
     dataset, collate = data_module["train_dataset"], data_module["data_collator"]

@@ -5,9 +5,11 @@ import json
 
 import datasets
 import pytest
+from test_tokens import golden_tokenizer
 
 from alpaca.data import load_rows
 from alpaca.errors import UsageError
+from train import make_supervised_data_module, parse_flags
 
 ROWS = [
     {"instruction": "Add.", "input": "2, 3", "output": "5"},
@@ -41,13 +43,20 @@ def save(folder, kind):
 
 @pytest.mark.parametrize("kind", ["json", "bom.json", "jsonl", "csv", "tsv", "parquet", "saved", "folder"])
 def test_every_format_gives_the_same_rows(tmp_path, kind):
-    rows = load_rows(save(tmp_path, kind), cache_dir=str(tmp_path / "cache"))
+    rows = load_rows(save(tmp_path, kind))
     assert [{name: row[name] for name in ("instruction", "input", "output")} for row in rows] == ROWS
 
 
 def test_splits_can_be_sliced(tmp_path):
-    rows = load_rows(save(tmp_path, "folder"), split="train[1:]", cache_dir=str(tmp_path / "cache"))
+    rows = load_rows(save(tmp_path, "folder"), split="train[1:]")
     assert [row["output"] for row in rows] == ["007", "null"]
+
+
+def test_the_split_of_the_command_line_is_what_is_trained_on(tmp_path):
+    words = ["--data_path", save(tmp_path, "folder"), "--data_split", "train[1:]", "--use_cpu"]
+    _, data_args, _, _ = parse_flags(words)
+    module = make_supervised_data_module(golden_tokenizer("llama"), data_args, str(tmp_path))
+    assert len(module["train_dataset"]) == len(ROWS) - 1
 
 
 def test_seed_tasks_give_a_row_per_instance(tmp_path):
@@ -105,7 +114,7 @@ def test_bad_files_are_located(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_text(content)
     with pytest.raises(UsageError, match=message) as caught:
-        load_rows(str(path), cache_dir=str(tmp_path / "cache"))
+        load_rows(str(path))
     assert str(path) in str(caught.value)
 
 

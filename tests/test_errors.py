@@ -121,6 +121,22 @@ def test_under_torchrun_rank_0_speaks_once(tmp_path, tiny, changed, message):
     assert 'File "' not in result.stderr.split("train.py: error:")[0], "no traceback before the message"
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--output_dirr", "x"], "unknown flag --output_dirr, did you mean --output_dir?"),
+        (["--output_dir=x", "--hidden", "64"], "unknown flag --hidden"),
+        (["--seed", "1"], "required: --output_dir"),
+    ],
+)
+def test_small_commands_name_an_unknown_flag_before_a_missing_one(words, message, capsys):
+    from scripts.make_tiny_model import main
+
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_help_reads_well():
     text = fork("train.py", ["--help"]).stdout

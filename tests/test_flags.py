@@ -221,6 +221,30 @@ def test_readme_command_parses_here(tmp_path):
     assert data.data_path == "./alpaca_data.json"
 
 
+def test_flags_without_effect_are_accepted_noted_and_left_at_their_defaults(capsys):
+    words = ["--do_train", "--do_eval=False", "--bf16_full_eval=True", "--no_remove_unused_columns", "--label_names",
+             "labels", "more", "--include_for_metrics=loss", "--logging_nan_inf_filter", "True"]  # fmt: skip
+    training = parse_flags(["--data_path", "x.json", "--use_cpu", *words])[-1]
+    noted = [line.split(": ", 1)[1].split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert noted == [
+        "--logging_nan_inf_filter True -> dropped", "--do_train True -> without effect",
+        "--bf16_full_eval True -> without effect", "--include_for_metrics loss -> without effect",
+        "--remove_unused_columns False -> without effect", "--label_names labels more -> without effect",
+    ]  # fmt: skip
+    assert not (training.do_train or training.bf16_full_eval or training.label_names or training.include_for_metrics)
+    assert training.remove_unused_columns and not training.logging_nan_inf_filter
+
+
+def test_help_has_what_can_be_turned():
+    from train import DataArguments, LoraArguments, ModelArguments, TrainingArguments
+
+    parser = flags.FlagParser((ModelArguments, DataArguments, LoraArguments, TrainingArguments), None, "train.py")
+    text = parser.format_help()
+    assert "--no_share_prefix     not --share_prefix\n" in text and "--overwrite_output_dir" in text
+    assert not [name for name in [*flags.WITHOUT_EFFECT, "logging_nan_inf_filter"] if f"--{name}" in text]
+    assert not set(flags.WITHOUT_EFFECT) - set(parser.known()), "transformers has them all"
+
+
 def test_gradients_are_reduced_in_float32():
     from alpaca.fsdp import mixed_precision_policy
 

@@ -147,6 +147,12 @@ def test_inspection_shows_rows_of_a_problem_and_fails_where_training_would_be_sp
     assert code == 0 and "would spoil" not in output
 
 
+def test_inspection_as_lora_sees_the_rows(tmp_path, capsys):
+    """train.py's functions find all that they ask for, also where no token is added."""
+    code, output = inspect(tmp_path, capsys, "--add_missing_tokens", "False", rows=[ROW])
+    assert code == 0 and "note: no pad token -> rows are padded with <unk>" in output and " 41 tokens" in output
+
+
 @pytest.mark.slow
 def test_inspection_from_the_command_line(tmp_path):
     write_rows(tmp_path / "rows.json", 3)

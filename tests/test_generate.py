@@ -515,6 +515,9 @@ def test_export(tmp_path):
         export(str(GOLDEN / "generate" / "regen.json"), str(tmp_path / "data.json"), size, seed=3)
         train, test = (json.loads((tmp_path / name).read_text()) for name in ("data.json", "data_eval.json"))
         assert len(test) == held_out and [row for row in plain if row not in test] == train
+    export(str(GOLDEN / "generate" / "regen.json"), str(tmp_path / "data.json"), 5, str(tmp_path / "held_out.json"))
+    assert len(json.loads((tmp_path / "held_out.json").read_text())) == 5
+    assert json.loads((tmp_path / "data_eval.json").read_text()) == test, "not written again"
     with pytest.raises(UsageError, match="--eval_size 1000000"):
         export(str(GOLDEN / "generate" / "regen.json"), str(tmp_path / "data.json"), 10**6)
 

@@ -3,13 +3,16 @@
 import ast
 import inspect
 import json
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 
 import pytest
 from conftest import ROOT
 
 FILES = sorted(path for folder in (".", "alpaca", "scripts") for path in (ROOT / folder).glob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 COMMANDS = {"train", "generate_instruction", "weight_diff"}
 
 
@@ -39,7 +42,26 @@ def test_imports_form_a_dag(path):
             assert name in ("utils", "alpaca")
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def modules_imported(path) -> set[str]:
+    """The modules of alpaca/ that `path` imports when it runs, inside functions too."""
+    tree = ast.parse(path.read_text())
+    unused = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    unused = {id(inner) for node in unused for inner in ast.walk(node)}
+    found = set()
+    for node in (node for node in ast.walk(tree) if id(node) not in unused):
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module} if node.module != "alpaca" else {f"alpaca.{name.name}" for name in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+    return {name.removeprefix("alpaca.") for name in found if name.startswith("alpaca.")}
+
+
+def test_imports_inside_alpaca_have_no_cycle():
+    graph = {path.stem: modules_imported(path) for path in FILES if group(path) == "alpaca"}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(graph)  # CycleError names the cycle
+
+
+@pytest.mark.parametrize("path", [*FILES, *BENCHMARKS], ids=lambda path: str(path.relative_to(ROOT)))
 def test_modules_and_functions_stay_small(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 400
@@ -93,8 +115,11 @@ def test_public_names_of_2023_stay_where_they_were():
         assert list(inspect.signature(function).parameters)[: len(parameters.split())] == parameters.split()
 
 
-def test_readme_names_every_file_of_the_tree():
-    readme = (ROOT / "README.md").read_text()
-    for path in FILES:
-        if path.name != "__init__.py":
-            assert path.name in readme, f"{path.relative_to(ROOT)} is not in the README's tree"
+def test_the_readmes_tree_is_that_of_the_files():
+    tree = re.search(r"## What is here\n+```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    named, folder = [], ""
+    for line in tree.splitlines():
+        folder = folder if line.startswith(" ") else line.split()[0] if line.split()[0].endswith("/") else ""
+        named += [folder + name for name in re.findall(r"\b\w+\.py\b", line)]
+    files = [path.relative_to(ROOT).as_posix() for path in FILES if path.name != "__init__.py"]
+    assert sorted(named) == sorted(files)

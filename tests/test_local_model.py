@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from alpaca.client import Sampling
+from alpaca.devices import best_dtype
 from alpaca.errors import UsageError
-from alpaca.local_model import Draw, LocalModel, best_dtype
+from alpaca.local_model import Draw, LocalModel
 from alpaca.refusals import ContextOverflow, RequestFailed
 
 PROMPTS = ["Give three tips.", "1.", "Write a long story about a " + "very " * 30 + "old dog.", "What is the capital?",

@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alpaca import attention
 from alpaca.batching import MicroBatch, StepSampler, _longest_first, plan_packs
+from alpaca.exactness import choose_packing
 from alpaca.packing import MicroBatches, find_prefixes, measure_rows, plan_packing
 from alpaca.tokens import IGNORE_INDEX
-from train import DataCollatorForSupervisedDataset, SupervisedDataset, TrainingArguments
+from train import DataCollatorForSupervisedDataset, SupervisedDataset, TrainingArguments, parse_flags
 
 COLLATE = DataCollatorForSupervisedDataset(SimpleNamespace(pad_token_id=0))
 
@@ -63,6 +64,14 @@ def test_ranks_wait_less_than_a_hundredth_of_a_step(world_size, capacity):
         slowest = sum(max(sizes[at : at + world_size]) for at in range(0, len(sizes), world_size))
         waiting.append(slowest * world_size / sum(sizes) - 1)
     assert np.mean(waiting) < 0.01
+
+
+def test_share_prefix_false_packs_every_row_in_full():
+    config = dict(vocab_size=99, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    model, rows = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config)), random_rows(40, seed=0)
+    for words, shares in (([], True), (["--share_prefix", "False"], False), (["--no_share_prefix"], False)):
+        args = parse_flags(["--data_path", "x.json", "--use_cpu", *words])[-1]
+        assert bool(choose_packing(model, args, rows, measure_rows(rows)).prefixes) is shares
 
 
 @pytest.mark.parametrize("normalization", ["token", "microbatch"])

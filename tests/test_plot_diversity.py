@@ -292,7 +292,7 @@ def test_bad_input(tmp_path):
     for words, message in (
         ([], "--data_path is missing"),
         (["--data_path", "./nowhere.json"], "--data_path ./nowhere.json: no such file"),
-        (["--data_path", "x.json", "--top_verbs", "0"], "--top_verbs 0: must be 1 or more"),
+        (["--data_path", "x.json", "--top_verbs", "0"], "--top_verbs 0: expected at least 1"),
         (["--data_path", "x.json", "--top_verb", "3"], "top_verbs"),
         (["--data_path", "x.json", "--parser", "spacy"], "--parser spacy and --spacy_model go together"),
     ):

@@ -288,6 +288,9 @@ def test_a_damaged_checkpoint_is_skipped_by_name_and_refused_if_named(stopped, t
     args.resume_from_checkpoint, args.overwrite_output_dir = None, True
     with pytest.raises(UsageError, match="holds checkpoint-10, which a later"):
         find_checkpoint(args)
+    args.overwrite_output_dir = False
+    with pytest.raises(UsageError, match="already holds a run; .*, or move its checkpoints away and pass"):
+        find_checkpoint(args)
 
 
 @pytest.mark.slow
