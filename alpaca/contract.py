@@ -6,7 +6,6 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from alpaca.checkpoints import MANIFEST, holds_a_model, read_manifest, read_reco
 from alpaca.console import say
 from alpaca.data import fingerprint
 from alpaca.errors import UsageError
+from alpaca.files import fingerprint_of_files
 from alpaca.waiting import gather_from_all_ranks, wait_for_all_ranks
 from alpaca.weights import ADAPTER_CONFIG, TOKENIZER_FILES, read_json
 
@@ -152,15 +152,6 @@ def _fingerprints(name: str, folder: Path) -> dict[str, str]:
         if files := [folder / file for file in names if (folder / file).is_file()]:
             found[f"{what} of {name}"] = fingerprint_of_files(files)
     return found
-
-
-def fingerprint_of_files(files: Iterable[Path]) -> str:
-    """Of their names and all that is in them."""
-    digest = hashlib.sha256()
-    for file in files:
-        data = file.read_bytes()
-        digest.update(f"{file.name} {len(data)} ".encode() + data)
-    return digest.hexdigest()[:12]
 
 
 def other_base(adapter: Path, base: Path) -> str | None:

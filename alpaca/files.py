@@ -1,12 +1,14 @@
-"""Files that are there whole or not at all, and the room for them."""
+"""Files that are there whole or not at all, the room for them, and what is in them."""
 
+import hashlib
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from alpaca.errors import UsageError
 
@@ -44,6 +46,46 @@ def keep_input(output: str | Path, flag: str, **inputs: str | Path | None) -> No
     for name, path in inputs.items():
         if path is not None and os.path.exists(path) and os.path.exists(output) and os.path.samefile(path, output):
             raise UsageError(f"{flag} {output}: is the file of --{name}, which would be lost; give another one")
+
+
+def write_text(path: str | Path, text: str, flag: str) -> None:
+    """Whole or not at all.
+
+    Raises:
+        UsageError: it cannot be written; `flag` is what named it, or its folder.
+    """
+    try:
+        with atomic_write(path) as file:
+            file.write(text)
+    except OSError as error:
+        raise UsageError(f"{flag}: {path} cannot be written ({error.strerror})") from error
+
+
+def write_json(path: str | Path, value: Any, flag: str) -> None:
+    """As `write_text`; what JSON does not know is written as its text."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n", flag)
+
+
+def check_writable(folder: str | Path, flag: str) -> None:
+    """Make the folder, and a file in it that is gone again: what is measured for hours has to have a place.
+
+    Raises:
+        UsageError: that is not possible.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"{flag} {folder}: cannot be written ({error.strerror})") from error
+
+
+def fingerprint_of_files(files: Iterable[Path]) -> str:
+    """Of their names and all that is in them."""
+    digest = hashlib.sha256()
+    for file in files:
+        data = file.read_bytes()
+        digest.update(f"{file.name} {len(data)} ".encode() + data)
+    return digest.hexdigest()[:12]
 
 
 def lock(handle: int, path: str | Path) -> bool:

@@ -14,31 +14,22 @@ import math
 import platform
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from alpaca.errors import UsageError, first_line
-from alpaca.files import atomic_write
-from alpaca.overlap import INSTALL
+from alpaca.errors import UsageError
+from alpaca.files import check_writable, write_json, write_text
+from alpaca.harness_tasks import Member, definition_of, find_group, load_tasks, rehearse
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+CAUSES = "the likely cause is the weights (a damaged file, a run that diverged), or a dtype in which they overflow"
 PACKAGES = ("lm-eval", "transformers", "torch", "datasets", "peft")
-
-
-@dataclass(frozen=True)
-class Member:
-    """A task or group of tasks: `item` of the group's list, with its settings."""
-
-    name: str
-    item: dict[str, Any]
-    column: str
-    metric: str
 
 
 @dataclass(frozen=True)
@@ -68,28 +59,33 @@ class HarnessRun:
         """Evaluate what has no file in `output_dir` yet, and write the table. Returns the table.
 
         Raises:
-            UsageError: the harness is missing, a flag is wrong, a file was made with other arguments, a task's data
-                cannot be had, or the model cannot be opened; all before anything is evaluated.
+            UsageError: the harness is missing, a flag is wrong, a file was made with other arguments or of other tasks,
+                `output_dir` cannot be written, a task's data cannot be had, it has no such metric, or the model cannot
+                be opened; all before anything is evaluated. Then: memory is short, or the model computes no numbers.
         """
         manager, members = find_group(self.include_path, self.group)
-        chosen = self._chosen(members)
-        how = self._how()
-        done = {member.name: self._finished(member, how) for member in members}
+        chosen, how = self._chosen(members), self._how()
+        how_of = {member.name: how | self._how_of(manager, member) for member in members}
+        done = {member.name: self._finished(member, how_of[member.name]) for member in members}
         wanted = [member for member in chosen if done[member.name] is None]
+        check_writable(self.output_dir, "--output_dir")
         loaded = {member.name: load_tasks(manager, member) for member in wanted}  # before a model of many gigabytes
+        for member in wanted:
+            rehearse(self.group, member, loaded[member.name])
         lm = self._open() if wanted else None
         for member in wanted:
-            result = self._evaluate(lm, manager, member, loaded[member.name])
-            done[member.name] = result | {"how": self._how_of(member, how)}
-            _write_json(self._path(member), done[member.name])
-            print(f"{member.column}: {result['value']:.2f}", flush=True)
+            done[member.name] = self._evaluate(lm, manager, member, loaded[member.name]) | {"how": how_of[member.name]}
+            write_json(self._path(member), done[member.name], "--output_dir")
+            print(f"{member.column}: {done[member.name]['value']:.2f}", flush=True)
         return self._finish(members, done, how)
 
     # ---- what was there before ----
 
     def _chosen(self, members: list[Member]) -> list[Member]:
-        names = re.split(r"[\s,]+", self.tasks.strip()) if self.tasks else [member.name for member in members]
         known = {member.name: member for member in members}
+        names = list(known) if self.tasks is None else list(dict.fromkeys(re.findall(r"[^\s,]+", self.tasks)))
+        if not names:
+            raise UsageError(f"--tasks {self.tasks!r}: names no task; {self.group} has {', '.join(known)}")
         if unknown := [name for name in names if name not in known]:
             raise UsageError(f"--tasks {self.tasks}: {unknown[0]!r} is not in {self.group}; it has {', '.join(known)}")
         return [known[name] for name in names]
@@ -99,18 +95,20 @@ class HarnessRun:
         from alpaca.contract import weights_of
 
         how = weights_of(model=self.model, base=self.base)
-        how |= {name: getattr(self, name) for name in ("limit", "add_bos_token", "load_in_8bit", "load_in_4bit")}
+        names = ("group", "limit", "add_bos_token", "load_in_8bit", "load_in_4bit")
+        how |= {name: getattr(self, name) for name in names}
         return how | {"lm_eval": importlib.metadata.version("lm-eval")}
 
-    def _how_of(self, member: Member, how: dict[str, Any]) -> dict[str, Any]:
-        return how | {"task": member.item, "metric": member.metric}
+    def _how_of(self, manager: "TaskManager", member: Member) -> dict[str, Any]:
+        definition = definition_of(manager, member, Path(self.include_path))
+        return {"task": member.item, "metric": member.metric, "files of the task": definition}
 
     def _path(self, member: Member) -> Path:
         return Path(self.output_dir) / f"{member.name}.json"
 
     def _finished(self, member: Member, how: dict[str, Any]) -> dict[str, Any] | None:
         """The result of an earlier run; an error if it was another one."""
-        path, how = self._path(member), json.loads(json.dumps(self._how_of(member, how)))
+        path, how = self._path(member), json.loads(json.dumps(how))
         if not path.is_file():
             return None
         try:
@@ -119,12 +117,13 @@ class HarnessRun:
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"--output_dir {self.output_dir}: {path.name} is no result of this command") from error
         if before != how:
-            other = ", ".join(f"{name} {before.get(name)!r}" for name in how if before.get(name) != how[name])
+            names = [name for name in {**how, **before} if before.get(name) != how.get(name)]
+            other = ", ".join(f"{name} {before.get(name)!r}" for name in names)
             raise UsageError(
                 f"--output_dir {self.output_dir}: {path.name} was made with other arguments ({other}); choose another "
                 "folder, or move the file away"
             )
-        return result
+        return result | {"column": member.column}
 
     # ---- the model and the tasks ----
 
@@ -146,6 +145,7 @@ class HarnessRun:
         lm = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, backend="causal", batch_size=self.batch_size,
                   add_bos_token=self.add_bos_token)  # fmt: skip
         logger.setLevel(logging.NOTSET)
+        lm.set_cache_hook(Finite(f"--model {self.model}: in {opened.model.dtype} on {device}"))
         return lm
 
     def _evaluate(self, lm: "HFLM", manager: "TaskManager", member: Member, tasks: dict[str, "Task"]) -> dict[str, Any]:
@@ -161,11 +161,11 @@ class HarnessRun:
         leaves = {}
         for name in tasks:
             values = results["results"][name]
-            if f"{member.metric},none" not in values:
-                known = ", ".join(key.removesuffix(",none") for key in values if key.endswith(",none"))
-                raise UsageError(f"--group {self.group}: {name} has no metric {member.metric}; it has {known}")
             value, error = values[f"{member.metric},none"], values.get(f"{member.metric}_stderr,none")
-            leaves[name] = {"value": 100 * value, "stderr": 100 * error if isinstance(error, float) else None,
+            if not math.isfinite(value):
+                raise UsageError(f"task {name}: its {member.metric} is {value}; {CAUSES}")
+            known = isinstance(error, float) and math.isfinite(error)  # of one example there is none
+            leaves[name] = {"value": 100 * value, "stderr": 100 * error if known else None,
                             "num_fewshot": results["n-shot"][name], "samples": results["n-samples"][name]["effective"],
                             "version": results["versions"].get(name)}  # fmt: skip
         bos = lm.tokenizer.bos_token_id
@@ -180,6 +180,7 @@ class HarnessRun:
         results = [done[member.name] for member in members]
         finished = [result for result in results if result is not None]
         average = fmean(result["value"] for result in finished) if len(finished) == len(results) else None
+        measured = measured_with(finished)
         lines = [
             f"| | Average | {' | '.join(member.column for member in members)} |",
             "|---" * (len(members) + 2) + "|",
@@ -187,64 +188,22 @@ class HarnessRun:
             + " | ".join(_number(result and result["value"]) for result in results) + " |",
             "", *map(_told, finished),
             f"limit {self.limit}, add_bos_token {self.add_bos_token}; "
-            + ", ".join(f"{name} {version}" for name, version in versions().items()),
+            + ", ".join(f"{name} {' or '.join(found)}" for name, found in measured.items()),
         ]  # fmt: skip
+        if different := [name for name, found in measured.items() if len(found) > 1]:
+            lines.append(f"note: not all of them were measured alike; {', '.join(different)} differ (see each file)")
         if self.limit is not None:
             lines.insert(
                 3, f"\nOf the first {self.limit} examples of each task only: not to be compared with anything."
             )
         table = "\n".join(lines)
-        with atomic_write(Path(self.output_dir) / "table.md") as file:
-            file.write(f"{table}\n")
-        _write_json(Path(self.output_dir) / "results.json",
-                    {"group": self.group, "average": average, "arguments": how, "versions": versions(),
-                     "results": {result["column"]: result["value"] for result in finished}})  # fmt: skip
+        write_text(Path(self.output_dir) / "table.md", f"{table}\n", "--output_dir")
+        write_json(
+            Path(self.output_dir) / "results.json",
+            {"group": self.group, "average": average, "arguments": how, "measured_with": measured,
+             "results": {result["column"]: result["value"] for result in finished}}, "--output_dir",
+        )  # fmt: skip
         return table
-
-
-def find_group(include_path: str, group: str) -> tuple["TaskManager", list[Member]]:
-    """The group of that name in the YAML files of a folder, and a manager that knows its tasks."""
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise UsageError(f"the harness needs lm-eval: {INSTALL} ({error})") from error
-    if not Path(include_path).is_dir():
-        raise UsageError(f"--include_path {include_path}: expected a folder with YAML files of the harness")
-    manager = TaskManager(include_path=include_path, include_defaults=False)
-    if group not in manager.all_groups:
-        found = ", ".join(manager.all_groups) or "none"
-        raise UsageError(f"--group {group}: no such group in --include_path {include_path}; groups there: {found}")
-    config = manager.task_index[group].cfg
-    items = [{"task": item} if isinstance(item, str) else item for item in config.get("task") or []]
-    names = [item.get("group") or item.get("task") for item in items]
-    if not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=include_path)  # its own 14,000 files take a quarter of a minute to look at
-    table = (config.get("metadata") or {}).get("table") or {}
-    members = []
-    for name, item in zip(names, items):
-        if name not in manager.all_tasks:
-            raise UsageError(f"--group {group}: the harness knows no task {name!r}, nor does {include_path}")
-        if not {"column", "metric"} <= table.get(name, {}).keys():
-            raise UsageError(f"--group {group}: its metadata.table says no column and metric for {name}, as in "
-                             f"`{name}: {{column: {name}, metric: acc}}`")  # fmt: skip
-        settings = {key: value for key, value in item.items() if key not in ("task", "group")}
-        kind = "group" if name in manager.all_groups else "task"  # a group under `task` would lose all tasks but one
-        members.append(Member(name, {kind: name, **settings}, table[name]["column"], table[name]["metric"]))
-    return manager, members
-
-
-def load_tasks(manager: "TaskManager", member: Member) -> dict[str, "Task"]:
-    """The tasks of a member with its settings and data. The harness takes settings only from a group's list, so a group
-    of this member alone is made known to it."""
-    import datasets
-
-    name = f"only_{member.name}"
-    like = next(entry for entry in manager.task_index.values() if entry.name in manager.all_groups)
-    manager.task_index[name] = replace(like, name=name, yaml_path=None, cfg={"group": name, "task": [member.item]})
-    try:
-        return manager.load(name)["tasks"]
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UsageError(f"task {member.name}: its data cannot be loaded ({first_line(error)})") from error
 
 
 def summary(leaves: list[dict[str, Any]]) -> dict[str, Any]:
@@ -270,6 +229,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def measured_with(results: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Dtype, device and versions that results were measured with, which a rerun may have other ones of: all there are
+    of each."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        where = {"dtype": result["dtype"], "device": result["device"], **result["versions"]}
+        for name, value in where.items():
+            found.setdefault(name, []).append(value)
+    return {name: sorted(set(values)) for name, values in found.items()}
+
+
 def _told(result: dict[str, Any]) -> str:
     shots = ", ".join(map(str, result["num_fewshot"]))
     subjects = f" of {len(result['tasks'])} tasks ({result['weighted_by_size']:.2f} weighted by size)"
@@ -284,9 +254,14 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def _write_json(path: Path, result: dict[str, Any]) -> None:
-    try:
-        with atomic_write(path) as file:
-            json.dump(result, file, indent=2, default=str)
-    except OSError as error:
-        raise UsageError(f"--output_dir {path.parent}: cannot be written ({error.strerror})") from error
+class Finite:
+    """Stands where the harness has its cache, which is told of every answer as it is computed. Among NaN the harness
+    takes the first choice, and the score looks like any other."""
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        number = answer[0] if isinstance(answer, tuple) else answer
+        if isinstance(number, float) and not math.isfinite(number):
+            raise UsageError(f"{self.where} the log-likelihood of a choice is {number}, expected a number; {CAUSES}")

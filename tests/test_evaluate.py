@@ -144,10 +144,10 @@ def test_answers_in_the_format_of_alpaca_eval(tiny, tmp_path, capsys):
 
 @pytest.fixture
 def installed(monkeypatch):
-    if find_spec("sacrebleu") is None or find_spec("lm_eval") is None:
-        if not BESIDE.is_dir():
-            pytest.skip(f"lm-eval and sacrebleu are not installed, nor in {BESIDE}")
+    if BESIDE.is_dir():
         monkeypatch.syspath_prepend(BESIDE)
+    elif find_spec("sacrebleu") is None or find_spec("lm_eval") is None:
+        pytest.skip(f"lm-eval and sacrebleu are not installed, nor in {BESIDE}")
 
 
 PRED = [("a", "Name oceans", "Name oceans"),  # shorter than BLEU's four words
@@ -342,10 +342,40 @@ def test_harness(tiny, tasks, tmp_path, capsys):
     with pytest.raises(UsageError, match="small_arc.json was made with other arguments .limit None"):
         evaluate.harness(**flags, output_dir=str(out), limit=1)
 
-    evaluate.harness(**flags, output_dir=str(tmp_path / "try"), limit=1, tasks="small_mc2", add_bos_token=False)
+    evaluate.harness(**flags, output_dir=str(tmp_path / "try"), limit=1, tasks="small_mc2,small_mc2, ",
+                     add_bos_token=False)  # fmt: skip
     told, tried = capsys.readouterr().out, read(tmp_path / "try" / "small_mc2.json")
     assert "Of the first 1 examples" in told and "begin without the BOS token" in told and "| – | – | – |" in told
     assert tried["samples"] == 1 and tried["value"] != pytest.approx(mc2["value"])
+    assert told.count("TruthfulQA: ") == 2, "its value as it is there, and its line below the table"
+
+    arc["versions"]["torch"] = "1.0"  # measured with another one
+    save(out / "small_arc.json", arc)
+    evaluate.harness(**flags | {"base": f"{base}/"}, output_dir=str(out))
+    assert read(out / "results.json")["measured_with"]["torch"] == ["1.0", arc_torch := mc2["versions"]["torch"]]
+    told = capsys.readouterr().out
+    assert f"torch 1.0 or {arc_torch}" in told and "not all of them were measured alike; torch differ" in told
+
+    for name, old, new, of in (("small_arc.yaml", "Q: ", "Question: ", "arc"), ("mc2.py", "== 1", "== 0", "arc"),
+                               ("small_two.yaml", "Q: ", "Question: ", "mmlu"), ("large.json", "one?", "1?", "arc"),
+                               ("small.yaml", "_arc, num_fewshot: 3", "_arc, num_fewshot: 2", "arc")):  # fmt: skip
+        text = (tasks / name).read_text()
+        assert old in text
+        (tasks / name).write_text(text.replace(old, new))
+        with pytest.raises(UsageError, match=f"small_{of}.json was made with other arguments"):
+            evaluate.harness(**flags, output_dir=str(out))
+        (tasks / name).write_text(text)
+    (tasks / "other.yaml").write_text(GROUP.replace("group: small", "group: other"))
+    with pytest.raises(UsageError, match="other arguments .group 'small'"):
+        evaluate.harness(**flags | {"group": "other"}, output_dir=str(out))
+
+    torch.nn.init.constant_(model.lm_head.weight, float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    tokenizer.save_pretrained(tmp_path / "nan")
+    with pytest.raises(
+        UsageError, match="/nan: in torch.float32 on cpu the log-likelihood of a choice is nan.*weights"
+    ):
+        evaluate.harness(str(tmp_path / "nan"), str(tmp_path / "none"), None, "small", str(tasks))
 
 
 @pytest.mark.parametrize(
@@ -353,13 +383,20 @@ def test_harness(tiny, tasks, tmp_path, capsys):
     [
         (dict(batch_size="many"), "--batch_size many: expected a number, or auto"),
         (dict(limit=0), "--limit 0"),
-        (dict(group="smal"), "--group smal: no such group .* groups there: small, small_mmlu"),
+        (dict(group="smal"), "--group smal: no such group .* groups there: norm, small, small_mmlu"),
         (dict(tasks="small_arc,mmlu"), "--tasks small_arc,mmlu: 'mmlu' is not in small; it has small_arc, small_mmlu"),
         (dict(group="small_mmlu"), "metadata.table says no column and metric for small_one"),
         (dict(include_path="/nowhere"), "--include_path /nowhere: expected a folder"),
+        (dict(tasks=" ,"), "--tasks ' ,': names no task; small has small_arc"),
+        (dict(group="norm"), "--group norm: small_mc2 has no metric acc_norm; it has acc"),
+        (dict(output_dir="/dev/null/out"), "--output_dir /dev/null/out: cannot be written .Not a directory"),
     ],
 )
 def test_harness_flags(tasks, tmp_path, flags, message):
+    """All of it before a model is looked for."""
+    (tasks / "norm.yaml").write_text(
+        GROUP.replace("group: small", "group: norm").replace("metric: acc}", "metric: acc_norm}")
+    )
     flags = dict(model="tiny", output_dir=str(tmp_path / "out"), group="small", include_path=str(tasks)) | flags
     with pytest.raises(UsageError, match=message):
         evaluate.harness(**flags)
@@ -372,7 +409,7 @@ def test_the_shipped_group_is_that_of_the_cards(installed, monkeypatch):
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
-    from alpaca.harness import find_group, load_tasks
+    from alpaca.harness_tasks import find_group, load_tasks
 
     own = Path(lm_eval.tasks.__file__).parent
     folders = [own / name for name in ("arc", "hellaswag", "mmlu/default", "truthfulqa")]  # of 14,000 files

@@ -1,0 +1,138 @@
+"""Tasks of lm-evaluation-harness: those of a group's YAML, what they are made of, their data, and a rehearsal."""
+
+import contextlib
+import glob
+import hashlib
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alpaca.errors import UsageError, first_line
+from alpaca.files import fingerprint_of_files
+from alpaca.overlap import INSTALL
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+    from lm_eval.tasks import TaskManager
+    from lm_eval.tasks._index import Entry
+
+
+@dataclass(frozen=True)
+class Member:
+    """A task or group of tasks: `item` of the group's list, with its settings."""
+
+    name: str
+    item: dict[str, Any]
+    column: str
+    metric: str
+
+
+def find_group(include_path: str, group: str) -> tuple["TaskManager", list[Member]]:
+    """The group of that name in the YAML files of a folder, and a manager that knows its tasks."""
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise UsageError(f"the harness needs lm-eval: {INSTALL} ({error})") from error
+    if not Path(include_path).is_dir():
+        raise UsageError(f"--include_path {include_path}: expected a folder with YAML files of the harness")
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if group not in manager.all_groups:
+        found = ", ".join(manager.all_groups) or "none"
+        raise UsageError(f"--group {group}: no such group in --include_path {include_path}; groups there: {found}")
+    config = manager.task_index[group].cfg
+    items = [{"task": item} if isinstance(item, str) else item for item in config.get("task") or []]
+    names = [item.get("group") or item.get("task") for item in items]
+    if not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=include_path)  # its own 14,000 files take a quarter of a minute to look at
+    table = (config.get("metadata") or {}).get("table") or {}
+    members = []
+    for name, item in zip(names, items):
+        if name not in manager.all_tasks:
+            raise UsageError(f"--group {group}: the harness knows no task {name!r}, nor does {include_path}")
+        if not {"column", "metric"} <= table.get(name, {}).keys():
+            raise UsageError(f"--group {group}: its metadata.table says no column and metric for {name}, as in "
+                             f"`{name}: {{column: {name}, metric: acc}}`")  # fmt: skip
+        settings = {key: value for key, value in item.items() if key not in ("task", "group")}
+        kind = "group" if name in manager.all_groups else "task"  # a group under `task` would lose all tasks but one
+        members.append(Member(name, {kind: name, **settings}, table[name]["column"], table[name]["metric"]))
+    return manager, members
+
+
+def load_tasks(manager: "TaskManager", member: Member) -> dict[str, "Task"]:
+    """The tasks of a member with its settings and data. The harness takes settings only from a group's list, so a group
+    of this member alone is made known to it."""
+    import datasets
+
+    name = f"only_{member.name}"
+    like = next(entry for entry in manager.task_index.values() if entry.name in manager.all_groups)
+    manager.task_index[name] = replace(like, name=name, yaml_path=None, cfg={"group": name, "task": [member.item]})
+    try:
+        return manager.load(name)["tasks"]
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UsageError(f"task {member.name}: its data cannot be loaded ({first_line(error)})") from error
+
+
+def definition_of(manager: "TaskManager", member: Member, folder: Path) -> str | None:
+    """Fingerprint of what makes the tasks that are in the YAML of `folder`: their settings, its Python, their data if
+    it lies here. None: they are the harness's own, whose version is known."""
+    folder = folder.resolve()
+    entries = [entry for entry in _entries(manager, member.item) if entry.yaml_path]
+    own = [entry.cfg for entry in entries if entry.yaml_path.resolve().is_relative_to(folder)]
+    data = list(_data_files([member.item, *own]))
+    if not own and not data:
+        return None
+    settings = json.dumps(own, sort_keys=True, default=str).replace(str(folder), "")  # it may move
+    code = sorted(folder.rglob("*.py")) if own else []
+    return hashlib.sha256(f"{settings} {fingerprint_of_files([*code, *data])}".encode()).hexdigest()[:12]
+
+
+def _entries(manager: "TaskManager", item: str | dict[str, Any]) -> Iterator["Entry"]:
+    """What the index has of an item of a group's list, and of all below."""
+    item = {"task": item} if isinstance(item, str) else item
+    entry = manager.task_index.get(item.get("group") or str(item.get("task")))
+    below = [item.get("task")]
+    if entry is not None:
+        yield entry
+        below.append(sorted(entry.tags) if entry.cfg is None else entry.cfg.get("task"))  # no settings: a tag
+    for items in below:
+        for child in items if isinstance(items, list) else []:
+            yield from _entries(manager, child)
+
+
+def _data_files(settings: Any) -> Iterator[Path]:
+    """The local files that tasks are read from, wherever in `settings` they are named."""
+    if isinstance(settings, list):
+        for part in settings:
+            yield from _data_files(part)
+    if not isinstance(settings, dict):
+        return
+    options = settings.get("dataset_kwargs") or {}
+    root, named = options.get("data_dir"), options.get("data_files")
+    named = list(named.values()) if isinstance(named, dict) else [named]
+    patterns = [text for part in named for text in (part if isinstance(part, list) else [part]) if text]
+    for pattern in patterns:
+        yield from map(Path, sorted(glob.glob(str(Path(root or "", pattern)), recursive=True)))
+    if not patterns and (folder := root or settings.get("dataset_path")) and Path(folder).is_dir():
+        yield from sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    yield from _data_files(settings.get("task"))
+
+
+def rehearse(group: str, member: Member, tasks: dict[str, "Task"]) -> None:
+    """One example of each task with made-up answers, which shows its metrics; lists of metrics do not, where a task
+    computes its own. simple_evaluate seeds the tasks anew.
+
+    Raises:
+        UsageError: the member's metric is not among them.
+    """
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.dummy import DummyLM
+
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar for each task
+        results = evaluate(DummyLM(), {"tasks": tasks}, limit=1, bootstrap_iters=0, log_samples=False)["results"]
+    for name in tasks:
+        known = [key.removesuffix(",none") for key in results[name] if key.endswith(",none") and "_stderr," not in key]
+        if member.metric not in known:
+            raise UsageError(f"--group {group}: {name} has no metric {member.metric}; it has {', '.join(known)}")
