@@ -395,7 +395,7 @@ def test_harness(tiny, tasks, tmp_path, capsys):
 def test_harness_flags(tasks, tmp_path, flags, message):
     """All of it before a model is looked for."""
     (tasks / "norm.yaml").write_text(
-        GROUP.replace("group: small", "group: norm").replace("metric: acc}", "metric: acc_norm}")
+        GROUP.replace("group: small", "group: norm").replace("QA, metric: acc", "QA, metric: acc_norm")
     )
     flags = dict(model="tiny", output_dir=str(tmp_path / "out"), group="small", include_path=str(tasks)) | flags
     with pytest.raises(UsageError, match=message):
