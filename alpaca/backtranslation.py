@@ -38,11 +38,14 @@ Answer:
 First give the reason for your rating in a few sentences. Then write the rating alone on the last line, as "Score: " \
 and a number from 1 to 5; halves such as 3.5 are possible."""
 
-# "Score: 4", "**Score:** 4.5/5", "- Final score = 4 out of 5.", "score is [3]" up to the end of the line, without
-# another number behind it: "Score: 3 or 4" and "Score: 3-4" say nothing. A minus is no decoration.
+# A line that is "Score: 4", "**Score:** 4.5/5", "- My final score = 4 (out of 5).", "Score: 4 stars"
+# or "Score: 1 (off topic)". In a sentence, or with another number behind it ("Score: 3 or 4"), it says nothing certain.
+# A minus is no decoration.
 _SCORE = re.compile(
-    r"""\bscore\b [\s*_`"']* (?:\([^)]*\))? [\s*_`"']* (?:[:：=]|\bis\b) [\s*_`"'(\[]* (?P<score>\d+(?:[.,]\d+)?)
-    (?: [\s*_`"')\]]* (?:/|(?:out\s+)?of\b) \s* (?P<of>\d+(?:\.\d+)?) )? (?P<rest>[^\d%/]*) $""",
+    r"""[\W_]* (?:(?:the|my|final|overall)\s+){0,2} score\b
+    [\s*_`"']* (?:\([^)]*\))? [\s*_`"']* (?:[:：=]|\bis\b) [\s*_`"'(\[]* (?P<score>\d+(?:[.,]\d+)?)
+    (?: [\s*_`"'()\]]* (?:/|(?:out\s+)?of\b) \s* (?P<of>\d+(?:\.\d+)?) )?
+    [^\w%/(]* (?:(?:stars|points)\b [^\w%/(]*)? (?:\([^()\d%/]*\) [^\w%/]*)? $""",
     re.IGNORECASE | re.VERBOSE,
 )
 
@@ -70,14 +73,17 @@ def rating_prompt(row: Mapping[str, Any]) -> str:
     return f"{before}{instruction_and_input(row)}{between}{row['output']}{after}"
 
 
-def parse_score(text: str) -> tuple[float | None, str | None]:
-    """The score of a rating, from 1 to 5, or why there is none: no_score, out_of_range, or contradiction.
+def parse_score(text: str, cut: bool = False) -> tuple[float | None, str | None]:
+    """The score of a rating, from 1 to 5, or why there is none: no_score, cut, out_of_range, or contradiction.
 
-    It stands on the last line; in a text that goes on behind it, on any line, if no other line says something else.
+    It stands on the last line; in a text that goes on behind it, on any line, if no other line says something else. A
+    text that was `cut` (its finish reason is length) may be about to say something else: there, on the last line alone.
     """
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    found = [match for line in lines[-1:] if (match := _SCORE.search(line))]
-    found = found or [match for line in lines if (match := _SCORE.search(line))]
+    found = [match for line in lines[-1:] if (match := _SCORE.match(line))]
+    if cut and not found:
+        return None, "cut"
+    found = found or [match for line in lines if (match := _SCORE.match(line))]
     scores = {_value(match) for match in found}
     if len(scores) != 1:
         return None, "contradiction" if scores else "no_score"
@@ -91,10 +97,11 @@ def _value(match: re.Match[str]) -> float | None:
     return score if 1 <= score <= 5 and float(match["of"] or 5) == 5 else None
 
 
-def rated_row(row: Row, texts: Sequence[str | None]) -> Row:
+def rated_row(row: Row, texts: Sequence[str | None], cut: Sequence[bool] | None = None) -> Row:
     """The row with the rater's `texts` (None: no answer), the `ratings` read from them, what stands in the way where
-    there is none, and the `score`: their mean, or None."""
-    read = [parse_score(text) if text is not None else (None, "no_answer") for text in texts]
+    there is none, and the `score`: their mean, or None. cut: which of the texts were, at their longest."""
+    cut = cut or [False] * len(texts)
+    read = [parse_score(text, c) if text is not None else (None, "no_answer") for text, c in zip(texts, cut)]
     scores = [score for score, _ in read if score is not None]
     ratings = [score if score is not None else problem for score, problem in read]
     mean = round(sum(scores) / len(scores), 6) if scores else None
@@ -105,16 +112,24 @@ class Curation:
     """Rated rows: what they score, and which to choose.
 
     Raises:
-        UsageError: a row is not one of `rated_row`'s, by its number.
+        UsageError: there are none, or a row is not one of `rated_row`'s, by its number.
     """
 
     def __init__(self, rows: Sequence[Row], path: str):
         self.rows, self.path = rows, path
+        if not rows:
+            raise UsageError(f"--ratings_path {path}: has no rows; expected curate's file")
         for number, row in enumerate(rows):
             if not isinstance(row, Mapping) or not isinstance(row.get("ratings"), list) or "score" not in row:
                 raise UsageError(
                     f"--ratings_path {path}, row {number}: has no score and ratings; expected curate's file"
                 )
+            score = row["score"]
+            if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
+                raise UsageError(f"--ratings_path {path}, row {number}: its score is {type(score).__name__} {score!r}, "
+                                 "expected a number from 1 to 5, or null")  # fmt: skip
+            if score is not None and not 1 <= score <= 5:
+                raise UsageError(f"--ratings_path {path}, row {number}: its score is {score}, expected 1 to 5, or null")
         self.scores = [row["score"] for row in rows if row["score"] is not None]
         self.unread = [number for number, row in enumerate(rows) if row["score"] is None]
         self.ratings = Counter("read" if not isinstance(r, str) else r for row in rows for r in row["ratings"])

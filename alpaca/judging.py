@@ -36,7 +36,11 @@ Say in a few sentences what speaks for each answer. Then end with a line of its 
 Verdict: 1
 Verdict: 2
 Verdict: tie"""
-VERDICT = re.compile(r"^\W*verdict\W*\s*(1|2|tie)\W*$", re.IGNORECASE | re.MULTILINE)
+# A line such as "Verdict: 1", "**Final verdict:** tie", "Verdict: Answer 2", or with the answer on the next line.
+VERDICT = re.compile(
+    r"^\W* (?:\w+[^\w\n]+)? verdict\W* (?:answer[\W_]*)? (?<![-\N{MINUS SIGN}]) (1|2|tie) \W*$",
+    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+)
 
 
 def questions(rows: int, orders: str, seed: int) -> list[dict[str, Any]]:
@@ -52,18 +56,37 @@ def judge_prompt(instruction: str, ours: str, others: str, first: str) -> str:
     return PROMPT.format(instruction=instruction, first=pair[0], second=pair[1])
 
 
-def read_preference(text: str, first: str) -> float | None:
-    """2 if `text` prefers our answer, 1 if the other, 1.5 for a tie; None if it ends without a verdict."""
-    found = VERDICT.findall(text)
+def read_preference(text: str, first: str, cut: bool = False) -> float | None:
+    """2 if `text` prefers our answer, 1 if the other, 1.5 for a tie; None if it says none of it clearly.
+
+    The verdict is the last line, unless other verdicts stand right above it: then the form is repeated, not filled in.
+    A text that goes on behind its verdicts counts if they are all the same. One that was `cut` (its finish reason is
+    length) has not come to its end: it counts only if both hold, the last line is a verdict and no other one differs.
+    """
+    found = list(VERDICT.finditer(text))
     if not found:
         return None
-    if found[-1].lower() == "tie":
+    ends_with_it = not _words(text[found[-1].end() :])
+    block = 1  # verdicts at the end with nothing between them
+    while block < len(found) and not _words(text[found[-block - 1].end() : found[-block].start()]):
+        block += 1
+    counting = found[-block:] if ends_with_it and not cut else found
+    verdicts = {match[1].lower() for match in counting}
+    if len(verdicts) > 1 or (cut and not ends_with_it):
+        return None
+    (verdict,) = verdicts
+    if verdict == "tie":
         return 1.5
-    return 2.0 if (found[-1] == "1") == (first == OURS) else 1.0
+    return 2.0 if (verdict == "1") == (first == OURS) else 1.0
 
 
-def tally(asked: Sequence[Mapping[str, Any]], rows: int) -> dict[str, Any]:
+def _words(text: str) -> bool:
+    return re.search(r"\w", text) is not None
+
+
+def tally(asked: Sequence[Mapping[str, Any]], rows: int, per_row: int = 2) -> dict[str, Any]:
     """asked: of each question that was answered `row`, `first` and `preference`, which is None where none was read.
+    per_row: questions that were asked about a row, 2 for both orders.
 
     A row counts with the mean of its preferences, if all that were asked for it have been read: with one of two orders
     missing, the place would decide. Percentages; the standard error is that of the mean over rows.
@@ -71,8 +94,7 @@ def tally(asked: Sequence[Mapping[str, Any]], rows: int) -> dict[str, Any]:
     of_row: dict[int, list[float | None]] = {}
     for entry in asked:
         of_row.setdefault(entry["row"], []).append(entry["preference"])
-    most = max(map(len, of_row.values()), default=0)
-    read = [values for values in of_row.values() if None not in values and len(values) == most]
+    read = [values for values in of_row.values() if None not in values and len(values) == per_row]
     means = [fmean(values) for values in read]
     decided = [entry for entry in asked if entry["preference"] in (1.0, 2.0)]
     first_won = [(entry["preference"] == 2.0) == (entry["first"] == OURS) for entry in decided]
@@ -84,7 +106,7 @@ def tally(asked: Sequence[Mapping[str, Any]], rows: int) -> dict[str, Any]:
         "ties": sum(mean == 1.5 for mean in means),
         "verdicts": len(asked), "verdicts_unread": sum(entry["preference"] is None for entry in asked),
         "win_rate_when_first": _win_rate(asked, OURS), "win_rate_when_second": _win_rate(asked, OTHERS),
-        "orders_agree": _percent(len(set(values)) == 1 for values in read) if most == 2 else None,
+        "orders_agree": _percent(len(set(values)) == 1 for values in read) if per_row == 2 else None,
         "first_place_wins": _percent(first_won),
     }  # fmt: skip
 

@@ -19,7 +19,7 @@ def overlap(generated: Sequence[str], true: Sequence[str], bleu_tokenizer: str =
     rows that are `empty` or whose true text ROUGE sees nothing of, `not_latin`.
 
     Raises:
-        UsageError: a library is missing, or the tokenizer is none of sacrebleu's.
+        UsageError: a library is missing, or the tokenizer is none of sacrebleu's, or cannot be had here.
     """
     try:
         from rouge_score import rouge_scorer, tokenizers
@@ -28,7 +28,13 @@ def overlap(generated: Sequence[str], true: Sequence[str], bleu_tokenizer: str =
         raise UsageError(f"BLEU and ROUGE need sacrebleu and rouge_score: {INSTALL} ({error})") from error
     if bleu_tokenizer not in BLEU.TOKENIZERS:
         raise UsageError(f"--bleu_tokenizer {bleu_tokenizer}: expected one of {', '.join(BLEU.TOKENIZERS)}")
-    corpus, single = BLEU(tokenize=bleu_tokenizer), BLEU(tokenize=bleu_tokenizer, effective_order=True)
+    try:
+        corpus, single = BLEU(tokenize=bleu_tokenizer), BLEU(tokenize=bleu_tokenizer, effective_order=True)
+    except (ImportError, RuntimeError, OSError) as error:  # some need a library, or download their model
+        raise UsageError(
+            f"--bleu_tokenizer {bleu_tokenizer}: cannot be had ({' '.join(str(error).split())}); 13a, intl, zh and "
+            "char need nothing"
+        ) from error
     words = tokenizers.DefaultTokenizer(use_stemmer=True)
     scorer = rouge_scorer.RougeScorer(list(ROUGE), tokenizer=words)
     rows = []

@@ -44,7 +44,15 @@ def write(path, rows):
         ("**Score: 2**  ", 2.0),
         ("### Final score (1-5): 3,5", 3.5),
         ("The score is [5].", 5.0),
-        ("It is good. Score: 4 out of 5 stars", 4.0),
+        ("It is good.\n- My final score: 4 out of 5 stars", 4.0),
+        ("Score: 4 (out of 5)", 4.0),
+        ("Overall score: (4/5) ", 4.0),
+        ("Score: 2 points (off topic).", 2.0),
+        ("It is good. Score: 4 out of 5 stars", "no_score"),
+        ("It is off topic. A score: 5 would need more depth.", "no_score"),
+        ("Score: 5 would need more depth.", "no_score"),
+        ("Score: 3 or four", "no_score"),
+        ("Score: 3 (or 4)", "no_score"),
         ("Score：1 (off topic)", 1.0),
         ("A score: 5 needs more depth.\nScore: 3", 3.0),
         ("Score: 4\n\nLet me know if you need more!", 4.0),
@@ -66,6 +74,22 @@ def write(path, rows):
 )
 def test_what_is_read_from_a_rating(text, expected):
     assert parse_score(text) == ((expected, None) if isinstance(expected, float) else (None, expected))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Good.\nScore: 4", 4.0),
+        ("It could be\nScore: 2\nBut it is better than this and gets", "cut"),
+        ("I'd first think of score: 2. But it is better than this and gets", "cut"),
+        ("", "cut"),
+        ("Score: 7", "out_of_range"),
+    ],
+)
+def test_a_rating_that_was_cut_counts_by_its_last_line(text, expected):
+    assert parse_score(text, cut=True) == ((expected, None) if isinstance(expected, float) else (None, expected))
+    row = rated_row(pair(), ["Score: 5\nas I said", text, None], [False, True, True])
+    assert row["ratings"] == [5.0, expected, "no_answer"]
 
 
 def test_the_question_holds_the_pair_and_the_scale():
@@ -104,6 +128,12 @@ def test_a_rater_that_tells_nothing_apart_is_named():
     assert "hardly" not in Curation([*alike, other, other], "r").told(4)
     with pytest.raises(UsageError, match="--ratings_path r, row 1: has no score and ratings"):
         Curation([alike[0], pair()], "r")
+    for score, told in (("4", "is str '4', expected a number"), (7, "is 7, expected 1 to 5"), (True, "is bool True"),
+                        (0.5, "is 0.5, expected 1"), (float("nan"), "is nan, expected 1 to 5")):  # fmt: skip
+        with pytest.raises(UsageError, match=f"--ratings_path r, row 1: its score {told}"):
+            Curation([alike[0], alike[0] | {"score": score}], "r")
+    with pytest.raises(UsageError, match="--ratings_path r: has no rows"):
+        Curation([], "r")
 
 
 # ---- texts ----

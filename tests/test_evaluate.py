@@ -96,6 +96,10 @@ def test_a_row_counts_only_with_all_its_verdicts():
     assert (result["win_rate"], result["orders_agree"]) == pytest.approx((62.5, 50))
     assert result["standard_error"] == pytest.approx(37.5)
     assert judging.tally([], 6)["win_rate"] is None
+    one = [{"row": row, "first": "outputs", "preference": 2.0} for row in range(6)]  # the other order was left out
+    both = judging.tally(one, 6)
+    assert (both["rows_counted"], both["win_rate"], both["orders_agree"]) == (0, None, None)
+    assert judging.tally(one, 6, per_row=1)["win_rate"] == 100
 
 
 def test_one_order_is_drawn_for_each_row():
@@ -110,12 +114,28 @@ def test_one_order_is_drawn_for_each_row():
     [
         ("Verdict: 1", 2.0), ("reasons\n- verdict: **2** ", 1.0), ("Verdict: Tie.", 1.5), ("Verdict: 1 or 2", None),
         ("", None), ("Verdict: 1\nbut on reflection\nVerdict: 2", 1.0), ("The verdict: 1 wins", None),
+        ("Final verdict: 1", 2.0), ("My **verdict**: 2", 1.0), ("Verdict: Answer 1", 2.0), ("Verdict: answer_2.", 1.0),
+        ("Verdict: -1", None), ("Verdict: −1", None), ("- Verdict - 1", 2.0), ("**Verdict:**\n\n1", 2.0),
+        ("Verdict: 1\nSo the first is better.", 2.0), ("Verdict: 1\nVerdict: 1\n---", 2.0),
+        ("Verdict: 1\nor rather\nVerdict: 2\nwould be fair.", None),
+        ("It is one of these:\nVerdict: 1\nVerdict: 2\n\nVerdict: tie", None),
+        ("It is one of these:\nVerdict: 1\nVerdict: 2\nVerdict: tie\nNow, the first answer is", None),
+        ("One of these:\nVerdict: 1\nVerdict: 2\nVerdict: tie\nThe first is better.\nVerdict: 1", 2.0),
     ],
 )  # fmt: skip
 def test_verdicts(text, preference):
     assert judging.read_preference(text, judging.OURS) == preference
     mirrored = None if preference is None else 3 - preference
     assert judging.read_preference(text, judging.OTHERS) == mirrored
+
+
+@pytest.mark.parametrize(
+    "text, preference",
+    [("It is true.\nVerdict: 1", 2.0), ("Verdict: 1\nSo the first is", None), ("I could say\nVerdict: tie\nbut", None),
+     ("Verdict: 1\nbut on reflection\nVerdict: 2", None)],
+)  # fmt: skip
+def test_a_verdict_of_an_answer_that_was_cut(text, preference):
+    assert judging.read_preference(text, judging.OURS, cut=True) == preference
 
 
 # ---- alpaca_eval ----
@@ -174,6 +194,30 @@ def test_overlap_is_that_of_sacrebleu_and_rouge_score(tmp_path, installed, capsy
     assert (scores["empty"], scores["not_latin"]) == ([2], [3])
     assert scores["generated_words"] == pytest.approx(9 / 4) and "2.2 words generated" in told
     assert "row 2: ROUGE-L 0.0, BLEU 0.0  '' for 'Write down the colours" in told and "row 0:" not in told
+
+
+def test_the_tokenizer_of_bleu(tmp_path, installed, monkeypatch):
+    """Those of sacrebleu; some need libraries or the network, which are said to be missing."""
+    from urllib.error import URLError
+
+    import sacrebleu.metrics.bleu
+
+    rows = [{"instruction": text, "output": output, "reference": true} for text, output, true in PRED]
+    pred = save(tmp_path / "pred.json", rows)
+    evaluate.backward(pred, bleu_tokenizer="char")
+    scores = read(tmp_path / "pred.scores.json")
+    expected = sacrebleu.corpus_bleu([row[1] for row in PRED], [[row[2] for row in PRED]], tokenize="char")
+    assert scores["bleu"] == pytest.approx(expected.score) and "tok:char" in scores["bleu_signature"]
+    with pytest.raises(UsageError, match="--bleu_tokenizer chars: expected one of none, zh, 13a"):
+        evaluate.backward(pred, bleu_tokenizer="chars")
+    for error in (RuntimeError("\nit needs\n\n  pip install x\n"), URLError("it needs pip install x")):
+        monkeypatch.setattr(sacrebleu.metrics.bleu, "_get_tokenizer", lambda name, error=error: _raise(error))
+        with pytest.raises(UsageError, match="--bleu_tokenizer flores200: cannot be had .*it needs pip install x"):
+            evaluate.backward(pred, bleu_tokenizer="flores200")
+
+
+def _raise(error):
+    raise error
 
 
 def test_true_instructions_from_a_training_file(tmp_path, installed):
