@@ -84,7 +84,7 @@ def _words(text: str) -> bool:
     return re.search(r"\w", text) is not None
 
 
-def tally(asked: Sequence[Mapping[str, Any]], rows: int, per_row: int = 2) -> dict[str, Any]:
+def tally(asked: Sequence[Mapping[str, Any]], rows: int, per_row: int) -> dict[str, Any]:
     """asked: of each question that was answered `row`, `first` and `preference`, which is None where none was read.
     per_row: questions that were asked about a row, 2 for both orders.
 

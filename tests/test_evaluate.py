@@ -91,13 +91,13 @@ def test_a_row_counts_only_with_all_its_verdicts():
     verdicts = [(0, "outputs", 2.0), (0, "reference", 2.0), (1, "outputs", 2.0), (1, "reference", None),
                 (2, "outputs", None), (2, "reference", 2.0), (3, "outputs", 2.0), (4, "outputs", 1.0),
                 (4, "reference", 1.5)]  # fmt: skip
-    result = judging.tally([dict(zip(("row", "first", "preference"), verdict)) for verdict in verdicts], 6)
+    result = judging.tally([dict(zip(("row", "first", "preference"), verdict)) for verdict in verdicts], 6, 2)
     assert [result[name] for name in ("rows", "rows_counted", "wins", "losses")] == [6, 2, 1, 1]
     assert (result["win_rate"], result["orders_agree"]) == pytest.approx((62.5, 50))
     assert result["standard_error"] == pytest.approx(37.5)
-    assert judging.tally([], 6)["win_rate"] is None
+    assert judging.tally([], 6, 2)["win_rate"] is None
     one = [{"row": row, "first": "outputs", "preference": 2.0} for row in range(6)]  # the other order was left out
-    both = judging.tally(one, 6)
+    both = judging.tally(one, 6, 2)
     assert (both["rows_counted"], both["win_rate"], both["orders_agree"]) == (0, None, None)
     assert judging.tally(one, 6, per_row=1)["win_rate"] == 100
 
@@ -448,12 +448,13 @@ def test_harness_flags(tasks, tmp_path, flags, message):
 
 @pytest.mark.slow
 def test_the_shipped_group_is_that_of_the_cards(installed, monkeypatch):
-    """Its tasks as the harness has them, data aside: shots and where they are taken from, metrics, all 57 subjects."""
+    """Its tasks as the harness has them, data aside: shots and where they are taken from, metrics, all 57 subjects. One
+    example of each goes through."""
     import datasets
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
-    from alpaca.harness_tasks import find_group, load_tasks
+    from alpaca.harness_tasks import definition_of, find_group, load_tasks, rehearse
 
     own = Path(lm_eval.tasks.__file__).parent
     folders = [own / name for name in ("arc", "hellaswag", "mmlu/default", "truthfulqa")]  # of 14,000 files
@@ -463,11 +464,13 @@ def test_the_shipped_group_is_that_of_the_cards(installed, monkeypatch):
 
     row = {"question": "q", "subject": "s", "activity_label": "a", "ctx_a": "a", "ctx_b": "b", "endings": ["x", "y"],
            "label": "1", "answer": 1, "answerKey": "A", "mc1_targets": {"choices": ["a"], "labels": [1]},
-           "mc2_targets": {"choices": ["a"], "labels": [1]}}  # fmt: skip
+           "mc2_targets": {"choices": ["a", "b"], "labels": [1, 0]}}  # fmt: skip
 
     def load_dataset(path, **_):
         choices = ["a", "b", "c", "d"] if path == "cais/mmlu" else {"text": ["x", "y"], "label": ["A", "B"]}
-        split = datasets.Dataset.from_list([row | {"choices": choices}])
+        split = datasets.Dataset.from_list(
+            [row | {"choices": choices, "question": f"q{n}", "ctx_a": f"a{n}"} for n in range(26)]
+        )
         return datasets.DatasetDict(dict.fromkeys(("train", "dev", "validation", "test"), split))
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
@@ -476,9 +479,10 @@ def test_the_shipped_group_is_that_of_the_cards(installed, monkeypatch):
     found = {}
     for member in members:
         loaded = load_tasks(manager, member)
+        rehearse("open_llm_v1_4", member, loaded)
+        assert definition_of(manager, member, evaluate.GROUPS) is None, "the harness's own, of its version"
         for task in loaded.values():
             settings = (len(loaded), task.config.num_fewshot, task.config.fewshot_split, member.metric)
             assert found.setdefault(member.column, settings) == settings
-            assert member.metric in [metric["metric"] for metric in task.config.metric_list]
     assert found == {"ARC": (1, 25, "train", "acc_norm"), "HellaSwag": (1, 10, "train", "acc_norm"),
                      "MMLU": (57, 5, "dev", "acc"), "TruthfulQA": (1, 0, None, "acc")}  # fmt: skip
