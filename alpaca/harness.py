@@ -187,7 +187,8 @@ class HarnessRun:
             f"| {Path(self.model).name} | {_number(average)} | "
             + " | ".join(_number(result and result["value"]) for result in results) + " |",
             "", *map(_told, finished),
-            f"limit {self.limit}, add_bos_token {self.add_bos_token}; "
+            f"limit {self.limit}, add_bos_token {self.add_bos_token}"
+            + ", load_in_8bit" * self.load_in_8bit + ", load_in_4bit" * self.load_in_4bit + "; "
             + ", ".join(f"{name} {' or '.join(found)}" for name, found in measured.items()),
         ]  # fmt: skip
         if different := [name for name, found in measured.items() if len(found) > 1]:
