@@ -31,8 +31,9 @@ def describe_machine() -> dict[str, Any]:
     return machine
 
 
-def write_result(result: dict[str, Any], output: Path | None) -> None:
-    """Print a result as JSON, and write it to `output` if that is given."""
+def write_result(result: dict[str, Any], packages: Iterable[str], output: Path | None) -> None:
+    """Print a result as JSON, with machine, commit and versions of `packages`, and write it to `output` if given."""
+    result = {**result, "machine": describe_machine(), "versions": versions(packages), "commit": commit()}
     text = json.dumps(result, indent=1)
     print(text)
     if output:

@@ -26,7 +26,7 @@ from rouge_score import rouge_scorer
 
 from alpaca.commands import Parser
 from alpaca.novelty import NoveltyFilter, Similarity
-from benchmarks.machine import ROOT, describe_machine, versions, write_result
+from benchmarks.machine import ROOT, write_result
 
 CALL = 85
 OURS = {  # name: settings of the filter
@@ -170,10 +170,8 @@ def main() -> None:
         "candidates_per_call": CALL,
         "pools": rows,
         "whole_run": whole_run(options.total, rows),
-        "machine": describe_machine(),
-        "versions": versions(("numpy", "rapidfuzz", "rouge_score")),
     }
-    write_result(result, options.output)
+    write_result(result, ("numpy", "rapidfuzz", "rouge_score"), options.output)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from alpaca.errors import reported
 from alpaca.prompts import format_prompt
 from alpaca.tokenizer import open_tokenizer
 from alpaca.tokens import IGNORE_INDEX, cached_tokens
-from benchmarks.machine import commit, describe_machine, versions, write_result
+from benchmarks.machine import write_result
 from scripts.make_tiny_model import byte_level_tokenizer, sentencepiece_tokenizer
 from train import SupervisedDataset, preprocess
 
@@ -147,12 +147,9 @@ def main() -> None:
             folder = Path(name) / kind
             result[kind] = measure(make_tokenizer(kind, texts, folder), data, folder, options.repeats)
     result |= {
-        "machine": describe_machine(),
         "environment": {"TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "not set")},
-        "versions": versions(("torch", "transformers", "tokenizers", "numpy")),
-        "commit": commit(),
     }
-    write_result(result, options.output)
+    write_result(result, ("torch", "transformers", "tokenizers", "numpy"), options.output)
 
 
 if __name__ == "__main__":
