@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -20,6 +21,7 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
+REAPERS = ("init", "systemd", "slurmstepd", "tini", "dumb-init", "docker-init", "conmon", "containerd-shim")
 LOST_CONNECTION = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed", "failed to recv")
 
 
@@ -58,6 +60,19 @@ def _die_with_parent() -> None:
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if _launcher_is_gone():  # while this process was still importing: no signal will come any more
+            os._exit(1)
+
+
+def _launcher_is_gone() -> bool:
+    """Whether the parent is one that takes over orphans. torchrun, a Python program, may be process 1 itself."""
+    parent = os.getppid()
+    try:
+        if parent != 1:
+            return Path(f"/proc/{parent}/comm").read_text().strip() in REAPERS
+        return not os.path.basename(os.readlink("/proc/1/exe")).startswith("python")
+    except OSError:  # it ended just now; or process 1 is another user's
+        return True
 
 
 def fail(message: str, program: str) -> NoReturn:

@@ -2,10 +2,11 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import fork, train, write_rows
+from conftest import fork, run, train, write_rows
 
 import train as train_module
 from alpaca.errors import UsageError
@@ -143,3 +144,26 @@ def test_help_reads_well():
     assert "torchrun --nproc_per_node=4" in text
     for flag in ("--data_path", "--prompt_boundary", "--loss_normalization", "--save_dtype", "--fsdp"):
         assert flag in text
+
+
+RANK = """
+import os, sys, time
+if os.fork() == 0:
+    time.sleep(0.5)  # what a rank's imports take
+    from alpaca.errors import reported
+    with reported("train.py"):
+        print(os.getppid(), "went on", flush=True)
+elif sys.argv[1] == "stays":
+    os.wait()
+"""
+
+
+@pytest.mark.parametrize("launcher", ["stays", "dies"])
+def test_a_rank_whose_launcher_died_while_it_was_importing_ends(launcher):
+    """It would join the run that is started anew at the same port, and write into its folder."""
+    result = run([sys.executable, "-c", RANK, launcher], env={"TORCHELASTIC_RUN_ID": "none"})
+    if launcher == "stays":
+        assert "went on" in result.stdout
+    elif result.stdout:
+        assert int(result.stdout.split()[0]) != 1
+        pytest.skip("orphans go to a process here that is none of alpaca.errors.REAPERS")
