@@ -6,6 +6,7 @@ import shutil
 import pytest
 from completion_server import OVERFLOW, CompletionServer
 from conftest import write_rows
+from datasets import Dataset, DatasetDict
 
 import generate_instruction
 from alpaca.client import Client, Sampling
@@ -215,3 +216,26 @@ def test_sampling_is_checked_and_sent(commands, name):
         command(**flags, base_url=server.url, api="completions", temperature=0.3, top_p=0.8, max_tokens=77)
         sent = [request.body for request in server.requests if "ping" not in request.body]
     assert {(body["temperature"], body["top_p"], body["max_tokens"]) for body in sent} == {(0.3, 0.8, 77)}
+
+
+# ---- flags that choose rows ----
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        lambda path: generate.main(["--model=x", f"--data_path={path}", "--output_path=o", "--data_split=eval[:1]"]),
+        lambda path: evaluate.alpaca_eval("x", path, "o.json", data_split="eval[:1]"),
+        lambda path: backtranslate.augment(path, "o.json", "x", data_split="eval[:1]"),
+    ],
+)
+def test_the_split_is_that_of_the_flag(tmp_path, command):
+    DatasetDict(train=Dataset.from_list([{"instruction": "a", "output": "b"}])).save_to_disk(tmp_path / "rows")
+    with pytest.raises(UsageError, match=r"split 'eval\[:1\]'"):
+        command(str(tmp_path / "rows"))
+
+
+def test_texts_of_capitals_are_left_out_as_the_flag_says(commands):
+    command, flags, _ = commands["augment"]
+    with pytest.raises(UsageError, match="the filters leave none of its 6 texts"):
+        command(**flags, max_capitals=0.0)
