@@ -1,6 +1,6 @@
 # make quickstart   the Alpaca recipe on this machine, in miniature: train, save, reload, answer
 # make tour         the whole story in miniature: generate, train, publish, recover, talk, evaluate
-# make test         the test suite (under 10 minutes on 2 cores); test-fast: under 1; stress: as long as it takes
+# make test         the test suite (under 10 minutes on 2 cores); test-fast: under 1; stress: half an hour
 # make lint         ruff
 #
 # Everything is installed into .venv. Another interpreter: make PYTHON=python3.12 quickstart
