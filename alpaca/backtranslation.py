@@ -177,10 +177,10 @@ def histogram(scores: Sequence[float]) -> dict[str, int]:
     return {str(half / 2): counts[half] for half in range(2, 11)}
 
 
-def undecided(scores: Sequence[float], share: float = 0.9) -> tuple[float, int] | None:
-    """The score that at least `share` of several pairs have, and how many do."""
+def undecided(scores: Sequence[float]) -> tuple[float, int] | None:
+    """The score that nine of ten pairs have, where there are several, and how many do."""
     score, count = Counter(scores).most_common(1)[0] if len(scores) > 1 else (0.0, -1)
-    return (score, count) if count >= share * len(scores) else None
+    return (score, count) if count >= 0.9 * len(scores) else None
 
 
 def tagged(instruction: str, *tags: str) -> str:
@@ -188,10 +188,10 @@ def tagged(instruction: str, *tags: str) -> str:
     return f"{instruction}\n\n{' '.join(tags)}"
 
 
-def inference_templates(templates: Mapping[str, str] = PROMPT_DICT) -> dict[str, str]:
-    """Prompt templates with both tags, as the paper asks its models: better than either one there."""
+def inference_templates() -> dict[str, str]:
+    """Alpaca's prompts with both tags, as the paper asks its models: better than either one there."""
     both = tagged("{instruction}", SEED_TAG, AUGMENTED_TAG)
-    return {name: text.replace("{instruction}", both) for name, text in templates.items()}
+    return {name: text.replace("{instruction}", both) for name, text in PROMPT_DICT.items()}
 
 
 def mixed(seed_rows: Sequence[Row], augmented: Sequence[Row], tags: bool, seed: int) -> tuple[list[Row], str]:

@@ -94,7 +94,7 @@ class LocalModel:
 
     async def complete(self, prompt: Prompt, sampling: Sampling, lost: object = None) -> Completion:
         """As Client.complete. Prompts asked for at the same time are generated together, batch_size at most."""
-        self._fitting(self._encode(prompt), sampling)  # a prompt that is too long must not fail its whole batch
+        self._fitting(self.prompt_tokens(prompt), sampling)  # a prompt that is too long must not fail its whole batch
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((prompt, sampling, future))
         if not self._working:
@@ -128,7 +128,7 @@ class LocalModel:
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
         ids = [self._encode(prompt) for prompt in prompts]
-        samplings = [self._fitting(row, one) for row, one in zip(ids, samplings)]
+        samplings = [self._fitting(len(row), one) for row, one in zip(ids, samplings)]
         results: dict[int, Completion] = {}
         alike: dict[tuple, list[int]] = {}
         for i in sorted(range(len(ids)), key=lambda i: -len(ids[i])):  # longest first: if memory runs out, at once
@@ -153,7 +153,7 @@ class LocalModel:
             ContextOverflow, UsageError: as `generate`, before the first piece.
         """
         ids = self._encode(prompt)
-        sampling = self._fitting(ids, sampling)
+        sampling = self._fitting(len(ids), sampling)
         without_stop = replace(sampling, stop=())  # `pieces_of` finds those
 
         def work(tokens: TokenQueue, stop: Stop) -> None:
@@ -170,10 +170,10 @@ class LocalModel:
         """How many of the `context` tokens `prompt` takes."""
         return len(self._encode(prompt))
 
-    def fits(self, prompt: Prompt, sampling: Sampling) -> bool:
-        """Whether the context has room for it and an answer."""
+    def fits(self, tokens: int, sampling: Sampling) -> bool:
+        """Whether the context has room for a prompt of so many `tokens`, and an answer."""
         try:
-            self._fitting(self._encode(prompt), sampling)
+            self._fitting(tokens, sampling)
         except ContextOverflow:
             return False
         return True
@@ -199,15 +199,16 @@ class LocalModel:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
 
-    def _fitting(self, ids: list[int], sampling: Sampling) -> Sampling:
-        """`sampling` with max_tokens cut by a fifth, as 2023 did, until prompt and completion fit into the context."""
+    def _fitting(self, tokens: int, sampling: Sampling) -> Sampling:
+        """`sampling` with max_tokens cut by a fifth, as 2023 did, until a prompt of `tokens` and its completion fit
+        into the context."""
         if sampling.extra or sampling.logit_bias:
             raise UsageError(f"logit_bias and {sorted(sampling.extra)} are for servers; {self.name} is a local model.")
         cuts, max_tokens = 0, sampling.max_tokens
-        while self.context is not None and len(ids) + max_tokens > self.context:
+        while self.context is not None and tokens + max_tokens > self.context:
             cuts, max_tokens = cuts + 1, int(max_tokens * 0.8)
             if cuts > MOST_CUTS or max_tokens < 1:
-                raise ContextOverflow(f"a prompt of {len(ids)} tokens leaves no room in a context of {self.context}")
+                raise ContextOverflow(f"a prompt of {tokens} tokens leaves no room in a context of {self.context}")
         return replace(sampling, max_tokens=max_tokens)
 
     def _batch(self, ids: list[list[int]], sampling: Sampling, seeds: list[int | None]) -> list[Completion]:

@@ -160,8 +160,9 @@ def seed_of(seed: int, number: int) -> int:
 
 def fitting(model: Model, numbers: Iterable[int], prompt_of: Callable[[int], str], sampling: Sampling) -> list[int]:
     """Those whose prompt leaves room for an answer. Of a server's model only the server knows."""
-    fits = getattr(model, "fits", None)
-    return [number for number in numbers if fits is None or fits(prompt_of(number), sampling)]
+    if not hasattr(model, "fits"):
+        return list(numbers)
+    return [number for number in numbers if model.fits(model.prompt_tokens(prompt_of(number)), sampling)]
 
 
 def check_sampling(sampling: Sampling, limit_flag: str = "--max_tokens") -> None:

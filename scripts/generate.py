@@ -28,7 +28,7 @@ from alpaca.errors import UsageError, reported
 from alpaca.files import keep_input
 from alpaca.flags import flag
 from alpaca.prompts import format_prompt, instruction_and_input, load_prompt_template
-from alpaca.respondent import check_sampling, digest, fitting, seed_of
+from alpaca.respondent import check_sampling, digest, seed_of
 from alpaca.row_answers import RowAnswers, first_of
 
 if TYPE_CHECKING:
@@ -111,22 +111,23 @@ def answer_file(
     """Answer all rows, longest prompt first: what is padded least is generated together, and memory runs out at once
     if it does."""
     prompts = [format_prompt(row, templates) for row in rows]
-    fits = rows_that_fit(prompts, model, options)
+    lengths = [model.prompt_tokens(prompt) for prompt in prompts]
+    fits = rows_that_fit(lengths, model, options)
     RowAnswers(
         rows, options.output_path, model, lambda endpoint: (options.sampling, {}), lambda row: prompts[row],
         description([prompts[row] for row in fits], options), options.batch_size,
-        order=sorted(fits, key=lambda row: -model.prompt_tokens(prompts[row])), seed_of=options.seed_of,
+        order=sorted(fits, key=lambda row: -lengths[row]), seed_of=options.seed_of,
         more={"generator": options.generator or Path(options.model).resolve().name}, limit_flag="--max_new_tokens",
         drop_flag=None,
     ).run()  # fmt: skip
 
 
-def rows_that_fit(prompts: Sequence[str], model: "LocalModel", options: GenerateArguments) -> list[int]:
-    """Numbers of the rows whose prompt leaves room for an answer in the model's context."""
-    fits = fitting(model, range(len(prompts)), prompts.__getitem__, options.sampling)
-    if not (too_long := sorted(set(range(len(prompts))) - set(fits))):
+def rows_that_fit(lengths: Sequence[int], model: "LocalModel", options: GenerateArguments) -> list[int]:
+    """Numbers of the rows whose prompt, of so many tokens, leaves room for an answer in the model's context."""
+    fits = [row for row, length in enumerate(lengths) if model.fits(length, options.sampling)]
+    if not (too_long := sorted(set(range(len(lengths))) - set(fits))):
         return fits
-    told = (f"{len(too_long)} of {len(prompts)} rows have prompts that leave too little room for an answer in the "
+    told = (f"{len(too_long)} of {len(lengths)} rows have prompts that leave too little room for an answer in the "
             f"{model.context:,} tokens of the model's context (rows {first_of(too_long)})")  # fmt: skip
     if not (options.drop_too_long and fits):
         raise UsageError(f"--data_path {options.data_path}: {told}; shorten them, or leave them out: --drop_too_long")
