@@ -27,6 +27,7 @@ from alpaca.prompts import format_prompt
 from alpaca.recovery import copy_files, load_recovered, most_common_dtype, open_diff
 from alpaca.shards import FLOATS, MemoryWriter, new_folder, plan_shards
 from alpaca.streaming import Pipeline, cast, stream, write_model
+from alpaca.tokenizer import copy_slow_files
 from alpaca.weights import find_folder, open_weights
 
 if TYPE_CHECKING:
@@ -176,6 +177,7 @@ def _recover(
                 with Pipeline(nbytes, "recover") as pipe:
                     write_model(diff, pipe, folder, max_shard_size, kind, naive and naive.add)
                 copy_files(diff.files, folder, kind)
+                copy_slow_files(base.folder, folder)
                 told = sum_line()
         else:
             writer = MemoryWriter(cast(diff.specs, kind)) if load else None
