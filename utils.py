@@ -14,13 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from alpaca.errors import UsageError
-
 StrOrOpenAIObject = str | Mapping[str, Any]
-
-
-class MalformedJSON(UsageError, json.JSONDecodeError):
-    """2023's exception, with `msg`, `doc`, `pos`, `lineno` and `colno`; its message names the file too."""
 
 
 @dataclasses.dataclass
@@ -86,12 +80,14 @@ def jload(f: str | Path | IO[str], mode: str = "r") -> Any:
     """Read JSON (UTF-8) from a path or an open text file, which is then closed, as in 2023.
 
     Raises:
-        MalformedJSON: a json.JSONDecodeError; the message names the file, line and column.
+        alpaca.errors.MalformedJSON: a json.JSONDecodeError; the message names the file, line and column.
     """
     with _open(f, mode) as file:
         try:
             return json.load(file)
         except json.JSONDecodeError as error:
+            from alpaca.errors import MalformedJSON
+
             name = getattr(file, "name", "JSON")
             raise MalformedJSON(f"{name}: malformed JSON: {error.msg}", error.doc, error.pos) from error
 

@@ -67,6 +67,8 @@ def open_tokenizer(
 
 def _find(name: str, file: str, cache_dir: str | None) -> Path | None:
     """A file of a local folder or of a hub id; None where it has no such file."""
+    if (folder := Path(name)).is_dir():
+        return folder / file if (folder / file).is_file() else None
     from transformers.utils import cached_file
 
     found = cached_file(
