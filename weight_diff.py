@@ -102,7 +102,7 @@ def recover(
         path_diff: folder (or hub id) of the diff, exact or as 2023 wrote it.
         path_tuned: folder to be written, a checkpoint for from_pretrained.
         device: cpu or cuda, where the recovered model is loaded to.
-        test_inference: load the recovered model and let it answer a question.
+        test_inference: load the recovered model and let it answer a question (2023: by default).
         check_integrity_naively: 2023's check, the sum of the weights of Alpaca-7B; True makes another sum an error, not
             given it is told, for diffs in the format of 2023.
         dtype: float32, float16 or bfloat16 for the recovered weights; not given, the tuned model's (2023: float32).
