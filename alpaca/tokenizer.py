@@ -23,7 +23,6 @@ CLASSES_2023 = {  # of a folder that names no class
     "gpt_neox": "GPTNeoXTokenizer",
     "bloom": "BloomTokenizer",
 }
-
 SLOW_FILES = (("tokenizer.model",), ("vocab.json", "merges.txt"))
 ADDED_TOKENS = "added_tokens.json"
 
@@ -38,7 +37,7 @@ def open_tokenizer(
     It also recurses without end over bos, eos and unk that are "", as in early LLaMA folders: they are those of the
     sentencepiece model. What version 5 alone takes for a token is put into `unstated` where it was changed.
     """
-    from transformers import AutoTokenizer, GPT2Tokenizer, LlamaTokenizer
+    from transformers import AutoTokenizer, LlamaTokenizer
 
     config, model = (_read_json(name, file, cache_dir) for file in ("tokenizer_config.json", "config.json"))
     stated = {**config, **_read_json(name, "special_tokens_map.json", cache_dir)}
@@ -49,10 +48,9 @@ def open_tokenizer(
     known = class_name.removesuffix("Fast") or CLASSES_2023.get(model.get("model_type"), "")
     known = "LlamaTokenizer" if known == "LLaMATokenizer" else known
     opener = LlamaTokenizer if class_name == "LLaMATokenizer" else AutoTokenizer
-    if _find(name, "tokenizer.json", cache_dir) is None:  # which would say whether <s> is added
-        opener = {"LlamaTokenizer": LlamaTokenizer, "GPT2Tokenizer": GPT2Tokenizer}.get(known, opener)
-        if opener is LlamaTokenizer and "add_bos_token" not in config:
-            kwargs["add_bos_token"] = True
+    if known == "LlamaTokenizer" and _find(name, "tokenizer.json", cache_dir) is None:  # it would say all by itself
+        opener = LlamaTokenizer
+        kwargs |= {} if "add_bos_token" in config else {"add_bos_token": True}
     tokenizer = opener.from_pretrained(name, cache_dir=cache_dir, **kwargs)
     for token, default in DEFAULTS_2023.get(known, {}).items():
         other = getattr(tokenizer, token)

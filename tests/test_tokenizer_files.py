@@ -76,7 +76,6 @@ UNSTATED = {  # how to make it, and bos, eos, unk, pad as transformers 4.28.1 op
         lambda to: byte_level(to, NEOX, "gpt_bigcode", tokenizer_config={"tokenizer_class": "GPT2TokenizerFast"}),
         [ENDOFTEXT] * 3 + [None],
     ),
-    "gpt_bigcode, slow": (lambda to: byte_level(to, NEOX, "gpt_bigcode", False), [ENDOFTEXT] * 3 + [None]),
     "gpt2, slow": (lambda to: byte_level(to, NEOX, "gpt2", False), [ENDOFTEXT] * 3 + [None]),
     "llama": (lambda to: sentencepiece(to, "llama"), ["<s>", "</s>", "<unk>", None]),
     "llama, empty": (lambda to: sentencepiece(to, "llama", tokenizer_config={}), ["<s>", "</s>", "<unk>", None]),
