@@ -59,8 +59,8 @@ def load_tokenizer(model_args: Any, training_args: "TrainingArguments") -> tuple
         missing = {token: default for token, default in SPECIAL_TOKENS.items() if not getattr(tokenizer, token)}
         num_new_tokens = tokenizer.add_special_tokens(missing)
     for token, other in unstated.items():
-        say(f"note: {name} states no {token} -> {getattr(tokenizer, token)} (as in 2023; transformers 5 alone takes "
-            f"{other or 'none'})", training_args.process_index)  # fmt: skip
+        say(f"note: {name} states no {token} -> {getattr(tokenizer, token)}; as in 2023, the default of "
+            f"transformers 5 ({other or 'none'}) is not taken", training_args.process_index)  # fmt: skip
     return tokenizer, num_new_tokens
 
 

@@ -114,7 +114,9 @@ def test_one_line_says_which_token_transformers_would_take(tmp_path, capsys):
     base = byte_level(tmp_path / "base", NEOX, "gpt_neox", tokenizer_config=FAST)
     tokenizer, added = load_tokenizer(*arguments(tmp_path, base))
     assert (tokenizer.pad_token, added) == ("[PAD]", 1)
-    line = f"note: {base} states no pad_token -> [PAD] (as in 2023; transformers 5 alone takes {PADDING})"
+    line = (
+        f"note: {base} states no pad_token -> [PAD]; as in 2023, the default of transformers 5 ({PADDING}) is not taken"
+    )
     assert line in capsys.readouterr().out
     tokenizer, added = load_tokenizer(*arguments(tmp_path, base, pad_token=PADDING))
     assert (tokenizer.pad_token, added) == (PADDING, 0) and "states no" not in capsys.readouterr().out
