@@ -16,7 +16,7 @@ Go on after an interruption: the same command with --resume_from_checkpoint True
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ from alpaca.encoding import Ragged, cut, encode, joined, starts_with
 from alpaca.errors import UsageError, reported
 from alpaca.flags import flag
 from alpaca.lora import LoraArguments, check_lora
-from alpaca.models import load_config, load_tokenizer, make_model, resize_embeddings
+from alpaca.models import base_slow_files, load_config, load_tokenizer, make_model, resize_embeddings
 from alpaca.prompts import PROMPT_DICT, format_prompt, load_prompt_template
 from alpaca.report import report, text_problems
 from alpaca.run import check_before_loading, check_combinations, check_evaluation
@@ -96,7 +96,8 @@ class DataArguments:
     )
     backward: bool = flag(False, "Learn the instruction (and input) from the output, with a prompt for that.")
 
-    def __post_init__(self):
+    def check(self) -> None:
+        """Raise UsageError without rows to train on; called for a command line."""
         if not self.data_path:
             raise UsageError(
                 "--data_path is missing: a file of rows (./alpaca_data.json) or a hub id (tatsu-lab/alpaca)"
@@ -264,7 +265,7 @@ class DataCollatorForSupervisedDataset:
 
         input_ids       [[5, 6, 7], [8]]  ->  [[5, 6, 7], [8, pad, pad]]
         labels          [[-, 6, 7], [8]]  ->  [[-, 6, 7], [8, -, -]]         - is IGNORE_INDEX
-        attention_mask                        [[1, 1, 1], [1, 0, 0]]
+        attention_mask                        [[T, T, T], [T, F, F]]         booleans, as in 2023
 
     The mask comes from lengths, not from `input_ids != pad`: with pad == eos that would hide the end of every answer.
     No rows at all (a rank that has none left in the last step) give one token without a target.
@@ -281,14 +282,19 @@ class DataCollatorForSupervisedDataset:
         return dict(
             input_ids=pad(input_ids, batch_first=True, padding_value=pad_id),
             labels=pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
-            attention_mask=pad([torch.ones_like(ids) for ids in input_ids], batch_first=True, padding_value=0),
+            attention_mask=pad([torch.ones_like(ids, dtype=torch.bool) for ids in input_ids], batch_first=True),
         )
 
 
 def make_supervised_data_module(
     tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, cache_dir: str | None = None
 ) -> dict[str, Any]:
-    """train_dataset, eval_dataset (None without --eval_data_path) and data_collator, as the Trainer takes them."""
+    """train_dataset, eval_dataset (None without --eval_data_path) and data_collator, as the Trainer takes them.
+    `data_args` may be any object with a data_path; what else it lacks is as by default."""
+    data_args = DataArguments(
+        **{field.name: getattr(data_args, field.name, field.default) for field in fields(DataArguments)}
+    )
+    data_args.check()
     options = {name: getattr(data_args, name) for name in ("prompt_boundary", "guanaco_turns", "backward")}
     options |= dict(templates=load_prompt_template(data_args.prompt_template, data_args.backward), cache_dir=cache_dir)
 
@@ -346,6 +352,7 @@ def train(argv: Sequence[str] | None = None) -> None:
         args=training_args,
         contract=contract,
         flags={**vars(model_args), **vars(data_args)},
+        slow_files=base_slow_files(tokenizer, training_args),
         **data_module,
     )
     begin(training_args, contract)

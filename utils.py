@@ -67,7 +67,7 @@ def openai_completion(
         max_instances = max_batches * batch_size
     single = isinstance(prompts, (str, Mapping))
     prompts = [prompts] if single else list(prompts)[:max_instances]
-    fields = dataclasses.asdict(decoding_args)
+    fields = {**vars(OpenAIDecodingArguments()), **vars(decoding_args)}  # of 2023's class too
     found = complete_all(prompts, fields, decoding_kwargs, model_name, sleep_time, batch_size)
     if return_text:
         found = [[choice.text for choice in choices] for choices in found]
@@ -80,16 +80,16 @@ def jload(f: str | Path | IO[str], mode: str = "r") -> Any:
     """Read JSON (UTF-8) from a path or an open text file, which is then closed, as in 2023.
 
     Raises:
-        ValueError: malformed JSON; the message names the file, line and column.
+        alpaca.errors.MalformedJSON: a json.JSONDecodeError; the message names the file, line and column.
     """
     with _open(f, mode) as file:
         try:
             return json.load(file)
         except json.JSONDecodeError as error:
+            from alpaca.errors import MalformedJSON
+
             name = getattr(file, "name", "JSON")
-            raise ValueError(
-                f"{name}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}"
-            ) from error
+            raise MalformedJSON(f"{name}: malformed JSON: {error.msg}", error.doc, error.pos) from error
 
 
 def jdump(obj: Any, f: str | Path | IO[str], mode: str = "w", indent: int | None = 4, default=str) -> None:
@@ -122,4 +122,4 @@ def _open(f: str | Path | IO[str], mode: str) -> IO[str]:
         return f
     if any(letter in mode for letter in "wax"):
         Path(f).parent.mkdir(parents=True, exist_ok=True)
-    return open(f, mode, encoding="utf-8")
+    return open(f, mode, encoding=None if "b" in mode else "utf-8")

@@ -27,6 +27,7 @@ from alpaca.prompts import format_prompt
 from alpaca.recovery import copy_files, load_recovered, most_common_dtype, open_diff
 from alpaca.shards import FLOATS, MemoryWriter, new_folder, plan_shards
 from alpaca.streaming import Pipeline, cast, stream, write_model
+from alpaca.tokenizer import copy_slow_files
 from alpaca.weights import find_folder, open_weights
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def recover(
         path_diff: folder (or hub id) of the diff, exact or as 2023 wrote it.
         path_tuned: folder to be written, a checkpoint for from_pretrained.
         device: cpu or cuda, where the recovered model is loaded to.
-        test_inference: load the recovered model and let it answer a question.
+        test_inference: load the recovered model and let it answer a question (2023: by default).
         check_integrity_naively: 2023's check, the sum of the weights of Alpaca-7B; True makes another sum an error, not
             given it is told, for diffs in the format of 2023.
         dtype: float32, float16 or bfloat16 for the recovered weights; not given, the tuned model's (2023: float32).
@@ -176,6 +177,7 @@ def _recover(
                 with Pipeline(nbytes, "recover") as pipe:
                     write_model(diff, pipe, folder, max_shard_size, kind, naive and naive.add)
                 copy_files(diff.files, folder, kind)
+                copy_slow_files(base.folder, folder)
                 told = sum_line()
         else:
             writer = MemoryWriter(cast(diff.specs, kind)) if load else None

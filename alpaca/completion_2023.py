@@ -23,6 +23,9 @@ class Choice(dict):
         except KeyError:
             raise AttributeError(name) from None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
 
 def complete_all(
     prompts: Sequence[Prompt],
@@ -32,11 +35,14 @@ def complete_all(
     backoff: float,
     batch_size: int,
 ) -> list[list[Choice]]:
-    """n choices for each prompt. `index` counts within a batch of `batch_size` prompts, as it did in 2023."""
+    """n choices for each prompt. As in 2023, `index` counts within a batch of `batch_size` prompts, and `total_tokens`
+    is the sum of the batch."""
     n = fields["n"]
     sampling = to_sampling({**fields, **other_fields})
     completions = _run(_complete_all(prompts, sampling, n, model, backoff, batch_size))
-    choices = [choice_of(completion, i % (batch_size * n)) for i, completion in enumerate(completions)]
+    size = batch_size * n
+    totals = [total_tokens(completions[i : i + size], n) for i in range(0, len(completions), size)]
+    choices = [choice_of(completion, i % size, totals[i // size]) for i, completion in enumerate(completions)]
     return [choices[i : i + n] for i in range(0, len(choices), n)]
 
 
@@ -52,14 +58,20 @@ def to_sampling(fields: Mapping[str, Any]) -> Sampling:
     return Sampling(**known, extra=extra)
 
 
-def choice_of(completion: Completion, index: int) -> Choice:
-    counts = (completion.prompt_tokens, completion.completion_tokens)
+def total_tokens(completions: Sequence[Completion], n: int) -> int | None:
+    """Return the tokens of a batch, n completions a prompt, as one request counts them: each prompt once. None: the
+    server does not say."""
+    counts = [one.completion_tokens for one in completions] + [one.prompt_tokens for one in completions[::n]]
+    return None if None in counts else sum(counts)
+
+
+def choice_of(completion: Completion, index: int, total_tokens: int | None) -> Choice:
     return Choice(
         text=completion.text,
         index=index,
         logprobs=completion.logprobs,
         finish_reason=completion.finish_reason,
-        total_tokens=None if None in counts else sum(counts),  # 2023: of the whole batch; here: of this choice
+        total_tokens=total_tokens,
     )
 
 

@@ -2,6 +2,7 @@
 
 import atexit
 import ctypes
+import json
 import os
 import signal
 import sys
@@ -14,6 +15,10 @@ from typing import NoReturn
 
 class UsageError(ValueError):
     """A mistake of the user's: shown as one message, without a traceback."""
+
+
+class MalformedJSON(UsageError, json.JSONDecodeError):
+    """What utils.jload raised in 2023, with `msg`, `doc`, `pos`, `lineno` and `colno`; its message names the file."""
 
 
 def first_line(error: Exception) -> str:

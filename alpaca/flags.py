@@ -103,7 +103,11 @@ def parse(
     if issubclass(dataclass_types[-1], transformers.TrainingArguments):
         notes += _reset_without_effect(namespace, parser) + adapt_to_hardware(namespace)
     try:
-        return parser.parse_dict(vars(namespace)), notes
+        parsed = parser.parse_dict(vars(namespace))
+        for group in parsed:
+            if hasattr(group, "check"):  # of what a command needs, and a dataclass made in Python may get later
+                group.check()
+        return parsed, notes
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
 

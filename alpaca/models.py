@@ -1,5 +1,6 @@
 """The tokenizer and the model to train, as train.py's flags ask for them."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,11 +9,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca import fsdp, zero
+from alpaca.console import say
 from alpaca.errors import UsageError
 from alpaca.exact_diff import is_exact_diff
 from alpaca.lora import LoraArguments, add_lora, base_dtype, existing_tokens, quantization
 from alpaca.run import repair_generation_config
-from alpaca.tokenizer import SPECIAL_TOKENS, open_tokenizer, to_save
+from alpaca.tokenizer import SPECIAL_TOKENS, open_tokenizer, slow_files, to_save, without_slow_files
 from alpaca.waiting import wait_for_all_ranks
 from alpaca.weights import ADAPTER_CONFIG, what_it_is_instead
 
@@ -39,21 +41,40 @@ def load_tokenizer(model_args: Any, training_args: "TrainingArguments") -> tuple
     A token that is "" counts as missing."""
     name = model_args.model_name_or_path
     refuse_no_model(name)
+    unstated: dict[str, str | None] = {}
+    options = dict(model_max_length=training_args.model_max_length, padding_side="right")
     try:
-        tokenizer = open_tokenizer(
-            name, training_args.cache_dir, model_max_length=training_args.model_max_length, padding_side="right"
-        )
+        tokenizer = open_tokenizer(name, training_args.cache_dir, unstated, **options)
     except (OSError, ValueError) as error:
         raise UsageError(f"--model_name_or_path {name}: no tokenizer could be loaded: {error}") from error
     if model_args.pad_token is not None:
         if model_args.pad_token not in tokenizer.get_vocab():
             raise UsageError(f"--pad_token {model_args.pad_token!r}: not a token of {name}")
         tokenizer.pad_token = model_args.pad_token
+        unstated.pop("pad_token", None)
     if model_args.add_missing_tokens is False:
         existing_tokens(tokenizer, name, training_args.process_index)
-        return tokenizer, 0
-    missing = {token: default for token, default in SPECIAL_TOKENS.items() if not getattr(tokenizer, token)}
-    return tokenizer, tokenizer.add_special_tokens(missing)
+        num_new_tokens = 0
+    else:
+        missing = {token: default for token, default in SPECIAL_TOKENS.items() if not getattr(tokenizer, token)}
+        num_new_tokens = tokenizer.add_special_tokens(missing)
+    for token, other in unstated.items():
+        say(f"note: {name} states no {token} -> {getattr(tokenizer, token)}; as in 2023, the default of "
+            f"transformers 5 ({other or 'none'}) is not taken", training_args.process_index)  # fmt: skip
+    return tokenizer, num_new_tokens
+
+
+def base_slow_files(tokenizer: PreTrainedTokenizerBase, training_args: "TrainingArguments") -> dict[str, bytes]:
+    """The slow tokenizer's files of the base, for the process that saves. They are read before the training: days
+    later the base may be elsewhere."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not training_args.should_save:
+        return {}
+    try:
+        return slow_files(tokenizer.name_or_path, json.loads(backend.to_str()), training_args.cache_dir)
+    except ValueError as error:
+        say(f"note: {without_slow_files(tokenizer.name_or_path, error)}", training_args.process_index)
+        return {}
 
 
 def refuse_no_model(name: str) -> None:

@@ -1,39 +1,96 @@
-"""Opening a tokenizer, those of the first LLaMA conversions of March 2023 included."""
+"""Opening a tokenizer as 2023 read its folder, and the files that go with a saved one."""
 
 import copy
-from typing import Any
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import transformers
-from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerBase
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
+_TEXT_TOKENS = {"pad_token": None, **dict.fromkeys(("eos_token", "bos_token", "unk_token"), "<|endoftext|>")}
+DEFAULTS_2023 = {  # of transformers 4.28.1's classes, for tokens that a folder does not state; version 5 has others
+    "LlamaTokenizer": {**SPECIAL_TOKENS, "pad_token": None},
+    "GPT2Tokenizer": _TEXT_TOKENS,
+    "GPTNeoXTokenizer": _TEXT_TOKENS,
+    "BloomTokenizer": {**SPECIAL_TOKENS, "pad_token": "<pad>"},
+}
+CLASSES_2023 = {  # of a folder that names no class
+    "llama": "LlamaTokenizer",
+    "gpt_bigcode": "GPT2Tokenizer",
+    "gpt_neox": "GPTNeoXTokenizer",
+    "bloom": "BloomTokenizer",
+}
+SLOW_FILES = (("tokenizer.model",), ("vocab.json", "merges.txt"))
+ADDED_TOKENS = "added_tokens.json"
 
 
-def open_tokenizer(name: str, cache_dir: str | None = None, **kwargs: Any) -> PreTrainedTokenizerBase:
-    """AutoTokenizer.from_pretrained, with three faults that transformers 5 has with old LLaMA folders mended.
+def open_tokenizer(
+    name: str, cache_dir: str | None = None, unstated: dict[str, str | None] | None = None, **kwargs: Any
+) -> "PreTrainedTokenizerBase":
+    """AutoTokenizer.from_pretrained, but where a folder is silent it is read as transformers 4.28.1 read it.
 
-    Their class may be spelt LLaMATokenizer, which it no longer knows; they may not say add_bos_token, which it then
-    takes for False (2023: True); and bos, eos and unk may be "", over which it recurses without end. Such tokens are
-    those of the sentencepiece model.
+    Version 5 then takes other special tokens (GPT-NeoX: pads with <|padding|>; Bloom: none at all), and opens the
+    tokenizer.model of a LLaMA folder that names no class, or the class LLaMATokenizer, without <s> and first space.
+    It also recurses without end over bos, eos and unk that are "", as in early LLaMA folders: they are those of the
+    sentencepiece model. What version 5 alone takes for a token is put into `unstated` where it was changed.
     """
-    config = get_tokenizer_config(name, cache_dir=cache_dir)
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    config, model = (_read_json(name, file, cache_dir) for file in ("tokenizer_config.json", "config.json"))
+    stated = {**config, **_read_json(name, "special_tokens_map.json", cache_dir)}
     for token, default in SPECIAL_TOKENS.items():
-        if config.get(token) in ("", {"content": ""}):
+        if stated.get(token) in ("", {"content": ""}):
             kwargs[token] = None if token == "pad_token" else default
-    class_name = config.get("tokenizer_class") or ""
-    if class_name.lower().startswith("llamatokenizer") and "add_bos_token" not in config:
-        kwargs["add_bos_token"] = True
+    class_name = config.get("tokenizer_class") or model.get("tokenizer_class") or ""
+    known = class_name.removesuffix("Fast") or CLASSES_2023.get(model.get("model_type"), "")
+    known = "LlamaTokenizer" if known == "LLaMATokenizer" else known
     opener = LlamaTokenizer if class_name == "LLaMATokenizer" else AutoTokenizer
-    return opener.from_pretrained(name, cache_dir=cache_dir, **kwargs)
+    if known == "LlamaTokenizer" and _find(name, "tokenizer.json", cache_dir) is None:  # it would say all by itself
+        opener = LlamaTokenizer
+        kwargs |= {} if "add_bos_token" in config else {"add_bos_token": True}
+    tokenizer = opener.from_pretrained(name, cache_dir=cache_dir, **kwargs)
+    for token, default in DEFAULTS_2023.get(known, {}).items():
+        other = getattr(tokenizer, token)
+        if token in stated or token in kwargs or other == default:
+            continue
+        if default is None or default in tokenizer.get_vocab():
+            setattr(tokenizer, token, default)
+            if unstated is not None:
+                unstated[token] = other
+    return tokenizer
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def _find(name: str, file: str, cache_dir: str | None) -> Path | None:
+    """A file of a local folder or of a hub id; None where it has no such file."""
+    if (folder := Path(name)).is_dir():
+        return folder / file if (folder / file).is_file() else None
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        name,
+        file,
+        cache_dir=cache_dir,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(found) if found else None
+
+
+def _read_json(name: str, file: str, cache_dir: str | None) -> dict[str, Any]:
+    found = _find(name, file, cache_dir)
+    return json.loads(found.read_text(encoding="utf-8")) if found else {}
+
+
+def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """The special tokens whose text means nothing else: not an ordinary token that --pad_token made one, such as !"""
     return [token for token in tokenizer.all_special_tokens if token in tokenizer.added_tokens_encoder]
 
 
-def to_save(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+def to_save(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
     """The tokenizer for a model's folder. An ordinary token that --pad_token made the pad token would come back as a
     special one, and "!" would vanish from answers: there the end-of-text token pads."""
     if tokenizer.pad_token in tokenizer.added_tokens_encoder:
@@ -43,9 +100,98 @@ def to_save(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+def identity(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
     """All that decides the ids of a text."""
+    import transformers
+
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     special = tokenizer.special_tokens_map
     return [state, special, tokenizer.model_max_length, type(tokenizer).__name__, transformers.__version__]
+
+
+# ---- the slow tokenizer's files, which 2023 saved too and other programs look for ----
+
+
+def slow_files(base: str, tokenizer_json: Mapping[str, Any], cache_dir: str | None = None) -> dict[str, bytes]:
+    """Return the contents of the slow tokenizer's files in `base` (a folder or hub id), and of the added_tokens.json
+    that goes with them; nothing where it has none.
+
+    Raises:
+        ValueError: they contradict `tokenizer_json`, or are not of a format that 2023 knew.
+    """
+    for names in SLOW_FILES:
+        found = [_find(base, name, cache_dir) for name in names]
+        if all(found):
+            files = {name: path.read_bytes() for name, path in zip(names, found)}
+            if added := _added_tokens(files, tokenizer_json):
+                files[ADDED_TOKENS] = (json.dumps(added, indent=2, ensure_ascii=False) + "\n").encode()
+            return files
+    return {}
+
+
+def _added_tokens(files: Mapping[str, bytes], tokenizer_json: Mapping[str, Any]) -> dict[str, int]:
+    """Return the tokens that tokenizer.json has beyond those of the slow files, whose ids must be the same in both."""
+    model, name = tokenizer_json["model"], next(iter(files))
+    listed = model["vocab"]
+    whole = dict(listed) if isinstance(listed, dict) else {piece: i for i, (piece, _) in enumerate(listed)}
+    whole |= {token["content"]: token["id"] for token in tokenizer_json["added_tokens"]}
+    slow = json.loads(files[name]) if name == "vocab.json" else _pieces(files[name])
+    if other := next((token for token, i in slow.items() if whole.get(token) != i), None):
+        raise ValueError(
+            f"token {slow[other]} of {name} is {other!r}, which has the id {whole.get(other)} in the tokenizer"
+        )
+    added = {token: i for token, i in sorted(whole.items(), key=lambda item: item[1]) if token not in slow}
+    if list(added.values()) != list(range(len(slow), len(whole))):
+        raise ValueError(f"the ids of added tokens do not follow those of {name}, as the slow tokenizer's must")
+    if "merges.txt" in files:
+        lines = [line for line in files["merges.txt"].decode("utf-8").split("\n") if line.strip()]
+        merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges", [])]
+        if merges != lines[lines[0].startswith("#version") :]:
+            raise ValueError("merges.txt has other merges than the tokenizer")
+    return added
+
+
+def _pieces(sentencepiece_model: bytes) -> dict[str, int]:
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        model = SentencePieceProcessor(model_proto=sentencepiece_model)
+    except RuntimeError as error:
+        raise ValueError("tokenizer.model is not a sentencepiece model") from error
+    return {model.id_to_piece(i): i for i in range(model.get_piece_size())}
+
+
+def save_slow_files(tokenizer: "PreTrainedTokenizerBase", files: Mapping[str, bytes], folder: str | Path) -> None:
+    """Write `slow_files` beside the tokenizer that was saved in `folder`. Its tokenizer_config.json is told what only
+    tokenizer.json says: which tokens stand around a text."""
+    for name, content in files.items():
+        (Path(folder) / name).write_bytes(content)
+    path, ids = Path(folder) / "tokenizer_config.json", tokenizer("a")["input_ids"]
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"add_bos_token": ids[0] == tokenizer.bos_token_id, "add_eos_token": ids[-1] == tokenizer.eos_token_id}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_slow_files(base: Path, folder: Path) -> None:
+    """Copy the slow tokenizer's files of `base` into `folder`, which has a tokenizer.json and none of them. Where they
+    contradict each other nothing is copied, and one line says why."""
+    path, others = folder / "tokenizer.json", [name for names in SLOW_FILES for name in names]
+    if not path.is_file() or any((folder / name).is_file() for name in others):
+        return
+    try:
+        files = slow_files(str(base), json.loads(path.read_text(encoding="utf-8")))
+        added = folder / ADDED_TOKENS
+        if added.is_file() and json.loads(added.read_text(encoding="utf-8")) != json.loads(
+            files.pop(ADDED_TOKENS, "{}")
+        ):
+            raise ValueError(f"{added.name} has other tokens than tokenizer.json")
+    except ValueError as error:
+        print(f"note: {without_slow_files(base, error)}", flush=True)
+        return
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def without_slow_files(base: str | Path, error: ValueError) -> str:
+    return f"the slow tokenizer's files of {base} are left out: {error}"

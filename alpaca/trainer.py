@@ -29,6 +29,7 @@ from alpaca.loss import batch_loss
 from alpaca.model_card import write_model_card
 from alpaca.packing import MicroBatches, measure_rows
 from alpaca.speed import SpeedMeter
+from alpaca.tokenizer import save_slow_files
 from alpaca.zero import attach
 from alpaca.zero import full_state_dict as full_masters
 
@@ -43,10 +44,17 @@ class AlpacaTrainer(Trainer):
     without a target (2023: NaN) counts in neither.
     """
 
-    def __init__(self, contract: dict[str, Any] | None = None, flags: Mapping[str, Any] | None = None, **kwargs):
+    def __init__(
+        self,
+        contract: dict[str, Any] | None = None,
+        flags: Mapping[str, Any] | None = None,
+        slow_files: Mapping[str, bytes] | None = None,
+        **kwargs: Any,
+    ):
         """`contract` (alpaca/contract.py) is kept with every checkpoint; `flags` are those of model and data, for the
-        model card."""
+        model card; `slow_files` (alpaca/tokenizer.py) are saved with the tokenizer."""
         super().__init__(**kwargs)
+        self.slow_files = slow_files
         self.contract, self.flags, self.started_at = contract or {}, flags, 0
         if hasattr(self.model, "create_or_update_model_card"):
             self.model.create_or_update_model_card = lambda folder: None  # peft would alter a README.md of the user's
@@ -290,6 +298,8 @@ class AlpacaTrainer(Trainer):
             super(AlpacaTrainer, self)._save(folder, state_dict)
             if self.args.should_save and (templates := getattr(self.train_dataset, "templates", None)):
                 save_templates(templates, folder)
+            if self.args.should_save and self.slow_files:
+                save_slow_files(self.processing_class, self.slow_files, folder)
 
         return write_patiently(write, folder) if Path(folder) == Path(self.args.output_dir) else write()
 

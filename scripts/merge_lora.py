@@ -17,6 +17,7 @@ from alpaca.files import human
 from alpaca.merging import Adapter, Merged
 from alpaca.shards import FLOATS, new_folder, plan_shards
 from alpaca.streaming import Pipeline, write_model
+from alpaca.tokenizer import copy_slow_files
 from alpaca.weights import open_weights
 
 
@@ -53,6 +54,7 @@ def merge_lora(
                 write_model(merged, pipe, folder, max_shard_size)
             for name, path in merged.files.items():
                 shutil.copyfile(path, folder / name)
+            copy_slow_files(weights.folder, folder)
             (folder / "config.json").write_text(json.dumps(merged.config, indent=2) + "\n", encoding="utf-8")
     print(f"wrote {output_dir}: {human(size)}", flush=True)
 

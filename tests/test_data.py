@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -9,7 +10,7 @@ from test_tokens import golden_tokenizer
 
 from alpaca.data import load_rows
 from alpaca.errors import UsageError
-from train import make_supervised_data_module, parse_flags
+from train import DataArguments, make_supervised_data_module, parse_flags
 
 ROWS = [
     {"instruction": "Add.", "input": "2, 3", "output": "5"},
@@ -45,6 +46,20 @@ def save(folder, kind):
 def test_every_format_gives_the_same_rows(tmp_path, kind):
     rows = load_rows(save(tmp_path, kind))
     assert [{name: row[name] for name in ("instruction", "input", "output")} for row in rows] == ROWS
+
+
+def test_data_arguments_of_2023_are_enough(tmp_path):
+    """Scripts of 2023 set the path later, or give an object that has nothing else."""
+    later, tokenizer = DataArguments(), golden_tokenizer("llama")
+    with pytest.raises(UsageError, match="--data_path is missing"):
+        make_supervised_data_module(tokenizer, later)
+    later.data_path = save(tmp_path, "json")
+    bare = SimpleNamespace(data_path=later.data_path)
+    modules = [make_supervised_data_module(tokenizer=tokenizer, data_args=args) for args in (later, bare)]
+    for module in modules:
+        assert module["eval_dataset"] is None and len(module["train_dataset"]) == len(ROWS)
+        assert set(module["train_dataset"][0]) == {"input_ids", "labels"}
+    assert modules[0]["train_dataset"].data_fingerprint == modules[1]["train_dataset"].data_fingerprint
 
 
 def test_splits_can_be_sliced(tmp_path):

@@ -163,6 +163,11 @@ def adapted(**given):
     return namespace, "\n".join(notes)
 
 
+def test_a_command_without_data_is_refused_before_anything_loads():
+    with pytest.raises(UsageError, match="--data_path is missing: a file of rows"):
+        parse_flags(["--use_cpu"])
+
+
 def test_before_ampere_bf16_becomes_fp16_and_tf32_is_off(monkeypatch):
     simulated_gpu(monkeypatch, (7, 0))
     got, notes = adapted(bf16=True, tf32=True)

@@ -234,6 +234,7 @@ def test_collator_masks_by_length_where_pad_is_eos():
     assert batch["input_ids"].tolist() == [[5, 6, 2], [7, 2, 2]]
     assert batch["labels"].tolist() == [[-100, 6, 2], [7, -100, -100]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert (~batch["attention_mask"]).sum() == 2, "booleans, as in 2023"
 
 
 def test_collator_of_no_rows_has_no_target():

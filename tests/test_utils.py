@@ -4,6 +4,8 @@ import asyncio
 import io
 import json
 import os
+import pickle
+from types import SimpleNamespace
 
 import pytest
 from completion_server import BAD_KEY, MAX_TOKENS_REFUSED, CompletionServer, Fault, echo
@@ -66,11 +68,26 @@ def test_modes_links_and_appending(tmp_path):
 def test_malformed_json_is_located(tmp_path):
     path = tmp_path / "bad.json"
     path.write_text('[{"a": 1},\n {"a": }]')
-    with pytest.raises(ValueError, match=r"bad\.json.*line 2, column 8"):
+    with pytest.raises(
+        json.JSONDecodeError, match=r"bad\.json: malformed JSON: Expecting value: line 2 column 8"
+    ) as info:
         utils.jload(path)
-    with pytest.raises(ValueError, match="line 1"):
+    assert isinstance(info.value, UsageError)
+    assert (info.value.lineno, info.value.colno, info.value.pos, info.value.doc) == (2, 8, 18, path.read_text())
+    assert str(pickle.loads(pickle.dumps(info.value))) == str(info.value)
+    with pytest.raises(json.JSONDecodeError, match="line 1"):
         utils.jload(io.StringIO("{"))
-    assert json.loads("[]") == []
+
+
+def test_other_errors_and_modes_are_those_of_2023(tmp_path):
+    (tmp_path / "x.json").write_text("[1]")
+    assert utils.jload(tmp_path / "x.json", "rb") == utils.jload(open(tmp_path / "x.json", "rb")) == [1]
+    with pytest.raises(FileNotFoundError):
+        utils.jload(tmp_path / "missing.json")
+    with pytest.raises(IsADirectoryError):
+        utils.jload(tmp_path)
+    with pytest.raises(FileExistsError):
+        utils.jdump([1], tmp_path / "x.json", mode="x")
 
 
 @pytest.fixture
@@ -91,7 +108,9 @@ def test_openai_completion_as_in_2023(server, monkeypatch):
     got = utils.openai_completion(prompts, arguments, batch_size=2, logit_bias={"50256": -100})
     assert [choice.text for choice in got] == [choice["text"] for choice in got] == [echo(p, {}) for p in prompts]
     assert [choice.index for choice in got] == [0, 1, 0, 1, 0]
-    assert (got[0]["finish_reason"], got[0]["total_tokens"], got[0].get("no")) == ("stop", 2 + 5, None)
+    assert (got[0]["finish_reason"], got[0].get("no")) == ("stop", None)
+    each = 2 + 5  # words of prompt and answer
+    assert [choice.total_tokens for choice in got] == [2 * each] * 4 + [each], "of the whole batch, as in 2023"
     assert json.loads(json.dumps(got)) == got
     with pytest.raises(AttributeError):
         _ = got[0].no
@@ -112,6 +131,14 @@ def test_openai_completion_returns_one_for_one_and_n_for_n(server):
     two = utils.OpenAIDecodingArguments(n=2)
     assert utils.openai_completion(["a", "b"], two, return_text=True) == [[echo("a", {})] * 2, [echo("b", {})] * 2]
     assert utils.openai_completion("a", two, return_text=True, seed=7) == [echo("a", {})] * 2
+    choices = utils.openai_completion(["a", "b", "c"], two, batch_size=2)
+    assert [[choice.index for choice in pair] for pair in choices] == [[0, 1], [2, 3], [0, 1]]
+    assert [pair[1].total_tokens for pair in choices] == [2 * (1 + 2 * 5)] * 2 + [1 + 2 * 5], "a prompt counts once"
+    choices[0][0].text = "other"
+    assert choices[0][0]["text"] == "other"
+    other_class = SimpleNamespace(**vars(one))
+    assert utils.openai_completion("a", other_class, return_text=True) == echo("a", {})
+    utils.openai_completion("a", two, seed=7)
     assert sorted(request.body["seed"] for request in server.requests[-2:]) == [7, 8]
     assert "n" not in server.requests[-1].body
 
