@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import speed_metrics
 
 from alpaca.attention import PackLayout, confined_to_rows, named_kernel
@@ -129,6 +130,12 @@ class AlpacaTrainer(Trainer):
         )
 
     # ---- steps ----
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """In 2023 norms that are no LayerNorm, LLaMA's, decayed as well."""
+        if not self.args.reproduce_2023:
+            return super().get_decay_parameter_names(model)
+        return [name for name in get_parameter_names(model, [nn.LayerNorm]) if "bias" not in name]
 
     def _run_epoch(self, train_dataloader: DataLoader, epoch: int, **kwargs: Any) -> None:
         """Not even one step where the checkpoint is of the run's last: the Trainer would look only after a step. Not

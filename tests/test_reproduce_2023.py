@@ -357,7 +357,8 @@ PYTHON_2023, CODE_2023 = os.environ.get("ALPACA_2023_PYTHON"), os.environ.get("A
         ("llama", 91, 3, dict(per_device_train_batch_size=3, num_train_epochs=3)),
         ("opt", 91, 2, dict(per_device_train_batch_size=3, num_train_epochs=2.5, data_seed=7)),
         ("opt", 91, 1, dict(per_device_train_batch_size=4, max_steps=17, data_seed=7, save_strategy="epoch")),
-        ("llama", 91, 1, dict(per_device_train_batch_size=4, num_train_epochs=3, dataloader_drop_last=True, seed=1)),
+        ("llama", 91, 1, dict(per_device_train_batch_size=4, num_train_epochs=3, dataloader_drop_last=True, seed=1,
+                              weight_decay=0.1)),
         ("llama", 11, 1, dict(per_device_train_batch_size=4, num_train_epochs=4)),  # an epoch of 3 micro-batches
     ],
 )  # fmt: skip
