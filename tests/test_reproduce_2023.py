@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import GOLDEN, free_port, history, largest_difference, run, train, weights
 from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler
+from transformers import AutoModelForCausalLM
 
 from alpaca.batching import Steps2023, StepSampler2023, sampler_seed
-from alpaca.contract import count_steps
+from alpaca.contract import changes, count_steps
 from alpaca.disk import checkpoints_to_come
 from alpaca.errors import UsageError
 from alpaca.packing import RowSizes, measure_rows, plan_packing
@@ -44,12 +45,14 @@ FSDP = dict(fsdp="full_shard auto_wrap", max_tokens_per_pack=700)  # several pac
     [
         *((name, dict(batching=batching)) for name in CURVE for batching in ("packed", "padded")),
         ("llama_2", FSDP),
+        # the same rows where they divide evenly, and the micro-batches of 2023
+        ("llama_2", dict(reproduce_2023=False, loss_normalization="microbatch")),
     ],
 )
 def test_golden_curve(tmp_path, name, more):
     golden, out = CURVE[name], tmp_path / "out"
     processes = golden["processes"]
-    train(dict(output_dir=out, **flags_of(name), **more), processes if processes > 1 else 0)
+    train(dict(output_dir=out, **flags_of(name, **more)), processes if processes > 1 else 0)
     steps = history(out)
     assert [step["learning_rate"] for step in steps] == golden["learning_rate"]
     assert [step["loss"] for step in steps] == pytest.approx(golden["loss"], abs=1e-5)
@@ -298,11 +301,29 @@ def test_a_run_of_2023_is_not_continued_as_another(few_rows, tmp_path):
     assert ranks.returncode != 0 and "the number of processes: 1 then, 2 now" in ranks.stderr
 
 
+def test_weight_decay_of_norms(tmp_path):
+    """4.28.1 left out biases and torch's LayerNorm, which LLaMA's norms are not."""
+    from alpaca.trainer import AlpacaTrainer
+
+    model = AutoModelForCausalLM.from_pretrained(CURVES / "llama")
+    rows = [dict(input_ids=torch.tensor([1, 2]), labels=torch.tensor([1, 2]))]
+    for reproduce in (True, False):
+        args, _, _ = counted(1, output_dir=tmp_path, reproduce_2023=reproduce)
+        trainer = AlpacaTrainer(model=model, args=args, train_dataset=rows)
+        decayed = trainer.get_decay_parameter_names(model)
+        assert ("model.norm.weight" in decayed) is reproduce and "lm_head.weight" in decayed
+
+
 @pytest.mark.slow
 def test_dropout_is_said_once(tiny, few_rows, tmp_path):
     flags = dict(SMALL, model_name_or_path=tiny("opt"), data_path=few_rows, output_dir=tmp_path, max_steps=1)
     output = train(flags, 2).stdout
     assert output.count("the run cannot equal that of 2023, as dropout (dropout=0.1) is drawn anew") == 1
+
+
+def test_an_older_contract_is_of_another_run():
+    told = changes(dict(fixed={}), dict(fixed={"--reproduce_2023": True}), "fixed")
+    assert told == ["--reproduce_2023: False then, True now"]
 
 
 @pytest.mark.parametrize(
