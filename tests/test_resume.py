@@ -184,7 +184,6 @@ CHANGED = {
     "length": (dict(model_max_length=64), "--model_max_length: 512 then, 64 now"),
     "boundary": (dict(prompt_boundary="split"), "--prompt_boundary: stanford then, split now"),
     "loss": (dict(loss_normalization="microbatch"), "--loss_normalization: token then, microbatch now"),
-    "run of 2023": (dict(reproduce_2023=True), "--reproduce_2023: False then, True now"),
     "learning rate": (dict(learning_rate=2e-3), "--learning_rate: 0.001 then, 0.002 now"),
     "schedule": (dict(lr_scheduler_type="cosine"), "--lr_scheduler_type: linear then, cosine now"),
     "warmup": (dict(warmup_ratio=0.5), "--warmup_steps: 0 then, 0.5 now"),
