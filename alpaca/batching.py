@@ -211,7 +211,6 @@ class StepSampler2023(StepSampler):
     def __init__(self, sizes: RowSizes, batch_size: int, *, seed: int, drop_last: bool = False, **options: Any):
         """`seed`: see `sampler_seed`. `drop_last` leaves out an epoch's short micro-batch."""
         super().__init__(sizes, batch_size, seed=seed, drop_last=drop_last, **options, normalization="microbatch")
-        self.drop_last = drop_last
         self.run = Steps2023.of(len(sizes.lengths), batch_size, self.accumulation, self.world_size, drop_last)
 
     def order(self, epoch: int | None = None) -> list[int]:
