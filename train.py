@@ -140,11 +140,16 @@ class TrainingArguments(transformers.TrainingArguments):
         "Of the final model. bfloat16 halves it, right before publishing. Checkpoints stay float32.",
         choices=["float32", "bfloat16", "float16"],
     )
-    loss_normalization: str = flag(
-        "token",
+    loss_normalization: str | None = flag(
+        None,
         "token: mean over all target tokens of the optimizer step. microbatch: 2023's mean over the means of the "
-        "micro-batches.",
+        "micro-batches. By default token, with --reproduce_2023 microbatch.",
         choices=["token", "microbatch"],
+    )
+    reproduce_2023: bool = flag(
+        False,
+        "The run of 2023's train.py (transformers 4.28.1) for the same flags, step by step: its rows, micro-batches, "
+        "number of steps and loss, packed or padded.",
     )
     overwrite_output_dir: bool = flag(
         False, "Train from the start in a folder that already holds a run, but no checkpoint-N any more."

@@ -11,14 +11,18 @@ The loss does not depend on how rows are batched: each row comes with the weight
 the whole step, over all ranks.
 
 `packed`: the rows of the whole step, across ranks, are dealt into packs of nearly equal length, equally many on every
-rank, planned from lengths alone, so that every rank knows the plan without asking. `padded`: as in 2023, dealt to the
-ranks micro-batch by micro-batch in the order of the permutation.
+rank, planned from lengths alone, so that every rank knows the plan without asking. `padded`: in 2023's micro-batches,
+for which rank r of W took every W-th row of the permutation, beginning at its r-th.
+
+StepSampler2023 yields the run of 2023 itself, repeated rows and steps across the end of an epoch included.
 """
 
 import heapq
 import math
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -92,58 +96,165 @@ class StepSampler(Sampler[list[MicroBatch]]):
             return get_length_grouped_indices(self.sizes.lengths.tolist(), batch, generator=generator)
         return torch.randperm(num_rows, generator=generator).tolist()
 
-    def steps(self) -> Iterator[list[int]]:
-        """The rows of each optimizer step of the current epoch, over all ranks."""
+    def steps(self) -> Iterator[list[list[int]]]:
+        """The rows of each optimizer step of the current epoch, in 2023's micro-batches: number i is rank
+        i % world_size's, and perhaps has no rows."""
         order = self.order()[: self.used_rows]
         for start in range(0, self.used_rows, self.rows_per_step):
-            yield order[start : start + self.rows_per_step]
+            yield deal(order[start : start + self.rows_per_step], self.batch_size, self.world_size)
 
     def __len__(self) -> int:
         return math.ceil(self.used_rows / (self.batch_size * self.world_size))
 
     def __iter__(self) -> Iterator[list[MicroBatch]]:
-        for rows in self.steps():
-            slots = math.ceil(len(rows) / (self.batch_size * self.world_size))
-            mine = self.plan(rows)
-            yield from ([] for _ in range(slots - 1)) if self.packing else ([batch] for batch in mine[:-1])
-            yield mine if self.packing else mine[-1:]
+        for step in self.steps():
+            mine = self.plan(step)
+            filled = [mine] if self.packing else [[batch] for batch in mine]
+            yield from ([] for _ in range(self._slots(step) - len(filled)))
+            yield from filled
 
-    def plan(self, rows: list[int], rank: int | None = None) -> list[MicroBatch]:
-        """The micro-batches in which this rank (or `rank`) trains its share of the `rows` of a step."""
-        weights = dict(zip(rows, self._weights(rows)))
-        batches = self._packs(rows) if self.packing else self._chunks(rows)
-        totals = self._totals(rows, batches)
-        mine = batches[self.rank if rank is None else rank :: self.world_size]
-        return [MicroBatch(batch, [weights[row] for row in batch], bool(self.packing), totals) for batch in mine]
+    def _slots(self, step: list[list[int]]) -> int:
+        """The micro-batches that the Trainer expects in `step`."""
+        return len(step) // self.world_size
 
-    def _chunks(self, rows: list[int]) -> list[list[int]]:
-        """2023's micro-batches of all ranks, then empty ones until every rank has equally many."""
-        chunks = [rows[start : start + self.batch_size] for start in range(0, len(rows), self.batch_size)]
-        return chunks + [[] for _ in range(-len(chunks) % self.world_size)]
+    def plan(self, step: list[list[int]], rank: int | None = None) -> list[MicroBatch]:
+        """The micro-batches in which this rank (or `rank`) trains its share of a step of `steps()`. A row that comes
+        twice is trained twice."""
+        weighted = [[(row, weight) for row in batch] for batch, weight in zip(step, self._weights(step))]
+        if self.packing:
+            weighted = self._packs([item for batch in weighted for item in batch])
+        totals = self._totals([[row for row, _ in batch] for batch in weighted])
+        mine = weighted[self.rank if rank is None else rank :: self.world_size]
+        return [
+            MicroBatch([row for row, _ in batch], [weight for _, weight in batch], bool(self.packing), totals)
+            for batch in mine
+        ]
 
-    def _packs(self, rows: list[int]) -> list[list[int]]:
-        costs = [int(self.packing.costs[row]) for row in rows]
+    def _packs(self, items: list[tuple[int, float]]) -> list[list[tuple[int, float]]]:
+        costs = [int(self.packing.costs[row]) for row, _ in items]
         packs = plan_packs(costs, self.packing.capacity, self.world_size)
-        return [[rows[i] for i in pack] for pack in packs]
+        return [[items[i] for i in pack] for pack in packs]
 
-    def _weights(self, rows: list[int]) -> list[float]:
-        targets = self.sizes.num_targets[rows]
+    def _weights(self, step: list[list[int]]) -> list[float]:
+        """Of the targets of each micro-batch."""
+        targets = [int(self.sizes.num_targets[batch].sum()) for batch in step]
         if self.normalization == "sum":
-            return [1.0] * len(rows)
+            return [1.0] * len(step)
         if self.normalization == "token":
-            return [1.0 / max(int(targets.sum()), 1)] * len(rows)
-        of_batch = np.add.reduceat(targets, np.arange(0, len(rows), self.batch_size))
-        with_targets = max(int((of_batch > 0).sum()), 1)
-        weights = 1.0 / (np.maximum(of_batch, 1) * with_targets)
-        return np.repeat(weights, self.batch_size)[: len(rows)].tolist()
+            return [1.0 / max(sum(targets), 1)] * len(step)
+        return [1.0 / (max(number, 1) * self._divisor(targets)) for number in targets]
 
-    def _totals(self, rows: list[int], batches: list[list[int]]) -> StepTotals:
-        lengths = self.sizes.lengths
+    def _divisor(self, targets: list[int]) -> int:
+        """Of the sum of the means of micro-batches with so many `targets`."""
+        return max(sum(number > 0 for number in targets), 1)
+
+    def _totals(self, batches: list[list[int]]) -> StepTotals:
+        lengths, rows = self.sizes.lengths, [row for batch in batches for row in batch]
         tokens = int(lengths[rows].sum())
         if self.packing:
             return StepTotals(len(rows), tokens, sum(self.packing.tokens(batch) for batch in batches), 0)
         computed = sum(len(batch) * int(lengths[batch].max()) if batch else 1 for batch in batches)
         return StepTotals(len(rows), tokens, computed, computed - tokens)
+
+
+def deal(rows: Sequence[int], batch_size: int, world_size: int) -> list[list[int]]:
+    """2023's micro-batches of `rows`, those of all ranks by turns: of each `batch_size * world_size` rows, rank r has
+    every `world_size`-th from the r-th on."""
+    together = batch_size * world_size
+    blocks = (rows[start : start + together] for start in range(0, len(rows), together))
+    return [block[rank::world_size] for block in blocks for rank in range(world_size)]
+
+
+# ---- the run of 2023 ----
+
+
+@dataclass(frozen=True)
+class Steps2023:
+    """When the Trainer of 2023 (transformers 4.28.1, `_inner_training_loop`) takes an optimizer step: after every
+    `accumulation` micro-batches, counted through the whole run, so that a step may hold the last ones of an epoch and
+    the first of the next. Where an epoch has at most `accumulation`, at its end as well."""
+
+    micro_batches: int  # of an epoch, on every rank
+    accumulation: int
+
+    @classmethod
+    def of(cls, num_rows: int, batch_size: int, accumulation: int, world_size: int, drop_last: bool) -> "Steps2023":
+        whole, rest = divmod(math.ceil(num_rows / world_size), batch_size)
+        return cls(whole + (rest > 0 and not drop_last), accumulation)
+
+    @property
+    def per_epoch(self) -> int:
+        """Optimizer steps of an epoch, as the length of the run is counted."""
+        return max(self.micro_batches // self.accumulation, 1)
+
+    def taken(self, micro_batches: int) -> int:
+        """Optimizer steps in the first `micro_batches` of the run."""
+        steps = micro_batches // self.accumulation
+        if 0 < self.micro_batches <= self.accumulation:
+            both = math.lcm(self.micro_batches, self.accumulation)
+            steps += micro_batches // self.micro_batches - micro_batches // both
+        return steps
+
+    def end(self, steps: int) -> int:
+        """Micro-batches in the first `steps` of the run; the inverse of `taken`."""
+        return bisect_left(range(steps * self.accumulation), steps, key=self.taken)
+
+    def of_epoch(self, epoch: int) -> range:
+        """The steps, numbered from 0 through the run, that are taken in an epoch."""
+        return range(self.taken(epoch * self.micro_batches), self.taken((epoch + 1) * self.micro_batches))
+
+
+class StepSampler2023(StepSampler):
+    """The rows, micro-batches and steps of the 2023 run. An epoch has the steps that are taken in it, each of
+    `accumulation` lists, with the micro-batches that the epoch before has left over for the first."""
+
+    def __init__(self, sizes: RowSizes, batch_size: int, *, seed: int, drop_last: bool = False, **options: Any):
+        """`seed`: see `sampler_seed`. `drop_last` leaves out an epoch's short micro-batch."""
+        super().__init__(sizes, batch_size, seed=seed, drop_last=drop_last, **options, normalization="microbatch")
+        self.run = Steps2023.of(len(sizes.lengths), batch_size, self.accumulation, self.world_size, drop_last)
+
+    def order(self, epoch: int | None = None) -> list[int]:
+        """The rows in the order of `epoch` (by default the current one), over all ranks; of several ranks as torch's
+        DistributedSampler has it, which gives each of them equally many."""
+        epoch, num_rows = self.epoch if epoch is None else epoch, len(self.sizes.lengths)
+        if self.world_size > 1:
+            rows = torch.randperm(num_rows, generator=torch.Generator().manual_seed(self.seed + epoch)).numpy()
+            return np.resize(rows, math.ceil(num_rows / self.world_size) * self.world_size).tolist()
+        generator = torch.Generator().manual_seed(self.seed)  # one for the run, of RandomSampler
+        for _ in range(2 * epoch):  # which draws a permutation for an epoch, and at its end another
+            torch.randperm(num_rows, generator=generator)
+        return torch.randperm(num_rows, generator=generator).tolist()
+
+    def steps(self) -> Iterator[list[list[int]]]:
+        run, world_size = self.run, self.world_size
+        dealt: dict[int, list[list[int]]] = {}  # of each epoch, the micro-batches of all ranks
+        for number in run.of_epoch(self.epoch):
+            step: list[list[int]] = []
+            for epoch, at in (divmod(n, run.micro_batches) for n in range(run.end(number), run.end(number + 1))):
+                if epoch not in dealt:
+                    dealt[epoch] = deal(self.order(epoch), self.batch_size, world_size)
+                step += dealt[epoch][at * world_size : (at + 1) * world_size]
+            yield step
+
+    def __len__(self) -> int:
+        return len(self.run.of_epoch(self.epoch)) * self.accumulation
+
+    def _slots(self, step: list[list[int]]) -> int:
+        return self.accumulation
+
+    def _divisor(self, targets: list[int]) -> int:
+        return self.accumulation * self.world_size
+
+
+def sampler_seed(seed: int, data_seed: int | None, world_size: int) -> int:
+    """The seed of 2023's order of rows. One process without --data_seed: the first number that torch draws after
+    seeding."""
+    if world_size > 1 or data_seed is not None:
+        return seed if data_seed is None else data_seed
+    return int(torch.empty((), dtype=torch.int64).random_(generator=torch.Generator().manual_seed(seed)))
+
+
+# ---- packs ----
 
 
 def plan_packs(costs: Sequence[int], capacity: int, world_size: int) -> list[list[int]]:

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from alpaca import zero
+from alpaca.batching import Steps2023
 from alpaca.checkpoints import MANIFEST, holds_a_model, read_manifest, read_record, write_patiently, write_record
 from alpaca.console import say
 from alpaca.data import fingerprint
@@ -29,8 +30,9 @@ Contract = dict[str, Any]
 # Flags of TrainingArguments. A change of the first is refused: the rows would differ, or the checkpoint's own value
 # would silently win. A change of the second is allowed and said; those of ROUNDING change no more than that.
 FIXED = (
-    "model_max_length seed data_seed loss_normalization train_sampling_strategy dataloader_drop_last optim optim_args "
-    "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon lr_scheduler_type lr_scheduler_kwargs warmup_steps"
+    "model_max_length seed data_seed reproduce_2023 loss_normalization train_sampling_strategy dataloader_drop_last "
+    "optim optim_args learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon lr_scheduler_type "
+    "lr_scheduler_kwargs warmup_steps"
 ).split()
 FREE = "bf16 fp16 max_grad_norm label_smoothing_factor neftune_noise_alpha save_dtype".split()
 ROUNDING = (
@@ -39,10 +41,13 @@ ROUNDING = (
 ).split()
 # Of these, what the memory forecast decides where the flags leave it open, and what they are then.
 DECIDED = {"max_tokens_per_pack": "auto", "gradient_checkpointing": None, "hold_gradients": None}
+# What older contracts, which lack it, stand for.
+FORMERLY = {"--reproduce_2023": False}
 # What answers depend on beside the weights.
 SETTINGS = ("config.json", "generation_config.json", ADAPTER_CONFIG)
 TOKENIZER = (*TOKENIZER_FILES, "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
 BASE = "the base model (--model_name_or_path)"
+PROCESSES = "the number of processes"
 STEPS = "the steps of the run (--num_train_epochs, --max_steps)"
 
 
@@ -69,9 +74,10 @@ def describe_run(
     }
     if args.loss_normalization == "microbatch":  # there the micro-batches are part of the loss
         fixed["--per_device_train_batch_size"] = args.per_device_train_batch_size
+        fixed[PROCESSES] = args.world_size
     free = {STEPS: count_steps(args, len(dataset))[0], **{f"--{name}": getattr(args, name) for name in FREE}}
     rounding = {
-        "the number of processes": args.world_size,
+        PROCESSES: args.world_size,
         **{f"--{name}": getattr(args, name) for name in ROUNDING},
         "--attn_implementation": model_args.attn_implementation,
         "the device": args.device.type,
@@ -102,11 +108,21 @@ def rows_per_step(args: "TrainingArguments") -> int:
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def count_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, int]:
-    """(optimizer steps of the run, of an epoch), as the Trainer will count them."""
-    per_step = rows_per_step(args)
-    per_epoch = num_rows // per_step if args.dataloader_drop_last else -(-num_rows // per_step)
-    return args.max_steps if args.max_steps > 0 else math.ceil(per_epoch * args.num_train_epochs), per_epoch
+def count_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, float]:
+    """(optimizer steps of the run, of an epoch), as the Trainer will count them. Under --reproduce_2023 epochs differ,
+    and it is their mean."""
+    per_step, accumulation = rows_per_step(args), args.gradient_accumulation_steps
+    if args.reproduce_2023:
+        run = steps_2023(args, num_rows)
+        counted, per_epoch = run.per_epoch, run.taken(run.micro_batches * accumulation) / accumulation
+    else:
+        counted = per_epoch = num_rows // per_step if args.dataloader_drop_last else -(-num_rows // per_step)
+    return args.max_steps if args.max_steps > 0 else math.ceil(counted * args.num_train_epochs), per_epoch
+
+
+def steps_2023(args: "TrainingArguments", num_rows: int) -> Steps2023:
+    drop_last = args.dataloader_drop_last
+    return Steps2023.of(num_rows, args.train_batch_size, args.gradient_accumulation_steps, args.world_size, drop_last)
 
 
 def fingerprint_of_weights(name: str) -> str:
@@ -168,10 +184,11 @@ def other_base(adapter: Path, base: Path) -> str | None:
 
 def changes(old: Contract, new: Contract, kind: str) -> list[str]:
     """`--seed: 42 then, 43 now`, for every entry of `kind` that both have and that differs."""
+    then = FORMERLY | old[kind]
     lines = [
-        f"{name}: {old[kind][name]} then, {value} now"
+        f"{name}: {then[name]} then, {value} now"
         for name, value in new[kind].items()
-        if name in old[kind] and old[kind][name] != value
+        if name in then and then[name] != value
     ]
     if kind == "fixed" and not lines and old["tokens"] != new["tokens"]:  # the rest being equal
         lines.append("the tokenizer: it gives other ids for the same rows (another version of it, or of transformers)")

@@ -21,14 +21,18 @@ def checkpoint_sizes(args: "TrainingArguments", trained: int) -> tuple[float, fl
     return trained * (4 + optimizer), trained * (4 if args.save_dtype == "float32" else 2)
 
 
-def checkpoints_to_come(args: "TrainingArguments", steps: int, per_epoch: int, done: int) -> int:
+def checkpoints_to_come(args: "TrainingArguments", steps: int, per_epoch: float, done: int) -> int:
     """How many more checkpoints than now will stand on the disk at the worst moment of a run that continues after
     `done` steps: the old one goes when the new one is whole, and the best one stays."""
     every = {"steps": args.save_steps, "epoch": per_epoch, "best": args.eval_steps}.get(args.save_strategy)
     if not every:
         return 0
-    every = math.ceil(steps * every) if every < 1 else int(every)
-    saves, limit = max(steps // every - done // every, 0), args.save_total_limit
+    if args.save_strategy == "epoch":  # also where the last one is not whole
+        saves = math.ceil(steps / every) - int(done // every)
+    else:
+        every = math.ceil(steps * every) if every < 1 else int(every)
+        saves = steps // every - done // every
+    saves, limit = max(saves, 0), args.save_total_limit
     if not limit or limit < 0:
         return saves
     at_once = limit + 1 + (args.load_best_model_at_end or args.save_strategy == "best")

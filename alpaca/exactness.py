@@ -126,9 +126,10 @@ def _attempt(
     return gradient, failures[0] if failures else None
 
 
-def rows_to_try(packing: Packing, sizes: RowSizes, step: list[int]) -> list[int]:
+def rows_to_try(packing: Packing, sizes: RowSizes, step: list[list[int]]) -> list[int]:
     """Of the rows of a step, the two shortest with targets that begin with each prefix, and at least two."""
-    usable = [row for row in step if sizes.num_targets[row]] or step
+    rows = [row for batch in step for row in batch]
+    usable = [row for row in rows if sizes.num_targets[row]] or rows
     usable.sort(key=lambda row: sizes.lengths[row])
     of_prefix = {prefix: [row for row in usable if packing.prefix_of[row] == prefix][:2]
                  for prefix in np.unique(packing.prefix_of)}  # fmt: skip

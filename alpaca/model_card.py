@@ -231,7 +231,9 @@ def hyperparameters(
     args, state = trainer.args, trainer.state
     padded = args.batching == "padded" or any(entry.get("padding_share") for entry in state.log_history)
     sharding = args.fsdp and "FSDP2" + (", in CPU memory" if args.fsdp_config.get("cpu_offload") else "")
-    loss = {"token": "mean over the target tokens of a step", "microbatch": "mean over the means of the micro-batches"}
+    micro_batches = args.gradient_accumulation_steps * args.world_size
+    loss = {"token": "mean over the target tokens of a step", "microbatch": "mean over the means of the micro-batches",
+            "2023": f"sum of the means of the micro-batches, divided by {micro_batches}"}  # fmt: skip
     boundary = {"stanford": "tokenized as one text, then the prompt is masked", "split": "tokenized apart"}
     return {
         "Learning rate": f"{args.learning_rate:g}",
@@ -249,7 +251,8 @@ def hyperparameters(
         "LoRA": lora and f"r {lora.r}, alpha {lora.lora_alpha}, dropout {lora.lora_dropout:g}",
         "LoRA target modules": lora and ", ".join(sorted(_listed(lora.target_modules))),
         "Quantized base": lora and _quantized(trainer.model),
-        "Loss": loss[args.loss_normalization],
+        "Loss": loss["2023" if args.reproduce_2023 else args.loss_normalization],
+        "Rows and steps": "as in 2023's train.py (transformers 4.28.1)" if args.reproduce_2023 else None,
         "Label smoothing": f"{args.label_smoothing_factor:g}" if args.label_smoothing_factor else None,
         "NEFTune noise": f"{args.neftune_noise_alpha:g}" if args.neftune_noise_alpha else None,
         "Prompt and answer": boundary[flags["prompt_boundary"]],

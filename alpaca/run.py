@@ -48,8 +48,20 @@ def check_combinations(args: "TrainingArguments") -> None:
             "--train_sampling_strategy batch_rebalance: --batching packed, the default, deals the rows of a step to "
             "the ranks even more evenly, and without padding; drop the flag"
         )
+    check_reproduction(args)
     if args.metric_for_best_model not in (None, "loss", "eval_loss"):
         raise UsageError(f"--metric_for_best_model {args.metric_for_best_model}: only eval_loss is computed")
+
+
+def check_reproduction(args: "TrainingArguments") -> None:
+    """Choose the loss where the flags leave it open. Raise UsageError for what --reproduce_2023 cannot go with."""
+    if args.reproduce_2023 and args.loss_normalization == "token":
+        raise UsageError("--loss_normalization token: --reproduce_2023 has 2023's, microbatch; drop one of them")
+    if args.reproduce_2023 and args.train_sampling_strategy != "random":
+        name = args.train_sampling_strategy
+        given = "--group_by_length" if name == "group_by_length" else f"--train_sampling_strategy {name}"
+        raise UsageError(f"{given}: --reproduce_2023 has the shuffled rows of 2023; drop one of them")
+    args.loss_normalization = args.loss_normalization or ("microbatch" if args.reproduce_2023 else "token")
 
 
 def check_output_dir(args: "TrainingArguments") -> None:
@@ -119,13 +131,23 @@ def check_before_loading(
     return decision
 
 
-def plan_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, int]:
+def plan_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, float]:
     """(optimizer steps of the run, of an epoch), as the Trainer will count them. Says them, and warns where the run is
     shorter than --save_steps, so that only its end is saved."""
     rows_per_step, (steps, per_epoch) = contract.rows_per_step(args), contract.count_steps(args, num_rows)
     if per_epoch == 0:
-        raise UsageError(f"--dataloader_drop_last: {num_rows} rows are fewer than one step of {rows_per_step}")
-    say(f"{num_rows:,} rows, {rows_per_step} a step: {steps:,} optimizer steps", args.process_index)
+        least = f"step of {rows_per_step}"
+        if args.reproduce_2023:
+            least = f"micro-batch of {args.train_batch_size} on each of {args.world_size} processes"
+        raise UsageError(f"--dataloader_drop_last: {num_rows} rows are fewer than one {least}")
+    run = contract.steps_2023(args, num_rows)
+    if args.reproduce_2023 and args.world_size > 1 and run.micro_batches < run.accumulation:
+        raise UsageError(
+            f"--gradient_accumulation_steps {run.accumulation}: --reproduce_2023 takes at most the {run.micro_batches} "
+            "micro-batches of an epoch. With more, 2023's processes stepped without sharing gradients at its end"
+        )
+    as_then = ", rows and steps as in 2023" if args.reproduce_2023 else ""
+    say(f"{num_rows:,} rows, {rows_per_step} a step: {steps:,} optimizer steps{as_then}", args.process_index)
     if args.save_strategy == "steps" and args.save_steps > steps:
         say(f"note: --save_steps {args.save_steps} exceeds the {steps} steps of this run; only its end is saved",
             args.process_index)  # fmt: skip

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import speed_metrics
 
 from alpaca.attention import PackLayout, confined_to_rows, named_kernel
-from alpaca.batching import StepLoader, StepSampler, StepTotals
+from alpaca.batching import StepLoader, Steps2023, StepSampler, StepSampler2023, StepTotals, sampler_seed
 from alpaca.blackbox import BlackBox
 from alpaca.chat_template import save_templates
 from alpaca.checkpoints import delete_old_checkpoints, load_optimizer_of_other_layout, write_patiently, written_whole
@@ -27,7 +28,7 @@ from alpaca.exactness import check_packing, choose_packing
 from alpaca.fsdp import full_state_dict, shard_on_cpu
 from alpaca.loss import batch_loss
 from alpaca.model_card import write_model_card
-from alpaca.packing import MicroBatches, measure_rows
+from alpaca.packing import MicroBatches, active_dropout, measure_rows
 from alpaca.speed import SpeedMeter
 from alpaca.tokenizer import save_slow_files
 from alpaca.zero import attach
@@ -41,7 +42,8 @@ class AlpacaTrainer(Trainer):
         microbatch (2023):        mean over m of (sum over t in m of -log p(t)  /  number of t in m)
 
     where m are 2023's micro-batches, of `per_device_train_batch_size` rows, also if rows are packed. A micro-batch
-    without a target (2023: NaN) counts in neither.
+    without a target (2023: NaN) counts in neither. --reproduce_2023 divides by the number that a step can have, as 2023
+    did, not by how many there are.
     """
 
     def __init__(
@@ -69,6 +71,10 @@ class AlpacaTrainer(Trainer):
         self.pack_kernel = named_kernel(self.model.config)
         self._step: StepTotals | None = None
         self._packing_checked = False
+        self.run_2023: Steps2023 | None = None  # with --reproduce_2023
+        if self.args.reproduce_2023 and (dropout := active_dropout(self.model)):
+            say(f"note: --reproduce_2023: the run cannot equal that of 2023, as dropout ({', '.join(dropout[:3])}) is "
+                "drawn anew", self.args.process_index)  # fmt: skip
         if self.args.torch_compile:
             compile_layers(self.model, self.args)
 
@@ -90,18 +96,25 @@ class AlpacaTrainer(Trainer):
         args, dataset = self.args, self.train_dataset
         sizes = measure_rows(dataset)
         seed = args.seed if args.data_seed is None else args.data_seed
-        sampler = StepSampler(
-            sizes,
+        options = dict(
             batch_size=self._train_batch_size,
             accumulation=args.gradient_accumulation_steps,
             world_size=args.world_size,
             rank=args.process_index,
-            seed=None if args.train_sampling_strategy == "sequential" else seed,
             drop_last=args.dataloader_drop_last,
-            normalization=args.loss_normalization,
             packing=choose_packing(self.model, args, dataset, sizes),
-            group_by_length=args.train_sampling_strategy == "group_by_length",
         )
+        if args.reproduce_2023:
+            sampler = StepSampler2023(sizes, seed=sampler_seed(args.seed, args.data_seed, args.world_size), **options)
+            self.run_2023 = sampler.run
+        else:
+            sampler = StepSampler(
+                sizes,
+                seed=None if args.train_sampling_strategy == "sequential" else seed,
+                normalization=args.loss_normalization,
+                group_by_length=args.train_sampling_strategy == "group_by_length",
+                **options,
+            )
         return self._loader(dataset, sampler)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
@@ -126,16 +139,27 @@ class AlpacaTrainer(Trainer):
 
     # ---- steps ----
 
-    def _run_epoch(self, train_dataloader: DataLoader, **kwargs: Any) -> None:
-        """Not even one step where the checkpoint is of the run's last: the Trainer would look only after a step."""
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """In 2023 norms that are no LayerNorm, LLaMA's, decayed as well."""
+        if not self.args.reproduce_2023:
+            return super().get_decay_parameter_names(model)
+        return [name for name in get_parameter_names(model, [nn.LayerNorm]) if "bias" not in name]
+
+    def _run_epoch(self, train_dataloader: DataLoader, epoch: int, **kwargs: Any) -> None:
+        """Not even one step where the checkpoint is of the run's last: the Trainer would look only after a step. Not
+        every epoch of 2023 has equally many steps."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if self.run_2023:
+            steps = len(self.run_2023.of_epoch(epoch))
+            lists = steps * self.args.gradient_accumulation_steps
+            kwargs |= dict(num_update_steps_per_epoch=steps, steps_in_epoch=lists)
         with explained(self.args):
             if not self._packing_checked:
                 check_packing(self, train_dataloader)
                 self._packing_checked = True
-            super()._run_epoch(train_dataloader=train_dataloader, **kwargs)
+            super()._run_epoch(train_dataloader=train_dataloader, epoch=epoch, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """All micro-batches of an optimizer step in place of the Trainer's last micro-batch, and nothing in place of
@@ -193,6 +217,8 @@ class AlpacaTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
         """Logs what the black box has read already, where the Trainer would wait for the device once more."""
+        if self.run_2023:
+            self.state.epoch = self.run_2023.end(self.state.global_step) / self.run_2023.micro_batches
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
             losses = self.black_box.take_losses()
             logs = {"loss": sum(losses) / len(losses)}
@@ -339,8 +365,12 @@ class AlpacaTrainer(Trainer):
         """A resumed run saves, logs and evaluates as often as its own flags say, not those of the checkpoint."""
         progress = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
-        self.started_at = self.state.global_step
-        return progress
+        self.started_at = done = self.state.global_step
+        if not self.run_2023:
+            return progress
+        epoch = (self.run_2023.end(done + 1) - 1) // self.run_2023.micro_batches  # of the next step
+        steps = 0 if self.args.ignore_data_skip else done - self.run_2023.of_epoch(epoch).start
+        return epoch, steps * self.args.gradient_accumulation_steps
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing to do: train.py has already read the weights of the checkpoint instead of the base model's."""

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
-from torch.utils.data import BatchSampler
+from torch.utils.data import BatchSampler, DistributedSampler
 
 from alpaca.batching import StepSampler
 from alpaca.packing import RowSizes
@@ -25,20 +25,29 @@ def test_every_row_once_and_ranks_in_step(num_rows, world_size):
     batches = [rows_of(sampler) for sampler in ranks]
     assert {len(b) for b in batches} == {len(ranks[0])}
     assert sorted(row for rank in batches for batch in rank for row in batch) == list(range(num_rows))
-    dealt = [row for step in zip(*batches) for batch in step for row in batch]
-    assert dealt == ranks[0].order(), "micro-batches are dealt to the ranks in the order of the permutation"
+    for rank, mine in enumerate(batches):
+        dealt = [row for batch in mine for row in batch]
+        assert dealt == ranks[0].order()[rank::world_size], "2023's: every world_size-th row of the permutation"
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 5])
 def test_same_rows_as_the_stock_sampler_where_nothing_is_left_over(epoch):
-    world_size, batch_size, num_rows = 2, 4, 64
+    """Today's Trainer has them in each step, that of 2023 in each micro-batch too."""
+    world_size, batch_size, accumulation, num_rows = 2, 4, 4, 64
+    steps = [[], []]
     for rank in range(world_size):
+        ours = StepSampler(sizes(num_rows), batch_size, accumulation, world_size, rank, seed=42)
+        ours.set_epoch(epoch)
+        then = DistributedSampler(range(num_rows), world_size, rank, seed=42)
+        then.set_epoch(epoch)
+        assert rows_of(ours) == list(BatchSampler(then, batch_size, False))
         stock = SeedableRandomSampler(range(num_rows), data_seed=42)
         stock.set_epoch(epoch)
-        expected = list(BatchSamplerShard(BatchSampler(stock, batch_size, False), world_size, rank))
-        ours = StepSampler(sizes(num_rows), batch_size, 8, world_size, rank, seed=42)
-        ours.set_epoch(epoch)
-        assert rows_of(ours) == expected
+        today = list(BatchSamplerShard(BatchSampler(stock, batch_size, False), world_size, rank))
+        for rows, batches in zip(steps, (rows_of(ours), today)):
+            rows.append([sum(batches[at : at + accumulation], []) for at in range(0, len(batches), accumulation)])
+    ours, today = ([sorted(sum(ranks, [])) for ranks in zip(*rows)] for rows in steps)
+    assert ours == today and len(ours) == 2
 
 
 def test_without_seed_rows_stay_in_order_and_drop_last_drops_the_short_step():

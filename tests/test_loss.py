@@ -15,8 +15,11 @@ ONE_STEP = dict(optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", ma
                 save_strategy="no", logging_steps=1)  # fmt: skip
 
 
-def plain_torch_step(model_path, data_path, normalization, num_rows, batch_size, smoothing=0.0, boundary="stanford"):
-    """Weights after one step of size 0.5 down the gradient of the whole step's loss, computed without the Trainer."""
+def plain_torch_step(
+    model_path, data_path, normalization, num_rows, batch_size, smoothing=0.0, boundary="stanford", world_size=1
+):
+    """Weights after one step of size 0.5 down the gradient of the whole step's loss, computed without the Trainer, in
+    the micro-batches of 2023: a rank's rows are every `world_size`-th."""
     tokenizer = AutoTokenizer.from_pretrained(model_path, model_max_length=512)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
@@ -28,8 +31,9 @@ def plain_torch_step(model_path, data_path, normalization, num_rows, batch_size,
     order = StepSampler(measure_rows(dataset), batch_size, seed=42).order()[:num_rows]
     collate = DataCollatorForSupervisedDataset(tokenizer)
     sums, counts = [], []
-    for start in range(0, num_rows, batch_size):
-        batch = collate([dataset[i] for i in order[start : start + batch_size]])
+    of_ranks = [order[rank::world_size] for rank in range(world_size)]
+    for rows in (rank[at : at + batch_size] for rank in of_ranks for at in range(0, len(rank), batch_size)):
+        batch = collate([dataset[i] for i in rows])
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
         labels = batch["labels"][:, 1:]
         sums.append(F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum", label_smoothing=smoothing))
@@ -53,14 +57,14 @@ def assert_close(output_dir, expected):
 @pytest.mark.parametrize("normalization", ["token", "microbatch"])
 @pytest.mark.parametrize("processes", [0, 2])
 def test_gradient_of_a_step(tiny, tmp_path, normalization, processes):
-    """17 rows in micro-batches of 4: the fifth has 1 row, and of 2 ranks the second has no third one."""
+    """17 rows in micro-batches of 4: one has 1 row, and of 2 ranks the second has no third one."""
     data, output = write_rows(tmp_path / "rows.json", 17), tmp_path / "out"
     flags = dict(model_name_or_path=tiny("llama"), data_path=data, output_dir=output, loss_normalization=normalization,
                  per_device_train_batch_size=4, gradient_accumulation_steps=8, **ONE_STEP)  # fmt: skip
     if processes:  # several packs on each rank, whose gradients are held: there is memory enough for a tiny model
         flags |= dict(fsdp="full_shard auto_wrap", max_tokens_per_pack=150)
     train(flags, processes)
-    expected, loss = plain_torch_step(tiny("llama"), data, normalization, 17, 4)
+    expected, loss = plain_torch_step(tiny("llama"), data, normalization, 17, 4, world_size=max(processes, 1))
     assert_close(output, expected)
     from conftest import history
 

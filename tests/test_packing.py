@@ -221,10 +221,15 @@ def test_the_gradient_is_that_of_padded_rows(tiny, real_rows, kind):
 
     shared, whole = plan_packing(dataset, sizes, 400, True), plan_packing(dataset, sizes, 10**6, False)
     assert len(shared.prefixes) == 2
-    for normalization in ("token", "microbatch"):
-        loss, reference = gradient(1, normalization, None)
+    for normalization, world_size, packings in (
+        ("token", 1, (shared, whole)),
+        ("microbatch", 1, (shared, whole)),
+        ("microbatch", 4, (shared,)),  # whose micro-batches are others
+        ("token", 4, (shared, None)),
+    ):
+        loss, reference = gradient(1 if normalization == "token" else world_size, normalization, None)
         assert len(reference) == len(list(model.parameters()))
-        for world_size, packing in ((1, shared), (4, shared), (1, whole), (4, None)):
+        for packing in packings:
             found, gradients = gradient(world_size, normalization, packing)
             worst, name = largest_difference(gradients, reference)
             assert worst < 1e-5, (normalization, world_size, name)
