@@ -65,17 +65,17 @@ def make_diff(
         if base.folder.resolve() == tuned.folder.resolve():
             raise UsageError(f"--path_tuned {path_tuned}: is the base itself")
         tuned.require_config()
-        size = tuned.nbytes if method == "exact" else 4 * sum(tensor.numel for tensor in tuned.tensors.values())
+        diff = FloatDiff(base, tuned, sign=-1) if method == "float" else None
+        size = sum(spec.nbytes for spec in diff.own) if diff else tuned.nbytes
         inputs = (base.folder, tuned.folder)
         with new_folder(path_diff, "--path_diff", size, overwrite, inputs) as folder:
             with Pipeline(size, "make_diff") as pipe:
-                if method == "exact":
+                if diff is None:
                     lines = exact_diff.make(pipe, base, tuned, folder, max_shard_size)
                 else:
-                    diff = FloatDiff(base, tuned, sign=-1)
-                    lines = diff.notes()
-                    write_model(diff, pipe, folder, max_shard_size, torch.float32)
+                    diff.write(pipe, folder, max_shard_size)
                     copy_files(diff.files, folder, torch.float32)
+                    lines = diff.notes()
     print("\n".join([*lines, f"wrote {path_diff}: {human(size)}"]), flush=True)
 
 
@@ -167,7 +167,7 @@ def _recover(
             print(note, flush=True)
         config = json.loads(diff.files["config.json"].read_text(encoding="utf-8"))
         summed = isinstance(diff, FloatDiff) if check_integrity_naively is None else check_integrity_naively
-        naive = NaiveSum(diff.specs, config) if summed else None
+        naive = NaiveSum(diff.specs, config, diff.aliases) if summed else None
         size, nbytes = (sum(spec.nbytes for spec in specs) for specs in (cast(diff.specs, kind), diff.specs))
         sum_line = functools.partial(naive.check, check_integrity_naively is True) if naive else str
         if path_tuned is not None:
@@ -178,13 +178,19 @@ def _recover(
                 copy_files(diff.files, folder, kind)
                 told = sum_line()
         else:
-            writer = MemoryWriter(cast(diff.specs, kind)) if load else None
-            with Pipeline(nbytes, "recover") as pipe:
-                stream(diff, pipe, diff.specs, kind, writer and writer.write, naive and naive.add)
+            own = [spec for spec in diff.specs if spec.name not in diff.aliases]  # one tensor by two names: once
+            writer = MemoryWriter(cast(own, kind)) if load else None
+            with Pipeline(sum(spec.nbytes for spec in own), "recover") as pipe:
+                stream(diff, pipe, own, kind, writer and writer.write, naive and naive.add)
                 pipe.drain()
-            told, state = sum_line(), writer and writer.tensors
+            told, state = sum_line(), writer and _by_all_names(diff, writer.tensors)
         print(*[told] * bool(told), _verdict(diff, path_raw, path_diff, path_tuned, dtype), sep="\n", flush=True)
         return _load(diff, path_tuned, state, device, kind, test_inference) if load else None
+
+
+def _by_all_names(diff: ExactDiff | FloatDiff, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A tensor with two names by both, as the diff's file has it, but in memory once."""
+    return {spec.name: tensors[diff.aliases.get(spec.name, spec.name)] for spec in diff.specs}
 
 
 def _verdict(
