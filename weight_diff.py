@@ -22,11 +22,11 @@ from alpaca.devices import check_device
 from alpaca.errors import UsageError, reported
 from alpaca.exact_diff import ExactDiff, is_exact_diff
 from alpaca.files import human
-from alpaca.float_diff import FloatDiff, NaiveSum
+from alpaca.float_diff import FloatDiff, NaiveSum, write_files_of_2023
 from alpaca.prompts import format_prompt
-from alpaca.recovery import copy_files, load_recovered, most_common_dtype, open_diff
-from alpaca.shards import FLOATS, MemoryWriter, new_folder, plan_shards
-from alpaca.streaming import Pipeline, cast, stream, write_model
+from alpaca.recovery import copy_files, load_recovered, most_common_dtype, open_diff, recover_in_memory
+from alpaca.shards import FLOATS, new_folder, plan_shards
+from alpaca.streaming import Pipeline, cast, write_model
 from alpaca.weights import find_folder, open_weights
 
 if TYPE_CHECKING:
@@ -74,8 +74,7 @@ def make_diff(
                     lines = exact_diff.make(pipe, base, tuned, folder, max_shard_size)
                 else:
                     diff.write(pipe, folder, max_shard_size)
-                    copy_files(diff.files, folder, torch.float32)
-                    lines = diff.notes()
+                    lines = [*diff.notes(), *write_files_of_2023(tuned.folder, base.folder, folder)]
     print("\n".join([*lines, f"wrote {path_diff}: {human(size)}"]), flush=True)
 
 
@@ -178,19 +177,10 @@ def _recover(
                 copy_files(diff.files, folder, kind)
                 told = sum_line()
         else:
-            own = [spec for spec in diff.specs if spec.name not in diff.aliases]  # one tensor by two names: once
-            writer = MemoryWriter(cast(own, kind)) if load else None
-            with Pipeline(sum(spec.nbytes for spec in own), "recover") as pipe:
-                stream(diff, pipe, own, kind, writer and writer.write, naive and naive.add)
-                pipe.drain()
-            told, state = sum_line(), writer and _by_all_names(diff, writer.tensors)
+            state = recover_in_memory(diff, kind, load, naive and naive.add)
+            told = sum_line()
         print(*[told] * bool(told), _verdict(diff, path_raw, path_diff, path_tuned, dtype), sep="\n", flush=True)
         return _load(diff, path_tuned, state, device, kind, test_inference) if load else None
-
-
-def _by_all_names(diff: ExactDiff | FloatDiff, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A tensor with two names by both, as the diff's file has it, but in memory once."""
-    return {spec.name: tensors[diff.aliases.get(spec.name, spec.name)] for spec in diff.specs}
 
 
 def _verdict(

@@ -4,9 +4,11 @@ It recovers almost exactly (float32 rounds; a mean is not the same on every CPU)
 (alpaca/exact_diff.py). This is for diffs made by the code of 2023, and for people who still recover with it.
 """
 
+import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
@@ -23,6 +25,7 @@ from alpaca.weights import (
     memory,
     read_json,
     tied_names,
+    ties_embeddings,
 )
 
 if TYPE_CHECKING:
@@ -62,7 +65,7 @@ class FloatDiff:
         self.base, self.weights, self.sign = base, other, sign
         self.aliases = aliases_of(other)
         self.computed = computed_in_2023(base.config or other.config)
-        rows_of = _RowsOfBase(base)
+        self.rows_of = _RowsOfBase(base)
         self.specs: list[Spec] = []
         self.left_out: list[str] = []
         self.added: dict[str, list[tuple[Tensor | None, int]]] = {}  # name -> base tensors, how many rows of each
@@ -77,14 +80,14 @@ class FloatDiff:
             for known in (name, *(alias for alias, first in self.aliases.items() if first == name)):
                 found, rows = self._of_base(known), 0
                 if found is not None:
-                    rows = rows_of(known, found, tensor)
+                    rows = self.rows_of(known, found, tensor)
                 elif name not in self.computed or self.computed[name].shape != tensor.shape:
                     missing.append(known)
                 if rows is None:
                     misfits.append((found, tensor))
                 self.added.setdefault(name, []).append((found, rows or 0))
         if missing or misfits:
-            self._refuse(missing, misfits, rows_of)
+            self._refuse(missing, misfits)
         if not self.specs:
             raise UsageError(f"{other.flag} {other.folder}: has no floating-point tensors")
         if sign < 0:
@@ -95,10 +98,10 @@ class FloatDiff:
         config = self.base.config or self.weights.config
         return self.base.find(tied_names(config, self.base.tensors).get(name, name))
 
-    def _refuse(self, missing: list[str], misfits: list[tuple[Tensor, Tensor]], rows_of: "_RowsOfBase") -> NoReturn:
+    def _refuse(self, missing: list[str], misfits: list[tuple[Tensor, Tensor]]) -> NoReturn:
         notes = self.notes()
         if not missing and all(rows_may_differ(other.name, base, other) for base, other in misfits):
-            notes = [rows_of.explanation(*misfits[0], self.sign), *notes]
+            notes = [self.rows_of.explanation(*misfits[0], self.sign), *notes]
         refuse_misfit(self.base, self.weights, missing, misfits, notes=notes, advice=False)
 
     def _add_computed(self) -> None:
@@ -180,7 +183,7 @@ class FloatDiff:
 
     def verify(self, pipe: Pipeline, tuned: Weights) -> None:
         """Raise UsageError unless `tuned` is what `pieces` yields, in the dtype of `tuned`, by one name or by both."""
-        specs = {spec.name: spec for spec in self.own}
+        specs = {s.name: s for s in self.own if s.name in tuned.tensors or s.name not in self.computed}
         specs |= {alias: specs[name]._replace(name=alias) for alias, name in self.aliases.items()
                   if alias in tuned.tensors and name in specs}  # fmt: skip
         check_same_tensors(tuned, [spec._replace(dtype=None) for spec in specs.values()], f"{self.folder}")
@@ -219,6 +222,8 @@ class FloatDiff:
         name, largest = last_norm(self.weights)
         if self.sign > 0 and largest > ONE:
             told.append(f"note: {name} of {self.folder} is far from zero; is that a model given as the diff?")
+        if self.sign < 0 and self.rows_of.note:
+            told.append(self.rows_of.note)
         if self.sign > 0 and (name := next(filter(self._lacks_the_base, self.aliases.values()), None)):
             told.append(f"note: {name} of {self.folder} does not look like tuned - base - base. If the diff {OF_OURS}")
         return told
@@ -276,7 +281,7 @@ class _RowsOfBase:
     def __init__(self, base: Weights):
         from alpaca.tokenizer import open_tokenizer  # imports transformers
 
-        self.tokens = self.pad_token = None
+        self.tokens = self.pad_token = self.failing = None
         try:
             tokenizer = open_tokenizer(str(base.folder))
         except Exception as error:  # tokenizers raises what it likes
@@ -296,7 +301,16 @@ class _RowsOfBase:
         if self.tokens is not None and self.resized and name.endswith((*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS)):
             if wanted == self.tokens + 1 <= base.shape[0] + 1:
                 return wanted - 1
+            self.failing = wanted
         return base.shape[0] if wanted - base.shape[0] in (0, 1) else None
+
+    @property
+    def note(self) -> str:
+        """What 2023's code cannot do with embeddings of as many rows, or ""."""
+        if self.failing is None:
+            return ""
+        return (f"note: 2023's code cannot recover this diff: the base's tokenizer has no pad token, so it makes its "
+                f"embeddings {self.tokens + 1} rows long, and those of the diff are {self.failing}")  # fmt: skip
 
     def explanation(self, base: Tensor, other: Tensor, sign: int) -> str:
         """Why embeddings of these two lengths cannot be added in the format of 2023, and what to do."""
@@ -318,7 +332,7 @@ class _RowsOfBase:
 def _pad_token_in_2023(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> str | None:
     """The pad token that transformers 4.28.1 gave a tokenizer: today some classes have one that no file states."""
     files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    stated = any(read_json(path, "tokenizer").get("pad_token") for path in files if path.is_file())
+    stated = any(_read(path).get("pad_token") for path in files)
     of_class = type(tokenizer).__name__.startswith(PADDED_IN_2023)
     return tokenizer.pad_token if stated or of_class else None
 
@@ -403,3 +417,160 @@ def _position_in_llama(name: str) -> tuple[int, int, int]:
         return ({"model.embed_tokens.weight": 0, "model.norm.weight": 2}.get(name, 3), 0, 0)
     rank = LAYER_OF_2023.index(parts[3]) if parts[3] in LAYER_OF_2023 else len(LAYER_OF_2023)
     return (1, int(parts[2]), rank)
+
+
+# ---- the files beside the weights, as transformers 4.28.1 reads them ----
+
+SLOW_FILES = (("tokenizer.model",), ("vocab.json", "merges.txt"))
+OF_THE_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+                    *(name for names in SLOW_FILES for name in names))  # fmt: skip
+KEPT = ("add_bos_token", "add_eos_token", "add_prefix_space", "chat_template", "clean_up_tokenization_spaces", "errors",
+        "model_max_length", "padding_side", "sp_model_kwargs", "truncation_side")  # fmt: skip
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+WITHOUT_CLASS = ("TokenizersBackend", "PreTrainedTokenizerFast", "PreTrainedTokenizer")
+
+
+def write_files_of_2023(tuned: Path, base: Path, folder: Path) -> list[str]:
+    """Write the tuned model's small files into `folder`, its configuration and tokenizer in the form of 2023.
+
+    Returns:
+        what 2023's code cannot read, in lines.
+    """
+    paths = {path.name: path for path in companions(tuned)}
+    for name, path in paths.items():
+        if name not in OF_THE_TOKENIZER:
+            shutil.copyfile(path, folder / name)
+    write_json(folder / "config.json", config_of_2023(read_json(paths["config.json"], "--path_tuned")))
+    if "generation_config.json" in paths:
+        values = read_json(paths["generation_config.json"], "--path_tuned")
+        write_json(folder / "generation_config.json", {n: v for n, v in values.items() if v is not None})
+    return _write_tokenizer(tuned, base, folder)
+
+
+def config_of_2023(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a float32 model by the names of 2023, ties stated; today's names stay beside them."""
+    config = config | {"torch_dtype": "float32", "tie_word_embeddings": ties_embeddings(config)}
+    config |= {"dtype": "float32"} if "dtype" in config else {}
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config.setdefault(
+            "rotary_emb_base" if config.get("model_type") == "gpt_neox" else "rope_theta", rope["rope_theta"]
+        )
+    if "partial_rotary_factor" in rope and config.get("model_type") == "gpt_neox":
+        config.setdefault("rotary_pct", rope["partial_rotary_factor"])
+    return config
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_tokenizer(tuned: Path, base: Path, folder: Path) -> list[str]:
+    from alpaca.tokenizer import open_tokenizer  # imports transformers
+
+    own = [path for path in companions(tuned) if path.name in OF_THE_TOKENIZER]
+    try:
+        tokenizer = open_tokenizer(str(tuned))
+    except Exception as error:  # tokenizers raises what it likes
+        for path in own:
+            shutil.copyfile(path, folder / path.name)
+        return [f"note: the tokenizer of {tuned} cannot be read ({first_line(error)}); its files are as they were"]
+    slow = next(filter(None, (_slow_files(source, tokenizer) for source in (tuned, base))), None)
+    source, names, vocabulary = slow or (tuned, (), {})
+    for name in names:
+        shutil.copyfile(source / name, folder / name)
+    told = []
+    if slow:
+        added = sorted((n, token) for token, n in tokenizer.get_vocab().items() if token not in vocabulary)
+        if [number for number, _ in added] != list(range(len(vocabulary), len(vocabulary) + len(added))):
+            told.append("note: the added tokens do not follow the others one by one, as 2023's tokenizers want it; its "
+                        "code cannot open this one")  # fmt: skip
+        if added:
+            write_json(folder / "added_tokens.json", {token: number for number, token in added})
+    else:
+        told.append(_write_tokenizer_json(tokenizer, tuned, folder))
+    stated = [_read(source / "special_tokens_map.json"), _read(source / "tokenizer_config.json")]
+    config = {
+        n: v for n, v in (stated[1] | _read(tuned / "tokenizer_config.json")).items() if n in KEPT and v is not None
+    }
+    special = _special_tokens(tokenizer, _pad_token_in_2023(tuned, tokenizer), vocabulary, stated)
+    write_json(folder / "special_tokens_map.json", special)
+    if slow:
+        ids = tokenizer("a")["input_ids"]
+        config["add_bos_token"] = ids[0] == tokenizer.bos_token_id
+        config["add_eos_token"] = ids[-1] == tokenizer.eos_token_id
+    config["tokenizer_class"] = _class_of_2023(tokenizer, stated[1])
+    config |= {n: {"__type": "AddedToken", **v} if isinstance(v, dict) else v for n, v in special.items() if n in NAMED}
+    write_json(folder / "tokenizer_config.json", dict(sorted(config.items())))
+    return told
+
+
+def _slow_files(
+    source: Path, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[Path, tuple[str, ...], dict[str, int]] | None:
+    """Return (folder, names, token ids) of a slow tokenizer that is the one given, but for added tokens."""
+    known = tokenizer.get_vocab()
+    for names in SLOW_FILES:
+        if all((source / name).is_file() for name in names):
+            vocabulary = _slow_vocabulary(source / names[0])
+            if all(known.get(token) == number for token, number in vocabulary.items()):
+                return source, names, vocabulary
+    return None
+
+
+def _slow_vocabulary(path: Path) -> dict[str, int]:
+    if path.suffix == ".json":
+        return read_json(path, "tokenizer")
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_file=str(path))
+    return {model.id_to_piece(number): number for number in range(model.get_piece_size())}
+
+
+def _write_tokenizer_json(tokenizer: "PreTrainedTokenizerBase", tuned: Path, folder: Path) -> str:
+    """Write tokenizer.json as tokenizers 0.13 reads it, where it can; return the line that says which it is."""
+    told = f"note: neither {tuned} nor the base has a slow tokenizer (tokenizer.model, or vocab.json and merges.txt)"
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, old = state["model"], state["model"]["type"] == "BPE" and "Metaspace" not in json.dumps(state)
+    if old and not model.pop("ignore_merges", False):
+        model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        write_json(folder / "tokenizer.json", state)
+        return (
+            f"{told}: 2023's code opens its tokenizer.json, which is in the form of then, but not with use_fast=False"
+        )
+    shutil.copyfile(tuned / "tokenizer.json", folder / "tokenizer.json")
+    return f"{told}, and 2023's code cannot read its tokenizer.json: it cannot recover this diff"
+
+
+def _special_tokens(
+    tokenizer: "PreTrainedTokenizerBase", pad_token: str | None, vocabulary: Mapping[str, int], stated: list[dict]
+) -> dict[str, Any]:
+    """Return the special tokens by name: as the folder of the slow tokenizer stated it, or as 2023 saved it, with the
+    spaces around a token of the slow `vocabulary` left to the text, around an added one not."""
+
+    def form(name: str, token: str) -> Any:
+        values = [values.get(name) for values in stated]
+        plain = dict.fromkeys(("lstrip", "rstrip", "single_word"), False) | {"normalized": True, "content": token}
+        found = next((v for v in values if isinstance(v, dict) and v.get("content") == token), plain)
+        return {field: found.get(field, plain[field]) for field in sorted(plain)} if token in vocabulary else token
+
+    tokens = {name: getattr(tokenizer, name, None) for name in NAMED} | {"pad_token": pad_token}
+    special = {name: form(name, str(token)) for name, token in tokens.items() if token}
+    if others := [str(t) for t in tokenizer.all_special_tokens if str(t) not in map(str, tokens.values())]:
+        special["additional_special_tokens"] = others
+    return special
+
+
+def _class_of_2023(tokenizer: "PreTrainedTokenizerBase", stated: dict[str, Any]) -> str:
+    """Return the name that 2023 saved: that of the slow class."""
+    name = type(tokenizer).__name__
+    if name in WITHOUT_CLASS:
+        name = stated.get("tokenizer_class") or name
+    if name in WITHOUT_CLASS:
+        return "PreTrainedTokenizerFast"
+    name = name.removesuffix("Fast")
+    return "LlamaTokenizer" if name == "LLaMATokenizer" else name
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path, "tokenizer") if path.is_file() else {}
