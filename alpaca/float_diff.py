@@ -1,7 +1,8 @@
 """The weight diff of 2023: tuned minus base in float32, as an ordinary checkpoint; and the sum that was its check.
 
 It recovers almost exactly (float32 rounds; a mean is not the same on every CPU) and proves nothing: new diffs are exact
-(alpaca/exact_diff.py). This is for diffs made by the code of 2023, and for people who still recover with it.
+(alpaca/exact_diff.py). This is for diffs made by the code of 2023, and for people who still recover with it: what is
+written here, that code opens (transformers 4.28.1). Tensors are read and written in pieces.
 """
 
 import json
@@ -99,6 +100,7 @@ class FloatDiff:
         return self.base.find(tied_names(config, self.base.tensors).get(name, name))
 
     def _refuse(self, missing: list[str], misfits: list[tuple[Tensor, Tensor]]) -> NoReturn:
+        self.rows_of.failing = None  # said by the explanation
         notes = self.notes()
         if not missing and all(rows_may_differ(other.name, base, other) for base, other in misfits):
             notes = [self.rows_of.explanation(*misfits[0], self.sign), *notes]
@@ -108,8 +110,11 @@ class FloatDiff:
         """The code of 2023 computes such tensors itself where a file lacks them, in the diff too, and would add them
         twice: a zero in the diff is what its own make_diff wrote."""
         names = {spec.name for spec in self.specs}
-        self.zeros = {name: tensor for name, tensor in self.computed.items() if name not in names}
-        self.specs += [Spec(name, torch.float32, tuple(tensor.shape)) for name, tensor in self.zeros.items()]
+        self.specs += [
+            Spec(name, torch.float32, tuple(tensor.shape))
+            for name, tensor in self.computed.items()
+            if name not in names
+        ]
 
     @property
     def own(self) -> list[Spec]:
@@ -345,7 +350,7 @@ def computed_in_2023(config: dict) -> dict[str, torch.Tensor]:
     the number that stands for minus infinity in an attention mask."""
     kind, found = config.get("model_type"), {}
     layers = next((config[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config), 0)
-    for ending, value in COMPUTED_IN_2023.get(kind, {}).items():
+    for ending, value in COMPUTED_IN_2023.get(kind, {}).items() if layers else ():
         tensor = inv_freq(config) if value is None else torch.tensor(value)
         found |= {ending.format(layer): tensor for layer in range(layers)}
     return found
