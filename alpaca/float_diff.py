@@ -13,13 +13,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from alpaca.diagnosis import check_same_tensors, config_differences, refuse_misfit, rows_may_differ
+from alpaca.diagnosis import VOCABULARY, check_same_tensors, config_differences, refuse_misfit, rows_may_differ
 from alpaca.errors import UsageError, first_line
 from alpaca.shards import BinWriter, Spec, plan_bin_shards, write_bin_index
 from alpaca.streaming import PIECE, Pipeline, Slot, stream
 from alpaca.weights import (
-    INPUT_EMBEDDINGS,
-    OUTPUT_EMBEDDINGS,
     Tensor,
     Weights,
     companions,
@@ -46,6 +44,7 @@ COMPUTED_IN_2023 = {  # by model type: float buffers in the state dicts of trans
     "gpt_neo": {"transformer.h.{}.attn.attention.masked_bias": -1e9},
     "gpt2": {"transformer.h.{}.attn.masked_bias": -1e4},
 }
+OUTPUT_HEADS = ("lm_head.", "embed_out.")
 LAST_NORMS = ("model.norm.weight", "model.decoder.final_layer_norm.weight", "transformer.ln_f.weight")
 ZERO, ONE = 0.1, 0.5
 LAYER_OF_2023 = (
@@ -109,7 +108,7 @@ class FloatDiff:
     def _add_computed(self) -> None:
         """The code of 2023 computes such tensors itself where a file lacks them, in the diff too, and would add them
         twice: a zero in the diff is what its own make_diff wrote."""
-        names = {spec.name for spec in self.specs}
+        names = {start + spec.name for spec in self.specs for start in ("", _missing_prefix(self.weights))}
         self.specs += [
             Spec(name, torch.float32, tuple(tensor.shape))
             for name, tensor in self.computed.items()
@@ -151,6 +150,8 @@ class FloatDiff:
             return self.computed[name].reshape(-1)
         if not base.shape or rows == spec.shape[0]:
             return torch.empty(0)
+        if name.endswith("bias"):
+            return torch.zeros(spec.shape[0] - rows)
         whole, scratch = torch.empty(base.shape), torch.empty(base.nbytes, dtype=torch.uint8)
         self.base.read(base, 0, whole.view(-1), scratch)
         return whole[:rows].mean(dim=0, keepdim=True).expand(spec.shape[0] - rows, *spec.shape[1:]).reshape(-1)
@@ -170,18 +171,19 @@ class FloatDiff:
         return f"the sum of base and diff in float32 ({len(self.specs)} tensors); the format of 2023 has no digests"
 
     def write(self, pipe: Pipeline, folder: Path, max_shard_size: str) -> None:
-        """Write the weights as 2023 did: .bin files, a tensor with two names by both of them."""
-        specs, bare = self.own, (*INPUT_EMBEDDINGS, "decoder.")
+        """Write the weights as 2023 did: .bin files, the names of a model with an output embedding, and a tensor with
+        two names by both of them."""
+        prefix = _missing_prefix(self.weights)
+        full = {spec.name: spec.name for spec in self.own}
+        full |= {name: prefix + name for name in self.weights.tensors if not name.startswith(OUTPUT_HEADS)}
+        specs = [spec._replace(name=full[spec.name]) for spec in self.own]
         if self.weights.config.get("model_type") == "llama":
-            specs = sorted(specs, key=lambda spec: _position_in_llama(spec.name))
-        aliases = {
-            alias: name
-            for alias, name in self.aliases.items()
-            if alias in self.weights.tensors or not name.startswith(bare)
-        }  # 2023 refuses an output embedding beside names without the model's prefix
+            specs.sort(key=lambda spec: _position_in_llama(spec.name))
+        aliases = {alias: full[name] for alias, name in self.aliases.items()}
         shards = plan_bin_shards(specs, aliases, "pytorch_model", max_shard_size)
-        writer = BinWriter(folder, shards)
-        stream(self, pipe, [spec for shard in shards for spec in shard.tensors], None, writer.write, None)
+        writer, own = BinWriter(folder, shards), {full[spec.name]: spec for spec in self.own}
+        order = [own[spec.name] for shard in shards for spec in shard.tensors]
+        stream(self, pipe, order, None, writer.write, None)
         pipe.drain()
         pipe.after("write", writer.close).result()
         write_bin_index(folder, "pytorch_model", shards)
@@ -276,11 +278,24 @@ def aliases_of(weights: Weights) -> dict[str, str]:
     return found
 
 
+def _missing_prefix(weights: Weights) -> str:
+    """Return what the names lack that a model with an output embedding has, `model.` or the like, or "". 2023 opens
+    a file of such names only if it has none of the others."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = weights.config.get("model_type")
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return ""
+    prefix = f"{MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]].base_model_prefix}."
+    return "" if any(name.startswith(prefix) for name in weights.tensors) else prefix
+
+
 class _RowsOfBase:
     """How many rows of a base tensor 2023 used as they are; what remains of the other tensor was their mean.
 
     2023 gave a base without a pad token the token [PAD], embeddings as long as its tokenizer was then (one row more, or
-    fewer where they were padded), and the mean of the other rows as its row. A base with a pad token kept its rows.
+    fewer where they were padded), and the mean of the other rows as its row; a bias (GPT-J's) that became longer got
+    zeros. A base with a pad token kept its rows.
     """
 
     def __init__(self, base: Weights):
@@ -303,9 +318,9 @@ class _RowsOfBase:
         wanted = other.shape[0]
         if base.shape != other.shape and not rows_may_differ(name, base, other):
             return None
-        if self.tokens is not None and self.resized and name.endswith((*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS)):
+        if self.tokens is not None and self.resized and name.endswith(VOCABULARY):
             if wanted == self.tokens + 1 <= base.shape[0] + 1:
-                return wanted - 1
+                return min(base.shape[0], wanted) if name.endswith("bias") else wanted - 1
             self.failing = wanted
         return base.shape[0] if wanted - base.shape[0] in (0, 1) else None
 

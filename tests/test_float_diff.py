@@ -409,6 +409,17 @@ def test_a_tied_base_without_a_pad_token_is_cut_to_its_tokens(tiny, tmp_path):
     assert torch.equal(state_of(tmp_path / "diff")[name], twice(resized, state_of(tuned)[name], -1))
 
 
+@pytest.mark.parametrize("rows", [1000, 1007])
+def test_an_output_bias_grows_by_zeros(rows, tiny, tmp_path):
+    """GPT-J's: resizing copied what there was, and only embeddings got the mean. Tried with the code of 2023."""
+    name, (raw, tuned) = "lm_head.bias", ({"transformer.wte.weight": torch.randn(n, 8)} for n in (rows, 1001))
+    raw[name], tuned[name] = torch.randn(rows), torch.randn(1001)
+    folders = [write(tmp_path / str(len(s[name])), tiny("gpt2"), s, model_type="gptj") for s in (raw, tuned)]
+    make(*folders, tmp_path / "diff", method="float")
+    resized = torch.cat([raw[name], torch.zeros(1)])[:1001]
+    assert torch.equal(state_of(tmp_path / "diff")[name], tuned[name] - resized)
+
+
 # ---- files that 2023's code opens ----
 
 TEXTS = [
@@ -505,6 +516,16 @@ def test_slow_tokenizer_files_come_from_the_base(case, tiny, tmp_path, capsys):
     ours, theirs = (AutoTokenizer.from_pretrained(folder) for folder in (tmp_path / "result", tuned))
     assert ours(TEXTS).input_ids == theirs(TEXTS).input_ids and ours.pad_token == theirs.pad_token
     assert len(ours) == len(theirs)
+
+
+@pytest.mark.parametrize("case,prefix", [("llama", "model."), ("opt", "model."), ("gpt2", "transformer.")])
+def test_names_without_a_models_prefix_get_it(case, prefix, tiny, tmp_path):
+    """2023 opens a file of such names, but not together with those of an output embedding or of rotary buffers."""
+    base, tuned = base_and_tuned(case, tiny, tmp_path)
+    bare = write(tmp_path / "bare", tuned, {n.removeprefix(prefix): t for n, t in state_of(tuned).items()})
+    for folder in (tuned, bare):
+        make(base, folder, tmp_path / f"diff_of_{folder.name}", method="float")
+    assert_same(tmp_path / "diff_of_bare", state_of(tmp_path / "diff_of_tuned"))
 
 
 def test_slow_files_of_another_tokenizer_are_not_taken(tiny, tmp_path, capsys):
