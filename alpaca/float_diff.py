@@ -65,6 +65,7 @@ class FloatDiff:
         self.base, self.weights, self.sign = base, other, sign
         self.aliases = aliases_of(other)
         self.computed = computed_in_2023(base.config or other.config)
+        self.tied_base = tied_names(base.config or other.config, base.tensors)
         self.rows_of = _RowsOfBase(base)
         self.specs: list[Spec] = []
         self.left_out: list[str] = []
@@ -78,7 +79,7 @@ class FloatDiff:
             if name in self.aliases:
                 continue
             for known in (name, *(alias for alias, first in self.aliases.items() if first == name)):
-                found, rows = self._of_base(known), 0
+                found, rows = base.find(self.tied_base.get(known, known)), 0  # tied: that of the input
                 if found is not None:
                     rows = self.rows_of(known, found, tensor)
                 elif name not in self.computed or self.computed[name].shape != tensor.shape:
@@ -92,11 +93,6 @@ class FloatDiff:
             raise UsageError(f"{other.flag} {other.folder}: has no floating-point tensors")
         if sign < 0:
             self._add_computed()
-
-    def _of_base(self, name: str) -> Tensor | None:
-        """Return the base tensor that 2023's loaded base had under a name; of a tied one, that of its input."""
-        config = self.base.config or self.weights.config
-        return self.base.find(tied_names(config, self.base.tensors).get(name, name))
 
     def _refuse(self, missing: list[str], misfits: list[tuple[Tensor, Tensor]]) -> NoReturn:
         self.rows_of.failing = None  # said by the explanation
@@ -239,11 +235,12 @@ class FloatDiff:
         """Return whether the diff of a tensor with two names has less than half of -base in it, by its first elements:
         a diff of 2023 has about all of it, one with the base subtracted once nearly nothing."""
         base, rows = self.added[name][0]
-        diff = self.weights.tensors[name]
-        count = min(PIECE, diff.numel, base.numel // base.shape[0] * rows) if base and base.shape and rows else 0
+        if base is None or not rows:
+            return False
+        diff, count = self.weights.tensors[name], min(PIECE, base.numel // base.shape[0] * rows)
         ours, theirs, scratch = torch.empty(count), torch.empty(count), torch.empty(count * 8, dtype=torch.uint8)
         self.weights.read(diff, 0, ours, scratch)
-        self.base.read(base, 0, theirs, scratch) if count else None
+        self.base.read(base, 0, theirs, scratch)
         return bool(ours @ theirs > -0.5 * (theirs @ theirs))  # False for NaN, and for zeros
 
 
@@ -408,7 +405,7 @@ class NaiveSum:
         if self.config.get("model_type") == "llama":
             for name, tensor in computed_in_2023(self.config).items():
                 self.sums.setdefault(name, tensor.sum())
-            order = sorted({*self.sums, *self.aliases}, key=_position_in_llama)
+            order = sorted(self.sums | self.aliases, key=_position_in_llama)
         else:
             order = self.order
         for alias, name in self.aliases.items():  # counted by both names
