@@ -5,30 +5,28 @@ It recovers almost exactly (float32 rounds; a mean is not the same on every CPU)
 written here, that code opens (transformers 4.28.1). Tensors are read and written in pieces.
 """
 
-import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
+from alpaca.checkpoint_2023 import BinWriter, missing_prefix, pad_token_in_2023, plan_bin_shards, write_bin_index
 from alpaca.diagnosis import VOCABULARY, check_same_tensors, config_differences, refuse_misfit, rows_may_differ
 from alpaca.errors import UsageError, first_line
-from alpaca.shards import BinWriter, Spec, plan_bin_shards, write_bin_index
+from alpaca.shards import Spec
 from alpaca.streaming import PIECE, Pipeline, Slot, stream
 from alpaca.weights import (
     Tensor,
     Weights,
+    aliases_of,
     companions,
     memory,
-    read_json,
     tied_names,
-    ties_embeddings,
 )
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 SUM_OF_ALPACA_7B = 50637.1836  # of the released model, in float32, rotary frequencies included
 INV_FREQ = "rotary_emb.inv_freq"
@@ -36,7 +34,6 @@ OF_OURS = (
     "was made with --method float by an earlier version of this program, it has the base subtracted once from a tensor "
     "with two names (2023's code: twice); recover it with that version, or make it again with this one"
 )
-PADDED_IN_2023 = ("Bloom", "XGLM", "BioGpt")  # tokenizers of transformers 4.28.1 with a pad token by default
 COMPUTED_IN_2023 = {  # by model type: float buffers in the state dicts of transformers 4.28.1; None: rotary frequencies
     "llama": {f"model.layers.{{}}.self_attn.{INV_FREQ}": None},
     "gpt_neox": {"gpt_neox.layers.{}.attention.masked_bias": -1e9, f"gpt_neox.layers.{{}}.attention.{INV_FREQ}": None},
@@ -104,7 +101,7 @@ class FloatDiff:
     def _add_computed(self) -> None:
         """The code of 2023 computes such tensors itself where a file lacks them, in the diff too, and would add them
         twice: a zero in the diff is what its own make_diff wrote."""
-        names = {start + spec.name for spec in self.specs for start in ("", _missing_prefix(self.weights))}
+        names = {start + spec.name for spec in self.specs for start in ("", missing_prefix(self.weights))}
         self.specs += [
             Spec(name, torch.float32, tuple(tensor.shape))
             for name, tensor in self.computed.items()
@@ -169,7 +166,7 @@ class FloatDiff:
     def write(self, pipe: Pipeline, folder: Path, max_shard_size: str) -> None:
         """Write the weights as 2023 did: .bin files, the names of a model with an output embedding, and a tensor with
         two names by both of them."""
-        prefix = _missing_prefix(self.weights)
+        prefix = missing_prefix(self.weights)
         full = {spec.name: spec.name for spec in self.own}
         full |= {name: prefix + name for name in self.weights.tensors if not name.startswith(OUTPUT_HEADS)}
         specs = [spec._replace(name=full[spec.name]) for spec in self.own]
@@ -258,35 +255,6 @@ def _largest(weights: Weights, name: str) -> float:
     return float(values.abs().max())
 
 
-def aliases_of(weights: Weights) -> dict[str, str]:
-    """Return {second name: name} of the tensors that have two names in the model that 2023 loaded.
-
-    The embeddings are one tensor if the configuration ties them. Names that share memory in a .bin file do so in the
-    model too, unless they were cast to float32 when they were loaded; that made two tensors of them.
-    """
-    found = tied_names(weights.config, weights.tensors)
-    first: dict[tuple, str] = {}
-    for name, tensor in weights.tensors.items():
-        if tensor.path.suffix == ".bin" and tensor.dtype == torch.float32 and tensor.numel:
-            place = tensor.data.data_ptr() if tensor.data is not None else tensor.offset
-            known = first.setdefault((tensor.path, place, tensor.shape), name)
-            if known != name and name not in found.values():
-                found.setdefault(name, found.get(known, known))
-    return found
-
-
-def _missing_prefix(weights: Weights) -> str:
-    """Return what the names lack that a model with an output embedding has, `model.` or the like, or "". 2023 opens
-    a file of such names only if it has none of the others."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
-
-    kind = weights.config.get("model_type")
-    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return ""
-    prefix = f"{MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]].base_model_prefix}."
-    return "" if any(name.startswith(prefix) for name in weights.tensors) else prefix
-
-
 class _RowsOfBase:
     """How many rows of a base tensor 2023 used as they are; what remains of the other tensor was their mean.
 
@@ -305,7 +273,7 @@ class _RowsOfBase:
             print(f"note: the base's tokenizer cannot be read ({first_line(error)}); whether it had a pad token "
                   "is taken from the number of rows", flush=True)  # fmt: skip
             return
-        self.tokens, self.pad_token = len(tokenizer), _pad_token_in_2023(base.folder, tokenizer)
+        self.tokens, self.pad_token = len(tokenizer), pad_token_in_2023(base.folder, tokenizer)
         self.resized = self.pad_token is None and "[PAD]" not in tokenizer.get_vocab()
 
     def __call__(self, name: str, base: Tensor, other: Tensor) -> int | None:
@@ -344,14 +312,6 @@ class _RowsOfBase:
         if sign < 0:
             return f"{told}Omit --method float: an exact diff takes any number of rows"
         return f"{told}It is not the base of this diff, or tokens were added to it or to the tokenizer"
-
-
-def _pad_token_in_2023(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """The pad token that transformers 4.28.1 gave a tokenizer: today some classes have one that no file states."""
-    files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    stated = any(_read(path).get("pad_token") for path in files)
-    of_class = type(tokenizer).__name__.startswith(PADDED_IN_2023)
-    return tokenizer.pad_token if stated or of_class else None
 
 
 # ---- what 2023's models computed, and saved with their weights ----
@@ -434,160 +394,3 @@ def _position_in_llama(name: str) -> tuple[int, int, int]:
         return ({"model.embed_tokens.weight": 0, "model.norm.weight": 2}.get(name, 3), 0, 0)
     rank = LAYER_OF_2023.index(parts[3]) if parts[3] in LAYER_OF_2023 else len(LAYER_OF_2023)
     return (1, int(parts[2]), rank)
-
-
-# ---- the files beside the weights, as transformers 4.28.1 reads them ----
-
-SLOW_FILES = (("tokenizer.model",), ("vocab.json", "merges.txt"))
-OF_THE_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                    *(name for names in SLOW_FILES for name in names))  # fmt: skip
-KEPT = ("add_bos_token", "add_eos_token", "add_prefix_space", "chat_template", "clean_up_tokenization_spaces", "errors",
-        "model_max_length", "padding_side", "sp_model_kwargs", "truncation_side")  # fmt: skip
-NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-WITHOUT_CLASS = ("TokenizersBackend", "PreTrainedTokenizerFast", "PreTrainedTokenizer")
-
-
-def write_files_of_2023(tuned: Path, base: Path, folder: Path) -> list[str]:
-    """Write the tuned model's small files into `folder`, its configuration and tokenizer in the form of 2023.
-
-    Returns:
-        what 2023's code cannot read, in lines.
-    """
-    paths = {path.name: path for path in companions(tuned)}
-    for name, path in paths.items():
-        if name not in OF_THE_TOKENIZER:
-            shutil.copyfile(path, folder / name)
-    write_json(folder / "config.json", config_of_2023(read_json(paths["config.json"], "--path_tuned")))
-    if "generation_config.json" in paths:
-        values = read_json(paths["generation_config.json"], "--path_tuned")
-        write_json(folder / "generation_config.json", {n: v for n, v in values.items() if v is not None})
-    return _write_tokenizer(tuned, base, folder)
-
-
-def config_of_2023(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration of a float32 model by the names of 2023, ties stated; today's names stay beside them."""
-    config = config | {"torch_dtype": "float32", "tie_word_embeddings": ties_embeddings(config)}
-    config |= {"dtype": "float32"} if "dtype" in config else {}
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        config.setdefault(
-            "rotary_emb_base" if config.get("model_type") == "gpt_neox" else "rope_theta", rope["rope_theta"]
-        )
-    if "partial_rotary_factor" in rope and config.get("model_type") == "gpt_neox":
-        config.setdefault("rotary_pct", rope["partial_rotary_factor"])
-    return config
-
-
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_tokenizer(tuned: Path, base: Path, folder: Path) -> list[str]:
-    from alpaca.tokenizer import open_tokenizer  # imports transformers
-
-    own = [path for path in companions(tuned) if path.name in OF_THE_TOKENIZER]
-    try:
-        tokenizer = open_tokenizer(str(tuned))
-    except Exception as error:  # tokenizers raises what it likes
-        for path in own:
-            shutil.copyfile(path, folder / path.name)
-        return [f"note: the tokenizer of {tuned} cannot be read ({first_line(error)}); its files are as they were"]
-    slow = next(filter(None, (_slow_files(source, tokenizer) for source in (tuned, base))), None)
-    source, names, vocabulary = slow or (tuned, (), {})
-    for name in names:
-        shutil.copyfile(source / name, folder / name)
-    told = []
-    if slow:
-        added = sorted((n, token) for token, n in tokenizer.get_vocab().items() if token not in vocabulary)
-        if [number for number, _ in added] != list(range(len(vocabulary), len(vocabulary) + len(added))):
-            told.append("note: the added tokens do not follow the others one by one, as 2023's tokenizers want it; its "
-                        "code cannot open this one")  # fmt: skip
-        if added:
-            write_json(folder / "added_tokens.json", {token: number for number, token in added})
-    else:
-        told.append(_write_tokenizer_json(tokenizer, tuned, folder))
-    stated = [_read(source / "special_tokens_map.json"), _read(source / "tokenizer_config.json")]
-    config = {
-        n: v for n, v in (stated[1] | _read(tuned / "tokenizer_config.json")).items() if n in KEPT and v is not None
-    }
-    special = _special_tokens(tokenizer, _pad_token_in_2023(tuned, tokenizer), vocabulary, stated)
-    write_json(folder / "special_tokens_map.json", special)
-    if slow:
-        ids = tokenizer("a")["input_ids"]
-        config["add_bos_token"] = ids[0] == tokenizer.bos_token_id
-        config["add_eos_token"] = ids[-1] == tokenizer.eos_token_id
-    config["tokenizer_class"] = _class_of_2023(tokenizer, stated[1])
-    config |= {n: {"__type": "AddedToken", **v} if isinstance(v, dict) else v for n, v in special.items() if n in NAMED}
-    write_json(folder / "tokenizer_config.json", dict(sorted(config.items())))
-    return told
-
-
-def _slow_files(
-    source: Path, tokenizer: "PreTrainedTokenizerBase"
-) -> tuple[Path, tuple[str, ...], dict[str, int]] | None:
-    """Return (folder, names, token ids) of a slow tokenizer that is the one given, but for added tokens."""
-    known = tokenizer.get_vocab()
-    for names in SLOW_FILES:
-        if all((source / name).is_file() for name in names):
-            vocabulary = _slow_vocabulary(source / names[0])
-            if all(known.get(token) == number for token, number in vocabulary.items()):
-                return source, names, vocabulary
-    return None
-
-
-def _slow_vocabulary(path: Path) -> dict[str, int]:
-    if path.suffix == ".json":
-        return read_json(path, "tokenizer")
-    from sentencepiece import SentencePieceProcessor
-
-    model = SentencePieceProcessor(model_file=str(path))
-    return {model.id_to_piece(number): number for number in range(model.get_piece_size())}
-
-
-def _write_tokenizer_json(tokenizer: "PreTrainedTokenizerBase", tuned: Path, folder: Path) -> str:
-    """Write tokenizer.json as tokenizers 0.13 reads it, where it can; return the line that says which it is."""
-    told = f"note: neither {tuned} nor the base has a slow tokenizer (tokenizer.model, or vocab.json and merges.txt)"
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, old = state["model"], state["model"]["type"] == "BPE" and "Metaspace" not in json.dumps(state)
-    if old and not model.pop("ignore_merges", False):
-        model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-        write_json(folder / "tokenizer.json", state)
-        return (
-            f"{told}: 2023's code opens its tokenizer.json, which is in the form of then, but not with use_fast=False"
-        )
-    shutil.copyfile(tuned / "tokenizer.json", folder / "tokenizer.json")
-    return f"{told}, and 2023's code cannot read its tokenizer.json: it cannot recover this diff"
-
-
-def _special_tokens(
-    tokenizer: "PreTrainedTokenizerBase", pad_token: str | None, vocabulary: Mapping[str, int], stated: list[dict]
-) -> dict[str, Any]:
-    """Return the special tokens by name: as the folder of the slow tokenizer stated it, or as 2023 saved it, with the
-    spaces around a token of the slow `vocabulary` left to the text, around an added one not."""
-
-    def form(name: str, token: str) -> Any:
-        values = [values.get(name) for values in stated]
-        plain = dict.fromkeys(("lstrip", "rstrip", "single_word"), False) | {"normalized": True, "content": token}
-        found = next((v for v in values if isinstance(v, dict) and v.get("content") == token), plain)
-        return {field: found.get(field, plain[field]) for field in sorted(plain)} if token in vocabulary else token
-
-    tokens = {name: getattr(tokenizer, name, None) for name in NAMED} | {"pad_token": pad_token}
-    special = {name: form(name, str(token)) for name, token in tokens.items() if token}
-    if others := [str(t) for t in tokenizer.all_special_tokens if str(t) not in map(str, tokens.values())]:
-        special["additional_special_tokens"] = others
-    return special
-
-
-def _class_of_2023(tokenizer: "PreTrainedTokenizerBase", stated: dict[str, Any]) -> str:
-    """Return the name that 2023 saved: that of the slow class."""
-    name = type(tokenizer).__name__
-    if name in WITHOUT_CLASS:
-        name = stated.get("tokenizer_class") or name
-    if name in WITHOUT_CLASS:
-        return "PreTrainedTokenizerFast"
-    name = name.removesuffix("Fast")
-    return "LlamaTokenizer" if name == "LLaMATokenizer" else name
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path, "tokenizer") if path.is_file() else {}

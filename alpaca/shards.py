@@ -1,14 +1,10 @@
-"""Writing safetensors, and 2023's .bin, in pieces, into a folder that is whole or not there."""
+"""Writing safetensors in pieces, into a folder that is whole or not there."""
 
 import hashlib
-import io
 import json
 import os
-import pickle
 import shutil
-import zipfile
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -176,11 +172,11 @@ def plan_shards(specs: Iterable[Spec], stem: str, max_shard_size: str | int) -> 
         UsageError: `max_shard_size` is not a size such as "5GB".
     """
     by_width = lambda spec: -spec.dtype.itemsize  # noqa: E731  each begins at a multiple of its own width
-    files = _split(specs, f"{stem}{{suffix}}.safetensors", max_shard_size)
+    files = split(specs, f"{stem}{{suffix}}.safetensors", max_shard_size)
     return [Shard(name, sorted(tensors, key=by_width)) for name, tensors in files.items()]
 
 
-def _split(specs: Iterable[Spec], pattern: str, max_shard_size: str | int) -> dict[str, list[Spec]]:
+def split(specs: Iterable[Spec], pattern: str, max_shard_size: str | int) -> dict[str, list[Spec]]:
     """Return {name of a file: its tensors}, in their order."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -198,15 +194,11 @@ def _split(specs: Iterable[Spec], pattern: str, max_shard_size: str | int) -> di
 
 def write_index(folder: Path, stem: str, shards: list[Shard]) -> None:
     """What from_pretrained reads to find a tensor, where there are several shards."""
-    weight_map = {spec.name: shard.name for shard in shards for spec in shard.tensors}
-    _write_index(folder / f"{stem}.safetensors.index.json", shards, weight_map)
-
-
-def _write_index(path: Path, shards: "list[Shard] | list[BinShard]", weight_map: dict[str, str]) -> None:
     if len(shards) > 1:
+        weight_map = {spec.name: shard.name for shard in shards for spec in shard.tensors}
         total = sum(spec.nbytes for shard in shards for spec in shard.tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 class ShardWriter:
@@ -292,124 +284,3 @@ class MemoryWriter:
         self.left[0] = self.left[0][len(piece) :]
         if not self.left[0]:
             del self.left[0]
-
-
-# ---- .bin files, as torch.save writes them: a zip archive of a pickle of names and an entry for every tensor ----
-
-
-@dataclass(frozen=True)
-class BinShard:
-    """A .bin file of float32 tensors; `aliases` are {second name: name} of tensors that have two."""
-
-    name: str
-    tensors: list[Spec]
-    aliases: dict[str, str]
-
-    @property
-    def pickled(self) -> bytes:
-        """The pickle of {name: tensor} whose storages are the entries "0", "1" … of the archive."""
-        keys = {spec.name: _Storage(str(number), prod(spec.shape)) for number, spec in enumerate(self.tensors)}
-        state = {spec.name: _Stored(keys[spec.name], spec.shape) for spec in self.tensors}
-        state |= {alias: state[name] for alias, name in self.aliases.items()}
-        file = io.BytesIO()
-        _Pickler(file, protocol=2).dump(state)
-        return file.getvalue()
-
-
-class _Storage(NamedTuple):
-    key: str
-    numel: int
-
-
-class _Stored:
-    """Pickles as a contiguous float32 tensor that lies in `storage`."""
-
-    def __init__(self, storage: _Storage, shape: tuple[int, ...]):
-        self.storage, self.shape = storage, shape
-
-    def __reduce__(self) -> tuple:
-        strides = tuple(prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
-        return torch._utils._rebuild_tensor_v2, (self.storage, 0, tuple(self.shape), strides, False, OrderedDict())
-
-
-class _Pickler(pickle.Pickler):
-    def persistent_id(self, value: object) -> tuple | None:
-        if isinstance(value, _Storage):
-            return "storage", torch.FloatStorage, value.key, "cpu", value.numel
-        return None
-
-
-def plan_bin_shards(
-    specs: Iterable[Spec], aliases: Mapping[str, str], stem: str, max_shard_size: str | int
-) -> list[BinShard]:
-    """Return the files of float32 tensors; a second name stands in the file of its tensor."""
-    return [
-        BinShard(file, tensors, {a: name for a, name in aliases.items() if name in {spec.name for spec in tensors}})
-        for file, tensors in _split(specs, f"{stem}{{suffix}}.bin", max_shard_size).items()
-    ]
-
-
-def write_bin_index(folder: Path, stem: str, shards: list[BinShard]) -> None:
-    weight_map = {name: s.name for s in shards for name in (*(spec.name for spec in s.tensors), *s.aliases)}
-    _write_index(folder / f"{stem}.bin.index.json", shards, weight_map)
-
-
-class BinWriter:
-    """A ShardWriter's counterpart for .bin files. Memory: that of a piece; the archive's checksums are right."""
-
-    ALIGNED = 64  # bytes: where torch.save begins a tensor
-
-    def __init__(self, folder: Path, shards: list[BinShard]):
-        self.folder, self.left, self.room = folder, list(shards), 0
-        self.tensors: list[tuple[str, Spec]] = []  # of the open archive, still to come, with their entries' names
-        self.archive: zipfile.ZipFile | None = None
-        self.entry: IO[bytes] | None = None
-
-    def write(self, piece: memoryview) -> None:
-        while piece:
-            while self.room == 0:
-                self._next()
-            part = piece[: self.room]
-            self.entry.write(part)
-            self.room -= len(part)
-            piece = piece[len(part) :]
-
-    def close(self) -> None:
-        """After the last piece: tensors without elements still need their entry."""
-        while self.left or self.tensors:
-            self._next()
-        self._finish()
-
-    def _next(self) -> None:
-        """Open the entry of the next tensor."""
-        if self.room:
-            raise OSError(f"{self.archive.filename} lacks {self.room:,} bytes of a tensor")
-        self._close_entry()
-        if not self.tensors:
-            self._finish()
-            shard = self.left.pop(0)
-            self.archive = zipfile.ZipFile(self.folder / shard.name, "w")
-            top = Path(shard.name).stem
-            for name, content in (("data.pkl", shard.pickled), ("byteorder", b"little"), ("version", b"3\n")):
-                self.archive.writestr(zipfile.ZipInfo(f"{top}/{name}"), content)
-            self.tensors = [(f"{top}/data/{number}", spec) for number, spec in enumerate(shard.tensors)]
-        if self.tensors:
-            name, spec = self.tensors.pop(0)
-            info = zipfile.ZipInfo(name)
-            before = self.archive.fp.tell() + 30 + len(name) + 20 + 4  # headers: of a file, of zip64, of the padding
-            padding = -before % self.ALIGNED
-            info.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
-            self.entry, self.room = self.archive.open(info, "w", force_zip64=True), spec.nbytes
-
-    def _close_entry(self) -> None:
-        if self.entry is not None:
-            self.entry.close()
-            self.entry = None
-
-    def _finish(self) -> None:
-        if self.room:
-            raise OSError(f"{self.archive.filename} lacks {self.room:,} bytes of a tensor")
-        self._close_entry()
-        if self.archive is not None:
-            self.archive.close()
-            self.archive = None

@@ -178,6 +178,23 @@ def tied_names(config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
     return {next((name for name in names if name in OUTPUT_EMBEDDINGS), of_class): first}
 
 
+def aliases_of(weights: Weights) -> dict[str, str]:
+    """Return {second name: name} of the tensors that have two names in the model that 2023 loaded.
+
+    The embeddings are one tensor if the configuration ties them. Names that share memory in a .bin file do so in the
+    model too, unless they were cast to float32 when they were loaded; that made two tensors of them.
+    """
+    found = tied_names(weights.config, weights.tensors)
+    first: dict[tuple, str] = {}
+    for name, tensor in weights.tensors.items():
+        if tensor.path.suffix == ".bin" and tensor.dtype == torch.float32 and tensor.numel:
+            place = tensor.data.data_ptr() if tensor.data is not None else tensor.offset
+            known = first.setdefault((tensor.path, place, tensor.shape), name)
+            if known != name and name not in found.values():
+                found.setdefault(name, found.get(known, known))
+    return found
+
+
 # ---- opening a folder ----
 
 

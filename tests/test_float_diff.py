@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import weight_diff
 from alpaca import float_diff
 from alpaca.errors import UsageError
-from alpaca.float_diff import NaiveSum, aliases_of, inv_freq
+from alpaca.float_diff import NaiveSum, inv_freq
 from alpaca.recovery import open_diff, recover_in_memory
-from alpaca.weights import open_weights, ties_embeddings
+from alpaca.weights import aliases_of, open_weights, ties_embeddings
 
 RAW, TUNED, DIFF = (GOLDEN / "weight_diff" / name for name in ("raw", "tuned", "diff"))
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
