@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from alpaca.errors import first_line
+from alpaca.errors import UsageError, first_line
 from alpaca.shards import Spec, split
 from alpaca.weights import Weights, companions, read_json, ties_embeddings
 
@@ -192,14 +192,11 @@ def config_of_2023(config: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration of a float32 model by the names of 2023, ties stated; today's names stay beside them."""
     config = config | {"torch_dtype": "float32", "tie_word_embeddings": ties_embeddings(config)}
     config |= {"dtype": "float32"} if "dtype" in config else {}
+    names = {"rope_theta": "rope_theta"}
+    if config.get("model_type") == "gpt_neox":
+        names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
     rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        config.setdefault(
-            "rotary_emb_base" if config.get("model_type") == "gpt_neox" else "rope_theta", rope["rope_theta"]
-        )
-    if "partial_rotary_factor" in rope and config.get("model_type") == "gpt_neox":
-        config.setdefault("rotary_pct", rope["partial_rotary_factor"])
-    return config
+    return {old: rope[name] for name, old in names.items() if name in rope} | config
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -238,8 +235,8 @@ def _write_tokenizer(tuned: Path, base: Path, folder: Path) -> list[str]:
     write_json(folder / "special_tokens_map.json", special)
     if slow:
         ids = tokenizer("a")["input_ids"]
-        config["add_bos_token"] = ids[0] == tokenizer.bos_token_id
-        config["add_eos_token"] = ids[-1] == tokenizer.eos_token_id
+        config["add_bos_token"] = ids[:1] == [tokenizer.bos_token_id]
+        config["add_eos_token"] = ids[-1:] == [tokenizer.eos_token_id]
     config["tokenizer_class"] = _class_of_2023(tokenizer, stated[1])
     config |= {n: {"__type": "AddedToken", **v} if isinstance(v, dict) else v for n, v in special.items() if n in NAMED}
     write_json(folder / "tokenizer_config.json", dict(sorted(config.items())))
@@ -253,7 +250,12 @@ def _slow_files(
     known = tokenizer.get_vocab()
     for names in SLOW_FILES:
         if all((source / name).is_file() for name in names):
-            vocabulary = _slow_vocabulary(source / names[0])
+            try:
+                vocabulary = _slow_vocabulary(source / names[0])
+            except RuntimeError as error:  # sentencepiece's
+                raise UsageError(
+                    f"{source / names[0]} is damaged ({first_line(error)}); copy or download it"
+                ) from error
             if all(known.get(token) == number for token, number in vocabulary.items()):
                 return source, names, vocabulary
     return None
@@ -270,15 +272,13 @@ def _slow_vocabulary(path: Path) -> dict[str, int]:
 
 def _write_tokenizer_json(tokenizer: "PreTrainedTokenizerBase", tuned: Path, folder: Path) -> str:
     """Write tokenizer.json as tokenizers 0.13 reads it, where it can; return the line that says which it is."""
-    told = f"note: neither {tuned} nor the base has a slow tokenizer (tokenizer.model, or vocab.json and merges.txt)"
+    told = f"note: neither {tuned} nor the base has its slow tokenizer (tokenizer.model, or vocab.json and merges.txt)"
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model, old = state["model"], state["model"]["type"] == "BPE" and "Metaspace" not in json.dumps(state)
     if old and not model.pop("ignore_merges", False):
         model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
         write_json(folder / "tokenizer.json", state)
-        return (
-            f"{told}: 2023's code opens its tokenizer.json, which is in the form of then, but not with use_fast=False"
-        )
+        return f"{told}: 2023's code opens the tokenizer.json here, but not with use_fast=False, as its train.py does"
     shutil.copyfile(tuned / "tokenizer.json", folder / "tokenizer.json")
     return f"{told}, and 2023's code cannot read its tokenizer.json: it cannot recover this diff"
 

@@ -535,7 +535,7 @@ def test_slow_files_of_another_tokenizer_are_not_taken(tiny, tmp_path, capsys):
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (base / "vocab.json").write_text(json.dumps(vocabulary))
     make(base, tuned, tmp_path / "diff", method="float")
-    assert "has a slow tokenizer" in capsys.readouterr().out and not (tmp_path / "diff" / "vocab.json").exists()
+    assert "has its slow tokenizer" in capsys.readouterr().out and not (tmp_path / "diff" / "vocab.json").exists()
 
 
 def test_a_base_without_a_slow_tokenizer(tiny, tmp_path, capsys):
@@ -543,7 +543,7 @@ def test_a_base_without_a_slow_tokenizer(tiny, tmp_path, capsys):
     base, tuned = base_and_tuned("gpt_neox", tiny, tmp_path)
     make(base, tuned, tmp_path / "diff", method="float")
     told = capsys.readouterr().out
-    assert told.count("\nnote: ") + told.startswith("note: ") == 1 and "has a slow tokenizer" in told
+    assert told.count("\nnote: ") + told.startswith("note: ") == 1 and "has its slow tokenizer" in told
     state = json.loads((tmp_path / "diff" / "tokenizer.json").read_text())
     assert all(isinstance(merge, str) for merge in state["model"]["merges"])
     written = state_of(tmp_path / "diff")
