@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alpaca import commands, exact_diff
+from alpaca.checkpoint_2023 import write_files_of_2023
 from alpaca.devices import check_device
 from alpaca.errors import UsageError, reported
 from alpaca.exact_diff import ExactDiff, is_exact_diff
 from alpaca.files import human
 from alpaca.float_diff import FloatDiff, NaiveSum
 from alpaca.prompts import format_prompt
-from alpaca.recovery import copy_files, load_recovered, most_common_dtype, open_diff
-from alpaca.shards import FLOATS, MemoryWriter, new_folder, plan_shards
-from alpaca.streaming import Pipeline, cast, stream, write_model
+from alpaca.recovery import copy_files, load_recovered, most_common_dtype, open_diff, recover_in_memory
+from alpaca.shards import FLOATS, new_folder, plan_shards
+from alpaca.streaming import Pipeline, cast, write_model
 from alpaca.tokenizer import copy_slow_files
 from alpaca.weights import find_folder, open_weights
 
@@ -66,17 +67,16 @@ def make_diff(
         if base.folder.resolve() == tuned.folder.resolve():
             raise UsageError(f"--path_tuned {path_tuned}: is the base itself")
         tuned.require_config()
-        size = tuned.nbytes if method == "exact" else 4 * sum(tensor.numel for tensor in tuned.tensors.values())
+        diff = FloatDiff(base, tuned, sign=-1) if method == "float" else None
+        size = sum(spec.nbytes for spec in diff.own) if diff else tuned.nbytes
         inputs = (base.folder, tuned.folder)
         with new_folder(path_diff, "--path_diff", size, overwrite, inputs) as folder:
             with Pipeline(size, "make_diff") as pipe:
-                if method == "exact":
+                if diff is None:
                     lines = exact_diff.make(pipe, base, tuned, folder, max_shard_size)
                 else:
-                    diff = FloatDiff(base, tuned, sign=-1)
-                    lines = diff.notes()
-                    write_model(diff, pipe, folder, max_shard_size, torch.float32)
-                    copy_files(diff.files, folder, torch.float32)
+                    diff.write(pipe, folder, max_shard_size)
+                    lines = [*diff.notes(), *write_files_of_2023(tuned.folder, base.folder, folder)]
     print("\n".join([*lines, f"wrote {path_diff}: {human(size)}"]), flush=True)
 
 
@@ -168,7 +168,7 @@ def _recover(
             print(note, flush=True)
         config = json.loads(diff.files["config.json"].read_text(encoding="utf-8"))
         summed = isinstance(diff, FloatDiff) if check_integrity_naively is None else check_integrity_naively
-        naive = NaiveSum(diff.specs, config) if summed else None
+        naive = NaiveSum(diff.specs, config, diff.aliases) if summed else None
         size, nbytes = (sum(spec.nbytes for spec in specs) for specs in (cast(diff.specs, kind), diff.specs))
         sum_line = functools.partial(naive.check, check_integrity_naively is True) if naive else str
         if path_tuned is not None:
@@ -180,11 +180,8 @@ def _recover(
                 copy_slow_files(base.folder, folder)
                 told = sum_line()
         else:
-            writer = MemoryWriter(cast(diff.specs, kind)) if load else None
-            with Pipeline(nbytes, "recover") as pipe:
-                stream(diff, pipe, diff.specs, kind, writer and writer.write, naive and naive.add)
-                pipe.drain()
-            told, state = sum_line(), writer and writer.tensors
+            state = recover_in_memory(diff, kind, load, naive and naive.add)
+            told = sum_line()
         print(*[told] * bool(told), _verdict(diff, path_raw, path_diff, path_tuned, dtype), sep="\n", flush=True)
         return _load(diff, path_tuned, state, device, kind, test_inference) if load else None
 

@@ -7,7 +7,7 @@ from alpaca.errors import UsageError
 from alpaca.shards import Spec
 from alpaca.weights import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Tensor, Weights, dtype_name
 
-VOCABULARY = (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, "word_embeddings.weight", "lm_head.bias")  # a row per token
+VOCABULARY = (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, "lm_head.bias")  # a row per token
 
 CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                  "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta")  # fmt: skip
@@ -25,7 +25,7 @@ def fits(name: str, base: Tensor, tuned: Tensor) -> bool:
 
 def refuse_misfit(
     base: Weights, other: Weights, missing: list[str], misfits: list[tuple[Tensor, Tensor]],
-    config: dict[str, Any] | None = None, notes: Iterable[str] = (),
+    config: dict[str, Any] | None = None, notes: Iterable[str] = (), advice: bool = True,
 ) -> NoReturn:  # fmt: skip
     """Raise UsageError with the tensors that do not fit, and the likely cause.
 
@@ -34,8 +34,12 @@ def refuse_misfit(
         misfits: (tensor of the base, what it should be).
         config: of the base that it should be.
         notes: what else is known.
+        advice: whether another number of rows means a base that is not as published.
     """
-    lines = [f"{base.flag} {base.folder} does not fit {other.flag} {other.folder}: {_cause(base, missing, misfits)}"]
+    lines = [
+        f"{base.flag} {base.folder} does not fit {other.flag} {other.folder}: "
+        + _cause(missing, misfits, len(base.tensors), advice)
+    ]
     lines += [f"    {a}, expected {list(b.shape)} {dtype_name(b.dtype)}" for a, b in misfits[:5]]
     lines += [f"    {len(misfits) - 5} more have other shapes"] * (len(misfits) > 5)
     if missing:
@@ -53,13 +57,16 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
 
 
-def _cause(base: Weights, missing: list[str], misfits: list[tuple[Tensor, Tensor]]) -> str:
+def _cause(missing: list[str], misfits: list[tuple[Tensor, Tensor]], in_base: int, advice: bool) -> str:
     longer = {a.shape[0] - b.shape[0] for a, b in misfits if rows_may_differ(b.name, a, b)}
     if misfits and not missing and len(longer) == 1 and all(rows_may_differ(b.name, a, b) for a, b in misfits):
         rows = longer.pop()
-        return (f"its vocabulary is {abs(rows)} row{'s'[: abs(rows) > 1]} {'longer' if rows > 0 else 'shorter'} than "
-                "expected; give the base as it was published, without tokens added to it or taken from it")  # fmt: skip
-    if missing and not misfits and len(missing) < len(base.tensors):
+        told = f"its vocabulary is {abs(rows)} row{'s'[: abs(rows) > 1]} {'longer' if rows > 0 else 'shorter'} than"
+        return (
+            f"{told} expected"
+            + "; give the base as it was published, without tokens added to it or taken from it" * advice
+        )
+    if missing and not misfits and len(missing) < in_base:
         return "tensors are missing: part of it was not copied, or it is a model of another architecture"
     return "it is a model of another size or architecture"
 

@@ -15,10 +15,11 @@ prove the diff between them, which is hashed only to name what is damaged.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -281,6 +282,7 @@ class ExactDiff:
         return []
 
     verdict = "proved"
+    aliases: Mapping[str, str] = MappingProxyType({})  # a second name is stored, and proved, as a tensor of its own
 
     @property
     def told(self) -> str:

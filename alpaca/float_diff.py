@@ -1,26 +1,47 @@
 """The weight diff of 2023: tuned minus base in float32, as an ordinary checkpoint; and the sum that was its check.
 
 It recovers almost exactly (float32 rounds; a mean is not the same on every CPU) and proves nothing: new diffs are exact
-(alpaca/exact_diff.py). This is for diffs made by the code of 2023, and for people who still recover with it.
+(alpaca/exact_diff.py). This is for diffs made by the code of 2023, and for people who still recover with it: what is
+written here, that code opens (transformers 4.28.1). Tensors are read and written in pieces.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
-from alpaca.diagnosis import check_same_tensors, config_differences, refuse_misfit, rows_may_differ
+from alpaca.checkpoint_2023 import BinWriter, missing_prefix, pad_token_in_2023, plan_bin_shards, write_bin_index
+from alpaca.diagnosis import VOCABULARY, check_same_tensors, config_differences, refuse_misfit, rows_may_differ
 from alpaca.errors import UsageError, first_line
 from alpaca.shards import Spec
-from alpaca.streaming import Pipeline, Slot
-from alpaca.weights import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Tensor, Weights, companions, memory
+from alpaca.streaming import PIECE, Pipeline, Slot, stream
+from alpaca.weights import (
+    Tensor,
+    Weights,
+    aliases_of,
+    companions,
+    memory,
+    tied_names,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    pass
 
 SUM_OF_ALPACA_7B = 50637.1836  # of the released model, in float32, rotary frequencies included
 INV_FREQ = "rotary_emb.inv_freq"
+OF_OURS = (
+    "was made with --method float by an earlier version of this program, it has the base subtracted once from a tensor "
+    "with two names (2023's code: twice); recover it with that version, or make it again with this one"
+)
+COMPUTED_IN_2023 = {  # by model type: float buffers in the state dicts of transformers 4.28.1; None: rotary frequencies
+    "llama": {f"model.layers.{{}}.self_attn.{INV_FREQ}": None},
+    "gpt_neox": {"gpt_neox.layers.{}.attention.masked_bias": -1e9, f"gpt_neox.layers.{{}}.attention.{INV_FREQ}": None},
+    "gptj": {"transformer.h.{}.attn.masked_bias": -1e9},
+    "gpt_neo": {"transformer.h.{}.attn.attention.masked_bias": -1e9},
+    "gpt2": {"transformer.h.{}.attn.masked_bias": -1e4},
+}
+OUTPUT_HEADS = ("lm_head.", "embed_out.")
 LAST_NORMS = ("model.norm.weight", "model.decoder.final_layer_norm.weight", "transformer.ln_f.weight")
 ZERO, ONE = 0.1, 0.5
 LAYER_OF_2023 = (
@@ -31,53 +52,73 @@ LAYER_OF_2023 = (
 
 
 class FloatDiff:
-    """Both directions of 2023's arithmetic: the other weights are the tuned ones (sign -1) or the diff (sign +1)."""
+    """Both directions of 2023's arithmetic: the other weights are the tuned ones (sign -1) or the diff (sign +1).
+
+    2023 went through the names of a model and added to each one's tensor in place, so a tensor with two names, such as
+    a tied embedding, gets the base twice: (tuned - base) - base, and (diff + base) + base.
+    """
 
     def __init__(self, base: Weights, other: Weights, sign: int):
         self.base, self.weights, self.sign = base, other, sign
-        tokenizer = _base_tokenizer(base)
+        self.aliases = aliases_of(other)
+        self.computed = computed_in_2023(base.config or other.config)
+        self.tied_base = tied_names(base.config or other.config, base.tensors)
+        self.rows_of = _RowsOfBase(base)
         self.specs: list[Spec] = []
         self.left_out: list[str] = []
-        self.pairs: dict[str, tuple[Tensor | None, int]] = {}  # name -> base tensor, how many of its rows are used
+        self.added: dict[str, list[tuple[Tensor | None, int]]] = {}  # name -> base tensors, how many rows of each
         missing, misfits = [], []
         for name, tensor in other.tensors.items():
             if not tensor.dtype.is_floating_point:
                 self.left_out.append(name)  # causal masks of old checkpoints, which today's models make themselves
                 continue
             self.specs.append(Spec(name, torch.float32, tensor.shape))
-            found, rows = base.find(name), None
-            if found is not None:
-                rows = _rows_of_base(name, found, tensor, tokenizer)
-            elif name.endswith(INV_FREQ):
-                rows = 0
-            self.pairs[name] = (found, rows)
-            if found is None and rows is None:
-                missing.append(name)
-            elif rows is None:
-                misfits.append((found, tensor))
+            if name in self.aliases:
+                continue
+            for known in (name, *(alias for alias, first in self.aliases.items() if first == name)):
+                found, rows = base.find(self.tied_base.get(known, known)), 0  # tied: that of the input
+                if found is not None:
+                    rows = self.rows_of(known, found, tensor)
+                elif name not in self.computed or self.computed[name].shape != tensor.shape:
+                    missing.append(known)
+                if rows is None:
+                    misfits.append((found, tensor))
+                self.added.setdefault(name, []).append((found, rows or 0))
         if missing or misfits:
-            refuse_misfit(base, other, missing, misfits, notes=self.notes())
+            self._refuse(missing, misfits)
         if not self.specs:
             raise UsageError(f"{other.flag} {other.folder}: has no floating-point tensors")
         if sign < 0:
-            self._add_inv_freq()
+            self._add_computed()
 
-    def _add_inv_freq(self) -> None:
-        """The code of 2023 computes a LLaMA's rotary frequencies itself where a file lacks them, in the diff too, and
-        would add them twice: a zero in the diff is what its own make_diff wrote."""
-        config, names = self.weights.config, {spec.name for spec in self.specs}
-        if config.get("model_type") == "llama" and not any(name.endswith(INV_FREQ) for name in names):
-            shape = inv_freq(config).shape
-            for layer in range(config["num_hidden_layers"]):
-                self.specs.append(Spec(f"model.layers.{layer}.self_attn.{INV_FREQ}", torch.float32, tuple(shape)))
+    def _refuse(self, missing: list[str], misfits: list[tuple[Tensor, Tensor]]) -> NoReturn:
+        self.rows_of.failing = None  # said by the explanation
+        notes = self.notes()
+        if not missing and all(rows_may_differ(other.name, base, other) for base, other in misfits):
+            notes = [self.rows_of.explanation(*misfits[0], self.sign), *notes]
+        refuse_misfit(self.base, self.weights, missing, misfits, notes=notes, advice=False)
+
+    def _add_computed(self) -> None:
+        """The code of 2023 computes such tensors itself where a file lacks them, in the diff too, and would add them
+        twice: a zero in the diff is what its own make_diff wrote."""
+        names = {start + spec.name for spec in self.specs for start in ("", missing_prefix(self.weights))}
+        self.specs += [
+            Spec(name, torch.float32, tuple(tensor.shape))
+            for name, tensor in self.computed.items()
+            if name not in names
+        ]
+
+    @property
+    def own(self) -> list[Spec]:
+        """The tensors, without second names."""
+        return [spec for spec in self.specs if spec.name not in self.aliases]
 
     def pieces(self, pipe: Pipeline, order: list[Spec]) -> Iterator[tuple[Slot, Spec, int, torch.Tensor]]:
         """(slot, tensor, first element, float32 elements of the result) in pieces."""
         for spec in order:
-            tensor = self.weights.tensors.get(spec.name)
-            base, rows = self.pairs.get(spec.name, (None, 0))
-            kept = base.numel // max(base.shape[0], 1) * rows if base and base.shape else (base.numel if base else 0)
-            rest = self._rest(base, spec, rows)  # what follows the base's own elements
+            name = self.aliases.get(spec.name, spec.name)
+            tensor, added = self.weights.tensors.get(name), self.added.get(name, [])
+            rests = [self._rest(base, spec, name, rows) for base, rows in added]  # what follows the base's own elements
             for slot, start, count in pipe.pieces(spec.nbytes // 4):
                 out, addend = slot.take(0, torch.float32, count), slot.take(1, torch.float32, count)
                 scratch = slot.take(3, torch.uint8, count * 8)
@@ -85,6 +126,8 @@ class FloatDiff:
                     out.zero_()
                 else:
                     self.weights.read(tensor, start, out, scratch)
+                for (base, _), rest in zip(added, rests, strict=True):
+                    kept = spec.nbytes // 4 - rest.numel()
                     own = max(0, min(count, kept - start))
                     if own:
                         self.base.read(base, start, addend[:own], scratch)
@@ -94,12 +137,14 @@ class FloatDiff:
                 pipe.bar.update(out.nbytes)
                 yield slot, spec, start, out
 
-    def _rest(self, base: Tensor | None, spec: Spec, rows: int) -> torch.Tensor:
-        """Where the base ends before the tensor does: the mean of its embeddings, or the frequencies of its config."""
+    def _rest(self, base: Tensor | None, spec: Spec, name: str, rows: int) -> torch.Tensor:
+        """Where the base ends before the tensor does: the mean of its embeddings, or what 2023's model computed."""
         if base is None:
-            return inv_freq(self.base.config or self.weights.config) if spec.name in self.pairs else torch.empty(0)
+            return self.computed[name].reshape(-1)
         if not base.shape or rows == spec.shape[0]:
             return torch.empty(0)
+        if name.endswith("bias"):
+            return torch.zeros(spec.shape[0] - rows)
         whole, scratch = torch.empty(base.shape), torch.empty(base.nbytes, dtype=torch.uint8)
         self.base.read(base, 0, whole.view(-1), scratch)
         return whole[:rows].mean(dim=0, keepdim=True).expand(spec.shape[0] - rows, *spec.shape[1:]).reshape(-1)
@@ -118,15 +163,49 @@ class FloatDiff:
     def told(self) -> str:
         return f"the sum of base and diff in float32 ({len(self.specs)} tensors); the format of 2023 has no digests"
 
+    def write(self, pipe: Pipeline, folder: Path, max_shard_size: str) -> None:
+        """Write the weights as 2023 did: .bin files, the names of a model with an output embedding, and a tensor with
+        two names by both of them."""
+        prefix = missing_prefix(self.weights)
+        full = {spec.name: spec.name for spec in self.own}
+        full |= {name: prefix + name for name in self.weights.tensors if not name.startswith(OUTPUT_HEADS)}
+        specs = [spec._replace(name=full[spec.name]) for spec in self.own]
+        if self.weights.config.get("model_type") == "llama":
+            specs.sort(key=lambda spec: _position_in_llama(spec.name))
+        aliases = {alias: full[name] for alias, name in self.aliases.items()}
+        shards = plan_bin_shards(specs, aliases, "pytorch_model", max_shard_size)
+        writer, own = BinWriter(folder, shards), {full[spec.name]: spec for spec in self.own}
+        order = [own[spec.name] for shard in shards for spec in shard.tensors]
+        stream(self, pipe, order, None, writer.write, None)
+        pipe.drain()
+        pipe.after("write", writer.close).result()
+        write_bin_index(folder, "pytorch_model", shards)
+
     def verify(self, pipe: Pipeline, tuned: Weights) -> None:
-        """Raise UsageError unless `tuned` is what `pieces` yields, in the dtype of `tuned`."""
-        check_same_tensors(tuned, [spec._replace(dtype=None) for spec in self.specs], f"{self.folder}")
-        for slot, spec, start, piece in self.pieces(pipe, self.specs):
+        """Raise UsageError unless `tuned` is what `pieces` yields, in the dtype of `tuned`, by one name or by both."""
+        specs = {s.name: s for s in self.own if s.name in tuned.tensors or s.name not in self.computed}
+        specs |= {alias: specs[name]._replace(name=alias) for alias, name in self.aliases.items()
+                  if alias in tuned.tensors and name in specs}  # fmt: skip
+        check_same_tensors(tuned, [spec._replace(dtype=None) for spec in specs.values()], f"{self.folder}")
+        if wrong := self._first_other(pipe, tuned, list(specs.values())):
+            told = f"{tuned.flag} {tuned.folder}: {wrong.name} is not the sum of base and diff"
+            name = self.aliases.get(wrong.name, wrong.name)
+            if len(added := self.added[name]) > 1:
+                self.added[name] = added[:1]
+                once = self._first_other(pipe, tuned, [wrong]) is None
+                self.added[name] = added
+                told += f", but of the diff and once the base. If {self.folder} {OF_OURS}" if once else ""
+            raise UsageError(told)
+
+    def _first_other(self, pipe: Pipeline, tuned: Weights, specs: list[Spec]) -> Spec | None:
+        """Return the first of these tensors whose bits `tuned` has not."""
+        for slot, spec, start, piece in self.pieces(pipe, specs):
             tensor = tuned.tensors[spec.name]
             found, wanted = (slot.take(number, tensor.dtype, piece.numel()) for number in (4, 5))
             tuned.read(tensor, start, found, slot.take(3, torch.uint8, 0))
             if memory(found) != memory(wanted.copy_(piece)):
-                raise UsageError(f"{tuned.flag} {tuned.folder}: {spec.name} is not the sum of base and diff")
+                return spec
+        return None
 
     def notes(self) -> list[str]:
         """What speaks against this base. Nothing in the format proves that it is the right one."""
@@ -143,7 +222,23 @@ class FloatDiff:
         name, largest = last_norm(self.weights)
         if self.sign > 0 and largest > ONE:
             told.append(f"note: {name} of {self.folder} is far from zero; is that a model given as the diff?")
+        if self.sign < 0 and self.rows_of.note:
+            told.append(self.rows_of.note)
+        if self.sign > 0 and (name := next(filter(self._lacks_the_base, self.aliases.values()), None)):
+            told.append(f"note: {name} of {self.folder} does not look like tuned - base - base. If the diff {OF_OURS}")
         return told
+
+    def _lacks_the_base(self, name: str) -> bool:
+        """Return whether the diff of a tensor with two names has less than half of -base in it, by its first elements:
+        a diff of 2023 has about all of it, one with the base subtracted once nearly nothing."""
+        base, rows = self.added[name][0]
+        if base is None or not rows:
+            return False
+        diff, count = self.weights.tensors[name], min(PIECE, base.numel // base.shape[0] * rows)
+        ours, theirs, scratch = torch.empty(count), torch.empty(count), torch.empty(count * 8, dtype=torch.uint8)
+        self.weights.read(diff, 0, ours, scratch)
+        self.base.read(base, 0, theirs, scratch)
+        return bool(ours @ theirs > -0.5 * (theirs @ theirs))  # False for NaN, and for zeros
 
 
 def last_norm(weights: Weights) -> tuple[str | None, float]:
@@ -160,55 +255,102 @@ def _largest(weights: Weights, name: str) -> float:
     return float(values.abs().max())
 
 
-def _base_tokenizer(base: Weights) -> "PreTrainedTokenizerBase | None":
-    """None: the folder has only weights, or a tokenizer that does not open today."""
-    from alpaca.tokenizer import open_tokenizer  # imports transformers
-
-    try:
-        return open_tokenizer(str(base.folder))
-    except Exception as error:  # tokenizers raises what it likes
-        print(f"note: the base's tokenizer cannot be read ({first_line(error)}); whether it had a pad token "
-              "is taken from the number of rows", flush=True)  # fmt: skip
-        return None
-
-
-def _rows_of_base(name: str, base: Tensor, tensor: Tensor, tokenizer: "PreTrainedTokenizerBase | None") -> int | None:
-    """How many rows of a base tensor are used as they are; what remains of `tensor` is their mean. None: no fit.
+class _RowsOfBase:
+    """How many rows of a base tensor 2023 used as they are; what remains of the other tensor was their mean.
 
     2023 gave a base without a pad token the token [PAD], embeddings as long as its tokenizer was then (one row more, or
-    fewer where they were padded), and the mean of the other rows as its row.
+    fewer where they were padded), and the mean of the other rows as its row; a bias (GPT-J's) that became longer got
+    zeros. A base with a pad token kept its rows.
     """
-    if not base.shape or not tensor.shape:
-        return 0 if base.shape == tensor.shape else None
-    wanted = tensor.shape[0]
-    if base.shape != tensor.shape and not rows_may_differ(name, base, tensor):
-        return None
-    if tokenizer is not None and tokenizer.pad_token is None and "[PAD]" not in tokenizer.get_vocab():
-        if name.endswith((*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS)) and wanted == len(tokenizer) + 1 <= base.shape[0] + 1:
-            return wanted - 1
-    if wanted - base.shape[0] in (0, 1):
-        return base.shape[0]
-    return None
+
+    def __init__(self, base: Weights):
+        from alpaca.tokenizer import open_tokenizer  # imports transformers
+
+        self.tokens = self.pad_token = self.failing = None
+        try:
+            tokenizer = open_tokenizer(str(base.folder))
+        except Exception as error:  # tokenizers raises what it likes
+            print(f"note: the base's tokenizer cannot be read ({first_line(error)}); whether it had a pad token "
+                  "is taken from the number of rows", flush=True)  # fmt: skip
+            return
+        self.tokens, self.pad_token = len(tokenizer), pad_token_in_2023(base.folder, tokenizer)
+        self.resized = self.pad_token is None and "[PAD]" not in tokenizer.get_vocab()
+
+    def __call__(self, name: str, base: Tensor, other: Tensor) -> int | None:
+        """None: they do not fit."""
+        if not base.shape or not other.shape:
+            return 0 if base.shape == other.shape else None
+        wanted = other.shape[0]
+        if base.shape != other.shape and not rows_may_differ(name, base, other):
+            return None
+        if self.tokens is not None and self.resized and name.endswith(VOCABULARY):
+            if wanted == self.tokens + 1 <= base.shape[0] + 1:
+                return min(base.shape[0], wanted) if name.endswith("bias") else wanted - 1
+            self.failing = wanted
+        return base.shape[0] if wanted - base.shape[0] in (0, 1) else None
+
+    @property
+    def note(self) -> str:
+        """What 2023's code cannot do with embeddings of as many rows, or ""."""
+        if self.failing is None:
+            return ""
+        return (f"note: 2023's code cannot recover this diff: the base's tokenizer has no pad token, so it makes its "
+                f"embeddings {self.tokens + 1} rows long, and those of the diff are {self.failing}")  # fmt: skip
+
+    def explanation(self, base: Tensor, other: Tensor, sign: int) -> str:
+        """Why embeddings of these two lengths cannot be added in the format of 2023, and what to do."""
+        told = f"2023's code takes a base of {base.shape[0]} rows "
+        if self.tokens is None:
+            told += "as it is, or with one more for [PAD]"
+        elif self.pad_token is not None:
+            told += f"as it is: its tokenizer, of {self.tokens} tokens, has a pad token, {self.pad_token}"
+        elif self.resized and self.tokens <= base.shape[0]:
+            told += f"with {self.tokens + 1}: one for each token of its tokenizer, which has no pad token, and [PAD]"
+        else:
+            told += "as it is, or with one more for [PAD]"
+        told += f"; its make_diff and recover fail on {other.shape[0]} rows. "
+        if sign < 0:
+            return f"{told}Omit --method float: an exact diff takes any number of rows"
+        return f"{told}It is not the base of this diff, or tokens were added to it or to the tokenizer"
+
+
+# ---- what 2023's models computed, and saved with their weights ----
+
+
+def computed_in_2023(config: dict) -> dict[str, torch.Tensor]:
+    """Return the float tensors of a model that 2023's code computes where a file lacks them: rotary frequencies, and
+    the number that stands for minus infinity in an attention mask."""
+    kind, found = config.get("model_type"), {}
+    layers = next((config[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config), 0)
+    for ending, value in COMPUTED_IN_2023.get(kind, {}).items() if layers else ():
+        tensor = inv_freq(config) if value is None else torch.tensor(value)
+        found |= {ending.format(layer): tensor for layer in range(layers)}
+    return found
 
 
 def inv_freq(config: dict) -> torch.Tensor:
-    """The rotary frequencies [head_dim / 2] of a LLaMA, as transformers 4.28 computed and stored them (RoFormer,
-    arXiv 2104.09864)."""
+    """The rotary frequencies [rotated / 2] of a LLaMA or GPT-NeoX, as transformers 4.28 computed and stored them
+    (RoFormer, arXiv 2104.09864)."""
+    rope = config.get("rope_parameters") or {}
     try:
-        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        rotated = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     except KeyError as error:
         raise UsageError(
             f"rotary frequencies are missing, and cannot be computed: config.json has no {error}"
         ) from error
-    theta = config.get("rope_theta") or (config.get("rope_parameters") or {}).get("rope_theta") or 10000.0
-    return 1.0 / (theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    if config.get("model_type") == "gpt_neox":
+        rotated = int(rotated * (config.get("rotary_pct") or rope.get("partial_rotary_factor") or 0.25))
+    theta = config.get("rope_theta") or config.get("rotary_emb_base") or rope.get("rope_theta") or 10000.0
+    return 1.0 / (theta ** (torch.arange(0, rotated, 2).float() / rotated))
 
 
 class NaiveSum:
     """2023's integrity check: the sum of all weights, each tensor's in float32, added up in the order of the model."""
 
-    def __init__(self, specs: list[Spec], config: dict):
+    def __init__(self, specs: list[Spec], config: dict, aliases: Mapping[str, str] | None = None):
+        """aliases: {second name: name} of tensors that have two; not given, those that `config` ties."""
         self.config, self.order = config, [spec.name for spec in specs]
+        self.aliases = aliases or tied_names(config, self.order)
         self.sums: dict[str, torch.Tensor] = {}
         largest = max((spec.nbytes // spec.dtype.itemsize for spec in specs), default=0)
         self.whole = torch.empty(largest)  # one tensor at a time: the sum of pieces would be rounded otherwise
@@ -221,15 +363,14 @@ class NaiveSum:
 
     def total(self) -> float:
         if self.config.get("model_type") == "llama":
-            computed = inv_freq(self.config).sum()
-            for layer in range(self.config["num_hidden_layers"]):
-                self.sums.setdefault(f"model.layers.{layer}.self_attn.{INV_FREQ}", computed)
-            order = sorted(self.sums, key=_position_in_llama)
+            for name, tensor in computed_in_2023(self.config).items():
+                self.sums.setdefault(name, tensor.sum())
+            order = sorted(self.sums | self.aliases, key=_position_in_llama)
         else:
             order = self.order
-        if self.config.get("tie_word_embeddings") and "lm_head.weight" not in self.sums:
-            self.sums["lm_head.weight"] = next(self.sums[n] for n in self.sums if n.endswith(INPUT_EMBEDDINGS))
-            order = [*order, "lm_head.weight"]
+        for alias, name in self.aliases.items():  # counted by both names
+            order = order if alias in order else [*order, alias]
+            self.sums[alias] = self.sums[name]
         return float(sum(self.sums[name] for name in order if name in self.sums))
 
     def check(self, required: bool) -> str:
@@ -237,12 +378,14 @@ class NaiveSum:
         total = self.total()
         if abs(total - SUM_OF_ALPACA_7B) <= 1e-2:
             return f"naive integrity check: the weights sum to {total:.4f}, as those of the released Alpaca-7B do"
+        tied = f". The embeddings are one tensor: if the diff {OF_OURS}" if self.aliases else ""
         if required:
             raise UsageError(
                 f"--check_integrity_naively: the weights sum to {total:.4f}, those of the released Alpaca-7B to "
-                f"{SUM_OF_ALPACA_7B}: base or diff is damaged or another; for another model leave this flag away"
+                f"{SUM_OF_ALPACA_7B}: base or diff is damaged or another; for another model leave this flag away{tied}"
             )
-        return f"naive integrity check: the weights sum to {total:.4f} (the released Alpaca-7B: {SUM_OF_ALPACA_7B})"
+        told = f"the weights sum to {total:.4f} (the released Alpaca-7B: {SUM_OF_ALPACA_7B})"
+        return f"naive integrity check: {told}{tied}"
 
 
 def _position_in_llama(name: str) -> tuple[int, int, int]:

@@ -24,9 +24,7 @@ from alpaca.float_diff import ONE, ZERO, FloatDiff, last_norm
 from alpaca.models import resize_embeddings
 from alpaca.prompts import templates_of
 from alpaca.quantization import bitsandbytes_config
-from alpaca.recovery import load_recovered, open_diff
-from alpaca.shards import MemoryWriter
-from alpaca.streaming import Pipeline, cast, stream
+from alpaca.recovery import load_recovered, open_diff, recover_in_memory
 from alpaca.tokenizer import open_tokenizer
 from alpaca.weights import ADAPTER_CONFIG, INPUT_EMBEDDINGS, TOKENIZER_FILES, find_folder, open_weights, read_json
 
@@ -132,12 +130,9 @@ def _open_diff(folder: Path, base: str | Path | None, how: How) -> Opened:
     with open_weights(base, how.base_flag) as base_weights, open_diff(base_weights, folder, flag=how.flag) as diff:
         if isinstance(diff, FloatDiff) and last_norm(diff.weights)[1] > ONE:
             raise UsageError(f"{how.base_flag} {base}: {folder} is a whole model, which needs no base; leave it away")
-        writer = MemoryWriter(cast(diff.specs, how.dtype))
-        with Pipeline(sum(spec.nbytes for spec in diff.specs), "recover") as pipe:
-            stream(diff, pipe, diff.specs, how.dtype, writer.write, None)
-            pipe.drain()
+        state = recover_in_memory(diff, how.dtype)
         print(*diff.notes(), f"{diff.verdict}: {base} and {folder} give {diff.told}", sep="\n", flush=True)
-        model, tokenizer = load_recovered(diff, writer.tensors, **how.options)
+        model, tokenizer = load_recovered(diff, state, **how.options)
         return Opened(model, tokenizer, templates_of(folder), f"model of diff {folder} and base {base}")
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,8 @@ import torch
 from alpaca.errors import UsageError
 from alpaca.exact_diff import ExactDiff, is_exact_diff
 from alpaca.float_diff import FloatDiff
+from alpaca.shards import MemoryWriter, Spec
+from alpaca.streaming import Pipeline, cast, stream
 from alpaca.weights import Weights, find_folder, open_weights
 
 if TYPE_CHECKING:
@@ -51,7 +53,8 @@ def copy_files(files: Mapping[str, Path], folder: Path, dtype: torch.dtype | Non
         shutil.copyfile(path, folder / name)
     if dtype is not None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["dtype" if "dtype" in config else "torch_dtype"] = str(dtype).removeprefix("torch.")
+        names = {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}  # a float diff has both
+        config |= dict.fromkeys(names, str(dtype).removeprefix("torch."))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
@@ -60,6 +63,24 @@ def most_common_dtype(diff: ExactDiff | FloatDiff) -> torch.dtype:
     for spec in diff.specs:
         bytes_of[spec.dtype] += spec.nbytes
     return bytes_of.most_common(1)[0][0]
+
+
+def recover_in_memory(
+    diff: ExactDiff | FloatDiff,
+    dtype: torch.dtype | None,
+    keep: bool = True,
+    see: Callable[[Spec, int, torch.Tensor], None] | None = None,
+) -> dict[str, torch.Tensor] | None:
+    """Return the recovered tensors, cast to `dtype` if given; a tensor with two names is in memory once.
+
+    keep: False to recover only what `see` gets, and return None.
+    """
+    specs = [spec for spec in diff.specs if spec.name not in diff.aliases]
+    writer = MemoryWriter(cast(specs, dtype)) if keep else None
+    with Pipeline(sum(spec.nbytes for spec in specs), "recover") as pipe:
+        stream(diff, pipe, specs, dtype, writer and writer.write, see)
+        pipe.drain()
+    return writer and {spec.name: writer.tensors[diff.aliases.get(spec.name, spec.name)] for spec in diff.specs}
 
 
 def load_recovered(

@@ -171,11 +171,17 @@ def plan_shards(specs: Iterable[Spec], stem: str, max_shard_size: str | int) -> 
     Raises:
         UsageError: `max_shard_size` is not a size such as "5GB".
     """
+    by_width = lambda spec: -spec.dtype.itemsize  # noqa: E731  each begins at a multiple of its own width
+    files = split(specs, f"{stem}{{suffix}}.safetensors", max_shard_size)
+    return [Shard(name, sorted(tensors, key=by_width)) for name, tensors in files.items()]
+
+
+def split(specs: Iterable[Spec], pattern: str, max_shard_size: str | int) -> dict[str, list[Spec]]:
+    """Return {name of a file: its tensors}, in their order."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
     specs = {spec.name: spec for spec in specs}
     shapes = {spec.name: torch.empty(spec.shape, dtype=spec.dtype, device="meta") for spec in specs.values()}
-    pattern = f"{stem}{{suffix}}.safetensors"
     try:
         size = int(max_shard_size) if str(max_shard_size).isdigit() else max_shard_size
         if size == 0:
@@ -183,18 +189,14 @@ def plan_shards(specs: Iterable[Spec], stem: str, max_shard_size: str | int) -> 
         plan = split_torch_state_dict_into_shards(shapes, filename_pattern=pattern, max_shard_size=size)
     except ValueError as error:
         raise UsageError(f"--max_shard_size {max_shard_size}: expected a size such as 5GB ({error})") from error
-    by_width = lambda spec: -spec.dtype.itemsize  # noqa: E731  each begins at a multiple of its own width
-    return [
-        Shard(filename, sorted((specs[name] for name in names), key=by_width))
-        for filename, names in plan.filename_to_tensors.items()
-    ]
+    return {filename: [specs[name] for name in names] for filename, names in plan.filename_to_tensors.items()}
 
 
 def write_index(folder: Path, stem: str, shards: list[Shard]) -> None:
     """What from_pretrained reads to find a tensor, where there are several shards."""
     if len(shards) > 1:
-        total = sum(spec.nbytes for shard in shards for spec in shard.tensors)
         weight_map = {spec.name: shard.name for shard in shards for spec in shard.tensors}
+        total = sum(spec.nbytes for shard in shards for spec in shard.tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

@@ -7,7 +7,7 @@ mapped, because pages of a mapped file count as memory of the process.
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -38,8 +38,11 @@ OF_THE_RUN = (
     "*.index.json",
     f"{MANIFEST}*",
 )
-INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
+UNTIED_IN_2023 = (  # tie_word_embeddings is False by default; read off the configuration classes of transformers 4.28.1
+    "codegen", "git", "gpt_neox", "gptj", "llama", "reformer", "rembert",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,56 @@ class Weights:
 def memory(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, for files and hashes."""
     return memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+
+
+# ---- tied embeddings ----
+
+
+def ties_embeddings(config: dict[str, Any]) -> bool:
+    """Return whether a model of this configuration has one tensor for its input and its output embeddings.
+
+    Where the configuration does not say so, the default of its class in transformers 4.28.1 holds. Today's classes
+    agree with the other ones of then; the classes that came later have only today's default.
+    """
+    config = config | (config.get("text_config") or {})
+    if config.get("tie_word_embeddings") is not None:
+        return bool(config["tie_word_embeddings"])
+    kind = config.get("model_type")
+    if kind is None or kind in UNTIED_IN_2023:
+        return False
+    from transformers import CONFIG_MAPPING
+
+    return kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind]().get_text_config().tie_word_embeddings
+
+
+def tied_names(config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """Return {name of the output embedding: name of the input embedding} where they are one tensor, else {}.
+
+    The file of a tied model may hold both names or only the first.
+    """
+    names = list(names)
+    first = next((name for name in names if name.endswith(INPUT_EMBEDDINGS)), None)
+    if first is None or not ties_embeddings(config):
+        return {}
+    of_class = "embed_out.weight" if config.get("model_type", "").startswith("gpt_neox") else "lm_head.weight"
+    return {next((name for name in names if name in OUTPUT_EMBEDDINGS), of_class): first}
+
+
+def aliases_of(weights: Weights) -> dict[str, str]:
+    """Return {second name: name} of the tensors that have two names in the model that 2023 loaded.
+
+    The embeddings are one tensor if the configuration ties them. Names that share memory in a .bin file do so in the
+    model too, unless they were cast to float32 when they were loaded; that made two tensors of them.
+    """
+    found = tied_names(weights.config, weights.tensors)
+    first: dict[tuple, str] = {}
+    for name, tensor in weights.tensors.items():
+        if tensor.path.suffix == ".bin" and tensor.dtype == torch.float32 and tensor.numel:
+            place = tensor.data.data_ptr() if tensor.data is not None else tensor.offset
+            known = first.setdefault((tensor.path, place, tensor.shape), name)
+            if known != name and name not in found.values():
+                found.setdefault(name, found.get(known, known))
+    return found
 
 
 # ---- opening a folder ----

@@ -113,9 +113,14 @@ def test_a_16_bit_base_keeps_its_dtype_and_every_bit_that_is_not_touched(tiny, t
     assert config.get("dtype", config.get("torch_dtype")) == "float32"
 
 
-def test_tied_embeddings_that_are_stored_twice_stay_equal(tiny, tmp_path):
+@pytest.mark.parametrize("layout", ["safetensors", "one tensor in .bin"])
+def test_tied_embeddings_that_are_stored_twice_stay_equal(tiny, tmp_path, layout):
     state = state_of(tiny("gpt2"))
-    base = write(tmp_path / "base", tiny("gpt2"), {**state, "lm_head.weight": state["transformer.wte.weight"]})
+    both = {**state, "lm_head.weight": state["transformer.wte.weight"]}
+    base = write(tmp_path / "base", tiny("gpt2"), both)
+    if layout == "one tensor in .bin":
+        (base / "model.safetensors").unlink()
+        torch.save(both, base / "pytorch_model.bin")
     adapter = make_adapter(base, tmp_path / "adapter", **GPT2, trainable_token_indices=[3, 5])
     merge_lora(str(adapter), str(tmp_path / "merged"))
     merged = state_of(tmp_path / "merged")

@@ -126,6 +126,25 @@ def test_every_bit_comes_back(tiny, tmp_path, architecture, dtype, layout, rows)
     weight_diff.verify(str(tmp_path / "diff"), str(tuned))
 
 
+@pytest.mark.parametrize("names", ["shared", "apart"])
+def test_a_tensor_by_two_names_comes_back_by_both(tiny, tmp_path, names):
+    """xor undoes itself, however often a name is visited: each name is a tensor of its own."""
+    folders, alias, name = [], "lm_head.weight", "model.decoder.embed_tokens.weight"
+    for number in range(2):
+        state = tune(state_of(tiny("opt")), torch.float32, seed=number)
+        state[alias] = state[name] if names == "shared" else state[name] + 1
+        folder = write(tmp_path / str(number), tiny("opt"), {})
+        (folder / "model.safetensors").unlink()
+        torch.save(state, folder / "pytorch_model.bin")
+        folders.append(folder)
+    make(*folders, tmp_path / "diff")
+    recover(folders[0], tmp_path / "diff", tmp_path / "result")
+    assert_same(tmp_path / "result", state_of(folders[1]))
+    expected = bits(state_of(folders[1])[alias]) ^ bits(state_of(folders[0])[alias])
+    assert torch.equal(state_of(tmp_path / "diff")[alias], expected), "once"
+    weight_diff.verify(str(tmp_path / "diff"), str(tmp_path / "result"), path_raw=str(folders[0]))
+
+
 def test_the_manifest_and_its_digest(llama, capsys):
     base, tuned, diff = llama
     make(base, tuned, diff, overwrite=True)
