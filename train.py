@@ -26,10 +26,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alpaca import flags, fsdp, zero
+from alpaca import fsdp, zero
 from alpaca.chat_template import set_chat_template
 from alpaca.checkpoints import find_checkpoint
-from alpaca.console import hide_progress_bars, say
+from alpaca.common import arguments
+from alpaca.common.arguments import flag
+from alpaca.common.distributed import hide_progress_bars, leave, say
+from alpaca.common.errors import UsageError, reported
+from alpaca.common.files import fingerprint
 from alpaca.contract import (
     already_finished,
     begin,
@@ -39,10 +43,8 @@ from alpaca.contract import (
     keep_decisions,
     note_decisions,
 )
-from alpaca.data import fingerprint, read_data
+from alpaca.data import read_data
 from alpaca.encoding import Ragged, cut, encode, joined, starts_with
-from alpaca.errors import UsageError, reported
-from alpaca.flags import flag
 from alpaca.lora import LoraArguments, check_lora
 from alpaca.models import base_slow_files, load_config, load_tokenizer, make_model, resize_embeddings
 from alpaca.prompts import PROMPT_DICT, format_prompt, load_prompt_template
@@ -51,7 +53,6 @@ from alpaca.run import check_before_loading, check_combinations, check_evaluatio
 from alpaca.tokenizer import SPECIAL_TOKENS, control_tokens, identity, to_save
 from alpaca.tokens import IGNORE_INDEX, cached_tokens, make_tokens
 from alpaca.trainer import AlpacaTrainer
-from alpaca.waiting import leave
 
 TOKENS_VERSION = 2  # raise it when `preprocess` changes, so that no old cache is read
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = SPECIAL_TOKENS.values()
@@ -175,9 +176,9 @@ class TrainingArguments(transformers.TrainingArguments):
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, LoraArguments, TrainingArguments]:
-    """The dataclasses from a command line of 2023 or of today; see alpaca/flags.py."""
+    """The dataclasses from a command line of 2023 or of today; see alpaca/common/arguments.py."""
     classes = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
-    (model_args, data_args, lora_args, training_args), notes = flags.parse(argv, classes, description=__doc__)
+    (model_args, data_args, lora_args, training_args), notes = arguments.parse(argv, classes, description=__doc__)
     check_lora(lora_args, training_args)
     if model_args.add_missing_tokens is None:
         model_args.add_missing_tokens = not lora_args

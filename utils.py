@@ -57,7 +57,7 @@ def openai_completion(
         One choice for one prompt, a list for a list; with decoding_args.n > 1 a list of n in place of each choice.
 
     Raises:
-        alpaca.errors.UsageError: no server, no key, unknown model …
+        alpaca.common.errors.UsageError: no server, no key, unknown model …
         alpaca.refusals.RequestFailed: a prompt got no answer in nine attempts. (2023 went on for ever.)
     """
     from alpaca.completion_2023 import complete_all
@@ -80,13 +80,13 @@ def jload(f: str | Path | IO[str], mode: str = "r") -> Any:
     """Read JSON (UTF-8) from a path or an open text file, which is then closed, as in 2023.
 
     Raises:
-        alpaca.errors.MalformedJSON: a json.JSONDecodeError; the message names the file, line and column.
+        alpaca.common.errors.MalformedJSON: a json.JSONDecodeError; the message names the file, line and column.
     """
     with _open(f, mode) as file:
         try:
             return json.load(file)
         except json.JSONDecodeError as error:
-            from alpaca.errors import MalformedJSON
+            from alpaca.common.errors import MalformedJSON
 
             name = getattr(file, "name", "JSON")
             raise MalformedJSON(f"{name}: malformed JSON: {error.msg}", error.doc, error.pos) from error
@@ -111,7 +111,7 @@ def jdump(obj: Any, f: str | Path | IO[str], mode: str = "w", indent: int | None
         with _open(f, mode) as file:
             file.write(text)
         return
-    from alpaca.files import atomic_write
+    from alpaca.common.files import atomic_write
 
     with atomic_write(f) as file:
         file.write(text)

@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alpaca import commands, exact_diff
+from alpaca import exact_diff
 from alpaca.checkpoint_2023 import write_files_of_2023
+from alpaca.common import commands
+from alpaca.common.errors import UsageError, human, reported
+from alpaca.common.files import new_folder
 from alpaca.devices import check_device
-from alpaca.errors import UsageError, reported
 from alpaca.exact_diff import ExactDiff, is_exact_diff
-from alpaca.files import human
 from alpaca.float_diff import FloatDiff, NaiveSum
 from alpaca.prompts import format_prompt
 from alpaca.recovery import copy_files, load_recovered, most_common_dtype, open_diff, recover_in_memory
-from alpaca.shards import FLOATS, new_folder, plan_shards
+from alpaca.shards import FLOATS, plan_shards
 from alpaca.streaming import Pipeline, cast, write_model
 from alpaca.tokenizer import copy_slow_files
 from alpaca.weights import find_folder, open_weights

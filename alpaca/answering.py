@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from alpaca.client import Sampling
+from alpaca.common.errors import UsageError, first_line
 from alpaca.data import Row
-from alpaca.errors import UsageError, first_line
 from alpaca.local_model import LocalModel
 from alpaca.prompts import format_prompt
 from alpaca.refusals import ContextOverflow

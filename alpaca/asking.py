@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from alpaca.client import Completion, RequestFailed, Sampling
-from alpaca.errors import UsageError
+from alpaca.client import Completion, Sampling
+from alpaca.common.errors import UsageError
 from alpaca.journal import Journal
-from alpaca.refusals import ContextOverflow
+from alpaca.refusals import ContextOverflow, RequestFailed
 
 ENVELOPE = 256  # tokens that a chat template may add to a prompt, at most
 GIVE_UP = 20  # requests that fail in a row

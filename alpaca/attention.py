@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from alpaca.common.errors import UsageError
 from alpaca.encoding import ranges
-from alpaca.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

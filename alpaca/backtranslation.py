@@ -8,10 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from alpaca.common.errors import UsageError, first_of
 from alpaca.data import Row
-from alpaca.errors import UsageError
 from alpaca.prompts import PROMPT_DICT, instruction_and_input
-from alpaca.row_answers import first_of
 
 SEED_TAG = "Answer in the style of an AI Assistant."
 AUGMENTED_TAG = "Answer with knowledge from web search."

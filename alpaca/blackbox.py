@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from alpaca.errors import UsageError
-from alpaca.files import atomic_write
-from alpaca.waiting import gather_from_all_ranks
+from alpaca.common.distributed import gather_from_all_ranks
+from alpaca.common.errors import UsageError
+from alpaca.common.files import atomic_write
 
 DECODED_TOKENS = 128  # of a row, for the file: the template's preamble and the beginning of the instruction
 

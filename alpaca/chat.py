@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from alpaca.client import Sampling
+from alpaca.common.errors import UsageError
 from alpaca.data import Row
-from alpaca.errors import UsageError
 from alpaca.prompts import format_prompt
 from alpaca.refusals import ContextOverflow
 

@@ -24,8 +24,8 @@ from collections.abc import Mapping
 from string import Formatter
 from typing import TYPE_CHECKING
 
-from alpaca.console import say
-from alpaca.files import atomic_write
+from alpaca.common.distributed import say
+from alpaca.common.files import atomic_write
 from alpaca.prompts import TEMPLATE_FILE, format_prompt
 
 if TYPE_CHECKING:

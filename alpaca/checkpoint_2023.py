@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from alpaca.errors import UsageError, first_line
+from alpaca.common.errors import UsageError, first_line
 from alpaca.shards import Spec, split
 from alpaca.weights import Weights, companions, read_json, ties_embeddings
 

@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpaca.console import say
-from alpaca.errors import UsageError
-from alpaca.files import atomic_write, free_bytes, human
-from alpaca.waiting import wait_for_all_ranks
+from alpaca.common.distributed import say, wait_for_all_ranks
+from alpaca.common.errors import UsageError, human
+from alpaca.common.files import atomic_write, free_bytes
 from alpaca.weights import ADAPTER_CONFIG
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 from alpaca.refusals import (
     LONGEST_WAIT,
     Again,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from alpaca.client import Client, Completion, Prompt, Sampling
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 
 NOTHING = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "suffix": None, "logprobs": None, "echo": False}
 SAMPLING = ("max_tokens", "temperature", "top_p", "stop", "seed", "logit_bias")

@@ -79,19 +79,3 @@ def plot_loss(log_history: list[dict[str, Any]], path: str | Path) -> None:
         figure.savefig(path, dpi=120)
     except OSError as error:  # a full disk: the model is there, and the numbers are in trainer_state.json
         print(f"note: {path} could not be written ({error})", flush=True)
-
-
-def hide_progress_bars(args: Any) -> None:
-    """No bars of libraries where nobody watches: in log files, on other ranks, under --disable_tqdm."""
-    if args.disable_tqdm or args.process_index != 0 or not sys.stderr.isatty():
-        import datasets
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()
-        datasets.disable_progress_bars()
-
-
-def say(message: str, rank: int) -> None:
-    """One line on stdout, from rank 0 only."""
-    if rank == 0:
-        print(message, flush=True)

@@ -15,11 +15,9 @@ import transformers
 from alpaca import zero
 from alpaca.batching import Steps2023
 from alpaca.checkpoints import MANIFEST, holds_a_model, read_manifest, read_record, write_patiently, write_record
-from alpaca.console import say
-from alpaca.data import fingerprint
-from alpaca.errors import UsageError
-from alpaca.files import fingerprint_of_files
-from alpaca.waiting import gather_from_all_ranks, wait_for_all_ranks
+from alpaca.common.distributed import gather_from_all_ranks, say, wait_for_all_ranks
+from alpaca.common.errors import UsageError
+from alpaca.common.files import fingerprint, fingerprint_of_files
 from alpaca.weights import ADAPTER_CONFIG, TOKENIZER_FILES, read_json
 
 if TYPE_CHECKING:

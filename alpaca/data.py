@@ -6,15 +6,15 @@ into the file's list does, also where a row of the file gives several rows or no
 """
 
 import csv
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alpaca.common.errors import UsageError
+from alpaca.common.files import fingerprint
 from alpaca.conversations import is_conversation, parse_conversation
-from alpaca.errors import UsageError
 from alpaca.prompts import backward_row
 
 Row = dict[str, Any]
@@ -207,8 +207,3 @@ def check_text(text: str, where: str) -> None:
                 f"{where} holds {half!r} at character {error.start}, one half of a character such as an emoji that was "
                 "cut in two; mend or remove it"
             ) from error
-
-
-def fingerprint(*parts: Any) -> str:
-    """SHA-256 (32 hex digits) of the JSON of `parts`: equal inputs, and only those, give the same cache file."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]

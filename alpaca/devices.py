@@ -2,7 +2,7 @@
 
 import torch
 
-from alpaca.errors import UsageError, first_line
+from alpaca.common.errors import UsageError, first_line
 
 
 def check_device(device: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 from alpaca.shards import Spec
 from alpaca.weights import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Tensor, Weights, dtype_name
 

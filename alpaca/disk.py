@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from alpaca.console import say
-from alpaca.errors import UsageError
-from alpaca.files import free_bytes, human
+from alpaca.common.distributed import say
+from alpaca.common.errors import UsageError, human
+from alpaca.common.files import free_bytes
 from alpaca.forecast import optimizer_bytes
 
 if TYPE_CHECKING:

@@ -24,9 +24,8 @@ from typing import Any
 
 import torch
 
+from alpaca.common.errors import UsageError, human
 from alpaca.diagnosis import CONFIG_FIELDS, check_same_tensors, explain_other_base, fits, refuse_misfit
-from alpaca.errors import UsageError
-from alpaca.files import human
 from alpaca.shards import ShardDigests, ShardWriter, Spec, plan_shards, write_index
 from alpaca.streaming import Pipeline, Slot
 from alpaca.weights import (

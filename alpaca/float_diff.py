@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 
 from alpaca.checkpoint_2023 import BinWriter, missing_prefix, pad_token_in_2023, plan_bin_shards, write_bin_index
+from alpaca.common.errors import UsageError, first_line
 from alpaca.diagnosis import VOCABULARY, check_same_tensors, config_differences, refuse_misfit, rows_may_differ
-from alpaca.errors import UsageError, first_line
 from alpaca.shards import Spec
 from alpaca.streaming import PIECE, Pipeline, Slot, stream
 from alpaca.weights import (

@@ -27,10 +27,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alpaca.console import say
-from alpaca.errors import first_line
-from alpaca.files import human
-from alpaca.flags import spelled
+from alpaca.common.arguments import spelled
+from alpaca.common.distributed import say
+from alpaca.common.errors import first_line, human
 from alpaca.fsdp import empty_model, materialize
 from alpaca.lora import LoraArguments, add_lora, base_dtype, lora_layers
 from alpaca.loss import CHUNK

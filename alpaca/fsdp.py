@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from alpaca.console import say
-from alpaca.errors import UsageError
-from alpaca.flags import read_config, without_prefix
+from alpaca.common.arguments import read_config, without_prefix
+from alpaca.common.distributed import say
+from alpaca.common.errors import UsageError
 
 if TYPE_CHECKING:
     from accelerate.parallelism_config import ParallelismConfig

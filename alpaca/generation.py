@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alpaca.errors import UsageError
-from alpaca.files import atomic_write
+from alpaca.common.errors import UsageError
+from alpaca.common.files import atomic_write
 from alpaca.journal import Journal
 from alpaca.novelty import NoveltyFilter
 from alpaca.self_instruct import Item, encode_prompt, parse

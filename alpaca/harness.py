@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from alpaca.errors import UsageError
-from alpaca.files import check_writable, write_json, write_text
+from alpaca.common.errors import UsageError
+from alpaca.common.files import check_writable, write_json, write_text
 from alpaca.harness_tasks import Member, definition_of, find_group, load_tasks, rehearse
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class HarnessRun:
         import torch
         from lm_eval.models.huggingface import HFLM
 
-        from alpaca.local_model import best_dtype, check_device
+        from alpaca.devices import best_dtype, check_device
         from alpaca.opening import How, open_model
         from alpaca.quantization import quantizing_flag
 

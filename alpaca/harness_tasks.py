@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpaca.errors import UsageError, first_line
-from alpaca.files import fingerprint_of_files
+from alpaca.common.errors import UsageError, first_line
+from alpaca.common.files import fingerprint_of_files
 from alpaca.overlap import INSTALL
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alpaca.errors import UsageError
-from alpaca.files import lock
+from alpaca.common.errors import UsageError
+from alpaca.common.files import lock
 
 
 class Journal:

@@ -27,8 +27,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
 from alpaca.client import MOST_CUTS, Completion, Prompt, Sampling, cut_at_stop
+from alpaca.common.errors import UsageError
 from alpaca.devices import best_dtype, check_device
-from alpaca.errors import UsageError
 from alpaca.opening import How, open_model, without_adapter
 from alpaca.quantization import quantizing_flag
 from alpaca.refusals import ContextOverflow

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from alpaca.console import say
-from alpaca.errors import UsageError
-from alpaca.flags import flag
+from alpaca.common.arguments import flag
+from alpaca.common.distributed import say
+from alpaca.common.errors import UsageError
 from alpaca.quantization import bitsandbytes_config, quantizing_flag
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 
 import torch
 
+from alpaca.common.errors import UsageError, first_line
 from alpaca.contract import other_base
 from alpaca.diagnosis import config_differences, rows_may_differ
-from alpaca.errors import UsageError, first_line
 from alpaca.prompts import TEMPLATE_FILE
 from alpaca.shards import Spec
 from alpaca.streaming import Pipeline, Slot, cast

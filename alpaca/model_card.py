@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from huggingface_hub import ModelCardData
 
 from alpaca.chat_template import separator
-from alpaca.console import say
+from alpaca.common.arguments import spelled
+from alpaca.common.distributed import say
+from alpaca.common.files import atomic_write
 from alpaca.contract import rows_per_step
-from alpaca.files import atomic_write
-from alpaca.flags import spelled
 from alpaca.prompts import TEMPLATE_FILE, format_prompt
 from alpaca.report import PROBLEMS, DataReport
 

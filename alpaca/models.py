@@ -9,13 +9,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca import fsdp, zero
-from alpaca.console import say
-from alpaca.errors import UsageError
+from alpaca.common.distributed import say, wait_for_all_ranks
+from alpaca.common.errors import UsageError
 from alpaca.exact_diff import is_exact_diff
 from alpaca.lora import LoraArguments, add_lora, base_dtype, existing_tokens, quantization
 from alpaca.run import repair_generation_config
 from alpaca.tokenizer import SPECIAL_TOKENS, open_tokenizer, slow_files, to_save, without_slow_files
-from alpaca.waiting import wait_for_all_ranks
 from alpaca.weights import ADAPTER_CONFIG, what_it_is_instead
 
 if TYPE_CHECKING:

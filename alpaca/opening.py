@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from alpaca.common.errors import UsageError, first_line
 from alpaca.contract import other_base
-from alpaca.errors import UsageError, first_line
 from alpaca.exact_diff import is_exact_diff
 from alpaca.float_diff import ONE, ZERO, FloatDiff, last_norm
 from alpaca.models import resize_embeddings

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 
 INSTALL = "pip install -c constraints.txt -r scripts/requirements.txt"
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}

@@ -3,8 +3,8 @@
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 
+from alpaca.common.errors import UsageError
 from alpaca.data import Row, load_rows
-from alpaca.errors import UsageError
 
 
 def load_named(path: str, flag: str, load: Callable[[str], list[Row]] = load_rows) -> list[Row]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 
 PROMPT_DICT = {
     "prompt_input": (

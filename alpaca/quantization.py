@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig

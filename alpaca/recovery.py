@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 from alpaca.exact_diff import ExactDiff, is_exact_diff
 from alpaca.float_diff import FloatDiff
 from alpaca.shards import MemoryWriter, Spec

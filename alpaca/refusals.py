@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 
 LONGEST_WAIT = 120.0  # s; a server that asks for more has no room today: the user should know, not wait
 OVERFLOW = re.compile(

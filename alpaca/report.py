@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 
+from alpaca.common.errors import UsageError
 from alpaca.data import Data, Row
-from alpaca.errors import UsageError
 from alpaca.tokens import Tokens
 
 

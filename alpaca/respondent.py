@@ -1,7 +1,5 @@
 """Who answers: a model in a folder, in this process, or one of a server; and what its answers depend on."""
 
-import hashlib
-import json
 import os
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +9,9 @@ from typing import Any
 
 from alpaca.asking import Budget, Model
 from alpaca.client import Client, Sampling
-from alpaca.errors import UsageError
+from alpaca.common.commands import check_numbers
+from alpaca.common.errors import UsageError
+from alpaca.common.files import digest
 from alpaca.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt
 
 
@@ -145,14 +145,6 @@ class Questions:
         return question if self.plain else format_prompt({"instruction": question}, self.around)
 
 
-def digest(parts: Iterable[str]) -> str:
-    """Of texts, in their order."""
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(json.dumps(part).encode())
-    return found.hexdigest()[:12]
-
-
 def seed_of(seed: int, number: int) -> int:
     """The seed of a request: equal prompts get different answers, whatever is asked beside them."""
     return random.Random(f"{seed} {number}").randrange(2**62)
@@ -172,13 +164,6 @@ def check_sampling(sampling: Sampling, limit_flag: str = "--max_tokens") -> None
         raise UsageError(f"--temperature {sampling.temperature}: expected 0 (greedy) or more")
     if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
         raise UsageError(f"--top_p {sampling.top_p}: expected more than 0, 1 at most")
-
-
-def check_numbers(**flags: int) -> None:
-    """Raise UsageError for the first that is below 1."""
-    for name, value in flags.items():
-        if value < 1:
-            raise UsageError(f"--{name} {value}: expected at least 1")
 
 
 def budget_of(price_in: float, price_out: float, max_cost: float | None) -> Budget:

@@ -9,9 +9,9 @@ from typing import Any
 
 from alpaca.asking import Asker, Budget, Model, answered_before
 from alpaca.client import Sampling
+from alpaca.common.errors import UsageError, first_of
+from alpaca.common.files import atomic_write
 from alpaca.data import Row
-from alpaca.errors import UsageError
-from alpaca.files import atomic_write
 from alpaca.journal import Journal
 from alpaca.progress import Progress
 
@@ -142,11 +142,6 @@ def check_same_run(journal: Journal, how: dict[str, Any], flag: str = "--output_
             other = ", ".join(f"{name} {entry['how'].get(name)!r}" for name in names)
             raise UsageError(f"{flag}: {journal.path} has answers to another question ({other}); choose another "
                              f"{flag}, or move the journal away")  # fmt: skip
-
-
-def first_of(numbers: Sequence[int]) -> str:
-    """ "0, 1, 2 …", of at most ten"""
-    return ", ".join(map(str, numbers[:10])) + " …" * (len(numbers) > 10)
 
 
 def write_rows(path: str | Path, rows: list[Row]) -> None:

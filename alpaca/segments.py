@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from alpaca.common.errors import UsageError
 from alpaca.data import check_text, raw_rows, read_text
-from alpaca.errors import UsageError
 
 # Words that hardly any English text of some sentences goes without, and that other languages do not have
 ENGLISH = frozenset(

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 
 # Tasks that a model of text alone cannot do, and words that led to too many of one kind.
 BLACKLIST = (

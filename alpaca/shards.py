@@ -2,10 +2,7 @@
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -13,119 +10,10 @@ from typing import IO, NamedTuple
 
 import torch
 
-from alpaca.errors import UsageError
-from alpaca.files import free_bytes, human, lock
-from alpaca.weights import COMPANIONS, DTYPE_NAMES, memory
+from alpaca.common.errors import UsageError
+from alpaca.weights import DTYPE_NAMES, memory
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # for --dtype
-MARKER = ".incomplete"  # in a folder that is being written
-ROOM = 10**8  # bytes on the disk for what stands beside the tensors: tokenizer, configuration, manifest
-OF_A_CHECKPOINT = (".safetensors", ".bin", ".sha256", ".png", ".md", ".gitattributes", "LICENSE", *COMPANIONS)
-
-
-# ---- a folder that appears when it is complete ----
-
-
-@contextmanager
-def new_folder(path: str | Path, flag: str, nbytes: int, overwrite: bool, inputs: Iterable[Path]) -> Iterator[Path]:
-    """A folder beside `path` to write tensors of `nbytes` into, renamed to `path` when the block ends without an error.
-
-    Raises:
-        UsageError: `path` is taken, is one of the `inputs`, cannot be written, or its disk is too small.
-    """
-    target = Path(os.path.realpath(os.path.expanduser(path)))
-    if not target.name:
-        raise UsageError(f"{flag} {path}: expected a new folder, which is named")
-    partial, replaced = (target.with_name(f"{target.name}.{ending}") for ending in ("incomplete", "replaced"))
-    try:
-        _check_target(target, replaced, flag, overwrite, inputs)
-        if free_bytes(target) < nbytes + ROOM:
-            raise UsageError(
-                f"{flag} {path}: needs {human(nbytes + ROOM)}, its disk has {human(free_bytes(target))} free"
-            )
-        handle, ours = _lock(partial, flag), False
-        try:
-            _clear(partial, flag)
-            ours = True
-            yield partial
-            _sync(partial)
-            _put_in_place(partial, target, replaced)
-        except BaseException:
-            if ours:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
-        finally:
-            if handle is not None:
-                os.close(handle)
-    except OSError as error:
-        raise UsageError(f"{flag} {path}: could not be written ({error})") from error
-
-
-def _check_target(target: Path, replaced: Path, flag: str, overwrite: bool, inputs: Iterable[Path]) -> None:
-    if any(target == Path(os.path.realpath(folder)) for folder in inputs):
-        raise UsageError(f"{flag} {target}: is also read from; choose another folder")
-    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not overwrite:
-        raise UsageError(f"{flag} {target}: already exists; choose another folder or pass --overwrite")
-    if os.path.lexists(replaced):
-        raise UsageError(f"{flag} {target}: {replaced} is in the way of --overwrite, which would put the old folder "
-                         "there while it is replaced; move it away")  # fmt: skip
-    names = [child.name for child in target.iterdir()]
-    strange = [name for name in names if not name.endswith(OF_A_CHECKPOINT) or (target / name).is_dir()]
-    if strange or "config.json" not in names or not any(name.endswith((".safetensors", ".bin")) for name in names):
-        raise UsageError(f"{flag} {target}: --overwrite replaces only the folder of a checkpoint or a diff, and this "
-                         f"one {f'holds {strange[0]}' if strange else 'is none'}; delete it yourself")  # fmt: skip
-
-
-def _put_in_place(partial: Path, target: Path, replaced: Path) -> None:
-    """Rename. What stood there is deleted only when the new folder stands in its place."""
-    old = os.path.lexists(target) and any(target.iterdir())
-    if old:
-        os.rename(target, replaced)
-    try:
-        os.rename(partial, target)
-    except BaseException:
-        if old:
-            os.rename(replaced, target)
-        raise
-    (target / MARKER).unlink()
-    _sync(target.parent)
-    if old:
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _lock(partial: Path, flag: str) -> int | None:
-    """Make the folder that is written, or find it; while it is locked its process is alive."""
-    partial.mkdir(parents=True, exist_ok=True)
-    if os.name != "posix":
-        return None
-    handle = os.open(partial, os.O_RDONLY)
-    if not lock(handle, partial):
-        os.close(handle)
-        raise UsageError(f"{flag}: another process is writing {partial}")
-    return handle
-
-
-def _clear(partial: Path, flag: str) -> None:
-    """Delete what a killed process has left, and nothing else."""
-    left = list(partial.iterdir())
-    if left and not (partial / MARKER).exists():
-        raise UsageError(f"{flag}: {partial} is needed for writing and holds files of yours; move it away")
-    (partial / MARKER).touch()
-    for path in left:
-        if path.name != MARKER:
-            path.unlink()
-
-
-def _sync(folder: Path) -> None:
-    """The files in `folder`, and their names, are on the disk when this returns."""
-    for path in [*(path for path in folder.iterdir() if path.is_file()), *[folder] * (os.name == "posix")]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 # ---- safetensors files, whose sizes are known before their content ----

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from alpaca.common.distributed import wait_for_all_ranks
+from alpaca.common.errors import UsageError
+from alpaca.common.files import atomic_write
 from alpaca.encoding import Ragged
-from alpaca.errors import UsageError
-from alpaca.files import atomic_write
-from alpaca.waiting import wait_for_all_ranks
 
 Tokens = dict[str, Any]  # as `make_tokens` returns them
 IGNORE_INDEX = -100

@@ -22,8 +22,9 @@ from alpaca.batching import StepLoader, Steps2023, StepSampler, StepSampler2023,
 from alpaca.blackbox import BlackBox
 from alpaca.chat_template import save_templates
 from alpaca.checkpoints import delete_old_checkpoints, load_optimizer_of_other_layout, write_patiently, written_whole
+from alpaca.common.distributed import say
 from alpaca.compiling import compile_layers, explained
-from alpaca.console import ConsoleCallback, plot_loss, say
+from alpaca.console import ConsoleCallback, plot_loss
 from alpaca.exactness import check_packing, choose_packing
 from alpaca.fsdp import full_state_dict, shard_on_cpu
 from alpaca.loss import batch_loss

@@ -16,8 +16,8 @@ from typing import IO, Any
 
 import torch
 
-from alpaca.errors import UsageError, first_line
-from alpaca.files import human
+from alpaca.common.errors import UsageError, first_line, human
+from alpaca.common.files import COMPANIONS
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -29,7 +29,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}  # safetensors' na
 ADAPTER_CONFIG = "adapter_config.json"  # of peft; a LoRA adapter's folder has it
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 MANIFEST = "weight_diff.json"  # an exact diff's folder has it (alpaca/exact_diff.py)
-COMPANIONS = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 OF_THE_RUN = (
     "trainer_state.json",
     "alpaca_*.json",

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from alpaca import fsdp
-from alpaca.console import say
-from alpaca.data import fingerprint
-from alpaca.errors import UsageError
-from alpaca.flags import read_config, spelled
+from alpaca.common.arguments import read_config, spelled
+from alpaca.common.distributed import say
+from alpaca.common.errors import UsageError
+from alpaca.common.files import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments

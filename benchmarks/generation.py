@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from alpaca.commands import Parser
+from alpaca.common.commands import Parser
 from benchmarks.machine import ROOT, write_result
 from tests.completion_server import CompletionServer
 

@@ -15,14 +15,14 @@ import sys
 import tempfile
 from pathlib import Path
 
-from alpaca.commands import Parser
+from alpaca.common.commands import Parser
 from benchmarks.machine import ROOT, write_result
 from scripts.make_tiny_model import make_tiny_model
 from scripts.quickstart import free_port
 
 CHILD = """
 import resource, sys, train
-from alpaca.errors import reported
+from alpaca.common.errors import reported
 with reported("train.py"):
     train.train(sys.argv[1:])
     print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, flush=True)

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from rouge_score import rouge_scorer
 
-from alpaca.commands import Parser
+from alpaca.common.commands import Parser
 from alpaca.novelty import NoveltyFilter, Similarity
 from benchmarks.machine import ROOT, write_result
 

@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from alpaca.commands import Parser
+from alpaca.common.commands import Parser
+from alpaca.common.errors import reported
 from alpaca.data import load_rows
-from alpaca.errors import reported
 from alpaca.prompts import format_prompt
 from alpaca.tokenizer import open_tokenizer
 from alpaca.tokens import IGNORE_INDEX, cached_tokens

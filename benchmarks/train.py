@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, Trainer, TrainerCallback
 
 import train
-from alpaca.commands import Parser
+from alpaca.common.commands import Parser
+from alpaca.common.errors import reported
 from alpaca.data import load_rows
-from alpaca.errors import reported
 from alpaca.prompts import format_prompt
 from alpaca.speed import matmul_rate
 from benchmarks.contenders import MAX_LENGTH, SECTIONS, SEED, Contender, Setup

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from alpaca.commands import Parser
+from alpaca.common.commands import Parser
 from alpaca.shards import ShardWriter, Spec, plan_shards
 from alpaca.weights import memory
 from benchmarks.machine import ROOT, write_result

@@ -17,18 +17,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import utils
-from alpaca import commands
 from alpaca.asking import Budget, Model
 from alpaca.backtranslation import Curation, inference_templates, mixed, pairs_of, rated_row, rating_prompt
 from alpaca.client import Sampling
+from alpaca.common import commands
+from alpaca.common.commands import check_numbers
+from alpaca.common.errors import UsageError, first_of, reported
+from alpaca.common.files import keep_input
 from alpaca.data import Row, load_rows, raw_rows
-from alpaca.errors import UsageError, reported
-from alpaca.files import keep_input
 from alpaca.pairing import load_named
 from alpaca.progress import estimate
 from alpaca.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, load_prompt_template
-from alpaca.respondent import Questions, Respondent, budget_of, check_numbers, fitting
-from alpaca.row_answers import RowAnswers, first_of, write_rows
+from alpaca.respondent import Questions, Respondent, budget_of, fitting
+from alpaca.row_answers import RowAnswers, write_rows
 from alpaca.segments import Filters, load_texts
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"

@@ -21,17 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpaca import flags
 from alpaca.answering import Answer, Answering, Voice
 from alpaca.client import Sampling
+from alpaca.common import arguments
+from alpaca.common.arguments import flag
+from alpaca.common.commands import check_numbers
+from alpaca.common.errors import UsageError, reported
 from alpaca.data import Row, load_rows
-from alpaca.errors import UsageError, reported
 from alpaca.exact_diff import is_exact_diff
-from alpaca.flags import flag
 from alpaca.float_diff import ZERO, last_norm
 from alpaca.local_model import LocalModel
 from alpaca.prompts import load_prompt_template
-from alpaca.respondent import check_numbers
 from alpaca.weights import ADAPTER_CONFIG, find_folder, open_weights
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class DemoArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    (options,), _ = flags.parse(sys.argv[1:] if argv is None else argv, (DemoArguments,), __doc__, "scripts.demo")
+    (options,), _ = arguments.parse(sys.argv[1:] if argv is None else argv, (DemoArguments,), __doc__, "scripts.demo")
     check_address(options.host, options.port)
     import_gradio()
     voices = load_voices(options)

@@ -15,18 +15,19 @@ from statistics import fmean
 from typing import Any
 
 import utils
-from alpaca import commands, judging
+from alpaca import judging
 from alpaca.client import Sampling
+from alpaca.common import commands
+from alpaca.common.errors import UsageError, first_of, reported
+from alpaca.common.files import keep_input, write_json
 from alpaca.data import load_rows
-from alpaca.errors import UsageError, reported
-from alpaca.files import keep_input, write_json
 from alpaca.harness import HarnessRun
 from alpaca.overlap import ROUGE, overlap, worst
 from alpaca.pairing import load_named, partners
 from alpaca.progress import estimate
 from alpaca.prompts import instruction_and_input
 from alpaca.respondent import Questions, Respondent, budget_of
-from alpaca.row_answers import RowAnswers, first_of, write_rows
+from alpaca.row_answers import RowAnswers, write_rows
 from scripts.generate import GenerateArguments, answer_file, opened
 
 OFFICIAL = "alpaca_eval --model_outputs {} --reference_outputs {} --annotators_config alpaca_eval_gpt4"

@@ -21,15 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpaca import flags
 from alpaca.client import Sampling
+from alpaca.common import arguments
+from alpaca.common.arguments import flag
+from alpaca.common.errors import UsageError, first_of, reported
+from alpaca.common.files import digest, keep_input
 from alpaca.data import Row, load_rows
-from alpaca.errors import UsageError, reported
-from alpaca.files import keep_input
-from alpaca.flags import flag
 from alpaca.prompts import format_prompt, instruction_and_input, load_prompt_template
-from alpaca.respondent import check_sampling, digest, seed_of
-from alpaca.row_answers import RowAnswers, first_of
+from alpaca.respondent import check_sampling, seed_of
+from alpaca.row_answers import RowAnswers
 
 if TYPE_CHECKING:
     from alpaca.local_model import LocalModel
@@ -80,7 +80,7 @@ class GenerateArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    (options,), _ = flags.parse(argv, (GenerateArguments,), __doc__, program="scripts.generate")
+    (options,), _ = arguments.parse(argv, (GenerateArguments,), __doc__, program="scripts.generate")
     rows = load_rows(options.data_path, options.data_split, answered=options.backward) if options.data_path else []
     if options.backward:
         rows = [{"instruction": row["output"], "reference": instruction_and_input(row)} for row in rows]

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from alpaca import flags
-from alpaca.errors import UsageError, reported
-from alpaca.flags import flag
+from alpaca.common import arguments
+from alpaca.common.arguments import flag
+from alpaca.common.errors import UsageError, reported
 from alpaca.models import load_tokenizer
 from alpaca.report import PROBLEMS
 from alpaca.tokens import IGNORE_INDEX
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the report and the rows of the command line `argv`; returns the exit code."""
     classes = (ModelArguments, DataArguments, InspectArguments)
     argv = sys.argv[1:] if argv is None else argv
-    (model_args, data_args, options), _ = flags.parse(argv, classes, __doc__, program="scripts.inspect_data")
+    (model_args, data_args, options), _ = arguments.parse(argv, classes, __doc__, program="scripts.inspect_data")
     tokenizer, _ = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)
     spoiled = []

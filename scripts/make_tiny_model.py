@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from alpaca.commands import Parser
+from alpaca.common.commands import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("llama", "opt", "gpt2")

@@ -11,11 +11,11 @@ does not touch keep every bit. Tokenizer and prompt template are the adapter's w
 import json
 import shutil
 
-from alpaca.commands import Parser
-from alpaca.errors import reported
-from alpaca.files import human
+from alpaca.common.commands import Parser
+from alpaca.common.errors import human, reported
+from alpaca.common.files import new_folder
 from alpaca.merging import Adapter, Merged
-from alpaca.shards import FLOATS, new_folder, plan_shards
+from alpaca.shards import FLOATS, plan_shards
 from alpaca.streaming import Pipeline, write_model
 from alpaca.tokenizer import copy_slow_files
 from alpaca.weights import open_weights

@@ -20,12 +20,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from alpaca import flags
+from alpaca.common import arguments
+from alpaca.common.arguments import flag
+from alpaca.common.commands import check_numbers
+from alpaca.common.errors import UsageError, reported
+from alpaca.common.files import atomic_write
 from alpaca.data import load_rows
-from alpaca.errors import UsageError, reported
-from alpaca.files import atomic_write
-from alpaca.flags import flag
-from alpaca.respondent import check_numbers
 from alpaca.sunburst import Sunburst, draw, lay_out
 from alpaca.verb_noun import VerbNoun, verb_noun
 
@@ -65,7 +65,7 @@ class Diversity:
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    (options,), _ = flags.parse(argv, (DiversityArguments,), __doc__, program="scripts.plot_diversity")
+    (options,), _ = arguments.parse(argv, (DiversityArguments,), __doc__, program="scripts.plot_diversity")
     if not options.data_path:
         raise UsageError("--data_path is missing: a file with instructions, such as seed_tasks.jsonl or regen.json")
     output = options.output.removesuffix(Path(options.output).suffix if options.output.endswith(SUFFIXES) else "")

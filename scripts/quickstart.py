@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from alpaca.commands import Parser
+from alpaca.common.commands import Parser
 from alpaca.data import load_rows
 from alpaca.prompts import format_prompt
 from scripts.make_tiny_model import ROOT, make_tiny_model

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from alpaca.commands import Parser
+from alpaca.common.commands import Parser
 from alpaca.data import load_rows
 from alpaca.overlap import INSTALL
 from alpaca.prompts import format_prompt, instruction_and_input

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alpaca import flags
 from alpaca.attention import PackLayout, confined_to_rows, named_kernel
 from alpaca.batching import StepSampler
-from alpaca.errors import first_line, reported
-from alpaca.flags import flag
+from alpaca.common import arguments
+from alpaca.common.arguments import flag
+from alpaca.common.errors import first_line, reported
 from alpaca.loss import batch_loss
 from alpaca.models import load_model, load_tokenizer, resize_embeddings
 from alpaca.packing import MicroBatches, Packing, measure_rows, plan_packing, why_not_packed, why_not_shared
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison for the command line `argv`; returns the exit code."""
     classes = (ModelArguments, DataArguments, VerifyArguments)
     argv = sys.argv[1:] if argv is None else argv
-    (model_args, data_args, options), _ = flags.parse(argv, classes, __doc__, program="scripts.verify")
+    (model_args, data_args, options), _ = arguments.parse(argv, classes, __doc__, program="scripts.verify")
     tokenizer, new_tokens = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)
     dataset, collate = data_module["train_dataset"], data_module["data_collator"]

@@ -13,7 +13,7 @@ import sys
 import alpaca.checkpoints as checkpoints
 import alpaca.trainer as trainer
 import train
-from alpaca.errors import reported
+from alpaca.common.errors import reported
 
 where, rank = os.environ["KILL"].split(":")
 calls = {}

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 import train
-from alpaca.errors import reported
+from alpaca.common.errors import reported
 
 
 def peak_bytes() -> int:

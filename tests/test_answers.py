@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 import weight_diff
 from alpaca.client import Sampling
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 from alpaca.local_model import LocalModel
 from alpaca.prompts import format_prompt
 from alpaca.text_stream import pieces_of

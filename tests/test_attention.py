@@ -11,7 +11,7 @@ from torch.nn.attention import varlen
 
 from alpaca import attention
 from alpaca.attention import PackLayout, packed_attention
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 
 LAYOUTS = [((), (1,), (-1,)), ((), (5, 1, 7), (-1, -1, -1)), ((3,), (4, 1, 6), (0, 0, 0)), ((4, 2), (1, 5), (1, -1))]
 

@@ -8,10 +8,10 @@ import pytest
 from conftest import GOLDEN
 from test_tokens import golden_tokenizer
 
+from alpaca.common.errors import UsageError
 from alpaca.contract import changes, describe_run
 from alpaca.conversations import parse_conversation
 from alpaca.data import load_rows, read_data
-from alpaca.errors import UsageError
 from alpaca.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, format_prompt, load_prompt_template
 from train import DataArguments, make_supervised_data_module, parse_flags
 

@@ -54,7 +54,7 @@ def test_rows_of_a_loss_that_is_not_finite_are_named(tiny, tmp_path, processes, 
 def test_a_gradient_that_is_not_finite_stops_too(tiny, tmp_path):
     """With losses that are finite."""
     from alpaca.blackbox import BlackBox
-    from alpaca.errors import UsageError
+    from alpaca.common.errors import UsageError
 
     class Args:
         fp16, world_size, process_index, output_dir = False, 1, 0, str(tmp_path)

@@ -30,7 +30,7 @@ from completion_server import (
 from conftest import ROOT
 
 from alpaca.client import Client, Sampling, is_openai, server_url
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 from alpaca.prompts import PROMPT_DICT, format_prompt
 from alpaca.refusals import NoAnswer, RequestFailed, seconds_to_wait
 from scripts.quickstart import free_port

@@ -5,7 +5,7 @@ import torch
 from conftest import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 from alpaca.trainer import AlpacaTrainer
 from train import DataCollatorForSupervisedDataset, SupervisedDataset, TrainingArguments
 

@@ -8,8 +8,8 @@ import datasets
 import pytest
 from test_tokens import golden_tokenizer
 
+from alpaca.common.errors import UsageError
 from alpaca.data import load_rows
-from alpaca.errors import UsageError
 from train import DataArguments, make_supervised_data_module, parse_flags
 
 ROWS = [

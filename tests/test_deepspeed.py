@@ -14,7 +14,7 @@ from conftest import ROOT, history, largest_difference, weights, write_rows
 from conftest import train as launch
 
 import train
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 from alpaca.zero import Zero3, complete_config
 
 CONFIG = ROOT / "configs" / "default_offload_opt_param.json"

@@ -23,7 +23,7 @@ from conftest import ROOT, run
 
 from alpaca.answering import Answering, Voice
 from alpaca.client import Sampling
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 from alpaca.local_model import LocalModel
 from alpaca.prompts import PROMPT_DICT, format_prompt
 from scripts import demo, quickstart

@@ -9,7 +9,7 @@ import pytest
 from conftest import fork, run, train, write_rows
 
 import train as train_module
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 
 
 def mistake(tmp_path, tiny, **changed):
@@ -150,7 +150,7 @@ RANK = """
 import os, sys, time
 if os.fork() == 0:
     time.sleep(0.5)  # what a rank's imports take
-    from alpaca.errors import reported
+    from alpaca.common.errors import reported
     with reported("train.py"):
         print(os.getppid(), "went on", flush=True)
 elif sys.argv[1] == "stays":
@@ -166,4 +166,4 @@ def test_a_rank_whose_launcher_died_while_it_was_importing_ends(launcher):
         assert "went on" in result.stdout
     elif result.stdout:
         assert int(result.stdout.split()[0]) != 1
-        pytest.skip("orphans go to a process here that is none of alpaca.errors.REAPERS")
+        pytest.skip("orphans go to a process here that is none of alpaca.common.distributed.REAPERS")

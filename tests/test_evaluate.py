@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca import judging
+from alpaca.common.errors import UsageError
 from alpaca.contract import weights_of
-from alpaca.errors import UsageError
 from scripts import evaluate, generate
 
 BESIDE = Path(sys.prefix) / "evaluation"  # where make installs what tests alone need

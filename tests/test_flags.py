@@ -6,14 +6,14 @@ from argparse import Namespace
 import pytest
 import torch
 
-from alpaca import flags
-from alpaca.errors import UsageError
+from alpaca.common import arguments
+from alpaca.common.errors import UsageError
 from train import parse_flags
 
 
 def translated(*words):
-    argv, notes = flags.translate_legacy_flags(list(words))
-    return dict(flags.split_flags(argv)), notes
+    argv, notes = arguments.translate_legacy_flags(list(words))
+    return dict(arguments.split_flags(argv)), notes
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_no_shard_is_ddp():
 )
 def test_values_without_meaning_are_refused(words, message):
     with pytest.raises(UsageError, match=message):
-        flags.translate_legacy_flags(words)
+        arguments.translate_legacy_flags(words)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def adapted(**given):
     namespace = Namespace(
         **{**dict(use_cpu=False, bf16=False, fp16=False, tf32=None, fsdp=None, fsdp_config=None), **given}
     )
-    notes = flags.adapt_to_hardware(namespace)
+    notes = arguments.adapt_to_hardware(namespace)
     return namespace, "\n".join(notes)
 
 
@@ -241,13 +241,14 @@ def test_flags_without_effect_are_accepted_noted_and_left_at_their_defaults(caps
 
 
 def test_help_has_what_can_be_turned():
-    from train import DataArguments, LoraArguments, ModelArguments, TrainingArguments
+    from alpaca.lora import LoraArguments
+    from train import DataArguments, ModelArguments, TrainingArguments
 
-    parser = flags.FlagParser((ModelArguments, DataArguments, LoraArguments, TrainingArguments), None, "train.py")
+    parser = arguments.FlagParser((ModelArguments, DataArguments, LoraArguments, TrainingArguments), None, "train.py")
     text = parser.format_help()
     assert "--no_share_prefix     not --share_prefix\n" in text and "--overwrite_output_dir" in text
-    assert not [name for name in [*flags.WITHOUT_EFFECT, "logging_nan_inf_filter"] if f"--{name}" in text]
-    assert not set(flags.WITHOUT_EFFECT) - set(parser.known()), "transformers has them all"
+    assert not [name for name in [*arguments.WITHOUT_EFFECT, "logging_nan_inf_filter"] if f"--{name}" in text]
+    assert not set(arguments.WITHOUT_EFFECT) - set(parser.known()), "transformers has them all"
 
 
 def test_gradients_are_reduced_in_float32():

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import weight_diff
 from alpaca import float_diff
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 from alpaca.float_diff import NaiveSum, inv_freq
 from alpaca.recovery import open_diff, recover_in_memory
 from alpaca.weights import aliases_of, open_weights, ties_embeddings

@@ -12,7 +12,7 @@ from conftest import GOLDEN, SHARED, run, train, write_rows
 from test_tokens import golden_tokenizer, texts_of
 
 from alpaca import disk, forecast
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 from alpaca.prompts import PROMPT_DICT
 from alpaca.report import PROBLEMS, text_problems
 from train import SupervisedDataset

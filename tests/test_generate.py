@@ -18,7 +18,7 @@ from test_layout import loaded_by
 
 import generate_instruction
 from alpaca import asking, client, generation
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 from alpaca.journal import Journal
 from generate_instruction import export, generate_instruction_following_data, generate_responses
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from alpaca.client import Sampling
+from alpaca.common.errors import UsageError
 from alpaca.devices import best_dtype
-from alpaca.errors import UsageError
 from alpaca.local_model import Draw, LocalModel
 from alpaca.refusals import ContextOverflow, RequestFailed
 

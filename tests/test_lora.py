@@ -11,7 +11,7 @@ from test_gate import flags_of, llama_7b
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alpaca import disk, forecast
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 from alpaca.lora import LoraArguments, add_lora
 from alpaca.speed import flops_per_token
 from scripts.make_tiny_model import make_tiny_model

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weight_diff
 from alpaca import merging, streaming
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 from alpaca.merging import Merged
 from scripts.merge_lora import main, merge_lora
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 from alpaca.models import load_model, load_tokenizer, resize_embeddings
 from train import ModelArguments, TrainingArguments
 

@@ -66,7 +66,7 @@ def test_what_the_ranks_disagree_about_is_named(monkeypatch, other_seen, other_r
     from argparse import Namespace
 
     from alpaca import contract
-    from alpaca.errors import UsageError
+    from alpaca.common.errors import UsageError
 
     def of(rows):
         return {"fixed": {"the data (--data_path)": f"{rows} rows"}, "free": {}, "tokens": ""}
@@ -109,7 +109,7 @@ def test_the_slurm_script_shards_inside_a_node_and_replicates_over_nodes(tiny, t
 
 
 def test_hybrid_sharding_needs_processes_to_shard_over(tmp_path, monkeypatch):
-    from alpaca.errors import UsageError
+    from alpaca.common.errors import UsageError
     from alpaca.fsdp import hybrid_mesh
 
     for name, value in dict(WORLD_SIZE="16", LOCAL_WORLD_SIZE="8", RANK="0").items():

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT
 
 from alpaca import sunburst
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 from alpaca.verb_noun import singular, verb_base, verb_noun
 from scripts.plot_diversity import DiversityArguments, main, most_frequent
 

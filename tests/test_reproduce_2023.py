@@ -14,9 +14,9 @@ from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler
 from transformers import AutoModelForCausalLM
 
 from alpaca.batching import Steps2023, StepSampler2023, sampler_seed
+from alpaca.common.errors import UsageError
 from alpaca.contract import changes, count_steps
 from alpaca.disk import checkpoints_to_come
-from alpaca.errors import UsageError
 from alpaca.packing import RowSizes, measure_rows, plan_packing
 from train import parse_flags
 

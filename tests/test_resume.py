@@ -164,7 +164,7 @@ def stopped(tiny, tmp_path_factory):
 def resume(stopped, tmp_path, **changed):
     """Resume a copy in this process; returns the refusal."""
     import train as train_module
-    from alpaca.errors import UsageError
+    from alpaca.common.errors import UsageError
 
     out, flags = stopped
     shutil.copytree(out, tmp_path / "out")
@@ -271,7 +271,7 @@ def test_a_damaged_checkpoint_is_skipped_by_name_and_refused_if_named(stopped, t
     from argparse import Namespace
 
     from alpaca.checkpoints import find_checkpoint
-    from alpaca.errors import UsageError
+    from alpaca.common.errors import UsageError
 
     for step in (2, 10):
         shutil.copytree(stopped[0] / "checkpoint-4", tmp_path / f"checkpoint-{step}")
@@ -298,7 +298,7 @@ def test_what_is_in_the_output_folder_is_not_overwritten(stopped, tmp_path):
     from argparse import Namespace
 
     from alpaca.checkpoints import delete_old_checkpoints, find_checkpoint, read_record, write_record
-    from alpaca.errors import UsageError
+    from alpaca.common.errors import UsageError
 
     checkpoint = stopped[0] / "checkpoint-4"
     out = tmp_path / "out"
@@ -361,7 +361,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tiny, tmp_path):
 def test_a_finished_run_started_again_says_so(tiny, tmp_path, capsys):
     """On two ranks; then in this process, and what else may be started in its folder."""
     import train as train_module
-    from alpaca.errors import UsageError
+    from alpaca.common.errors import UsageError
 
     flags = flags_for(tiny("llama"), tmp_path, max_steps=4, output_dir=tmp_path / "out", gradient_accumulation_steps=1)
     train(flags, 2)

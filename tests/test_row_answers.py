@@ -10,8 +10,8 @@ from datasets import Dataset, DatasetDict
 
 import generate_instruction
 from alpaca.client import Client, Sampling
-from alpaca.errors import UsageError
-from alpaca.files import keep_input
+from alpaca.common.errors import UsageError
+from alpaca.common.files import keep_input
 from alpaca.respondent import Questions, Respondent, open_respondent
 from alpaca.row_answers import RowAnswers
 from scripts import backtranslate, evaluate, generate

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 import train
 from alpaca.encoding import WordEncoder, ragged, starts_with
 from alpaca.prompts import PROMPT_DICT, format_prompt
-from train import IGNORE_INDEX, DataCollatorForSupervisedDataset, SupervisedDataset, preprocess
+from alpaca.tokens import IGNORE_INDEX
+from train import DataCollatorForSupervisedDataset, SupervisedDataset, preprocess
 
 
 def golden_tokenizer(name: str, max_length: int = 512):

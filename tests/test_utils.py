@@ -12,7 +12,7 @@ from completion_server import BAD_KEY, MAX_TOKENS_REFUSED, CompletionServer, Fau
 
 import utils
 from alpaca import completion_2023
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 
 
 def test_round_trip_by_path_and_by_file_object(tmp_path):
@@ -45,7 +45,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
 
     with pytest.raises(RuntimeError):
         utils.jdump([object()], path, default=explode)
-    from alpaca.files import atomic_write
+    from alpaca.common.files import atomic_write
 
     with pytest.raises(KeyboardInterrupt), atomic_write(path) as file:
         file.write("half")

@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import weight_diff
 from alpaca import shards
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
+from alpaca.common.files import MARKER, new_folder
 
 STRANGE = [float("nan"), float("-nan"), -0.0, 0.0, float("inf"), float("-inf"), 1e-40, -6e-8, 65504.0]
 INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -538,7 +539,7 @@ def test_nothing_is_overwritten_unasked(llama, tmp_path):
     (tmp_path / "empty").mkdir()
     recover(base, diff, tmp_path / "empty")
     assert not list(tmp_path.glob("*.incomplete")) and not list(tmp_path.glob("*.replaced"))
-    assert not (tmp_path / "empty" / shards.MARKER).exists()
+    assert not (tmp_path / "empty" / MARKER).exists()
 
 
 def test_too_small_a_disk_is_said_before_work(llama, tmp_path, monkeypatch):
@@ -620,14 +621,14 @@ def test_what_a_killed_process_left_is_cleared_but_nothing_else(llama, tmp_path)
     with pytest.raises(UsageError, match="holds files of yours; move it away"):
         recover(base, diff, tmp_path / "result")
     assert (left / "thesis.txt").exists()
-    (left / shards.MARKER).touch()
+    (left / MARKER).touch()
     recover(base, diff, tmp_path / "result")
     assert not left.exists()
 
 
 def test_two_processes_do_not_write_one_folder(llama, tmp_path):
     base, _, diff = llama
-    with shards.new_folder(tmp_path / "result", "--path_tuned", 0, False, ()) as first:
+    with new_folder(tmp_path / "result", "--path_tuned", 0, False, ()) as first:
         (first / "half").touch()
         with pytest.raises(UsageError, match="another process is writing .*result.incomplete"):
             recover(base, diff, tmp_path / "result")

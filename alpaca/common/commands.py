@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import fire
 
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 
 
 def run(program: str, tasks: Mapping[str, Callable[..., None]], argv: Sequence[str] | None = None) -> None:
@@ -113,3 +113,10 @@ class Parser(argparse.ArgumentParser):
             if name.startswith("--") and name not in known:
                 self.error(f"unknown flag {name}{_closest(name, known)}")
         return super().parse_args(args, namespace)
+
+
+def check_numbers(**flags: int) -> None:
+    """Raise UsageError for the first that is below 1."""
+    for name, value in flags.items():
+        if value < 1:
+            raise UsageError(f"--{name} {value}: expected at least 1")

@@ -12,7 +12,7 @@ from typing import Any
 
 import transformers
 
-from alpaca.errors import UsageError
+from alpaca.common.errors import UsageError
 
 RENAMED = {
     "evaluation_strategy": "eval_strategy",

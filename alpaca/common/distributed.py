@@ -4,8 +4,13 @@ Both go through the store of torch.distributed, where ranks leave each other not
 would do as well, but takes sockets that a long run with many checkpoints uses up.
 """
 
+import ctypes
 import itertools
+import os
 import pickle
+import signal
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -13,6 +18,7 @@ from torch.distributed.elastic.utils import store as store_utils
 
 A_DAY = 24 * 60 * 60.0
 _turn = itertools.count()  # every rank waits and gathers in the same order, so this names the occasion
+REAPERS = ("init", "systemd", "slurmstepd", "tini", "dumb-init", "docker-init", "conmon", "containerd-shim")
 
 
 def wait_for_all_ranks() -> None:
@@ -45,3 +51,40 @@ def _several() -> bool:
 
 def _store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
+
+
+def hide_progress_bars(args: Any) -> None:
+    """No bars of libraries where nobody watches: in log files, on other ranks, under --disable_tqdm."""
+    if args.disable_tqdm or args.process_index != 0 or not sys.stderr.isatty():
+        import datasets
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
+def say(message: str, rank: int) -> None:
+    """One line on stdout, from rank 0 only."""
+    if rank == 0:
+        print(message, flush=True)
+
+
+def _die_with_parent() -> None:
+    """Linux: a torchrun that is killed with SIGKILL leaves its processes behind, which would go on training, holding
+    GPUs and writing checkpoints, beside the run that is started to replace them."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if _launcher_is_gone():  # while this process was still importing: no signal will come any more
+            os._exit(1)
+
+
+def _launcher_is_gone() -> bool:
+    """Whether the parent is one that takes over orphans. torchrun, a Python program, may be process 1 itself."""
+    parent = os.getppid()
+    try:
+        if parent != 1:
+            return Path(f"/proc/{parent}/comm").read_text().strip() in REAPERS
+        return not os.path.basename(os.readlink("/proc/1/exe")).startswith("python")
+    except OSError:  # it ended just now; or process 1 is another user's
+        return True

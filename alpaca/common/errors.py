@@ -1,16 +1,15 @@
 """How a user's mistake is reported: one message that says what was got, what was expected and how to fix it."""
 
 import atexit
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NoReturn
+
+from alpaca.common.distributed import _die_with_parent
 
 
 class UsageError(ValueError):
@@ -26,7 +25,6 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
-REAPERS = ("init", "systemd", "slurmstepd", "tini", "dumb-init", "docker-init", "conmon", "containerd-shim")
 LOST_CONNECTION = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed", "failed to recv")
 
 
@@ -59,27 +57,6 @@ def reported(program: str) -> Iterator[None]:
         fail("the connection to another process is lost; what that one says is the cause", program)
 
 
-def _die_with_parent() -> None:
-    """Linux: a torchrun that is killed with SIGKILL leaves its processes behind, which would go on training, holding
-    GPUs and writing checkpoints, beside the run that is started to replace them."""
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if _launcher_is_gone():  # while this process was still importing: no signal will come any more
-            os._exit(1)
-
-
-def _launcher_is_gone() -> bool:
-    """Whether the parent is one that takes over orphans. torchrun, a Python program, may be process 1 itself."""
-    parent = os.getppid()
-    try:
-        if parent != 1:
-            return Path(f"/proc/{parent}/comm").read_text().strip() in REAPERS
-        return not os.path.basename(os.readlink("/proc/1/exe")).startswith("python")
-    except OSError:  # it ended just now; or process 1 is another user's
-        return True
-
-
 def fail(message: str, program: str) -> NoReturn:
     """End the process with `message` on stderr, once per torchrun launch where all ranks make the same mistake.
 
@@ -92,3 +69,13 @@ def fail(message: str, program: str) -> NoReturn:
         program = f"[rank {rank}] {program}"
     print(f"\n{program}: error: {message}\n", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def human(size: float) -> str:
+    """Bytes as "1.3 GB" (10^9) or, where smaller, "0.9 MB"."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
+
+
+def first_of(numbers: Sequence[int]) -> str:
+    """ "0, 1, 2 …", of at most ten"""
+    return ", ".join(map(str, numbers[:10])) + " …" * (len(numbers) > 10)
