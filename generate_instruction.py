@@ -26,11 +26,11 @@ from alpaca.common import commands
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, reported
 from alpaca.common.files import keep_input
-from alpaca.data import load_rows
+from alpaca.data.prompts import format_prompt, instruction_and_input
+from alpaca.data.rows import load_rows
 from alpaca.generation import JOURNAL, REPORT, Generation
 from alpaca.journal import Journal
 from alpaca.progress import Progress, estimate
-from alpaca.prompts import format_prompt, instruction_and_input
 from alpaca.respondent import Respondent, budget_of, is_folder, open_respondent
 from alpaca.row_answers import RowAnswers, write_rows
 from alpaca.self_instruct import find_word_in_string, load_prompt, load_seed_tasks  # noqa: F401  the first: of 2023

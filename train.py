@@ -27,7 +27,6 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca import fsdp, zero
-from alpaca.chat_template import set_chat_template
 from alpaca.checkpoints import find_checkpoint
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
@@ -43,15 +42,15 @@ from alpaca.contract import (
     keep_decisions,
     note_decisions,
 )
-from alpaca.data import read_data
-from alpaca.encoding import Ragged, cut, encode, joined, starts_with
+from alpaca.data.chat_template import set_chat_template
+from alpaca.data.prompts import PROMPT_DICT, format_prompt, load_prompt_template
+from alpaca.data.report import report, text_problems
+from alpaca.data.rows import read_data
+from alpaca.data.tokenization import IGNORE_INDEX, Ragged, cached_tokens, cut, encode, joined, make_tokens, starts_with
+from alpaca.data.tokenizer import SPECIAL_TOKENS, control_tokens, identity, to_save
 from alpaca.lora import LoraArguments, check_lora
 from alpaca.models import base_slow_files, load_config, load_tokenizer, make_model, resize_embeddings
-from alpaca.prompts import PROMPT_DICT, format_prompt, load_prompt_template
-from alpaca.report import report, text_problems
 from alpaca.run import check_before_loading, check_combinations, check_evaluation
-from alpaca.tokenizer import SPECIAL_TOKENS, control_tokens, identity, to_save
-from alpaca.tokens import IGNORE_INDEX, cached_tokens, make_tokens
 from alpaca.trainer import AlpacaTrainer
 
 TOKENS_VERSION = 2  # raise it when `preprocess` changes, so that no old cache is read
@@ -211,7 +210,7 @@ def preprocess(
     control token is plain text (2023 parsed it).
 
     Returns:
-        As alpaca.tokens.make_tokens: input_ids, labels, lengths, num_targets, and problems as in alpaca/report.py.
+        As alpaca.data.tokenization.make_tokens: input_ids, labels, lengths, num_targets, and problems as in alpaca/data/report.py.
     """
     eos, limit = tokenizer.eos_token, tokenizer.model_max_length
     ends = np.array([target.endswith(eos) for target in targets], dtype=bool)
@@ -231,7 +230,7 @@ def preprocess(
 
 
 class SupervisedDataset(Dataset):
-    """Rows of `data_path` as token ids and labels, tokenized once and cached (alpaca/tokens.py), with a report."""
+    """Rows of `data_path` as token ids and labels, tokenized once and cached (alpaca/data/tokenization.py), with a report."""
 
     def __init__(
         self,
@@ -241,7 +240,7 @@ class SupervisedDataset(Dataset):
         prompt_boundary: str = "stanford",
         split: str = "train",
         cache_dir: str | None = None,
-        **reading: Any,  # guanaco_turns and backward, as for alpaca.data.read_data
+        **reading: Any,  # guanaco_turns and backward, as for alpaca.data.rows.read_data
     ):
         data = read_data(data_path, split, cache_dir, **reading)
         rows = data.rows

@@ -22,14 +22,14 @@ from alpaca.checkpoint_2023 import write_files_of_2023
 from alpaca.common import commands
 from alpaca.common.errors import UsageError, human, reported
 from alpaca.common.files import new_folder
+from alpaca.data.prompts import format_prompt
+from alpaca.data.tokenizer import copy_slow_files
 from alpaca.devices import check_device
 from alpaca.exact_diff import ExactDiff, is_exact_diff
 from alpaca.float_diff import FloatDiff, NaiveSum
-from alpaca.prompts import format_prompt
 from alpaca.recovery import copy_files, load_recovered, most_common_dtype, open_diff, recover_in_memory
 from alpaca.shards import FLOATS, plan_shards
 from alpaca.streaming import Pipeline, cast, write_model
-from alpaca.tokenizer import copy_slow_files
 from alpaca.weights import find_folder, open_weights
 
 if TYPE_CHECKING:
@@ -205,7 +205,7 @@ def _load(
     """The recovered model, from its folder or from memory, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    from alpaca.tokenizer import open_tokenizer
+    from alpaca.data.tokenizer import open_tokenizer
 
     dtype = dtype or most_common_dtype(diff)
     if path_tuned is not None:

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 
 from alpaca.client import Sampling
 from alpaca.common.errors import UsageError, first_line
-from alpaca.data import Row
+from alpaca.data.prompts import format_prompt
+from alpaca.data.rows import Row
 from alpaca.local_model import LocalModel
-from alpaca.prompts import format_prompt
 from alpaca.refusals import ContextOverflow
 
 PAUSE = 0.05  # seconds between two looks at what was written: there is news 20 times a second at most

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from alpaca.common.errors import UsageError
-from alpaca.encoding import ranges
+from alpaca.data.tokenization import ranges
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alpaca.common.errors import UsageError, first_of
-from alpaca.data import Row
-from alpaca.prompts import PROMPT_DICT, instruction_and_input
+from alpaca.data.prompts import PROMPT_DICT, instruction_and_input
+from alpaca.data.rows import Row
 
 SEED_TAG = "Answer in the style of an AI Assistant."
 AUGMENTED_TAG = "Answer with knowledge from web search."

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from alpaca.client import Sampling
 from alpaca.common.errors import UsageError
-from alpaca.data import Row
-from alpaca.prompts import format_prompt
+from alpaca.data.prompts import format_prompt
+from alpaca.data.rows import Row
 from alpaca.refusals import ContextOverflow
 
 if TYPE_CHECKING:

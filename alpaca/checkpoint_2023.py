@@ -204,7 +204,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _write_tokenizer(tuned: Path, base: Path, folder: Path) -> list[str]:
-    from alpaca.tokenizer import open_tokenizer  # imports transformers
+    from alpaca.data.tokenizer import open_tokenizer  # imports transformers
 
     own = [path for path in companions(tuned) if path.name in OF_THE_TOKENIZER]
     try:

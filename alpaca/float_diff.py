@@ -264,7 +264,7 @@ class _RowsOfBase:
     """
 
     def __init__(self, base: Weights):
-        from alpaca.tokenizer import open_tokenizer  # imports transformers
+        from alpaca.data.tokenizer import open_tokenizer  # imports transformers
 
         self.tokens = self.pad_token = self.failing = None
         try:

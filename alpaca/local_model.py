@@ -44,7 +44,7 @@ class LocalModel:
     base: of an adapter or a weight diff (alpaca/opening.py); flag, base_flag: what names the folders, for messages.
     load_in_4bit, load_in_8bit: quantize the weights with bitsandbytes.
 
-    `templates` are the prompt templates that the model was trained with (alpaca/prompts.py).
+    `templates` are the prompt templates that the model was trained with (alpaca/data/prompts.py).
     """
 
     def __init__(

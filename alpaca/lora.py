@@ -11,13 +11,12 @@ import torch
 from torch import nn
 
 from alpaca.common.arguments import flag
-from alpaca.common.distributed import say
 from alpaca.common.errors import UsageError
 from alpaca.quantization import bitsandbytes_config, quantizing_flag
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
 ALL_LINEAR = "all-linear"  # peft's word
 DEFAULTS = {"lora_alpha": 16, "lora_dropout": 0.0, "lora_target_modules": [ALL_LINEAR]}
@@ -74,18 +73,6 @@ def check_lora(lora: LoraArguments, args: "TrainingArguments") -> None:
                          "and optimizer of LoRA are small, and --fsdp shards a base that is not quantized")  # fmt: skip
     if lora and args.neftune_noise_alpha:
         raise UsageError("--neftune_noise_alpha: is not supported with --lora_r")
-
-
-def existing_tokens(tokenizer: "PreTrainedTokenizerBase", name: str, rank: int) -> None:
-    """Do without new tokens, so that the base's embedding stays as it is: where there is no pad token, rows are padded
-    with unk or else eos. That eos is learned all the same: what is padding is told by lengths, not by ids."""
-    if not tokenizer.eos_token:
-        raise UsageError(f"--model_name_or_path {name}: its tokenizer has no end-of-text token; "
-                         "--add_missing_tokens True adds one")  # fmt: skip
-    if not tokenizer.pad_token:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        say(f"note: no pad token -> rows are padded with {tokenizer.pad_token}, id {tokenizer.pad_token_id} "
-            "(--pad_token takes another, --add_missing_tokens True adds one)", rank)  # fmt: skip
 
 
 def base_dtype(args: "TrainingArguments", config: "PreTrainedConfig") -> torch.dtype:

@@ -18,8 +18,8 @@ import torch
 
 from alpaca.common.errors import UsageError, first_line
 from alpaca.contract import other_base
+from alpaca.data.prompts import TEMPLATE_FILE
 from alpaca.diagnosis import config_differences, rows_may_differ
-from alpaca.prompts import TEMPLATE_FILE
 from alpaca.shards import Spec
 from alpaca.streaming import Pipeline, Slot, cast
 from alpaca.weights import (

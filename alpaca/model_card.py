@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from huggingface_hub import ModelCardData
 
-from alpaca.chat_template import separator
 from alpaca.common.arguments import spelled
 from alpaca.common.distributed import say
 from alpaca.common.files import atomic_write
 from alpaca.contract import rows_per_step
-from alpaca.prompts import TEMPLATE_FILE, format_prompt
-from alpaca.report import PROBLEMS, DataReport
+from alpaca.data.chat_template import separator
+from alpaca.data.prompts import TEMPLATE_FILE, format_prompt
+from alpaca.data.report import PROBLEMS, DataReport
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -110,7 +110,7 @@ def _licence(card: Path) -> str | None:
 
 
 def data_source(path: str, split: str) -> Source:
-    """As alpaca.data.load_rows finds it."""
+    """As alpaca.data.rows.load_rows finds it."""
     local = Path(path)
     if not local.exists():
         shown = f"[{path}](https://huggingface.co/datasets/{path})"

@@ -11,10 +11,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from alpaca import fsdp, zero
 from alpaca.common.distributed import say, wait_for_all_ranks
 from alpaca.common.errors import UsageError
+from alpaca.data.tokenizer import (
+    SPECIAL_TOKENS,
+    existing_tokens,
+    open_tokenizer,
+    slow_files,
+    to_save,
+    without_slow_files,
+)
 from alpaca.exact_diff import is_exact_diff
-from alpaca.lora import LoraArguments, add_lora, base_dtype, existing_tokens, quantization
+from alpaca.lora import LoraArguments, add_lora, base_dtype, quantization
 from alpaca.run import repair_generation_config
-from alpaca.tokenizer import SPECIAL_TOKENS, open_tokenizer, slow_files, to_save, without_slow_files
 from alpaca.weights import ADAPTER_CONFIG, what_it_is_instead
 
 if TYPE_CHECKING:

@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from alpaca.common.errors import UsageError, first_line
 from alpaca.contract import other_base
+from alpaca.data.prompts import templates_of
+from alpaca.data.tokenizer import open_tokenizer
 from alpaca.exact_diff import is_exact_diff
 from alpaca.float_diff import ONE, ZERO, FloatDiff, last_norm
 from alpaca.models import resize_embeddings
-from alpaca.prompts import templates_of
 from alpaca.quantization import bitsandbytes_config
 from alpaca.recovery import load_recovered, open_diff, recover_in_memory
-from alpaca.tokenizer import open_tokenizer
 from alpaca.weights import ADAPTER_CONFIG, INPUT_EMBEDDINGS, TOKENIZER_FILES, find_folder, open_weights, read_json
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Opened:
-    """templates: those of alpaca/prompts.py that the model was trained with; told: what was opened, in words."""
+    """templates: those of alpaca/data/prompts.py that the model was trained with; told: what was opened, in words."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from alpaca.attention import PackLayout
-from alpaca.tokens import IGNORE_INDEX
+from alpaca.data.tokenization import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, TrainingArguments

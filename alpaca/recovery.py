@@ -89,7 +89,7 @@ def load_recovered(
     """The model of a state that was recovered in memory, and its tokenizer. options: of from_pretrained."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
-    from alpaca.tokenizer import open_tokenizer
+    from alpaca.data.tokenizer import open_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         copy_files(diff.files, Path(folder), dtype)

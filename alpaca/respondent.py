@@ -12,7 +12,7 @@ from alpaca.client import Client, Sampling
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError
 from alpaca.common.files import digest
-from alpaca.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt
+from alpaca.data.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt
 
 
 def open_respondent(

@@ -11,7 +11,7 @@ from alpaca.asking import Asker, Budget, Model, answered_before
 from alpaca.client import Sampling
 from alpaca.common.errors import UsageError, first_of
 from alpaca.common.files import atomic_write
-from alpaca.data import Row
+from alpaca.data.rows import Row
 from alpaca.journal import Journal
 from alpaca.progress import Progress
 

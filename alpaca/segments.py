@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import UsageError
-from alpaca.data import check_text, raw_rows, read_text
+from alpaca.data.rows import check_text, raw_rows, read_text
 
 # Words that hardly any English text of some sentences goes without, and that other languages do not have
 ENGLISH = frozenset(
@@ -28,7 +28,7 @@ def load_texts(data_path: str, split: str = "train", text_field: str | None = No
     else `output` where there is one (Alpaca's), else `text`.
 
     Raises:
-        UsageError: as `alpaca.data.raw_rows`; a row has no such field, or no text in it (row number).
+        UsageError: as `alpaca.data.rows.raw_rows`; a row has no such field, or no text in it (row number).
     """
     path = Path(data_path)
     if path.suffix.lower() == ".txt":

@@ -20,18 +20,18 @@ from transformers.trainer_utils import speed_metrics
 from alpaca.attention import PackLayout, confined_to_rows, named_kernel
 from alpaca.batching import StepLoader, Steps2023, StepSampler, StepSampler2023, StepTotals, sampler_seed
 from alpaca.blackbox import BlackBox
-from alpaca.chat_template import save_templates
 from alpaca.checkpoints import delete_old_checkpoints, load_optimizer_of_other_layout, write_patiently, written_whole
 from alpaca.common.distributed import say
 from alpaca.compiling import compile_layers, explained
 from alpaca.console import ConsoleCallback, plot_loss
+from alpaca.data.prompts import save_templates
+from alpaca.data.tokenizer import save_slow_files
 from alpaca.exactness import check_packing, choose_packing
 from alpaca.fsdp import full_state_dict, shard_on_cpu
 from alpaca.loss import batch_loss
 from alpaca.model_card import write_model_card
 from alpaca.packing import MicroBatches, active_dropout, measure_rows
 from alpaca.speed import SpeedMeter
-from alpaca.tokenizer import save_slow_files
 from alpaca.zero import attach
 from alpaca.zero import full_state_dict as full_masters
 
@@ -55,7 +55,7 @@ class AlpacaTrainer(Trainer):
         **kwargs: Any,
     ):
         """`contract` (alpaca/contract.py) is kept with every checkpoint; `flags` are those of model and data, for the
-        model card; `slow_files` (alpaca/tokenizer.py) are saved with the tokenizer."""
+        model card; `slow_files` (alpaca/data/tokenizer.py) are saved with the tokenizer."""
         super().__init__(**kwargs)
         self.slow_files = slow_files
         self.contract, self.flags, self.started_at = contract or {}, flags, 0

@@ -27,10 +27,10 @@ from transformers import PreTrainedTokenizerBase
 
 from alpaca.common.commands import Parser
 from alpaca.common.errors import reported
-from alpaca.data import load_rows
-from alpaca.prompts import format_prompt
-from alpaca.tokenizer import open_tokenizer
-from alpaca.tokens import IGNORE_INDEX, cached_tokens
+from alpaca.data.prompts import format_prompt
+from alpaca.data.rows import load_rows
+from alpaca.data.tokenization import IGNORE_INDEX, cached_tokens
+from alpaca.data.tokenizer import open_tokenizer
 from benchmarks.machine import write_result
 from scripts.make_tiny_model import byte_level_tokenizer, sentencepiece_tokenizer
 from train import SupervisedDataset, preprocess

@@ -34,8 +34,8 @@ from transformers import AutoTokenizer, LlamaConfig, Trainer, TrainerCallback
 import train
 from alpaca.common.commands import Parser
 from alpaca.common.errors import reported
-from alpaca.data import load_rows
-from alpaca.prompts import format_prompt
+from alpaca.data.prompts import format_prompt
+from alpaca.data.rows import load_rows
 from alpaca.speed import matmul_rate
 from benchmarks.contenders import MAX_LENGTH, SECTIONS, SEED, Contender, Setup
 from benchmarks.machine import commit, describe_machine, versions

@@ -24,10 +24,9 @@ from alpaca.common import commands
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, first_of, reported
 from alpaca.common.files import keep_input
-from alpaca.data import Row, load_rows, raw_rows
-from alpaca.pairing import load_named
+from alpaca.data.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, load_prompt_template
+from alpaca.data.rows import Row, load_named, load_rows, raw_rows
 from alpaca.progress import estimate
-from alpaca.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, load_prompt_template
 from alpaca.respondent import Questions, Respondent, budget_of, fitting
 from alpaca.row_answers import RowAnswers, write_rows
 from alpaca.segments import Filters, load_texts

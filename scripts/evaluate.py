@@ -20,12 +20,11 @@ from alpaca.client import Sampling
 from alpaca.common import commands
 from alpaca.common.errors import UsageError, first_of, reported
 from alpaca.common.files import keep_input, write_json
-from alpaca.data import load_rows
+from alpaca.data.prompts import instruction_and_input
+from alpaca.data.rows import load_named, load_rows, partners
 from alpaca.harness import HarnessRun
 from alpaca.overlap import ROUGE, overlap, worst
-from alpaca.pairing import load_named, partners
 from alpaca.progress import estimate
-from alpaca.prompts import instruction_and_input
 from alpaca.respondent import Questions, Respondent, budget_of
 from alpaca.row_answers import RowAnswers, write_rows
 from scripts.generate import GenerateArguments, answer_file, opened

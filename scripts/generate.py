@@ -26,8 +26,8 @@ from alpaca.common import arguments
 from alpaca.common.arguments import flag
 from alpaca.common.errors import UsageError, first_of, reported
 from alpaca.common.files import digest, keep_input
-from alpaca.data import Row, load_rows
-from alpaca.prompts import format_prompt, instruction_and_input, load_prompt_template
+from alpaca.data.prompts import format_prompt, instruction_and_input, load_prompt_template
+from alpaca.data.rows import Row, load_rows
 from alpaca.respondent import check_sampling, seed_of
 from alpaca.row_answers import RowAnswers
 

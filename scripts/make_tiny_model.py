@@ -20,8 +20,8 @@ ARCHITECTURES = ("llama", "opt", "gpt2")
 
 def own_text() -> list[str]:
     """The text of this repository's seed tasks: what the tokenizer is trained on."""
-    from alpaca.data import load_rows
-    from alpaca.prompts import format_prompt
+    from alpaca.data.prompts import format_prompt
+    from alpaca.data.rows import load_rows
 
     rows = load_rows(str(ROOT / "seed_tasks.jsonl"))
     return [format_prompt(row) + row["output"] for row in rows]

@@ -14,10 +14,10 @@ import shutil
 from alpaca.common.commands import Parser
 from alpaca.common.errors import human, reported
 from alpaca.common.files import new_folder
+from alpaca.data.tokenizer import copy_slow_files
 from alpaca.merging import Adapter, Merged
 from alpaca.shards import FLOATS, plan_shards
 from alpaca.streaming import Pipeline, write_model
-from alpaca.tokenizer import copy_slow_files
 from alpaca.weights import open_weights
 
 

@@ -25,7 +25,7 @@ from alpaca.common.arguments import flag
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, reported
 from alpaca.common.files import atomic_write
-from alpaca.data import load_rows
+from alpaca.data.rows import load_rows
 from alpaca.sunburst import Sunburst, draw, lay_out
 from alpaca.verb_noun import VerbNoun, verb_noun
 

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 from alpaca.common.commands import Parser
-from alpaca.data import load_rows
-from alpaca.prompts import format_prompt
+from alpaca.data.prompts import format_prompt
+from alpaca.data.rows import load_rows
 from scripts.make_tiny_model import ROOT, make_tiny_model
 
 README_FLAGS = {

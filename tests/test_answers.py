@@ -21,8 +21,8 @@ import train
 import weight_diff
 from alpaca.client import Sampling
 from alpaca.common.errors import UsageError
+from alpaca.data.prompts import format_prompt
 from alpaca.local_model import LocalModel
-from alpaca.prompts import format_prompt
 from alpaca.text_stream import pieces_of
 from scripts import generate
 from scripts.make_tiny_model import make_tiny_model

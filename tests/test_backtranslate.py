@@ -11,7 +11,7 @@ from conftest import ROOT, fork, train
 
 from alpaca.backtranslation import AUGMENTED_TAG, SEED_TAG, Curation, parse_score, rated_row, rating_prompt
 from alpaca.common.errors import UsageError
-from alpaca.prompts import backward_prompt, format_prompt, load_prompt_template
+from alpaca.data.prompts import backward_prompt, format_prompt, load_prompt_template
 from alpaca.segments import Filters, load_texts, share_of_english_words
 from scripts import backtranslate
 

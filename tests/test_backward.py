@@ -10,9 +10,8 @@ from test_tokens import golden_tokenizer
 
 from alpaca.common.errors import UsageError
 from alpaca.contract import changes, describe_run
-from alpaca.conversations import parse_conversation
-from alpaca.data import load_rows, read_data
-from alpaca.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, format_prompt, load_prompt_template
+from alpaca.data.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, format_prompt, load_prompt_template
+from alpaca.data.rows import load_rows, parse_conversation, read_data
 from train import DataArguments, make_supervised_data_module, parse_flags
 
 CHAT = "### Human: Name a colour.### Assistant: Blue.### Human: And another?### Assistant: Red.### Human: Thanks"

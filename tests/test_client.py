@@ -31,7 +31,7 @@ from conftest import ROOT
 
 from alpaca.client import Client, Sampling, is_openai, server_url
 from alpaca.common.errors import UsageError
-from alpaca.prompts import PROMPT_DICT, format_prompt
+from alpaca.data.prompts import PROMPT_DICT, format_prompt
 from alpaca.refusals import NoAnswer, RequestFailed, seconds_to_wait
 from scripts.quickstart import free_port
 
@@ -426,9 +426,9 @@ def transformers_serve(tiny, tmp_path):
 
 @pytest.mark.slow
 def test_transformers_serve(transformers_serve, tiny):
-    from alpaca.chat_template import chat_template
+    from alpaca.data.chat_template import chat_template
+    from alpaca.data.tokenizer import open_tokenizer
     from alpaca.local_model import LocalModel
-    from alpaca.tokenizer import open_tokenizer
 
     async def run(url, model, api, prompts, sampling):
         async with Client(model, url, api, backoff=0.05) as client:

@@ -9,7 +9,7 @@ import pytest
 from test_tokens import golden_tokenizer
 
 from alpaca.common.errors import UsageError
-from alpaca.data import load_rows
+from alpaca.data.rows import load_rows
 from train import DataArguments, make_supervised_data_module, parse_flags
 
 ROWS = [

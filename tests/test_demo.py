@@ -24,8 +24,8 @@ from conftest import ROOT, run
 from alpaca.answering import Answering, Voice
 from alpaca.client import Sampling
 from alpaca.common.errors import UsageError
+from alpaca.data.prompts import PROMPT_DICT, format_prompt
 from alpaca.local_model import LocalModel
-from alpaca.prompts import PROMPT_DICT, format_prompt
 from scripts import demo, quickstart
 from scripts.make_tiny_model import make_tiny_model
 

@@ -13,8 +13,8 @@ from test_tokens import golden_tokenizer, texts_of
 
 from alpaca import disk, forecast
 from alpaca.common.errors import UsageError
-from alpaca.prompts import PROMPT_DICT
-from alpaca.report import PROBLEMS, text_problems
+from alpaca.data.prompts import PROMPT_DICT
+from alpaca.data.report import PROBLEMS, text_problems
 from train import SupervisedDataset
 
 ROW = {"instruction": "Name a colour.", "input": "", "output": "Blue."}

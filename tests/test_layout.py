@@ -89,7 +89,7 @@ def test_importing_train_starts_nothing():
 
 def test_templates_are_written_once():
     found = [str(path.relative_to(ROOT)) for path in FILES if "appropriately completes the request" in path.read_text()]
-    assert found == ["alpaca/prompts.py"]
+    assert found == ["alpaca/data/prompts.py"]
 
 
 def test_public_names_of_2023_stay_where_they_were():

@@ -199,8 +199,9 @@ def test_dtype(monkeypatch):
 
 def test_what_train_py_has_trained_is_asked_with_its_own_prompts(tiny, tmp_path, monkeypatch):
     """Its chat template would put an input, or the whole prompt, into the instruction."""
-    from alpaca.chat_template import save_templates, set_chat_template
-    from alpaca.tokenizer import open_tokenizer
+    from alpaca.data.chat_template import set_chat_template
+    from alpaca.data.prompts import save_templates
+    from alpaca.data.tokenizer import open_tokenizer
     from generate_instruction import generate_responses
 
     folder, row = tmp_path / "tuned", {"instruction": "Translate.", "input": "Hallo", "output": "Hello"}

@@ -10,9 +10,8 @@ from conftest import GOLDEN, SHARED
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import train
-from alpaca.encoding import WordEncoder, ragged, starts_with
-from alpaca.prompts import PROMPT_DICT, format_prompt
-from alpaca.tokens import IGNORE_INDEX
+from alpaca.data.prompts import PROMPT_DICT, format_prompt
+from alpaca.data.tokenization import IGNORE_INDEX, WordEncoder, ragged, starts_with
 from train import DataCollatorForSupervisedDataset, SupervisedDataset, preprocess
 
 
@@ -246,7 +245,7 @@ def test_collator_of_no_rows_has_no_target():
 def test_these_tests_do_not_write_into_the_users_cache():
     import os
 
-    from alpaca.tokens import _cache_folder
+    from alpaca.data.tokenization import _cache_folder
 
     assert "alpaca-tests-" in os.environ["HF_HOME"] and str(_cache_folder(None)).startswith(os.environ["HF_HOME"])
 

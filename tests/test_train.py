@@ -13,7 +13,7 @@ from conftest import ROOT, SHARED, history, largest_difference, recipe, run, run
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alpaca.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt, templates_of
+from alpaca.data.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt, templates_of
 from scripts.quickstart import README_FLAGS, fresh_folder
 from train import TrainingArguments
 

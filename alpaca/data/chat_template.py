@@ -25,8 +25,7 @@ from string import Formatter
 from typing import TYPE_CHECKING
 
 from alpaca.common.distributed import say
-from alpaca.common.files import atomic_write
-from alpaca.prompts import TEMPLATE_FILE, format_prompt
+from alpaca.data.prompts import format_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -158,9 +157,3 @@ def _trained_ids(
     """Without a token that is put behind every text: the answer stands there."""
     ids, (_, behind) = tokenizer(format_prompt(row, templates))["input_ids"], _special_ids(tokenizer)
     return ids[: len(ids) - len(behind)]
-
-
-def save_templates(templates: Mapping[str, str], folder: str) -> None:
-    """Write the file that alpaca.prompts.templates_of and --prompt_template read."""
-    with atomic_write(f"{folder}/{TEMPLATE_FILE}") as file:
-        json.dump(dict(templates), file, indent=1, ensure_ascii=False)

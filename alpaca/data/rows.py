@@ -7,15 +7,16 @@ into the file's list does, also where a row of the file gives several rows or no
 
 import csv
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import UsageError
 from alpaca.common.files import fingerprint
-from alpaca.conversations import is_conversation, parse_conversation
-from alpaca.prompts import backward_row
+from alpaca.data.prompts import backward_row
 
 Row = dict[str, Any]
 
@@ -24,12 +25,15 @@ ALPACA_DATA_HINT = (
     "Stanford's 52k rows are on the hub: pass --data_path tatsu-lab/alpaca, or download alpaca_data.json from the "
     "stanford_alpaca repository and pass its path"
 )
+# A turn begins wherever its marker stands: in Guanaco right behind the last character of the turn before, which may be
+# "C#". Any other ### is text, and so is a marker that ends a longer row of # at the start of a line (a heading).
+MARKER = re.compile(r"(?<!^#)(?<!^##)(?<!^###)### (Human|Assistant):", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Data:
     """`numbers`: for each of `rows` the number of the file's row that it comes from. `problems`: what reading noticed,
-    numbers of the file's rows per name of alpaca/report.py."""
+    numbers of the file's rows per name of alpaca/data/report.py."""
 
     rows: list[Row]
     numbers: list[int]
@@ -60,8 +64,8 @@ def read_data(
 
     Args:
         split: of a hub dataset or a saved dataset folder (`train`, `train[:1000]`); a file has one split.
-        guanaco_turns: which pairs of a conversation become rows, see `alpaca.conversations.parse_conversation`.
-        backward: what a row is to learn is its instruction, from its output: see `alpaca.prompts.backward_row`.
+        guanaco_turns: which pairs of a conversation become rows, see `alpaca.data.rows.rows.parse_conversation`.
+        backward: what a row is to learn is its instruction, from its output: see `alpaca.data.prompts.backward_row`.
         answered: a row without an output is an error.
 
     Raises:
@@ -207,3 +211,64 @@ def check_text(text: str, where: str) -> None:
                 f"{where} holds {half!r} at character {error.start}, one half of a character such as an emoji that was "
                 "cut in two; mend or remove it"
             ) from error
+
+
+def is_conversation(row: Any) -> bool:
+    """Whether a row of a file has its turns in `text` (the Alpaca data has a `text` too, beside its fields)."""
+    return isinstance(row, dict) and isinstance(row.get("text"), str) and not {"instruction", "output"} & row.keys()
+
+
+def parse_conversation(text: str, pairs: str = "first") -> tuple[list[dict[str, str]], list[str]]:
+    """The rows of one conversation, and the names of its problems as in alpaca/data/report.py.
+
+    A pair is a human turn and the assistant turn right behind it, both with text; space around a turn is dropped.
+
+    Args:
+        pairs: "first" gives a row of the first pair, by itself. "all" gives a row of every pair: `instruction` is the
+            human turn, `input` all turns before it ("Human: ...\n\nAssistant: ..."), without which a question such as
+            "And another?" could not be answered, `output` the assistant turn.
+    """
+    before, *parts = MARKER.split(text)
+    turns = [(speaker, said.strip()) for speaker, said in zip(parts[::2], parts[1::2])]
+    starts = [
+        i
+        for i, (human, assistant) in enumerate(zip(turns, turns[1:]))
+        if (human[0], assistant[0]) == ("Human", "Assistant") and human[1] and assistant[1]
+    ]
+    unanswered = bool(turns) and turns[-1][0] == "Human"
+    found = {
+        "no_pair": not starts,
+        "ends_on_human": unanswered,
+        "unpaired_turns": bool(before.strip()) or len(turns) > 2 * len(starts) + unanswered,
+        "later_pairs": pairs == "first" and len(starts) > 1,
+    }
+    rows = []
+    for i in starts if pairs == "all" else starts[:1]:
+        earlier = [f"{speaker}: {said}" for speaker, said in turns[:i] if said] if pairs == "all" else []
+        rows.append({"instruction": turns[i][1], "input": "\n\n".join(earlier), "output": turns[i + 1][1]})
+    return rows, [name for name, is_so in found.items() if is_so]
+
+
+def load_named(path: str, flag: str, load: Callable[[str], list[Row]] = load_rows) -> list[Row]:
+    """`load` of a file that another flag than --data_path has named."""
+    try:
+        return load(path)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--data_path", flag, 1)) from error
+
+
+def partners(wanted: Sequence[str], offered: Sequence[str], told: str) -> list[int]:
+    """For each text of `wanted` the place of the same text in `offered`; for its second time there, the second place.
+
+    told: the message's begin if a text has no partner.
+
+    Raises:
+        UsageError: the rows that have none.
+    """
+    places: dict[str, deque[int]] = defaultdict(deque)
+    for place, text in enumerate(offered):
+        places[text].append(place)
+    found = [places[text].popleft() if places[text] else None for text in wanted]
+    if missing := [row for row, place in enumerate(found) if place is None]:
+        raise UsageError(f"{told} for {len(missing)} of {len(wanted)} rows (rows {missing[:10]})")
+    return found

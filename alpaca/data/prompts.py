@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import UsageError
+from alpaca.common.files import atomic_write
 
 PROMPT_DICT = {
     "prompt_input": (
@@ -94,3 +95,9 @@ def templates_of(folder: str | Path) -> Mapping[str, str]:
     """The templates that the model in `folder` was trained with; Alpaca's own where it holds none."""
     path = Path(folder) / TEMPLATE_FILE
     return load_prompt_template(path if path.is_file() else None)
+
+
+def save_templates(templates: Mapping[str, str], folder: str) -> None:
+    """Write the file that alpaca.data.prompts.templates_of and --prompt_template read."""
+    with atomic_write(f"{folder}/{TEMPLATE_FILE}") as file:
+        json.dump(dict(templates), file, indent=1, ensure_ascii=False)

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alpaca.common.distributed import say
+from alpaca.common.errors import UsageError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -195,3 +198,15 @@ def copy_slow_files(base: Path, folder: Path) -> None:
 
 def without_slow_files(base: str | Path, error: ValueError) -> str:
     return f"the slow tokenizer's files of {base} are left out: {error}"
+
+
+def existing_tokens(tokenizer: "PreTrainedTokenizerBase", name: str, rank: int) -> None:
+    """Do without new tokens, so that the base's embedding stays as it is: where there is no pad token, rows are padded
+    with unk or else eos. That eos is learned all the same: what is padding is told by lengths, not by ids."""
+    if not tokenizer.eos_token:
+        raise UsageError(f"--model_name_or_path {name}: its tokenizer has no end-of-text token; "
+                         "--add_missing_tokens True adds one")  # fmt: skip
+    if not tokenizer.pad_token:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        say(f"note: no pad token -> rows are padded with {tokenizer.pad_token}, id {tokenizer.pad_token_id} "
+            "(--pad_token takes another, --add_missing_tokens True adds one)", rank)  # fmt: skip

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from string import Formatter
 
 from alpaca.common.errors import UsageError
-from alpaca.data import Data, Row
-from alpaca.tokens import Tokens
+from alpaca.data.rows import Data, Row
+from alpaca.data.tokenization import Tokens
 
 
 @dataclass(frozen=True)
