@@ -17,20 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alpaca import exact_diff
-from alpaca.checkpoint_2023 import write_files_of_2023
 from alpaca.common import commands
 from alpaca.common.errors import UsageError, human, reported
 from alpaca.common.files import new_folder
 from alpaca.data.prompts import format_prompt
 from alpaca.data.tokenizer import copy_slow_files
 from alpaca.devices import check_device
-from alpaca.exact_diff import ExactDiff, is_exact_diff
-from alpaca.float_diff import FloatDiff, NaiveSum
-from alpaca.recovery import copy_files, load_recovered, most_common_dtype, open_diff, recover_in_memory
-from alpaca.shards import FLOATS, plan_shards
-from alpaca.streaming import Pipeline, cast, write_model
-from alpaca.weights import find_folder, open_weights
+from alpaca.weights import exact_diff
+from alpaca.weights.checkpoint_2023 import write_files_of_2023
+from alpaca.weights.exact_diff import ExactDiff, is_exact_diff
+from alpaca.weights.float_diff import FloatDiff, NaiveSum
+from alpaca.weights.reader import find_folder, open_weights
+from alpaca.weights.recovery import copy_files, load_recovered, most_common_dtype, open_diff, recover_in_memory
+from alpaca.weights.writer import FLOATS, Pipeline, cast, plan_shards, write_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

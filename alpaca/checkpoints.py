@@ -17,14 +17,11 @@ from typing import TYPE_CHECKING, Any
 from alpaca.common.distributed import say, wait_for_all_ranks
 from alpaca.common.errors import UsageError, human
 from alpaca.common.files import atomic_write, free_bytes
-from alpaca.weights import ADAPTER_CONFIG
+from alpaca.weights.provenance import MANIFEST, _read_json, holds_a_model, read_record
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, TrainingArguments
-
-MANIFEST = "alpaca_checkpoint.json"  # in every checkpoint: its files, and the contract of the run (alpaca/contract.py)
-RECORD = "alpaca_run.json"  # in --output_dir: the contract of the run, and whether it is finished
 OPTIMIZERS = ("optimizer.pt", "optimizer_0/.metadata", "latest")  # one process or DDP; FSDP; DeepSpeed
 
 
@@ -98,12 +95,6 @@ def _numbered(output: Path) -> list[Path]:
     return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
 
 
-def holds_a_model(folder: Path) -> bool:
-    """Something that `from_pretrained` may read."""
-    config = any((folder / name).exists() for name in ("config.json", ADAPTER_CONFIG))
-    return config and any(path for ending in ("safetensors", "bin") for path in folder.glob(f"*model*.{ending}"))
-
-
 def defects(folder: Path) -> list[str]:
     """Why a run cannot continue from `folder`; [] for a complete checkpoint."""
     manifest = _read_json(folder / MANIFEST)
@@ -121,34 +112,6 @@ def defects(folder: Path) -> list[str]:
     if not wrong and not any(name in manifest["files"] for name in OPTIMIZERS):
         wrong.append("no optimizer: it was saved with --save_only_model")
     return wrong
-
-
-def read_manifest(checkpoint: str) -> dict[str, Any]:
-    manifest = _read_json(Path(checkpoint) / MANIFEST)
-    assert manifest is not None, checkpoint  # find_checkpoint has looked
-    return manifest
-
-
-def read_record(output: Path) -> dict[str, Any] | None:
-    """What is known of the run in `output`. It is finished only as long as its model is there."""
-    record = _read_json(output / RECORD)
-    if record is None or not record.keys() >= {"finished", "contract"}:
-        return None
-    return {**record, "finished": record["finished"] and holds_a_model(output)}
-
-
-def write_record(output: Path, contract: dict[str, Any], finished: bool) -> None:
-    with atomic_write(output / RECORD) as file:
-        json.dump({"finished": finished, "contract": contract}, file, indent=1)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no file, or a torn one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 # ---- writing one ----

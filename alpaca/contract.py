@@ -3,8 +3,6 @@
 import hashlib
 import json
 import math
-import os
-import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,11 +12,18 @@ import transformers
 
 from alpaca import zero
 from alpaca.batching import Steps2023
-from alpaca.checkpoints import MANIFEST, holds_a_model, read_manifest, read_record, write_patiently, write_record
+from alpaca.checkpoints import write_patiently
 from alpaca.common.distributed import gather_from_all_ranks, say, wait_for_all_ranks
 from alpaca.common.errors import UsageError
-from alpaca.common.files import fingerprint, fingerprint_of_files
-from alpaca.weights import ADAPTER_CONFIG, TOKENIZER_FILES, read_json
+from alpaca.common.files import fingerprint
+from alpaca.weights.provenance import (
+    BASE,
+    fingerprint_of_weights,
+    holds_a_model,
+    read_manifest,
+    read_record,
+    write_record,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
@@ -41,10 +46,6 @@ ROUNDING = (
 DECIDED = {"max_tokens_per_pack": "auto", "gradient_checkpointing": None, "hold_gradients": None}
 # What older contracts, which lack it, stand for.
 FORMERLY = {"--reproduce_2023": False}
-# What answers depend on beside the weights.
-SETTINGS = ("config.json", "generation_config.json", ADAPTER_CONFIG)
-TOKENIZER = (*TOKENIZER_FILES, "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
-BASE = "the base model (--model_name_or_path)"
 PROCESSES = "the number of processes"
 STEPS = "the steps of the run (--num_train_epochs, --max_steps)"
 
@@ -121,63 +122,6 @@ def count_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, float]:
 def steps_2023(args: "TrainingArguments", num_rows: int) -> Steps2023:
     drop_last = args.dataloader_drop_last
     return Steps2023.of(num_rows, args.train_batch_size, args.gradient_accumulation_steps, args.world_size, drop_last)
-
-
-def fingerprint_of_weights(name: str) -> str:
-    """Of a folder: name, size, first and last 64 KiB of every file of weights, which tells models of the same shape
-    apart and does not change when the folder moves. Of a hub id: the id."""
-    if not Path(name).is_dir():
-        return name
-    digest = hashlib.sha256()
-    for path in sorted(file for file in Path(name).iterdir() if file.suffix in (".safetensors", ".bin")):
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(65536))
-            file.seek(-min(65536, path.stat().st_size), os.SEEK_END)
-            digest.update(file.read())
-    return digest.hexdigest()[:12]
-
-
-def weights_of(base: str | None = None, **models: str | None) -> dict[str, Any]:
-    """What the answers of models depend on, by words for messages: `weights_of(model="out/", base=None)` gives `model`,
-    the folder's whole path or the hub id, and of a folder `weights of model`, `settings of model` and `tokenizer of
-    model`, fingerprints of its files. A None, or what a folder has no files of, is left out.
-
-    base: of an adapter or a diff; not given, the fingerprints are those of the base that an adapter names.
-
-    Raises:
-        UsageError: the settings of an adapter cannot be read.
-    """
-    described = {}
-    for name, given in {**models, "base": base}.items():
-        folder = Path(given).expanduser() if given else None
-        if folder is None or not folder.is_dir():
-            described |= {name: given} if given else {}
-            continue
-        described |= {name: str(folder.resolve()), **_fingerprints(name, folder)}
-        if base is None and (folder / ADAPTER_CONFIG).is_file():
-            its_base = Path(read_json(folder / ADAPTER_CONFIG, f"--{name}").get("base_model_name_or_path") or "")
-            described |= _fingerprints(f"{name}'s base", its_base) if its_base.name and its_base.is_dir() else {}
-    return described
-
-
-def _fingerprints(name: str, folder: Path) -> dict[str, str]:
-    found = {f"weights of {name}": fingerprint_of_weights(str(folder))}
-    for what, names in {"settings": SETTINGS, "tokenizer": TOKENIZER}.items():
-        if files := [folder / file for file in names if (folder / file).is_file()]:
-            found[f"{what} of {name}"] = fingerprint_of_files(files)
-    return found
-
-
-def other_base(adapter: Path, base: Path) -> str | None:
-    """A warning where the run that made the folder `adapter` knew another base than the folder `base`. Shapes tell a
-    LLaMA from a Llama 2 as little as peft does. A copy saved anew has other files too, so it is no error."""
-    manifest = Path(adapter) / MANIFEST
-    record = read_record(adapter) or (read_manifest(str(adapter)) if manifest.is_file() else None)
-    known = record and record["contract"]["fixed"].get(BASE)
-    if not known or not re.fullmatch("[0-9a-f]{12}", known) or known == fingerprint_of_weights(str(base)):
-        return None
-    return (f"WARNING: {adapter} was trained on a base with other files than {base}. If that is another model, and not "
-            "the same one saved anew, the answers are wrong")  # fmt: skip
 
 
 def changes(old: Contract, new: Contract, kind: str) -> list[str]:

@@ -92,7 +92,7 @@ class HarnessRun:
 
     def _how(self) -> dict[str, Any]:
         """All that the numbers depend on, but rounding: not the size of batches, nor the GPU."""
-        from alpaca.contract import weights_of
+        from alpaca.weights.provenance import weights_of
 
         how = weights_of(model=self.model, base=self.base)
         names = ("group", "limit", "add_bos_token", "load_in_8bit", "load_in_4bit")

@@ -19,10 +19,10 @@ from alpaca.data.tokenizer import (
     to_save,
     without_slow_files,
 )
-from alpaca.exact_diff import is_exact_diff
 from alpaca.lora import LoraArguments, add_lora, base_dtype, quantization
 from alpaca.run import repair_generation_config
-from alpaca.weights import ADAPTER_CONFIG, what_it_is_instead
+from alpaca.weights.exact_diff import is_exact_diff
+from alpaca.weights.reader import ADAPTER_CONFIG, what_it_is_instead
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

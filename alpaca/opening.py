@@ -18,15 +18,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca.common.errors import UsageError, first_line
-from alpaca.contract import other_base
 from alpaca.data.prompts import templates_of
 from alpaca.data.tokenizer import open_tokenizer
-from alpaca.exact_diff import is_exact_diff
-from alpaca.float_diff import ONE, ZERO, FloatDiff, last_norm
 from alpaca.models import resize_embeddings
 from alpaca.quantization import bitsandbytes_config
-from alpaca.recovery import load_recovered, open_diff, recover_in_memory
-from alpaca.weights import ADAPTER_CONFIG, INPUT_EMBEDDINGS, TOKENIZER_FILES, find_folder, open_weights, read_json
+from alpaca.weights.exact_diff import is_exact_diff
+from alpaca.weights.float_diff import ONE, ZERO, FloatDiff, last_norm
+from alpaca.weights.provenance import other_base
+from alpaca.weights.reader import (
+    ADAPTER_CONFIG,
+    INPUT_EMBEDDINGS,
+    TOKENIZER_FILES,
+    find_folder,
+    open_weights,
+    read_json,
+)
+from alpaca.weights.recovery import load_recovered, open_diff, recover_in_memory
 
 if TYPE_CHECKING:
     from peft import PeftConfig

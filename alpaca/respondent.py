@@ -106,7 +106,7 @@ class Respondent:
         how = {name: getattr(self, name) for name in ("api", "load_in_8bit", "load_in_4bit", "seed")}
         how |= {name: asdict(self.sampling)[name] for name in ("max_tokens", "temperature", "top_p")}
         if is_folder(self.model_name, self.base_url):
-            from alpaca.contract import weights_of
+            from alpaca.weights.provenance import weights_of
 
             how |= weights_of(**{self.flag[2:]: self.model_name, "base": self.base})
         else:

@@ -8,13 +8,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from alpaca import contract, forecast, zero
-from alpaca.checkpoints import read_manifest
 from alpaca.common.distributed import gather_from_all_ranks, say
 from alpaca.common.errors import UsageError
 from alpaca.common.files import lock
 from alpaca.disk import check_room, checkpoints_to_come
 from alpaca.lora import LoraArguments
 from alpaca.packing import why_not_packed
+from alpaca.weights.provenance import read_manifest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments

@@ -22,8 +22,8 @@ import torch
 import transformers
 
 from alpaca.common.commands import Parser
-from alpaca.shards import ShardWriter, Spec, plan_shards
-from alpaca.weights import memory
+from alpaca.weights.reader import memory
+from alpaca.weights.writer import ShardWriter, Spec, plan_shards
 from benchmarks.machine import ROOT, write_result
 from scripts.make_tiny_model import make_tiny_model
 

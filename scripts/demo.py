@@ -29,10 +29,10 @@ from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, reported
 from alpaca.data.prompts import load_prompt_template
 from alpaca.data.rows import Row, load_rows
-from alpaca.exact_diff import is_exact_diff
-from alpaca.float_diff import ZERO, last_norm
 from alpaca.local_model import LocalModel
-from alpaca.weights import ADAPTER_CONFIG, find_folder, open_weights
+from alpaca.weights.exact_diff import is_exact_diff
+from alpaca.weights.float_diff import ZERO, last_norm
+from alpaca.weights.reader import ADAPTER_CONFIG, find_folder, open_weights
 
 if TYPE_CHECKING:
     import gradio

@@ -137,7 +137,7 @@ def rows_that_fit(lengths: Sequence[int], model: "LocalModel", options: Generate
 
 def description(prompts: Sequence[str], options: GenerateArguments) -> dict[str, Any]:
     """All that the answers depend on: a journal with answers to anything else is refused."""
-    from alpaca.contract import weights_of
+    from alpaca.weights.provenance import weights_of
 
     names = ("max_new_tokens", "temperature", "top_p", "seed", "load_in_8bit", "load_in_4bit")
     how = weights_of(model=options.model, base=options.base) | {name: getattr(options, name) for name in names}

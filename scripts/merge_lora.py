@@ -15,10 +15,9 @@ from alpaca.common.commands import Parser
 from alpaca.common.errors import human, reported
 from alpaca.common.files import new_folder
 from alpaca.data.tokenizer import copy_slow_files
-from alpaca.merging import Adapter, Merged
-from alpaca.shards import FLOATS, plan_shards
-from alpaca.streaming import Pipeline, write_model
-from alpaca.weights import open_weights
+from alpaca.weights.merge_lora import Adapter, Merged
+from alpaca.weights.reader import open_weights
+from alpaca.weights.writer import FLOATS, Pipeline, plan_shards, write_model
 
 
 def merge_lora(

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alpaca import judging
 from alpaca.common.errors import UsageError
-from alpaca.contract import weights_of
+from alpaca.weights.provenance import weights_of
 from scripts import evaluate, generate
 
 BESIDE = Path(sys.prefix) / "evaluation"  # where make installs what tests alone need

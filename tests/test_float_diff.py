@@ -11,11 +11,11 @@ from test_weight_diff import assert_same, make, recover, state_of, tune, write
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import weight_diff
-from alpaca import float_diff
 from alpaca.common.errors import UsageError
-from alpaca.float_diff import NaiveSum, inv_freq
-from alpaca.recovery import open_diff, recover_in_memory
-from alpaca.weights import aliases_of, open_weights, ties_embeddings
+from alpaca.weights import float_diff
+from alpaca.weights.float_diff import NaiveSum, inv_freq
+from alpaca.weights.reader import aliases_of, open_weights, ties_embeddings
+from alpaca.weights.recovery import open_diff, recover_in_memory
 
 RAW, TUNED, DIFF = (GOLDEN / "weight_diff" / name for name in ("raw", "tuned", "diff"))
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")

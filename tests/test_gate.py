@@ -399,8 +399,8 @@ def test_the_decision_reaches_the_flags_of_the_trainer(tiny, tmp_path, monkeypat
 
 def test_a_run_goes_on_with_what_was_decided_for_it(tmp_path):
     """Whatever memory is free now; flags that say otherwise are obeyed."""
-    from alpaca.checkpoints import MANIFEST
     from alpaca.contract import keep_decisions, note_decisions
+    from alpaca.weights.provenance import MANIFEST
 
     contract = {"rounding": {}}
     note_decisions(Namespace(max_tokens_per_pack="3072", gradient_checkpointing=False, hold_gradients=True), contract)

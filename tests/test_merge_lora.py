@@ -13,9 +13,9 @@ from test_weight_diff import assert_same, bits, state_of, write
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import weight_diff
-from alpaca import merging, streaming
 from alpaca.common.errors import UsageError
-from alpaca.merging import Merged
+from alpaca.weights import merge_lora, writer
+from alpaca.weights.merge_lora import Merged
 from scripts.merge_lora import main, merge_lora
 
 pytestmark = pytest.mark.slow
@@ -66,7 +66,7 @@ CASES = {  # name: (architecture, rows added, settings of peft)
 
 @pytest.mark.parametrize("case", CASES)
 def test_as_peft_merges(tiny, tmp_path, case, monkeypatch):
-    monkeypatch.setattr(streaming, "PIECE", 999)  # elements: tensors of many pieces that begin inside a row
+    monkeypatch.setattr(writer, "PIECE", 999)  # elements: tensors of many pieces that begin inside a row
     architecture, rows, settings = CASES[case]
     base = tiny(architecture)
     settings = {name: value(base) if callable(value) else value for name, value in settings.items()}
@@ -99,7 +99,7 @@ def test_tied_embeddings_trained_apart_become_two(tiny, tmp_path, trained):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_16_bit_base_keeps_its_dtype_and_every_bit_that_is_not_touched(tiny, tmp_path, dtype):
     state = {name: tensor.to(dtype) for name, tensor in state_of(tiny("llama")).items()}
-    base = write(tmp_path / "base", tiny("llama"), state, layout="shards", dtype=merging.dtype_name(dtype))
+    base = write(tmp_path / "base", tiny("llama"), state, layout="shards", dtype=merge_lora.dtype_name(dtype))
     adapter = make_adapter(tiny("llama"), tmp_path / "adapter", **LLAMA)
     merge_lora(str(adapter), str(tmp_path / "merged"), base=str(base), max_shard_size="50KB")
     exact, touched = merged_by_peft(base, adapter, torch.float64).state_dict(), ("q_proj", "k_proj", "down_proj")
@@ -187,7 +187,7 @@ def test_what_cannot_be_merged_is_named(adapter, tmp_path, message):
 
 def test_every_setting_of_peft_is_decided():
     """What a new peft can say is refused when it is used; here somebody should look whether it has an effect."""
-    known = {*merging.MERGED, *merging.WITHOUT_EFFECT}
+    known = {*merge_lora.MERGED, *merge_lora.WITHOUT_EFFECT}
     refused = {
         "use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "target_parameters", "kasa_config",
         "alora_invocation_tokens", "arrow_config", "monteclora_config", "velora_config", "megatron_config",

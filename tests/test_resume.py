@@ -12,7 +12,8 @@ import time
 import pytest
 from conftest import ROOT, fork, history, largest_difference, launcher, run, train, write_rows
 
-from alpaca.checkpoints import MANIFEST, RECORD, defects
+from alpaca.checkpoints import defects
+from alpaca.weights.provenance import MANIFEST, RECORD
 
 SMALL = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3, num_train_epochs=3,
              logging_steps=1, save_strategy="steps", save_steps=4, save_total_limit=1)  # fmt: skip
@@ -211,7 +212,7 @@ def test_what_changed_since_the_checkpoint_is_named(stopped, tmp_path, name):
 
 @pytest.mark.slow
 def test_a_base_model_that_has_moved_is_the_same(stopped, tmp_path):
-    from alpaca.contract import fingerprint_of_weights
+    from alpaca.weights.provenance import fingerprint_of_weights
 
     base = stopped[1]["model_name_or_path"]
     assert fingerprint_of_weights(shutil.copytree(base, tmp_path / "moved")) == fingerprint_of_weights(base)
@@ -297,8 +298,9 @@ def test_a_damaged_checkpoint_is_skipped_by_name_and_refused_if_named(stopped, t
 def test_what_is_in_the_output_folder_is_not_overwritten(stopped, tmp_path):
     from argparse import Namespace
 
-    from alpaca.checkpoints import delete_old_checkpoints, find_checkpoint, read_record, write_record
+    from alpaca.checkpoints import delete_old_checkpoints, find_checkpoint
     from alpaca.common.errors import UsageError
+    from alpaca.weights.provenance import read_record, write_record
 
     checkpoint = stopped[0] / "checkpoint-4"
     out = tmp_path / "out"

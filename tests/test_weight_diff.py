@@ -19,9 +19,9 @@ from test_layout import loaded_by
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import weight_diff
-from alpaca import shards
 from alpaca.common.errors import UsageError
 from alpaca.common.files import MARKER, new_folder
+from alpaca.weights import writer
 
 STRANGE = [float("nan"), float("-nan"), -0.0, 0.0, float("inf"), float("-inf"), 1e-40, -6e-8, 65504.0]
 INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32}
@@ -544,7 +544,7 @@ def test_nothing_is_overwritten_unasked(llama, tmp_path):
 
 def test_too_small_a_disk_is_said_before_work(llama, tmp_path, monkeypatch):
     base, _, diff = llama
-    monkeypatch.setattr(shards, "free_bytes", lambda folder: 10**6)
+    monkeypatch.setattr(writer, "free_bytes", lambda folder: 10**6)
     with pytest.raises(UsageError, match="--path_tuned .*: needs .*, its disk has 1.0 MB free"):
         recover(base, diff, tmp_path / "result")
 
@@ -559,7 +559,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, task, failing):
         save_file({f"{i}.w": torch.ones(50, 10) + change for i in range(3)}, tmp_path / name / "model.safetensors")
     if task == "recover":
         make(tmp_path / "base", tmp_path / "tuned", tmp_path / "diff")
-    put, calls = shards.ShardWriter._put, []
+    put, calls = writer.ShardWriter._put, []
 
     def full(self, part):
         calls.append(part)
@@ -567,7 +567,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, task, failing):
             raise OSError(28, "No space left on device")
         put(self, part)
 
-    monkeypatch.setattr(shards.ShardWriter, "_put", full)
+    monkeypatch.setattr(writer.ShardWriter, "_put", full)
     with pytest.raises(UsageError, match="could not be written .*No space left on device"):
         if task == "recover":
             recover(tmp_path / "base", tmp_path / "diff", tmp_path / "result")
@@ -578,7 +578,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, task, failing):
 
 def test_a_file_that_is_not_all_there_is_no_success(llama, tmp_path, monkeypatch):
     base, _, diff = llama
-    monkeypatch.setattr(shards.ShardWriter, "_put", lambda self, part: self.file.write(part[: len(part) // 2]))
+    monkeypatch.setattr(writer.ShardWriter, "_put", lambda self, part: self.file.write(part[: len(part) // 2]))
     with pytest.raises(UsageError, match="model.safetensors has .* bytes of"):
         recover(base, diff, tmp_path / "result")
 

@@ -1,7 +1,7 @@
 """The weight diff of 2023: tuned minus base in float32, as an ordinary checkpoint; and the sum that was its check.
 
 It recovers almost exactly (float32 rounds; a mean is not the same on every CPU) and proves nothing: new diffs are exact
-(alpaca/exact_diff.py). This is for diffs made by the code of 2023, and for people who still recover with it: what is
+(alpaca/weights/exact_diff.py). This is for diffs made by the code of 2023, and for people who still recover with it: what is
 written here, that code opens (transformers 4.28.1). Tensors are read and written in pieces.
 """
 
@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch
 
-from alpaca.checkpoint_2023 import BinWriter, missing_prefix, pad_token_in_2023, plan_bin_shards, write_bin_index
 from alpaca.common.errors import UsageError, first_line
-from alpaca.diagnosis import VOCABULARY, check_same_tensors, config_differences, refuse_misfit, rows_may_differ
-from alpaca.shards import Spec
-from alpaca.streaming import PIECE, Pipeline, Slot, stream
-from alpaca.weights import (
-    Tensor,
-    Weights,
-    aliases_of,
-    companions,
-    memory,
-    tied_names,
+from alpaca.weights.checkpoint_2023 import (
+    BinWriter,
+    missing_prefix,
+    pad_token_in_2023,
+    plan_bin_shards,
+    write_bin_index,
 )
+from alpaca.weights.mismatch import VOCABULARY, check_same_tensors, config_differences, refuse_misfit, rows_may_differ
+from alpaca.weights.reader import Tensor, Weights, aliases_of, companions, memory, tied_names
+from alpaca.weights.writer import PIECE, Pipeline, Slot, Spec, stream
 
 if TYPE_CHECKING:
     pass

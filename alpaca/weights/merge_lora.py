@@ -17,12 +17,10 @@ from typing import Any, NoReturn
 import torch
 
 from alpaca.common.errors import UsageError, first_line
-from alpaca.contract import other_base
 from alpaca.data.prompts import TEMPLATE_FILE
-from alpaca.diagnosis import config_differences, rows_may_differ
-from alpaca.shards import Spec
-from alpaca.streaming import Pipeline, Slot, cast
-from alpaca.weights import (
+from alpaca.weights.mismatch import config_differences, rows_may_differ
+from alpaca.weights.provenance import other_base
+from alpaca.weights.reader import (
     ADAPTER_CONFIG,
     TOKENIZER_FILES,
     Tensor,
@@ -34,6 +32,7 @@ from alpaca.weights import (
     readable,
     shard_tensors,
 )
+from alpaca.weights.writer import Pipeline, Slot, Spec, cast
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."  # what peft puts before the model's own names

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alpaca.common.errors import UsageError
-from alpaca.exact_diff import ExactDiff, is_exact_diff
-from alpaca.float_diff import FloatDiff
-from alpaca.shards import MemoryWriter, Spec
-from alpaca.streaming import Pipeline, cast, stream
-from alpaca.weights import Weights, find_folder, open_weights
+from alpaca.weights.exact_diff import ExactDiff, is_exact_diff
+from alpaca.weights.float_diff import FloatDiff
+from alpaca.weights.reader import Weights, find_folder, open_weights
+from alpaca.weights.writer import MemoryWriter, Pipeline, Spec, cast, stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

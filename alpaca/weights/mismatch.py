@@ -4,8 +4,8 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from alpaca.common.errors import UsageError
-from alpaca.shards import Spec
-from alpaca.weights import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Tensor, Weights, dtype_name
+from alpaca.weights.reader import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Tensor, Weights, dtype_name
+from alpaca.weights.writer import Spec
 
 VOCABULARY = (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, "lm_head.bias")  # a row per token
 

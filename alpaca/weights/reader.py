@@ -28,7 +28,7 @@ DTYPES = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}  # safetensors' names
 ADAPTER_CONFIG = "adapter_config.json"  # of peft; a LoRA adapter's folder has it
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-MANIFEST = "weight_diff.json"  # an exact diff's folder has it (alpaca/exact_diff.py)
+MANIFEST = "weight_diff.json"  # an exact diff's folder has it (alpaca/weights/exact_diff.py)
 OF_THE_RUN = (
     "trainer_state.json",
     "alpaca_*.json",

@@ -25,10 +25,8 @@ from typing import Any
 import torch
 
 from alpaca.common.errors import UsageError, human
-from alpaca.diagnosis import CONFIG_FIELDS, check_same_tensors, explain_other_base, fits, refuse_misfit
-from alpaca.shards import ShardDigests, ShardWriter, Spec, plan_shards, write_index
-from alpaca.streaming import Pipeline, Slot
-from alpaca.weights import (
+from alpaca.weights.mismatch import CONFIG_FIELDS, check_same_tensors, explain_other_base, fits, refuse_misfit
+from alpaca.weights.reader import (
     DTYPES,
     MANIFEST,
     Tensor,
@@ -40,6 +38,7 @@ from alpaca.weights import (
     readable,
     safetensors_header,
 )
+from alpaca.weights.writer import Pipeline, ShardDigests, ShardWriter, Slot, Spec, plan_shards, write_index
 
 SIDECAR = f"{MANIFEST}.sha256"
 NOT_A_MODEL = "weight_diff__recover_the_model_with_weight_diff.py"  # model_type: what from_pretrained will name

@@ -16,8 +16,8 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from alpaca.common.errors import UsageError, first_line
-from alpaca.shards import Spec, split
-from alpaca.weights import Weights, companions, read_json, ties_embeddings
+from alpaca.weights.reader import Weights, companions, read_json, ties_embeddings
+from alpaca.weights.writer import Spec, split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
