@@ -20,19 +20,19 @@ from typing import Any
 
 import utils
 from alpaca import self_instruct
-from alpaca.asking import Asker, answered_before
-from alpaca.client import Sampling
 from alpaca.common import commands
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, reported
 from alpaca.common.files import keep_input
+from alpaca.completions.api import Sampling
+from alpaca.completions.budget import Progress, budget_of, estimate
+from alpaca.completions.journal import Journal
+from alpaca.completions.rows import RowAnswers, write_rows
+from alpaca.completions.runner import Asker, answered_before
 from alpaca.data.prompts import format_prompt, instruction_and_input
 from alpaca.data.rows import load_rows
 from alpaca.generation import JOURNAL, REPORT, Generation
-from alpaca.journal import Journal
-from alpaca.progress import Progress, estimate
-from alpaca.respondent import Respondent, budget_of, is_folder, open_respondent
-from alpaca.row_answers import RowAnswers, write_rows
+from alpaca.respondent import Respondent, is_folder, open_respondent
 from alpaca.self_instruct import find_word_in_string, load_prompt, load_seed_tasks  # noqa: F401  the first: of 2023
 
 ROOT = Path(__file__).resolve().parent

@@ -58,7 +58,7 @@ def openai_completion(
 
     Raises:
         alpaca.common.errors.UsageError: no server, no key, unknown model …
-        alpaca.refusals.RequestFailed: a prompt got no answer in nine attempts. (2023 went on for ever.)
+        alpaca.completions.api.RequestFailed: a prompt got no answer in nine attempts. (2023 went on for ever.)
     """
     from alpaca.completion_2023 import complete_all
 

@@ -12,12 +12,11 @@ import traceback
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from alpaca.client import Sampling
 from alpaca.common.errors import UsageError, first_line
+from alpaca.completions.api import ContextOverflow, Sampling
 from alpaca.data.prompts import format_prompt
 from alpaca.data.rows import Row
 from alpaca.local_model import LocalModel
-from alpaca.refusals import ContextOverflow
 
 PAUSE = 0.05  # seconds between two looks at what was written: there is news 20 times a second at most
 

@@ -8,11 +8,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from alpaca.client import Sampling
 from alpaca.common.errors import UsageError
+from alpaca.completions.api import ContextOverflow, Sampling
 from alpaca.data.prompts import format_prompt
 from alpaca.data.rows import Row
-from alpaca.refusals import ContextOverflow
 
 if TYPE_CHECKING:
     from alpaca.local_model import LocalModel

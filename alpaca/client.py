@@ -14,18 +14,17 @@ import logging
 import os
 import random
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 from alpaca.common.errors import UsageError
+from alpaca.completions.api import MOST_CUTS, Completion, ContextOverflow, Prompt, RequestFailed, Sampling, cut_at_stop
 from alpaca.refusals import (
     LONGEST_WAIT,
     Again,
-    ContextOverflow,
     MaxTokensRefused,
     NoAnswer,
-    RequestFailed,
     UnknownModel,
     WrongEndpoint,
     judge,
@@ -37,34 +36,7 @@ OPENAI_URL = "https://api.openai.com/v1"
 COMPLETION_MODELS = ("-instruct", "davinci", "babbage", "curie", "text-ada")  # OpenAI's names; all others chat
 PATHS = {"completions": "/completions", "chat": "/chat/completions"}
 LONGEST_BACKOFF = 30.0
-MOST_CUTS = 12  # of max_tokens: 0.8^12 leaves 7% of it
-
-Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to generate. None is not sent, which leaves the choice to the server."""
-
-    max_tokens: int = 1800
-    temperature: float | None = 0.2
-    top_p: float | None = 1.0
-    stop: tuple[str, ...] = ()
-    seed: int | None = None
-    logit_bias: Mapping[str, float] | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)  # other fields of the request, sent as they are
-
-
-@dataclass(frozen=True)
-class Completion:
-    """`finish_reason` is "stop", "length" or another word of the server's; token counts are None if it gives none."""
-
-    text: str
-    finish_reason: str
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    logprobs: Any = None  # as the server sends them, where `extra` asks for some
 
 
 class Client:
@@ -298,12 +270,6 @@ def read_completion(answer: Any, stop: Sequence[str]) -> Completion:
         reason = "stop" if stopped else reason
     counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
     return Completion(text, reason, *counts, choice.get("logprobs"))
-
-
-def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """`text` up to the first of the `stop` strings, and whether there was one."""
-    ends = [text.find(word) for word in stop if word and word in text]
-    return (text[: min(ends)], True) if ends else (text, False)
 
 
 def _json(content: bytes) -> Any:

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from alpaca.client import Client, Completion, Prompt, Sampling
+from alpaca.client import Client
 from alpaca.common.errors import UsageError
+from alpaca.completions.api import Completion, Prompt, Sampling
 
 NOTHING = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "suffix": None, "logprobs": None, "echo": False}
 SAMPLING = ("max_tokens", "temperature", "top_p", "stop", "seed", "logit_bias")

@@ -16,7 +16,7 @@ from typing import Any
 
 from alpaca.common.errors import UsageError
 from alpaca.common.files import atomic_write
-from alpaca.journal import Journal
+from alpaca.completions.journal import Journal
 from alpaca.novelty import NoveltyFilter
 from alpaca.self_instruct import Item, encode_prompt, parse
 

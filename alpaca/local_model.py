@@ -26,12 +26,11 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from alpaca.client import MOST_CUTS, Completion, Prompt, Sampling, cut_at_stop
 from alpaca.common.errors import UsageError
+from alpaca.completions.api import MOST_CUTS, Completion, ContextOverflow, Prompt, Sampling, cut_at_stop
 from alpaca.devices import best_dtype, check_device
 from alpaca.opening import How, open_model, without_adapter
 from alpaca.quantization import quantizing_flag
-from alpaca.refusals import ContextOverflow
 from alpaca.text_stream import Stop, TokenQueue, pieces_of, tokens_of
 
 

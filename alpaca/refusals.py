@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alpaca.common.errors import UsageError
+from alpaca.completions.api import ContextOverflow, RequestFailed
 
 LONGEST_WAIT = 120.0  # s; a server that asks for more has no room today: the user should know, not wait
 OVERFLOW = re.compile(
@@ -21,16 +22,8 @@ UNSUPPORTED = re.compile(r"[Uu]nsupported (?:parameter|value): '(\w+)'")
 RETIRED = ("text-davinci-", "code-davinci-", "text-curie-", "text-babbage-", "text-ada-")
 
 
-class RequestFailed(RuntimeError):
-    """This request got no completion and the message says why. Another prompt, or another hour, may have more luck."""
-
-
 class NoAnswer(RequestFailed):
     """No connection to the server, or none that lasted until an answer came."""
-
-
-class ContextOverflow(RequestFailed):
-    """Prompt and max_tokens together are longer than the model's context."""
 
 
 class WrongEndpoint(UsageError):

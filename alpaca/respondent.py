@@ -1,17 +1,16 @@
 """Who answers: a model in a folder, in this process, or one of a server; and what its answers depend on."""
 
 import os
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alpaca.asking import Budget, Model
-from alpaca.client import Client, Sampling
+from alpaca.client import Client
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError
 from alpaca.common.files import digest
+from alpaca.completions.api import Model, Sampling, check_sampling, seed_of
 from alpaca.data.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt
 
 
@@ -145,30 +144,8 @@ class Questions:
         return question if self.plain else format_prompt({"instruction": question}, self.around)
 
 
-def seed_of(seed: int, number: int) -> int:
-    """The seed of a request: equal prompts get different answers, whatever is asked beside them."""
-    return random.Random(f"{seed} {number}").randrange(2**62)
-
-
 def fitting(model: Model, numbers: Iterable[int], prompt_of: Callable[[int], str], sampling: Sampling) -> list[int]:
     """Those whose prompt leaves room for an answer. Of a server's model only the server knows."""
     if not hasattr(model, "fits"):
         return list(numbers)
     return [number for number in numbers if model.fits(model.prompt_tokens(prompt_of(number)), sampling)]
-
-
-def check_sampling(sampling: Sampling, limit_flag: str = "--max_tokens") -> None:
-    """Raise UsageError for a number that no model takes. None, where a server may decide, is none."""
-    check_numbers(**{limit_flag[2:]: sampling.max_tokens})
-    if sampling.temperature is not None and sampling.temperature < 0:
-        raise UsageError(f"--temperature {sampling.temperature}: expected 0 (greedy) or more")
-    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
-        raise UsageError(f"--top_p {sampling.top_p}: expected more than 0, 1 at most")
-
-
-def budget_of(price_in: float, price_out: float, max_cost: float | None) -> Budget:
-    if min(price_in, price_out) < 0:
-        raise UsageError("--price_in, --price_out: expected dollars per million tokens, at least 0")
-    if max_cost is not None and not (max_cost > 0 and price_in + price_out > 0):
-        raise UsageError(f"--max_cost {max_cost}: expected dollars above 0, with --price_in and --price_out")
-    return Budget(price_in, price_out, max_cost)

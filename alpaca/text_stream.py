@@ -10,7 +10,7 @@ import torch
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from alpaca.client import cut_at_stop
+from alpaca.completions.api import cut_at_stop
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")  # a token of a sentencepiece vocabulary that is a part of a character
 UNFINISHED = "\ufffd"  # what such a part is decoded as

@@ -17,18 +17,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import utils
-from alpaca.asking import Budget, Model
 from alpaca.backtranslation import Curation, inference_templates, mixed, pairs_of, rated_row, rating_prompt
-from alpaca.client import Sampling
 from alpaca.common import commands
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, first_of, reported
 from alpaca.common.files import keep_input
+from alpaca.completions.api import Model, Sampling
+from alpaca.completions.budget import Budget, budget_of, estimate
+from alpaca.completions.rows import RowAnswers, write_rows
 from alpaca.data.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, load_prompt_template
 from alpaca.data.rows import Row, load_named, load_rows, raw_rows
-from alpaca.progress import estimate
-from alpaca.respondent import Questions, Respondent, budget_of, fitting
-from alpaca.row_answers import RowAnswers, write_rows
+from alpaca.respondent import Questions, Respondent, fitting
 from alpaca.segments import Filters, load_texts
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"

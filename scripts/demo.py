@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpaca.answering import Answer, Answering, Voice
-from alpaca.client import Sampling
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, reported
+from alpaca.completions.api import Sampling
 from alpaca.data.prompts import load_prompt_template
 from alpaca.data.rows import Row, load_rows
 from alpaca.local_model import LocalModel

@@ -16,17 +16,17 @@ from typing import Any
 
 import utils
 from alpaca import judging
-from alpaca.client import Sampling
 from alpaca.common import commands
 from alpaca.common.errors import UsageError, first_of, reported
 from alpaca.common.files import keep_input, write_json
+from alpaca.completions.api import Sampling
+from alpaca.completions.budget import budget_of, estimate
+from alpaca.completions.rows import RowAnswers, write_rows
 from alpaca.data.prompts import instruction_and_input
 from alpaca.data.rows import load_named, load_rows, partners
 from alpaca.harness import HarnessRun
 from alpaca.overlap import ROUGE, overlap, worst
-from alpaca.progress import estimate
-from alpaca.respondent import Questions, Respondent, budget_of
-from alpaca.row_answers import RowAnswers, write_rows
+from alpaca.respondent import Questions, Respondent
 from scripts.generate import GenerateArguments, answer_file, opened
 
 OFFICIAL = "alpaca_eval --model_outputs {} --reference_outputs {} --annotators_config alpaca_eval_gpt4"

@@ -21,15 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpaca.client import Sampling
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
 from alpaca.common.errors import UsageError, first_of, reported
 from alpaca.common.files import digest, keep_input
+from alpaca.completions.api import Sampling, check_sampling, seed_of
+from alpaca.completions.rows import RowAnswers
 from alpaca.data.prompts import format_prompt, instruction_and_input, load_prompt_template
 from alpaca.data.rows import Row, load_rows
-from alpaca.respondent import check_sampling, seed_of
-from alpaca.row_answers import RowAnswers
 
 if TYPE_CHECKING:
     from alpaca.local_model import LocalModel

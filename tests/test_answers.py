@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 import weight_diff
-from alpaca.client import Sampling
 from alpaca.common.errors import UsageError
+from alpaca.completions.api import Sampling
 from alpaca.data.prompts import format_prompt
 from alpaca.local_model import LocalModel
 from alpaca.text_stream import pieces_of

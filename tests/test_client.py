@@ -29,10 +29,11 @@ from completion_server import (
 )
 from conftest import ROOT
 
-from alpaca.client import Client, Sampling, is_openai, server_url
+from alpaca.client import Client, is_openai, server_url
 from alpaca.common.errors import UsageError
+from alpaca.completions.api import RequestFailed, Sampling
 from alpaca.data.prompts import PROMPT_DICT, format_prompt
-from alpaca.refusals import NoAnswer, RequestFailed, seconds_to_wait
+from alpaca.refusals import NoAnswer, seconds_to_wait
 from scripts.quickstart import free_port
 
 FEW = Sampling(max_tokens=100)

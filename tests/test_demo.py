@@ -22,8 +22,8 @@ import pytest
 from conftest import ROOT, run
 
 from alpaca.answering import Answering, Voice
-from alpaca.client import Sampling
 from alpaca.common.errors import UsageError
+from alpaca.completions.api import Sampling
 from alpaca.data.prompts import PROMPT_DICT, format_prompt
 from alpaca.local_model import LocalModel
 from scripts import demo, quickstart

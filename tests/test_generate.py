@@ -17,9 +17,11 @@ from conftest import GOLDEN, ROOT, run
 from test_layout import loaded_by
 
 import generate_instruction
-from alpaca import asking, client, generation
+from alpaca import client, generation
 from alpaca.common.errors import UsageError
-from alpaca.journal import Journal
+from alpaca.completions import runner
+from alpaca.completions.budget import Budget
+from alpaca.completions.journal import Journal
 from generate_instruction import export, generate_instruction_following_data, generate_responses
 
 SEEDS = ROOT / "seed_tasks.jsonl"
@@ -187,8 +189,8 @@ def test_requests_without_an_answer_in_the_journal_count_as_paid(tmp_path):
     with Journal(tmp_path / "journal.jsonl") as file:
         for kind, index in entries:
             file.append({"kind": kind, "index": index, "most": 0.25, "prompt_tokens": 1000, "completion_tokens": 0})
-        budget = asking.Budget(price_in=1.0, max_cost=1.0)
-        assert sorted(asking.answered_before(file, 2, budget)) == [2]
+        budget = Budget(price_in=1.0, max_cost=1.0)
+        assert sorted(runner.answered_before(file, 2, budget)) == [2]
     assert budget.unanswered == 0.5 and budget.cost == pytest.approx(0.502)
     assert budget.allows(0.49) and not budget.allows(0.5)
 
@@ -277,7 +279,7 @@ def test_an_edited_regen_json_is_taken_as_it_is(tmp_path):
 
 
 def test_a_second_process_is_refused(tmp_path):
-    code = "import sys; from alpaca.journal import Journal; j = Journal(sys.argv[1]); print('ok', flush=True); input()"
+    code = "import sys; from alpaca.completions.journal import Journal; j = Journal(sys.argv[1]); print('ok', flush=True); input()"
     holder = subprocess.Popen([sys.executable, "-c", code, tmp_path / "generation_journal.jsonl"], cwd=ROOT, text=True,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
     assert holder.stdout.readline() == "ok\n"
@@ -371,7 +373,7 @@ def test_a_request_that_fails_for_good_is_given_up(tmp_path, monkeypatch):
     assert report(tmp_path)["requests"] == len(failed) + len(journal(tmp_path))
     with CompletionServer(answer=tasks) as server:
         server.faults = lambda request: Fault(500)
-        monkeypatch.setattr(asking, "GIVE_UP", 3)
+        monkeypatch.setattr(runner, "GIVE_UP", 3)
         with pytest.raises(UsageError, match="(?s)3 requests in a row failed: .* 500.*run again, continues"):
             generate(tmp_path / "never", server, 100)
 

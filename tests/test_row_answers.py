@@ -9,11 +9,12 @@ from conftest import write_rows
 from datasets import Dataset, DatasetDict
 
 import generate_instruction
-from alpaca.client import Client, Sampling
+from alpaca.client import Client
 from alpaca.common.errors import UsageError
 from alpaca.common.files import keep_input
+from alpaca.completions.api import Sampling
+from alpaca.completions.rows import RowAnswers
 from alpaca.respondent import Questions, Respondent, open_respondent
-from alpaca.row_answers import RowAnswers
 from scripts import backtranslate, evaluate, generate
 
 SAMPLING = Sampling(max_tokens=9)

@@ -4,59 +4,14 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
-from alpaca.client import Completion, Sampling
 from alpaca.common.errors import UsageError
-from alpaca.journal import Journal
-from alpaca.refusals import ContextOverflow, RequestFailed
+from alpaca.completions.api import ContextOverflow, Model, RequestFailed, Sampling
+from alpaca.completions.budget import Budget
+from alpaca.completions.journal import Journal
 
-ENVELOPE = 256  # tokens that a chat template may add to a prompt, at most
 GIVE_UP = 20  # requests that fail in a row
-
-
-class Model(Protocol):
-    """A server (alpaca/client.py) or a model in this process (alpaca/local_model.py)."""
-
-    async def __aenter__(self) -> "Model": ...
-
-    async def __aexit__(self, *exception: object) -> None: ...
-
-    api: str
-
-    async def check(self) -> str: ...
-
-    async def complete(self, prompt: str, sampling: Sampling, lost: Callable[[], bool]) -> Completion: ...
-
-
-@dataclass
-class Budget:
-    """What the answers cost. Prices are in dollars per million tokens, as providers list them."""
-
-    price_in: float = 0.0
-    price_out: float = 0.0
-    max_cost: float | None = None
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    unanswered: float = 0.0  # dollars that answers may have cost which did not arrive, or came without token counts
-    reserved: dict[int, float] = field(default_factory=dict)  # by request in flight
-
-    @property
-    def cost(self) -> float:
-        tokens = self.prompt_tokens * self.price_in + self.completion_tokens * self.price_out
-        return tokens / 1e6 + self.unanswered
-
-    def most(self, prompt: str, max_tokens: int) -> float:
-        """Dollars that a request can cost: no tokenizer makes more tokens than a text has bytes."""
-        return ((len(prompt.encode()) + ENVELOPE) * self.price_in + max_tokens * self.price_out) / 1e6
-
-    def allows(self, amount: float) -> bool:
-        return self.max_cost is None or self.cost + sum(self.reserved.values()) + amount <= self.max_cost
-
-    def count(self, entry: dict[str, Any]) -> None:
-        self.prompt_tokens += entry.get("prompt_tokens") or 0
-        self.completion_tokens += entry.get("completion_tokens") or 0
-        self.unanswered += entry.get("unanswered") or 0.0
 
 
 @dataclass

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alpaca.asking import Asker, Budget, Model, answered_before
-from alpaca.client import Sampling
 from alpaca.common.errors import UsageError, first_of
 from alpaca.common.files import atomic_write
+from alpaca.completions.api import Model, Sampling
+from alpaca.completions.budget import Budget, Progress
+from alpaca.completions.journal import Journal
+from alpaca.completions.runner import Asker, answered_before
 from alpaca.data.rows import Row
-from alpaca.journal import Journal
-from alpaca.progress import Progress
 
 Entry = dict[str, Any]  # of a journal
 

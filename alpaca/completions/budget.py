@@ -2,12 +2,45 @@
 
 import sys
 import time
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
 
-from alpaca.asking import Budget
+from alpaca.common.errors import UsageError
+
+ENVELOPE = 256  # tokens that a chat template may add to a prompt, at most
+
+
+@dataclass
+class Budget:
+    """What the answers cost. Prices are in dollars per million tokens, as providers list them."""
+
+    price_in: float = 0.0
+    price_out: float = 0.0
+    max_cost: float | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    unanswered: float = 0.0  # dollars that answers may have cost which did not arrive, or came without token counts
+    reserved: dict[int, float] = field(default_factory=dict)  # by request in flight
+
+    @property
+    def cost(self) -> float:
+        tokens = self.prompt_tokens * self.price_in + self.completion_tokens * self.price_out
+        return tokens / 1e6 + self.unanswered
+
+    def most(self, prompt: str, max_tokens: int) -> float:
+        """Dollars that a request can cost: no tokenizer makes more tokens than a text has bytes."""
+        return ((len(prompt.encode()) + ENVELOPE) * self.price_in + max_tokens * self.price_out) / 1e6
+
+    def allows(self, amount: float) -> bool:
+        return self.max_cost is None or self.cost + sum(self.reserved.values()) + amount <= self.max_cost
+
+    def count(self, entry: dict[str, Any]) -> None:
+        self.prompt_tokens += entry.get("prompt_tokens") or 0
+        self.completion_tokens += entry.get("completion_tokens") or 0
+        self.unanswered += entry.get("unanswered") or 0.0
 
 
 class Progress:
@@ -63,3 +96,11 @@ def estimate(prompts: list[str], requests: int, max_tokens: int, budget: Budget)
         f"about {requests:,} requests of about {tokens:,} prompt tokens "
         f"and {max_tokens // 2:,} generated ones (at most {max_tokens:,}){cost}"
     )
+
+
+def budget_of(price_in: float, price_out: float, max_cost: float | None) -> Budget:
+    if min(price_in, price_out) < 0:
+        raise UsageError("--price_in, --price_out: expected dollars per million tokens, at least 0")
+    if max_cost is not None and not (max_cost > 0 and price_in + price_out > 0):
+        raise UsageError(f"--max_cost {max_cost}: expected dollars above 0, with --price_in and --price_out")
+    return Budget(price_in, price_out, max_cost)

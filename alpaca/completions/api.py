@@ -1,0 +1,78 @@
+"""TODO."""
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from alpaca.common.commands import check_numbers
+from alpaca.common.errors import UsageError
+
+MOST_CUTS = 12  # of max_tokens: 0.8^12 leaves 7% of it
+Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to generate. None is not sent, which leaves the choice to the server."""
+
+    max_tokens: int = 1800
+    temperature: float | None = 0.2
+    top_p: float | None = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    logit_bias: Mapping[str, float] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)  # other fields of the request, sent as they are
+
+
+@dataclass(frozen=True)
+class Completion:
+    """`finish_reason` is "stop", "length" or another word of the server's; token counts are None if it gives none."""
+
+    text: str
+    finish_reason: str
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    logprobs: Any = None  # as the server sends them, where `extra` asks for some
+
+
+class Model(Protocol):
+    """A server (alpaca/client.py) or a model in this process (alpaca/local_model.py)."""
+
+    async def __aenter__(self) -> "Model": ...
+
+    async def __aexit__(self, *exception: object) -> None: ...
+
+    api: str
+
+    async def check(self) -> str: ...
+
+    async def complete(self, prompt: str, sampling: Sampling, lost: Callable[[], bool]) -> Completion: ...
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
+    """`text` up to the first of the `stop` strings, and whether there was one."""
+    ends = [text.find(word) for word in stop if word and word in text]
+    return (text[: min(ends)], True) if ends else (text, False)
+
+
+class RequestFailed(RuntimeError):
+    """This request got no completion and the message says why. Another prompt, or another hour, may have more luck."""
+
+
+class ContextOverflow(RequestFailed):
+    """Prompt and max_tokens together are longer than the model's context."""
+
+
+def seed_of(seed: int, number: int) -> int:
+    """The seed of a request: equal prompts get different answers, whatever is asked beside them."""
+    return random.Random(f"{seed} {number}").randrange(2**62)
+
+
+def check_sampling(sampling: Sampling, limit_flag: str = "--max_tokens") -> None:
+    """Raise UsageError for a number that no model takes. None, where a server may decide, is none."""
+    check_numbers(**{limit_flag[2:]: sampling.max_tokens})
+    if sampling.temperature is not None and sampling.temperature < 0:
+        raise UsageError(f"--temperature {sampling.temperature}: expected 0 (greedy) or more")
+    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
+        raise UsageError(f"--top_p {sampling.top_p}: expected more than 0, 1 at most")
