@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +10,11 @@ import torch
 import transformers
 
 from alpaca import zero
-from alpaca.batching import Steps2023
 from alpaca.checkpoints import write_patiently
 from alpaca.common.distributed import gather_from_all_ranks, say, wait_for_all_ranks
 from alpaca.common.errors import UsageError
 from alpaca.common.files import fingerprint
+from alpaca.packing.sampler import count_steps, rows_per_step
 from alpaca.weights.provenance import (
     BASE,
     fingerprint_of_weights,
@@ -101,27 +100,6 @@ def keep_decisions(args: "TrainingArguments", checkpoint: str | None) -> None:
 def note_decisions(args: "TrainingArguments", contract: Contract) -> None:
     """Put into the contract what has been decided since it was described."""
     contract["rounding"].update({f"--{name}": getattr(args, name) for name in DECIDED})
-
-
-def rows_per_step(args: "TrainingArguments") -> int:
-    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
-def count_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, float]:
-    """(optimizer steps of the run, of an epoch), as the Trainer will count them. Under --reproduce_2023 epochs differ,
-    and it is their mean."""
-    per_step, accumulation = rows_per_step(args), args.gradient_accumulation_steps
-    if args.reproduce_2023:
-        run = steps_2023(args, num_rows)
-        counted, per_epoch = run.per_epoch, run.taken(run.micro_batches * accumulation) / accumulation
-    else:
-        counted = per_epoch = num_rows // per_step if args.dataloader_drop_last else -(-num_rows // per_step)
-    return args.max_steps if args.max_steps > 0 else math.ceil(counted * args.num_train_epochs), per_epoch
-
-
-def steps_2023(args: "TrainingArguments", num_rows: int) -> Steps2023:
-    drop_last = args.dataloader_drop_last
-    return Steps2023.of(num_rows, args.train_batch_size, args.gradient_accumulation_steps, args.world_size, drop_last)
 
 
 def changes(old: Contract, new: Contract, kind: str) -> list[str]:

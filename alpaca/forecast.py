@@ -32,7 +32,8 @@ from alpaca.common.distributed import say
 from alpaca.common.errors import first_line, human
 from alpaca.fsdp import empty_model, materialize
 from alpaca.lora import LoraArguments, add_lora, base_dtype, lora_layers
-from alpaca.loss import CHUNK
+from alpaca.packing.loss import CHUNK
+from alpaca.packing.packing import CPU_PACK_TOKENS
 from alpaca.zero import Zero3
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 GB = 1e9
 SPARE = 0.1  # of what is gathered and of the activations, where the size is decided here
 PACK_TOKENS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024)  # of --max_tokens_per_pack auto
-CPU_PACK_TOKENS = 4096  # its most on a CPU
 OPTIMIZER_BYTES = {"adafactor": 0.1, "sgd": 0, "rmsprop": 4, "adagrad": 4, "lion": 4, "8bit": 2}  # else AdamW's 8
 
 

@@ -24,10 +24,10 @@ from huggingface_hub import ModelCardData
 from alpaca.common.arguments import spelled
 from alpaca.common.distributed import say
 from alpaca.common.files import atomic_write
-from alpaca.contract import rows_per_step
 from alpaca.data.chat_template import separator
 from alpaca.data.prompts import TEMPLATE_FILE, format_prompt
 from alpaca.data.report import PROBLEMS, DataReport
+from alpaca.packing.sampler import rows_per_step
 
 if TYPE_CHECKING:
     from peft import LoraConfig

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from alpaca import contract, forecast, zero
+from alpaca import forecast, zero
 from alpaca.common.distributed import gather_from_all_ranks, say
 from alpaca.common.errors import UsageError
 from alpaca.common.files import lock
 from alpaca.disk import check_room, checkpoints_to_come
 from alpaca.lora import LoraArguments
-from alpaca.packing import why_not_packed
+from alpaca.packing.packing import why_not_packed
+from alpaca.packing.sampler import count_steps, rows_per_step, steps_2023
 from alpaca.weights.provenance import read_manifest
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def check_before_loading(
     decision = None
     if args.process_index == 0:
         report = dataset.report
-        rows = forecast.rows_of(report.lengths, report.num_targets, contract.rows_per_step(args), args.world_size)
+        rows = forecast.rows_of(report.lengths, report.num_targets, rows_per_step(args), args.world_size)
         with zero.unpartitioned():
             model, decision = forecast.forecast_memory(args, config, rows, lora)
         if model is not None:
@@ -133,13 +134,13 @@ def check_before_loading(
 def plan_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, float]:
     """(optimizer steps of the run, of an epoch), as the Trainer will count them. Says them, and warns where the run is
     shorter than --save_steps, so that only its end is saved."""
-    rows_per_step, (steps, per_epoch) = contract.rows_per_step(args), contract.count_steps(args, num_rows)
+    rows_per_step, (steps, per_epoch) = rows_per_step(args), count_steps(args, num_rows)
     if per_epoch == 0:
         least = f"step of {rows_per_step}"
         if args.reproduce_2023:
             least = f"micro-batch of {args.train_batch_size} on each of {args.world_size} processes"
         raise UsageError(f"--dataloader_drop_last: {num_rows} rows are fewer than one {least}")
-    run = contract.steps_2023(args, num_rows)
+    run = steps_2023(args, num_rows)
     if args.reproduce_2023 and args.world_size > 1 and run.micro_batches < run.accumulation:
         raise UsageError(
             f"--gradient_accumulation_steps {run.accumulation}: --reproduce_2023 takes at most the {run.micro_batches} "

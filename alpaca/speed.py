@@ -20,7 +20,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from alpaca.batching import StepTotals
+from alpaca.packing.packing import StepTotals
 
 
 class SpeedMeter:

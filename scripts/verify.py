@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alpaca.attention import PackLayout, confined_to_rows, named_kernel
-from alpaca.batching import StepSampler
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
 from alpaca.common.errors import first_line, reported
-from alpaca.loss import batch_loss
 from alpaca.models import load_model, load_tokenizer, resize_embeddings
-from alpaca.packing import MicroBatches, Packing, measure_rows, plan_packing, why_not_packed, why_not_shared
+from alpaca.packing.attention import PackLayout, confined_to_rows, named_kernel
+from alpaca.packing.loss import batch_loss
+from alpaca.packing.packing import MicroBatches, Packing, measure_rows, plan_packing, why_not_packed, why_not_shared
+from alpaca.packing.sampler import StepSampler
 from train import DataArguments, ModelArguments, make_supervised_data_module
 
 Gradient = dict[str, Tensor]

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import varlen
 
-from alpaca import attention
-from alpaca.attention import PackLayout, packed_attention
 from alpaca.common.errors import UsageError
+from alpaca.packing import attention
+from alpaca.packing.attention import PackLayout, packed_attention
 
 LAYOUTS = [((), (1,), (-1,)), ((), (5, 1, 7), (-1, -1, -1)), ((3,), (4, 1, 6), (0, 0, 0)), ((4, 2), (1, 5), (1, -1))]
 

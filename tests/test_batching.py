@@ -6,8 +6,8 @@ import torch
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from torch.utils.data import BatchSampler, DistributedSampler
 
-from alpaca.batching import StepSampler
-from alpaca.packing import RowSizes
+from alpaca.packing.packing import RowSizes
+from alpaca.packing.sampler import StepSampler
 
 
 def sizes(num_rows: int) -> RowSizes:

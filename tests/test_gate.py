@@ -15,6 +15,7 @@ from alpaca import disk, forecast
 from alpaca.common.errors import UsageError
 from alpaca.data.prompts import PROMPT_DICT
 from alpaca.data.report import PROBLEMS, text_problems
+from alpaca.packing.packing import CPU_PACK_TOKENS
 from train import SupervisedDataset
 
 ROW = {"instruction": "Name a colour.", "input": "", "output": "Blue."}
@@ -235,7 +236,7 @@ def test_memory_by_hand():
         (40, replace(PADDED, checkpointing=False), ROWS, (0, False, False)),
         (40, replace(PADDED, tokens=300), ROWS, (0, False, False)),
         # a CPU gains nothing from larger packs
-        (139, replace(ON_FOUR, on_gpu=False), LONG_STEPS, (forecast.CPU_PACK_TOKENS, False, True)),
+        (139, replace(ON_FOUR, on_gpu=False), LONG_STEPS, (CPU_PACK_TOKENS, False, True)),
     ],
 )
 def test_what_is_decided_for_7b(gib, plan, rows, expected):

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from conftest import train, weights, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alpaca.batching import StepSampler
-from alpaca.loss import weighted_cross_entropy
-from alpaca.packing import measure_rows
+from alpaca.packing.loss import weighted_cross_entropy
+from alpaca.packing.packing import measure_rows
+from alpaca.packing.sampler import StepSampler
 from train import DataCollatorForSupervisedDataset, SupervisedDataset
 
 ONE_STEP = dict(optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0, max_steps=1,

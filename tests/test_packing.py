@@ -9,11 +9,11 @@ import torch
 from conftest import history, largest_difference, train, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from alpaca import attention
-from alpaca.batching import MicroBatch, StepSampler, _longest_first, plan_packs
 from alpaca.data.tokenization import IGNORE_INDEX
-from alpaca.exactness import choose_packing
-from alpaca.packing import MicroBatches, find_prefixes, measure_rows, plan_packing
+from alpaca.packing import attention
+from alpaca.packing.check import choose_packing
+from alpaca.packing.packing import MicroBatch, MicroBatches, find_prefixes, measure_rows, plan_packing
+from alpaca.packing.sampler import StepSampler, _longest_first, plan_packs
 from train import DataCollatorForSupervisedDataset, SupervisedDataset, TrainingArguments, parse_flags
 
 COLLATE = DataCollatorForSupervisedDataset(SimpleNamespace(pad_token_id=0))

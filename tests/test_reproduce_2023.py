@@ -13,11 +13,11 @@ from conftest import GOLDEN, free_port, history, largest_difference, run, train,
 from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler
 from transformers import AutoModelForCausalLM
 
-from alpaca.batching import Steps2023, StepSampler2023, sampler_seed
 from alpaca.common.errors import UsageError
-from alpaca.contract import changes, count_steps
+from alpaca.contract import changes
 from alpaca.disk import checkpoints_to_come
-from alpaca.packing import RowSizes, measure_rows, plan_packing
+from alpaca.packing.packing import RowSizes, measure_rows, plan_packing
+from alpaca.packing.sampler import Steps2023, StepSampler2023, count_steps, sampler_seed
 from train import parse_flags
 
 CURVES = GOLDEN / "curves"

@@ -6,7 +6,7 @@
     position 0 1 2 ...                          p-1         p p+1 ...                 p p+1 ...
 
 Under causal attention the states of the shared tokens are the same in every row, so they are computed once, and every
-row attends to them and to itself (alpaca/attention.py). Their gradient is the sum over the rows, as it is when every
+row attends to them and to itself (alpaca/packing/attention.py). Their gradient is the sum over the rows, as it is when every
 row has its own copy.
 """
 
@@ -20,17 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from alpaca.attention import PackLayout
 from alpaca.data.tokenization import IGNORE_INDEX
+from alpaca.packing.attention import PackLayout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, TrainingArguments
 
-    from alpaca.batching import MicroBatch
 
 MAX_PREFIXES = 4
 MAX_PREFIX_TOKENS = 1024
 Batch = dict[str, Any]
+CPU_PACK_TOKENS = 4096  # its most on a CPU
 
 
 @dataclass(frozen=True)
@@ -223,3 +223,21 @@ def active_dropout(model: nn.Module) -> list[str]:
         if isinstance(rate, float) and ("drop" in name or "jitter" in name) and not name.startswith(unused):
             rates.setdefault(name, rate)
     return [f"{name}={rate}" for name, rate in rates.items() if rate > 0]
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """Of an optimizer step, over all ranks."""
+
+    rows: int
+    tokens: int  # of the rows, each counted in full
+    computed: int  # that go through the model: with padding, and a shared prefix once per pack
+    padding: int
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    rows: list[int]  # perhaps none
+    weights: list[float]  # of each target of a row, in the loss of the step
+    packed: bool
+    step: StepTotals

@@ -68,8 +68,8 @@ def weighted_cross_entropy(
 def batch_loss(
     model: nn.Module, batch: dict[str, Any], label_smoothing: float = 0.0, pack_kernel: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`weighted_cross_entropy` of a batch of alpaca.packing.MicroBatches. Of a packed one, whose model must be
-    alpaca.attention.confined_to_rows, logits are computed only where a token is predicted."""
+    """`weighted_cross_entropy` of a batch of alpaca.packing.packing.MicroBatches. Of a packed one, whose model must be
+    alpaca.packing.packing.attention.confined_to_rows, logits are computed only where a token is predicted."""
     batch = dict(batch)
     keep, targets, weights = (batch.pop(name) for name in ("keep", "targets", "weights"))
     if "pack" in batch:

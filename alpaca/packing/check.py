@@ -15,12 +15,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from alpaca import zero
-from alpaca.batching import MicroBatch, StepSampler
 from alpaca.common.distributed import gather_from_all_ranks, say
 from alpaca.common.errors import first_line
 from alpaca.compiling import repeated_layers
-from alpaca.forecast import CPU_PACK_TOKENS
-from alpaca.packing import Packing, RowSizes, active_dropout, plan_packing, why_not_packed, why_not_shared
+from alpaca.packing.packing import (
+    CPU_PACK_TOKENS,
+    MicroBatch,
+    Packing,
+    RowSizes,
+    active_dropout,
+    plan_packing,
+    why_not_packed,
+    why_not_shared,
+)
+from alpaca.packing.sampler import StepSampler
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset

@@ -22,33 +22,18 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from alpaca.packing import Packing, RowSizes
+from alpaca.packing.packing import MicroBatch, Packing, RowSizes, StepTotals
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 EXCHANGES = 50  # between packs of a step at most, to even them out
-
-
-@dataclass(frozen=True)
-class StepTotals:
-    """Of an optimizer step, over all ranks."""
-
-    rows: int
-    tokens: int  # of the rows, each counted in full
-    computed: int  # that go through the model: with padding, and a shared prefix once per pack
-    padding: int
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    rows: list[int]  # perhaps none
-    weights: list[float]  # of each target of a row, in the loss of the step
-    packed: bool
-    step: StepTotals
 
 
 class StepSampler(Sampler[list[MicroBatch]]):
@@ -319,3 +304,24 @@ class StepLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
+
+
+def rows_per_step(args: "TrainingArguments") -> int:
+    return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def count_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, float]:
+    """(optimizer steps of the run, of an epoch), as the Trainer will count them. Under --reproduce_2023 epochs differ,
+    and it is their mean."""
+    per_step, accumulation = rows_per_step(args), args.gradient_accumulation_steps
+    if args.reproduce_2023:
+        run = steps_2023(args, num_rows)
+        counted, per_epoch = run.per_epoch, run.taken(run.micro_batches * accumulation) / accumulation
+    else:
+        counted = per_epoch = num_rows // per_step if args.dataloader_drop_last else -(-num_rows // per_step)
+    return args.max_steps if args.max_steps > 0 else math.ceil(counted * args.num_train_epochs), per_epoch
+
+
+def steps_2023(args: "TrainingArguments", num_rows: int) -> Steps2023:
+    drop_last = args.dataloader_drop_last
+    return Steps2023.of(num_rows, args.train_batch_size, args.gradient_accumulation_steps, args.world_size, drop_last)
