@@ -26,7 +26,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alpaca import fsdp, zero
 from alpaca.checkpoints import find_checkpoint
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
@@ -48,8 +47,10 @@ from alpaca.data.report import report, text_problems
 from alpaca.data.rows import read_data
 from alpaca.data.tokenization import IGNORE_INDEX, Ragged, cached_tokens, cut, encode, joined, make_tokens, starts_with
 from alpaca.data.tokenizer import SPECIAL_TOKENS, control_tokens, identity, to_save
-from alpaca.lora import LoraArguments, check_lora
-from alpaca.models import base_slow_files, load_config, load_tokenizer, make_model, resize_embeddings
+from alpaca.models import deepspeed, fsdp
+from alpaca.models.embeddings import resize_embeddings
+from alpaca.models.load import base_slow_files, load_config, load_tokenizer, make_model
+from alpaca.models.lora import LoraArguments, check_lora
 from alpaca.run import check_before_loading, check_combinations, check_evaluation
 from alpaca.trainer import AlpacaTrainer
 
@@ -158,7 +159,7 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self):
         check_combinations(self)
         if self.deepspeed:
-            zero.configure(self)
+            deepspeed.configure(self)
         if self.fsdp:
             fsdp.configure_fsdp(self)
         if self.use_cpu and "LOCAL_RANK" in os.environ and not torch.distributed.is_initialized():
@@ -171,7 +172,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.fsdp and (policy := fsdp.mixed_precision_policy(self.mixed_precision)):
             self.fsdp_plugin_args["mixed_precision_policy"] = policy
         if self.deepspeed:
-            zero.check_agreement(self)
+            deepspeed.check_agreement(self)
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, LoraArguments, TrainingArguments]:

@@ -22,7 +22,7 @@ from alpaca.common.errors import UsageError, human, reported
 from alpaca.common.files import new_folder
 from alpaca.data.prompts import format_prompt
 from alpaca.data.tokenizer import copy_slow_files
-from alpaca.devices import check_device
+from alpaca.models.device import check_device
 from alpaca.weights import exact_diff
 from alpaca.weights.checkpoint_2023 import write_files_of_2023
 from alpaca.weights.exact_diff import ExactDiff, is_exact_diff

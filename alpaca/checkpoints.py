@@ -20,8 +20,7 @@ from alpaca.common.files import atomic_write, free_bytes
 from alpaca.weights.provenance import MANIFEST, _read_json, holds_a_model, read_record
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import TrainingArguments
 OPTIMIZERS = ("optimizer.pt", "optimizer_0/.metadata", "latest")  # one process or DDP; FSDP; DeepSpeed
 
 
@@ -241,30 +240,3 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         for inner in getattr(error, "failures", {}).values():
             yield inner[0] if isinstance(inner, tuple) else inner
         error = error.__cause__ or error.__context__
-
-
-# ---- an optimizer saved by FSDP, continued without, and the other way round ----
-
-
-def load_optimizer_of_other_layout(model: "PreTrainedModel", optimizer: "torch.optim.Optimizer", folder: str) -> None:
-    """Fill `optimizer` from a checkpoint that was saved in shards and is now needed whole, or saved whole and now
-    needed in shards. Parameters are matched by name. Collective under torch.distributed."""
-    import torch
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import (
-        StateDictOptions,
-        get_optimizer_state_dict,
-        set_optimizer_state_dict,
-    )
-
-    shards = Path(folder) / "optimizer_0"
-    if shards.is_dir():
-        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(state, storage_reader=dcp.FileSystemReader(shards))
-        return set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    whole = torch.load(Path(folder) / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    groups = [{**group, "params": [order[i] for i in group["params"]]} for group in whole["param_groups"]]
-    named = {"state": {order[i]: values for i, values in whole["state"].items()}, "param_groups": groups}
-    set_optimizer_state_dict(model, optimizer, named, options=StateDictOptions(full_state_dict=True))

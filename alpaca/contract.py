@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from alpaca import zero
 from alpaca.checkpoints import write_patiently
 from alpaca.common.distributed import gather_from_all_ranks, say, wait_for_all_ranks
 from alpaca.common.errors import UsageError
 from alpaca.common.files import fingerprint
+from alpaca.models import deepspeed
 from alpaca.packing.sampler import count_steps, rows_per_step
 from alpaca.weights.provenance import (
     BASE,
@@ -68,7 +68,7 @@ def describe_run(
         "the tokenizer (of --model_name_or_path)": vocabulary[:12],
         BASE: fingerprint_of_weights(model_args.model_name_or_path),
         "the global batch (per device x accumulation x processes)": rows_per_step(args),
-        **zero.described(args),
+        **deepspeed.described(args),
     }
     if args.loss_normalization == "microbatch":  # there the micro-batches are part of the loss
         fixed["--per_device_train_batch_size"] = args.per_device_train_batch_size

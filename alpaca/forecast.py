@@ -30,11 +30,11 @@ import torch
 from alpaca.common.arguments import spelled
 from alpaca.common.distributed import say
 from alpaca.common.errors import first_line, human
-from alpaca.fsdp import empty_model, materialize
-from alpaca.lora import LoraArguments, add_lora, base_dtype, lora_layers
+from alpaca.models.deepspeed import Zero3
+from alpaca.models.fsdp import empty_model, materialize
+from alpaca.models.lora import LoraArguments, add_lora, base_dtype, lora_layers
 from alpaca.packing.loss import CHUNK
 from alpaca.packing.packing import CPU_PACK_TOKENS
-from alpaca.zero import Zero3
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments

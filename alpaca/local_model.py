@@ -28,9 +28,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from alpaca.common.errors import UsageError
 from alpaca.completions.api import MOST_CUTS, Completion, ContextOverflow, Prompt, Sampling, cut_at_stop
-from alpaca.devices import best_dtype, check_device
+from alpaca.models.device import best_dtype, check_device, quantizing_flag
 from alpaca.opening import How, open_model, without_adapter
-from alpaca.quantization import quantizing_flag
 from alpaca.text_stream import Stop, TokenQueue, pieces_of, tokens_of
 
 

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from alpaca.common.errors import UsageError, first_line
 from alpaca.data.prompts import templates_of
 from alpaca.data.tokenizer import open_tokenizer
-from alpaca.models import resize_embeddings
-from alpaca.quantization import bitsandbytes_config
+from alpaca.models.device import bitsandbytes_config
+from alpaca.models.embeddings import resize_embeddings
 from alpaca.weights.exact_diff import is_exact_diff
 from alpaca.weights.float_diff import ONE, ZERO, FloatDiff, last_norm
 from alpaca.weights.provenance import other_base

@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from alpaca import forecast, zero
+from alpaca import forecast
 from alpaca.common.distributed import gather_from_all_ranks, say
 from alpaca.common.errors import UsageError
 from alpaca.common.files import lock
 from alpaca.disk import check_room, checkpoints_to_come
-from alpaca.lora import LoraArguments
+from alpaca.models import deepspeed
+from alpaca.models.lora import LoraArguments
 from alpaca.packing.packing import why_not_packed
 from alpaca.packing.sampler import count_steps, rows_per_step, steps_2023
 from alpaca.weights.provenance import read_manifest
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
+    from transformers import PreTrainedConfig, TrainingArguments
 
 
 def check_combinations(args: "TrainingArguments") -> None:
@@ -116,7 +117,7 @@ def check_before_loading(
     if args.process_index == 0:
         report = dataset.report
         rows = forecast.rows_of(report.lengths, report.num_targets, rows_per_step(args), args.world_size)
-        with zero.unpartitioned():
+        with deepspeed.unpartitioned():
             model, decision = forecast.forecast_memory(args, config, rows, lora)
         if model is not None:
             check_room(args, model.trained, checkpoints_to_come(args, steps, per_epoch, done))
@@ -152,18 +153,6 @@ def plan_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, float]:
         say(f"note: --save_steps {args.save_steps} exceeds the {steps} steps of this run; only its end is saved",
             args.process_index)  # fmt: skip
     return steps, per_epoch
-
-
-def repair_generation_config(model: "PreTrainedModel", pad_token_id: int, rank: int) -> None:
-    """The pad token is the tokenizer's. And early Llama-2 folders set a temperature without do_sample: transformers 5
-    refuses to save such a model, and would say so only after the training."""
-    model.config.pad_token_id = model.generation_config.pad_token_id = pad_token_id
-    try:
-        model.generation_config.validate(strict=True)
-    except ValueError:
-        model.generation_config.do_sample = True
-        model.generation_config.validate(strict=True)
-        say("note: generation_config.json has sampling values without do_sample -> saved with do_sample: true", rank)
 
 
 def check_lengths(config: "PreTrainedConfig", data_module: Mapping[str, Any]) -> None:

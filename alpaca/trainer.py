@@ -18,22 +18,22 @@ from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import speed_metrics
 
 from alpaca.blackbox import BlackBox
-from alpaca.checkpoints import delete_old_checkpoints, load_optimizer_of_other_layout, write_patiently, written_whole
+from alpaca.checkpoints import delete_old_checkpoints, write_patiently, written_whole
 from alpaca.common.distributed import say
-from alpaca.compiling import compile_layers, explained
 from alpaca.console import ConsoleCallback, plot_loss
 from alpaca.data.prompts import save_templates
 from alpaca.data.tokenizer import save_slow_files
-from alpaca.fsdp import full_state_dict, shard_on_cpu
 from alpaca.model_card import write_model_card
+from alpaca.models.compile import compile_layers, explained
+from alpaca.models.deepspeed import attach
+from alpaca.models.deepspeed import full_state_dict as full_masters
+from alpaca.models.fsdp import full_state_dict, load_optimizer_of_other_layout, shard_on_cpu
 from alpaca.packing.attention import PackLayout, confined_to_rows, named_kernel
 from alpaca.packing.check import check_packing, choose_packing
 from alpaca.packing.loss import batch_loss
 from alpaca.packing.packing import MicroBatches, StepTotals, active_dropout, measure_rows
 from alpaca.packing.sampler import StepLoader, Steps2023, StepSampler, StepSampler2023, sampler_seed
 from alpaca.speed import SpeedMeter
-from alpaca.zero import attach
-from alpaca.zero import full_state_dict as full_masters
 
 
 class AlpacaTrainer(Trainer):

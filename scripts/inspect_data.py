@@ -23,7 +23,7 @@ from alpaca.common.arguments import flag
 from alpaca.common.errors import UsageError, reported
 from alpaca.data.report import PROBLEMS
 from alpaca.data.tokenization import IGNORE_INDEX
-from alpaca.models import load_tokenizer
+from alpaca.models.load import load_tokenizer
 from train import DataArguments, ModelArguments, SupervisedDataset, make_supervised_data_module
 
 DIM, GREEN, REVERSED, RESET = "\033[2m", "\033[32m", "\033[7m", "\033[0m"

@@ -27,7 +27,8 @@ from transformers import PreTrainedModel
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
 from alpaca.common.errors import first_line, reported
-from alpaca.models import load_model, load_tokenizer, resize_embeddings
+from alpaca.models.embeddings import resize_embeddings
+from alpaca.models.load import load_model, load_tokenizer
 from alpaca.packing.attention import PackLayout, confined_to_rows, named_kernel
 from alpaca.packing.loss import batch_loss
 from alpaca.packing.packing import MicroBatches, Packing, measure_rows, plan_packing, why_not_packed, why_not_shared

@@ -172,7 +172,7 @@ def test_quantized_bases(tiny, tmp_path, monkeypatch, caplog):
     assert "inputs will be cast" not in caplog.text
     with pytest.raises(UsageError, match="choose one"):
         LocalModel(tiny("gpt2"), load_in_8bit=True, load_in_4bit=True)
-    monkeypatch.setattr("alpaca.quantization.find_spec", lambda name: None)
+    monkeypatch.setattr("alpaca.models.device.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="--load_in_4bit: needs bitsandbytes, which is not installed"):
         LocalModel(tiny("gpt2"), load_in_4bit=True)
 

@@ -15,7 +15,7 @@ from conftest import train as launch
 
 import train
 from alpaca.common.errors import UsageError
-from alpaca.zero import Zero3, complete_config
+from alpaca.models.deepspeed import Zero3, complete_config
 
 CONFIG = ROOT / "configs" / "default_offload_opt_param.json"
 BESIDE = Path(sys.prefix) / "deepspeed"  # where make installs it
@@ -67,7 +67,7 @@ def test_the_flags_decide_what_our_file_leaves_open():
     ],
 )
 def test_mistakes_are_named_before_anything_is_loaded(tmp_path, monkeypatch, flags, message):
-    monkeypatch.setattr("alpaca.zero.find_spec", lambda name: None)
+    monkeypatch.setattr("alpaca.models.deepspeed.find_spec", lambda name: None)
     for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2).items():
         monkeypatch.setenv(name, str(value))
     with pytest.raises(UsageError, match=message):

@@ -100,7 +100,7 @@ def test_values_without_meaning_are_refused(words, message):
     ],
 )
 def test_fsdp_configurations_that_are_refused(config, message):
-    from alpaca.fsdp import configure_fsdp
+    from alpaca.models.fsdp import configure_fsdp
 
     args = Namespace(fsdp="True", fsdp_config=config, load_best_model_at_end=not config, save_only_model=False)
     with pytest.raises(UsageError, match=message):
@@ -108,7 +108,7 @@ def test_fsdp_configurations_that_are_refused(config, message):
 
 
 def test_a_configuration_from_python_may_have_the_prefix_of_2023(monkeypatch):
-    from alpaca.fsdp import configure_fsdp
+    from alpaca.models.fsdp import configure_fsdp
 
     for name in ("ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS"):
         monkeypatch.setenv(name, "")
@@ -119,7 +119,7 @@ def test_a_configuration_from_python_may_have_the_prefix_of_2023(monkeypatch):
 
 
 def test_offload_reaches_the_process_group(monkeypatch):
-    from alpaca.fsdp import configure_fsdp
+    from alpaca.models.fsdp import configure_fsdp
 
     for name in ("ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS"):
         monkeypatch.setenv(name, "")
@@ -241,7 +241,7 @@ def test_flags_without_effect_are_accepted_noted_and_left_at_their_defaults(caps
 
 
 def test_help_has_what_can_be_turned():
-    from alpaca.lora import LoraArguments
+    from alpaca.models.lora import LoraArguments
     from train import DataArguments, ModelArguments, TrainingArguments
 
     parser = arguments.FlagParser((ModelArguments, DataArguments, LoraArguments, TrainingArguments), None, "train.py")
@@ -252,7 +252,7 @@ def test_help_has_what_can_be_turned():
 
 
 def test_gradients_are_reduced_in_float32():
-    from alpaca.fsdp import mixed_precision_policy
+    from alpaca.models.fsdp import mixed_precision_policy
 
     assert mixed_precision_policy("bf16")["reduce_dtype"] is torch.float32
     assert mixed_precision_policy("no") is None

@@ -372,7 +372,7 @@ def test_flags_become_a_plan():
 
 def test_the_decision_reaches_the_flags_of_the_trainer(tiny, tmp_path, monkeypatch):
     """None stays None through transformers' own checks, and becomes what was decided."""
-    from alpaca.models import load_config
+    from alpaca.models.load import load_config
     from alpaca.run import check_before_loading
     from train import make_supervised_data_module, parse_flags
 

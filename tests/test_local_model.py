@@ -10,8 +10,8 @@ import torch
 
 from alpaca.common.errors import UsageError
 from alpaca.completions.api import ContextOverflow, RequestFailed, Sampling
-from alpaca.devices import best_dtype
 from alpaca.local_model import Draw, LocalModel
+from alpaca.models.device import best_dtype
 
 PROMPTS = ["Give three tips.", "1.", "Write a long story about a " + "very " * 30 + "old dog.", "What is the capital?",
            "2 + 2 =", "Below is an instruction.", "é早🙂", "List the days of the week."]  # fmt: skip

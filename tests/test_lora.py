@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alpaca import disk, forecast
 from alpaca.common.errors import UsageError
-from alpaca.lora import LoraArguments, add_lora
+from alpaca.models.lora import LoraArguments, add_lora
 from alpaca.speed import flops_per_token
 from scripts.make_tiny_model import make_tiny_model
 
@@ -125,7 +125,7 @@ def test_added_rows_are_trained_and_saved(tiny, tmp_path, architecture):
 
 def test_no_new_token_by_default(tiny, tmp_path, capsys):
     """And an eos that is also the pad token is learned."""
-    from alpaca.models import load_tokenizer
+    from alpaca.models.load import load_tokenizer
     from train import make_supervised_data_module, parse_flags
 
     words = [f"--data_path={write_rows(tmp_path / 'rows.json', 8)}", f"--output_dir={tmp_path / 'out'}", "--use_cpu",
@@ -160,7 +160,7 @@ def test_rows_are_packed_on_a_base_of_half_precision(tiny, tmp_path, capsys):
 
 
 def test_new_rows_of_tied_embeddings_are_not_sharded(tiny):
-    from alpaca.models import make_model
+    from alpaca.models.load import make_model
     from train import ModelArguments
 
     args = SimpleNamespace(fsdp=True, cache_dir=None)
@@ -182,7 +182,7 @@ def test_flags_that_mean_nothing_or_contradict(tmp_path, monkeypatch):
     }.items():
         with pytest.raises(UsageError, match=message):
             parse_flags(["--data_path", "x.json", "--output_dir", str(tmp_path), *shlex.split(words)])
-    monkeypatch.setattr("alpaca.quantization.find_spec", lambda name: None)
+    monkeypatch.setattr("alpaca.models.device.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"--load_in_8bit: needs bitsandbytes, .* pip install 'bitsandbytes"):
         LoraArguments(lora_r=8, load_in_8bit=True)
 
@@ -211,7 +211,7 @@ def test_target_modules(tiny):
 
 
 def test_an_adapter_is_no_base(tiny, tmp_path):
-    from alpaca.models import load_tokenizer
+    from alpaca.models.load import load_tokenizer
     from train import ModelArguments, TrainingArguments
 
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"))

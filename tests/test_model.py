@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from alpaca.common.errors import UsageError
-from alpaca.models import load_model, load_tokenizer, resize_embeddings
+from alpaca.models.embeddings import resize_embeddings
+from alpaca.models.load import load_model, load_tokenizer
 from train import ModelArguments, TrainingArguments
 
 
@@ -78,7 +79,7 @@ def test_master_weights_are_float32_whatever_the_checkpoint(tiny, tmp_path, dtyp
 
 
 def test_sampling_values_without_do_sample_can_be_saved(tiny, tmp_path, capsys):
-    from alpaca.run import repair_generation_config
+    from alpaca.models.load import repair_generation_config
 
     model = load_model(*arguments(tmp_path, tiny("llama")))
     model.generation_config.temperature, model.generation_config.top_p = 0.9, 0.6

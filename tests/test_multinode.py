@@ -110,7 +110,7 @@ def test_the_slurm_script_shards_inside_a_node_and_replicates_over_nodes(tiny, t
 
 def test_hybrid_sharding_needs_processes_to_shard_over(tmp_path, monkeypatch):
     from alpaca.common.errors import UsageError
-    from alpaca.fsdp import hybrid_mesh
+    from alpaca.models.fsdp import hybrid_mesh
 
     for name, value in dict(WORLD_SIZE="16", LOCAL_WORLD_SIZE="8", RANK="0").items():
         monkeypatch.setenv(name, value)

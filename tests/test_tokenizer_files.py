@@ -13,7 +13,7 @@ from test_merge_lora import LLAMA, make_adapter
 from test_model import arguments
 
 from alpaca.data.tokenizer import copy_slow_files, open_tokenizer, save_slow_files, slow_files, to_save
-from alpaca.models import base_slow_files, load_tokenizer
+from alpaca.models.load import base_slow_files, load_tokenizer
 from scripts.make_tiny_model import own_text
 from scripts.merge_lora import merge_lora
 from weight_diff import make_diff, recover, verify

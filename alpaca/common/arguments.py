@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 
 from alpaca.common.errors import UsageError
+from alpaca.models.fsdp import without_prefix
 
 RENAMED = {
     "evaluation_strategy": "eval_strategy",
@@ -232,11 +233,6 @@ def _translate_fsdp(
     config.update(extra)
     flags = [flag for flag in flags if flag[0] != "fsdp_config"] + [("fsdp_config", [json.dumps(config)])]
     return flags, f"{old} -> --fsdp True --fsdp_config '{json.dumps(config)}'"
-
-
-def without_prefix(fsdp_config: dict[str, Any]) -> dict[str, Any]:
-    """A copy whose keys lack the `fsdp_` that they began with in 2023."""
-    return {name.removeprefix("fsdp_"): value for name, value in fsdp_config.items()}
 
 
 def read_config(text: str, flag: str) -> dict[str, Any]:

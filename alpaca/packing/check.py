@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from alpaca import zero
 from alpaca.common.distributed import gather_from_all_ranks, say
 from alpaca.common.errors import first_line
-from alpaca.compiling import repeated_layers
+from alpaca.models import deepspeed
+from alpaca.models.compile import repeated_layers
 from alpaca.packing.packing import (
     CPU_PACK_TOKENS,
     MicroBatch,
@@ -156,11 +156,11 @@ def _gradient(trainer: "AlpacaTrainer", loader: "DataLoader", batches: list[Micr
         with trainer.attention_for(batch), trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, batch)
             if trainer.is_deepspeed_enabled:
-                zero.backward(model, loss, last=number == len(batches) - 1)
+                deepspeed.backward(model, loss, last=number == len(batches) - 1)
             else:
                 (loss * FP16_SCALE if trainer.args.fp16 else loss).backward()
     parts = (*repeated_layers(trainer.model), trainer.model)
-    trained = ([g for p in part.parameters() if (g := zero.gradient(p)) is not None] for part in parts)
+    trained = ([g for p in part.parameters() if (g := deepspeed.gradient(p)) is not None] for part in parts)
     gradients = next(filter(None, trained), [])
     gradients = [(g.to_local() if isinstance(g, DTensor) else g).detach().clone() for g in gradients]
     (model.optimizer if trainer.is_deepspeed_enabled else model).zero_grad()

@@ -2,17 +2,19 @@
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from alpaca.common.arguments import read_config, without_prefix
+from alpaca.common.arguments import read_config
 from alpaca.common.distributed import say
 from alpaca.common.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
     from accelerate.parallelism_config import ParallelismConfig
     from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
@@ -193,3 +195,35 @@ def full_state_dict(
         if keep:
             state[name] = gathered[id(value)]
     return state
+
+
+# ---- an optimizer saved by FSDP, continued without, and the other way round ----
+
+
+def load_optimizer_of_other_layout(model: "PreTrainedModel", optimizer: "torch.optim.Optimizer", folder: str) -> None:
+    """Fill `optimizer` from a checkpoint that was saved in shards and is now needed whole, or saved whole and now
+    needed in shards. Parameters are matched by name. Collective under torch.distributed."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    shards = Path(folder) / "optimizer_0"
+    if shards.is_dir():
+        state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.load(state, storage_reader=dcp.FileSystemReader(shards))
+        return set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    whole = torch.load(Path(folder) / "optimizer.pt", map_location="cpu", weights_only=True, mmap=True)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    groups = [{**group, "params": [order[i] for i in group["params"]]} for group in whole["param_groups"]]
+    named = {"state": {order[i]: values for i, values in whole["state"].items()}, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, named, options=StateDictOptions(full_state_dict=True))
+
+
+def without_prefix(fsdp_config: dict[str, Any]) -> dict[str, Any]:
+    """A copy whose keys lack the `fsdp_` that they began with in 2023."""
+    return {name.removeprefix("fsdp_"): value for name, value in fsdp_config.items()}

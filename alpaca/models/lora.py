@@ -12,7 +12,7 @@ from torch import nn
 
 from alpaca.common.arguments import flag
 from alpaca.common.errors import UsageError
-from alpaca.quantization import bitsandbytes_config, quantizing_flag
+from alpaca.models.device import bitsandbytes_config, quantizing_flag
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from alpaca import fsdp, zero
 from alpaca.common.distributed import say, wait_for_all_ranks
 from alpaca.common.errors import UsageError
 from alpaca.data.tokenizer import (
@@ -19,27 +18,14 @@ from alpaca.data.tokenizer import (
     to_save,
     without_slow_files,
 )
-from alpaca.lora import LoraArguments, add_lora, base_dtype, quantization
-from alpaca.run import repair_generation_config
+from alpaca.models import deepspeed, fsdp
+from alpaca.models.embeddings import resize_embeddings
+from alpaca.models.lora import LoraArguments, add_lora, base_dtype, quantization
 from alpaca.weights.exact_diff import is_exact_diff
 from alpaca.weights.reader import ADAPTER_CONFIG, what_it_is_instead
 
 if TYPE_CHECKING:
-    from transformers import TrainingArguments
-
-
-def resize_embeddings(model: PreTrainedModel, num_new_tokens: int, vocab_size: int) -> None:
-    """Give input and output embeddings `vocab_size` rows, the last `num_new_tokens` of them the mean of the others.
-
-    As in 2023, a model with more rows than the tokenizer has tokens (OPT: 50272 and 50265) loses the rows in excess.
-    """
-    model.resize_token_embeddings(vocab_size, mean_resizing=False)
-    if num_new_tokens > 0:
-        with torch.no_grad():
-            for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
-                weight = embeddings.weight  # (vocab_size, hidden_size), one tensor where they are tied
-                with zero.gathered([weight]):
-                    weight[-num_new_tokens:] = weight[:-num_new_tokens].mean(dim=0, keepdim=True)
+    from transformers import PreTrainedModel, TrainingArguments
 
 
 def load_tokenizer(model_args: Any, training_args: "TrainingArguments") -> tuple[PreTrainedTokenizerBase, int]:
@@ -106,7 +92,7 @@ def load_model(
     lora_args: LoraArguments | None = None,
 ) -> PreTrainedModel:
     """The model in float32, whatever the dtype on disk: in bfloat16 most updates of size 2e-5 would round to nothing.
-    Under LoRA it is not updated: see alpaca/lora.py.
+    Under LoRA it is not updated: see alpaca/models/lora.py.
 
     Under FSDP only rank 0 reads the weights; the others get a model of the same shape on the meta device.
     """
@@ -121,7 +107,7 @@ def load_model(
             fsdp.resolve_wrap_classes(training_args, config)
             if training_args.process_index != 0:
                 return fsdp.empty_model(config, **options)
-        with zero.partitioned_in_float32(training_args):
+        with deepspeed.partitioned_in_float32(training_args):
             return AutoModelForCausalLM.from_pretrained(name, cache_dir=training_args.cache_dir, **options)
     except UsageError:
         raise
@@ -156,7 +142,7 @@ def make_model(
         fsdp.check_dropout(training_args, model)
         fsdp.materialize(model)
     if training_args.deepspeed:
-        zero.to_arithmetic_dtype(model, training_args)
+        deepspeed.to_arithmetic_dtype(model, training_args)
     return model
 
 
@@ -167,3 +153,15 @@ def _refuse_tied(config: PreTrainedConfig, name: str) -> None:
             f"--add_missing_tokens with --lora_r and --fsdp: {name} has tied embeddings, whose new rows cannot be "
             "trained in shards; leave --fsdp away, or take an existing token: --pad_token"
         )
+
+
+def repair_generation_config(model: "PreTrainedModel", pad_token_id: int, rank: int) -> None:
+    """The pad token is the tokenizer's. And early Llama-2 folders set a temperature without do_sample: transformers 5
+    refuses to save such a model, and would say so only after the training."""
+    model.config.pad_token_id = model.generation_config.pad_token_id = pad_token_id
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        model.generation_config.do_sample = True
+        model.generation_config.validate(strict=True)
+        say("note: generation_config.json has sampling values without do_sample -> saved with do_sample: true", rank)

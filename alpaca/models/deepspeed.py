@@ -8,7 +8,7 @@ bfloat16, and save them so.
 import copy
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from alpaca import fsdp
 from alpaca.common.arguments import read_config, spelled
 from alpaca.common.distributed import say
 from alpaca.common.errors import UsageError
 from alpaca.common.files import fingerprint
+from alpaca.models import fsdp
+from alpaca.models.embeddings import gathered
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer, TrainingArguments
@@ -170,19 +171,6 @@ def partitioned_in_float32(args: "TrainingArguments") -> Iterator[None]:
         yield
 
 
-@contextmanager
-def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Partitioned parameters among `parameters` are whole inside, and may be written to. Collective."""
-    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
-    if not partitioned:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(partitioned, modifier_rank=0):
-        yield
-
-
 def to_arithmetic_dtype(model: "PreTrainedModel", args: "TrainingArguments") -> None:
     """Partition what is not yet (embeddings after resizing), then cast the partitions to the dtype that DeepSpeed
     computes in. Their float32 values stay beside them, as `parameter.exact`, until `attach` puts them in place."""
@@ -232,7 +220,7 @@ def gradient(parameter: nn.Parameter) -> Tensor | None:
 
 
 def full_state_dict(model: nn.Module, keep: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """As alpaca.fsdp's, of the float32 master weights cast to `dtype`."""
+    """As alpaca.models.load.fsdp's, of the float32 master weights cast to `dtype`."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     def whole(value: Tensor) -> Tensor:
