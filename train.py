@@ -26,21 +26,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alpaca.checkpoints import find_checkpoint
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
 from alpaca.common.distributed import hide_progress_bars, leave, say
 from alpaca.common.errors import UsageError, reported
 from alpaca.common.files import fingerprint
-from alpaca.contract import (
-    already_finished,
-    begin,
-    check_contract,
-    describe_run,
-    finish,
-    keep_decisions,
-    note_decisions,
-)
 from alpaca.data.chat_template import set_chat_template
 from alpaca.data.prompts import PROMPT_DICT, format_prompt, load_prompt_template
 from alpaca.data.report import report, text_problems
@@ -51,8 +41,18 @@ from alpaca.models import deepspeed, fsdp
 from alpaca.models.embeddings import resize_embeddings
 from alpaca.models.load import base_slow_files, load_config, load_tokenizer, make_model
 from alpaca.models.lora import LoraArguments, check_lora
-from alpaca.run import check_before_loading, check_combinations, check_evaluation
-from alpaca.trainer import AlpacaTrainer
+from alpaca.training.checkpoint import find_checkpoint
+from alpaca.training.preflight import check_before_loading, check_combinations, check_evaluation
+from alpaca.training.resume import (
+    already_finished,
+    begin,
+    check_contract,
+    describe_run,
+    finish,
+    keep_decisions,
+    note_decisions,
+)
+from alpaca.training.trainer import AlpacaTrainer
 
 TOKENS_VERSION = 2  # raise it when `preprocess` changes, so that no old cache is read
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = SPECIAL_TOKENS.values()

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 from transformers import TrainingArguments as StockArguments
 
 import train
-from alpaca.trainer import AlpacaTrainer
+from alpaca.training.trainer import AlpacaTrainer
 
 MAX_LENGTH = 512  # tokens of a row, as in 2023
 SEED = 42

@@ -36,7 +36,7 @@ from alpaca.common.commands import Parser
 from alpaca.common.errors import reported
 from alpaca.data.prompts import format_prompt
 from alpaca.data.rows import load_rows
-from alpaca.speed import matmul_rate
+from alpaca.training.metrics import matmul_rate
 from benchmarks.contenders import MAX_LENGTH, SECTIONS, SEED, Contender, Setup
 from benchmarks.machine import commit, describe_machine, versions
 from benchmarks.training_tables import render, summarize

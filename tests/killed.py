@@ -10,8 +10,8 @@ import os
 import signal
 import sys
 
-import alpaca.checkpoints as checkpoints
-import alpaca.trainer as trainer
+import alpaca.training.checkpoint as checkpoints
+import alpaca.training.trainer as trainer
 import train
 from alpaca.common.errors import reported
 

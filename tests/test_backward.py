@@ -9,9 +9,9 @@ from conftest import GOLDEN
 from test_tokens import golden_tokenizer
 
 from alpaca.common.errors import UsageError
-from alpaca.contract import changes, describe_run
 from alpaca.data.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, format_prompt, load_prompt_template
 from alpaca.data.rows import load_rows, parse_conversation, read_data
+from alpaca.training.resume import changes, describe_run
 from train import DataArguments, make_supervised_data_module, parse_flags
 
 CHAT = "### Human: Name a colour.### Assistant: Blue.### Human: And another?### Assistant: Red.### Human: Thanks"

@@ -86,7 +86,7 @@ class OneTokenRows(torch.utils.data.Dataset):
 def test_the_trainer_reshuffles_each_epoch_and_resumes_in_the_middle(tiny, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    from alpaca.trainer import AlpacaTrainer
+    from alpaca.training.trainer import AlpacaTrainer
     from train import TrainingArguments
 
     def rows_of_a_run(output_dir, **kwargs):

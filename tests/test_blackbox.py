@@ -53,8 +53,8 @@ def test_rows_of_a_loss_that_is_not_finite_are_named(tiny, tmp_path, processes, 
 
 def test_a_gradient_that_is_not_finite_stops_too(tiny, tmp_path):
     """With losses that are finite."""
-    from alpaca.blackbox import BlackBox
     from alpaca.common.errors import UsageError
+    from alpaca.training.nonfinite import BlackBox
 
     class Args:
         fp16, world_size, process_index, output_dir = False, 1, 0, str(tmp_path)
@@ -81,7 +81,7 @@ def test_a_gradient_that_is_not_finite_stops_too(tiny, tmp_path):
 def test_one_synchronisation_a_step(tiny, tmp_path, monkeypatch):
     """Reads of a tensor's value between the loader and the next step, with a log line for each: a host that trains on a
     GPU waits for it at each."""
-    from alpaca.trainer import AlpacaTrainer
+    from alpaca.training.trainer import AlpacaTrainer
     from train import DataCollatorForSupervisedDataset, SupervisedDataset, TrainingArguments
 
     reads, at_step = [], []

@@ -9,10 +9,10 @@ import tokenizers
 from conftest import write_rows
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from alpaca.contract import describe_run
 from alpaca.data.chat_template import chat_template, separator, set_chat_template
 from alpaca.data.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt, save_templates, templates_of
 from alpaca.data.tokenizer import identity, open_tokenizer
+from alpaca.training.resume import describe_run
 from train import SupervisedDataset, parse_flags, preprocess
 
 HARD = {  # Jinja's own signs, quotes, braces, newlines at the ends, characters of 16 and of 32 bits

@@ -6,7 +6,7 @@ from conftest import write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from alpaca.common.errors import UsageError
-from alpaca.trainer import AlpacaTrainer
+from alpaca.training.trainer import AlpacaTrainer
 from train import DataCollatorForSupervisedDataset, SupervisedDataset, TrainingArguments
 
 pytestmark = pytest.mark.slow

@@ -78,7 +78,7 @@ def test_memory_of_a_7b_model_on_four_gpus():
     """Offloaded, the host takes 2 + 4 bytes a parameter more than under FSDP: DeepSpeed's copies in bfloat16."""
     from test_gate import ON_FOUR, SEVEN
 
-    from alpaca.forecast import memory
+    from alpaca.training.memory import memory
 
     zero, plan = Zero3.of(complete_config(str(CONFIG))), replace(ON_FOUR, offload=True, checkpointing=True)
     fsdp, deepspeed = memory(SEVEN, plan), memory(SEVEN, replace(plan, zero=zero))

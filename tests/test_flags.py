@@ -8,11 +8,12 @@ import torch
 
 from alpaca.common import arguments
 from alpaca.common.errors import UsageError
+from alpaca.training.legacy_flags import WITHOUT_EFFECT, adapt_to_hardware, translate_legacy_flags
 from train import parse_flags
 
 
 def translated(*words):
-    argv, notes = arguments.translate_legacy_flags(list(words))
+    argv, notes = translate_legacy_flags(list(words))
     return dict(arguments.split_flags(argv)), notes
 
 
@@ -88,7 +89,7 @@ def test_no_shard_is_ddp():
 )
 def test_values_without_meaning_are_refused(words, message):
     with pytest.raises(UsageError, match=message):
-        arguments.translate_legacy_flags(words)
+        translate_legacy_flags(words)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def adapted(**given):
     namespace = Namespace(
         **{**dict(use_cpu=False, bf16=False, fp16=False, tf32=None, fsdp=None, fsdp_config=None), **given}
     )
-    notes = arguments.adapt_to_hardware(namespace)
+    notes = adapt_to_hardware(namespace)
     return namespace, "\n".join(notes)
 
 
@@ -247,8 +248,8 @@ def test_help_has_what_can_be_turned():
     parser = arguments.FlagParser((ModelArguments, DataArguments, LoraArguments, TrainingArguments), None, "train.py")
     text = parser.format_help()
     assert "--no_share_prefix     not --share_prefix\n" in text and "--overwrite_output_dir" in text
-    assert not [name for name in [*arguments.WITHOUT_EFFECT, "logging_nan_inf_filter"] if f"--{name}" in text]
-    assert not set(arguments.WITHOUT_EFFECT) - set(parser.known()), "transformers has them all"
+    assert not [name for name in [*WITHOUT_EFFECT, "logging_nan_inf_filter"] if f"--{name}" in text]
+    assert not set(WITHOUT_EFFECT) - set(parser.known()), "transformers has them all"
 
 
 def test_gradients_are_reduced_in_float32():

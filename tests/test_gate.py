@@ -11,11 +11,11 @@ import torch
 from conftest import GOLDEN, SHARED, run, train, write_rows
 from test_tokens import golden_tokenizer, texts_of
 
-from alpaca import disk, forecast
 from alpaca.common.errors import UsageError
 from alpaca.data.prompts import PROMPT_DICT
 from alpaca.data.report import PROBLEMS, text_problems
 from alpaca.packing.packing import CPU_PACK_TOKENS
+from alpaca.training import memory, preflight
 from train import SupervisedDataset
 
 ROW = {"instruction": "Name a colour.", "input": "", "output": "Blue."}
@@ -174,36 +174,36 @@ def llama_7b():
     return LlamaConfig(vocab_size=32001, max_position_embeddings=2048)
 
 
-SEVEN = forecast.Model(parameters=7_000_000_000, trained=7_000_000_000, weight_bytes=28e9, largest_layer=200_000_000,
+SEVEN = memory.Model(parameters=7_000_000_000, trained=7_000_000_000, weight_bytes=28e9, largest_layer=200_000_000,
                        layers=32, activations=6e6, layer_inputs=0.25e6, vocabulary=32_000)  # fmt: skip
-ON_FOUR = forecast.Plan(world_size=4, sharded=True, group=4, offload=False, checkpointing=None, half=True,
+ON_FOUR = memory.Plan(world_size=4, sharded=True, group=4, offload=False, checkpointing=None, half=True,
                         optimizer_bytes=8, foreach=False, on_gpu=True, packed=True, rows=4, accumulation=8, tokens=0,
                         share=0.5)  # fmt: skip
 ALONE = replace(ON_FOUR, world_size=1, group=1, sharded=False)
 PADDED = replace(ON_FOUR, packed=False, tokens=4 * 512)
-ROWS = forecast.Rows(longest=512, share=0.5, step=4600)
+ROWS = memory.Rows(longest=512, share=0.5, step=4600)
 LONG_STEPS = replace(ROWS, step=20_000)
 
 
 def test_memory_by_hand():
     """The embeddings are 7.0 - 32 x 0.2 = 0.6 billion parameters. 10^9 bytes:"""
-    packed = forecast.memory(SEVEN, replace(ON_FOUR, tokens=4096))
+    packed = memory.memory(SEVEN, replace(ON_FOUR, tokens=4096))
     chunk = 12 * 2**24
     assert packed == {
         "weights": 7e9, "gradients": 7e9, "optimizer": 14e9, "whole gradients": 0,
         "gathered": 2 * (0.6e9 + 0.4e9) + (2 + 4) * 0.6e9,
         "activations": 4096 * 6e6 + 2048 * 32_000 * (2 + 2) + chunk,
     }  # fmt: skip
-    padded = forecast.memory(SEVEN, replace(PADDED, tokens=4096))
+    padded = memory.memory(SEVEN, replace(PADDED, tokens=4096))
     assert padded["activations"] == packed["activations"] + 4096 * 32_000 * (2 + 2)
-    recomputed = forecast.memory(SEVEN, replace(ON_FOUR, tokens=4096, checkpointing=True))
+    recomputed = memory.memory(SEVEN, replace(ON_FOUR, tokens=4096, checkpointing=True))
     assert packed["activations"] - recomputed["activations"] == 4096 * (6e6 - 6e6 / 32 - 0.25e6)
-    assert forecast.memory(SEVEN, replace(ON_FOUR, whole_gradients=True))["whole gradients"] == 28e9
+    assert memory.memory(SEVEN, replace(ON_FOUR, whole_gradients=True))["whole gradients"] == 28e9
     one_row = replace(ALONE, half=False, tokens=512)
-    assert forecast.memory(SEVEN, one_row)["activations"] < 4e9
-    stepping = forecast.memory(SEVEN, replace(one_row, foreach=True))
+    assert memory.memory(SEVEN, one_row)["activations"] < 4e9
+    stepping = memory.memory(SEVEN, replace(one_row, foreach=True))
     assert stepping["activations"] == 28e9, "foreach kernels take 4 bytes a parameter while they step"
-    offloaded = forecast.memory(SEVEN, replace(ON_FOUR, offload=True, tokens=512))
+    offloaded = memory.memory(SEVEN, replace(ON_FOUR, offload=True, tokens=512))
     assert offloaded["host"] == 28e9 and offloaded["weights"] == 0
 
 
@@ -240,43 +240,43 @@ def test_memory_by_hand():
     ],
 )
 def test_what_is_decided_for_7b(gib, plan, rows, expected):
-    decision = forecast.decide(SEVEN, plan, rows, gib * 2**30 - 1e9)
-    assert decision == forecast.Decision(*expected)
+    decision = memory.decide(SEVEN, plan, rows, gib * 2**30 - 1e9)
+    assert decision == memory.Decision(*expected)
 
 
 def test_what_the_user_gave_stays():
     def decide(budget, gib, model=SEVEN):
-        return forecast.decide(model, ON_FOUR, LONG_STEPS, gib * 2**30 - 1e9, budget)
+        return memory.decide(model, ON_FOUR, LONG_STEPS, gib * 2**30 - 1e9, budget)
 
-    assert decide(3000, 80) == forecast.Decision(3000, False, True)
-    assert decide(10_000, 80) == forecast.Decision(10_000, True, True), "recomputed as it would not fit"
-    assert decide(10_000, 80, replace(SEVEN, recomputes=False)) == forecast.Decision(10_000, False, False)
+    assert decide(3000, 80) == memory.Decision(3000, False, True)
+    assert decide(10_000, 80) == memory.Decision(10_000, True, True), "recomputed as it would not fit"
+    assert decide(10_000, 80, replace(SEVEN, recomputes=False)) == memory.Decision(10_000, False, False)
     assert decide(100, 80).max_tokens_per_pack == 512 and decide(10**6, 139).max_tokens_per_pack == 20_000
 
 
 def test_which_flags_would_fit():
     packed = replace(ON_FOUR, checkpointing=False, tokens=4096)
-    assert forecast.what_fits(SEVEN, packed, ROWS, 55e9).startswith("--max_tokens_per_pack 3072 (about 52.")
-    assert forecast.what_fits(SEVEN, packed, ROWS, 41e9).startswith("--max_tokens_per_pack 1024")
-    assert forecast.what_fits(SEVEN, packed, ROWS, 37.5e9).startswith("--gradient_checkpointing True (")
+    assert memory.what_fits(SEVEN, packed, ROWS, 55e9).startswith("--max_tokens_per_pack 3072 (about 52.")
+    assert memory.what_fits(SEVEN, packed, ROWS, 41e9).startswith("--max_tokens_per_pack 1024")
+    assert memory.what_fits(SEVEN, packed, ROWS, 37.5e9).startswith("--gradient_checkpointing True (")
     offload = '--fsdp "full_shard auto_wrap offload" --max_tokens_per_pack 1536 ('
-    assert forecast.what_fits(SEVEN, packed, ROWS, 17e9).startswith(offload)
+    assert memory.what_fits(SEVEN, packed, ROWS, 17e9).startswith(offload)
     padded = replace(PADDED, checkpointing=False)
     half = "--per_device_train_batch_size 2 --gradient_accumulation_steps 16 (about "
-    assert forecast.what_fits(SEVEN, padded, ROWS, 42e9).startswith(half)
-    alone = forecast.what_fits(SEVEN, replace(ALONE, tokens=1024), ROWS, 23e9)
+    assert memory.what_fits(SEVEN, padded, ROWS, 42e9).startswith(half)
+    alone = memory.what_fits(SEVEN, replace(ALONE, tokens=1024), ROWS, 23e9)
     assert alone.startswith("torchrun --nproc_per_node=1 --fsdp") and "112.0 GB of CPU memory" in alone
-    assert forecast.what_fits(SEVEN, replace(ALONE, tokens=1024, on_gpu=False), ROWS, 23e9) is None
+    assert memory.what_fits(SEVEN, replace(ALONE, tokens=1024, on_gpu=False), ROWS, 23e9) is None
     copies = replace(ON_FOUR, sharded=False, tokens=1024)
-    assert forecast.what_fits(SEVEN, copies, ROWS, 79e9).startswith('--fsdp "full_shard auto_wrap" (')
+    assert memory.what_fits(SEVEN, copies, ROWS, 79e9).startswith('--fsdp "full_shard auto_wrap" (')
 
 
 def test_tokens_of_a_step():
-    even = forecast.rows_of([100] * 1000, 50_000, rows_per_step=128, world_size=4)
-    assert even == forecast.Rows(longest=100, share=0.5, step=3200)
-    uneven = forecast.rows_of([50, 150] * 500, 50_000, rows_per_step=100, world_size=1)
+    even = memory.rows_of([100] * 1000, 50_000, rows_per_step=128, world_size=4)
+    assert even == memory.Rows(longest=100, share=0.5, step=3200)
+    uneven = memory.rows_of([50, 150] * 500, 50_000, rows_per_step=100, world_size=1)
     assert uneven.step == math.ceil(100 * 100 + 3 * 50 * math.sqrt(100 * (1 - 0.1)))
-    assert forecast.rows_of([100, 100], 100, rows_per_step=128, world_size=1).step == 200
+    assert memory.rows_of([100, 100], 100, rows_per_step=128, world_size=1).step == 200
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2"])
@@ -295,7 +295,7 @@ def test_activations_are_counted_as_a_real_forward_pass_keeps_them(tiny, archite
         return tensor
 
     for half in (False, True):  # autocast keeps copies of the weights, which are no activations
-        counted = forecast.measure(config, tokens=40, half=half, autocast=True)
+        counted = memory.measure(config, tokens=40, half=half, autocast=True)
         kept.clear()
         context = torch.autocast("cpu", torch.bfloat16, enabled=half)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), context:
@@ -316,13 +316,13 @@ def flags_of(**changed):
 
 def test_a_model_too_large_for_this_machine_is_said_with_a_way_out(capsys, monkeypatch):
     """The README's command: 7B in bfloat16 on four cards of 40 GB."""
-    measured = forecast.measure(llama_7b(), 512, half=True)
+    measured = memory.measure(llama_7b(), 512, half=True)
     assert measured.parameters == 6_738_423_808 and measured.layers == 32
-    monkeypatch.setattr(forecast, "measure", lambda config, tokens, half, autocast: measured)
-    monkeypatch.setattr(forecast, "available_memory", lambda device: (40e9, 500e9))
+    monkeypatch.setattr(memory, "measure", lambda config, tokens, half, autocast: measured)
+    monkeypatch.setattr(memory, "available_memory", lambda device: (40e9, 500e9))
 
     def forecast_with(**changed):
-        model, decision = forecast.forecast_memory(flags_of(**changed), None, ROWS)
+        model, decision = memory.forecast_memory(flags_of(**changed), None, ROWS)
         assert model is measured
         return decision, capsys.readouterr().out
 
@@ -331,17 +331,17 @@ def test_a_model_too_large_for_this_machine_is_said_with_a_way_out(capsys, monke
     parts = "weights 6.7 GB + gradients 6.7 GB + optimizer 13.5 GB + gathered "
     assert f"memory per GPU (4 rows of 512 tokens), forecast: {parts}" in output
     assert "does not fit; this would: --per_device_train_batch_size 2 --gradient_accumulation_steps 16" in output
-    assert decision == forecast.Decision(0, False, False)
+    assert decision == memory.Decision(0, False, False)
 
     _, output = forecast_with(gradient_checkpointing=False, max_tokens_per_pack="4096")
     assert "packs of at most 4096 tokens" in output and "this would: --max_tokens_per_pack 1024 (about" in output
-    monkeypatch.setattr(forecast, "available_memory", lambda device: (37e9, 500e9))
+    monkeypatch.setattr(memory, "available_memory", lambda device: (37e9, 500e9))
     decision, output = forecast_with()
     assert f"memory per GPU (packs of at most 4600 tokens), forecast: {parts}" in output
     assert "--gradient_checkpointing True is chosen: without it 1024 tokens at a time take 3" in output
-    assert decision == forecast.Decision(4600, True, False) and "does not fit" not in output
+    assert decision == memory.Decision(4600, True, False) and "does not fit" not in output
 
-    monkeypatch.setattr(forecast, "available_memory", lambda device: (40e9, 20e9))
+    monkeypatch.setattr(memory, "available_memory", lambda device: (40e9, 20e9))
     _, output = forecast_with(**padded, fsdp_config={"cpu_offload": True})
     assert "does not fit" not in output and "offloading takes 27.0 GB of CPU memory a process, available 20.0" in output
 
@@ -353,27 +353,27 @@ def test_without_a_forecast_the_decision_is_cautious(capsys, monkeypatch):
         autocast.append(kwargs["autocast"])
         raise RuntimeError("data-dependent shape")
 
-    monkeypatch.setattr(forecast, "measure", fails)
-    assert forecast.forecast_memory(flags_of(), None, ROWS) == (None, forecast.Decision(4096, False, False))
+    monkeypatch.setattr(memory, "measure", fails)
+    assert memory.forecast_memory(flags_of(), None, ROWS) == (None, memory.Decision(4096, False, False))
     assert "no forecast, this model does not run on fake tensors (RuntimeError: data-dep" in capsys.readouterr().out
     changed = flags_of(max_tokens_per_pack="100", gradient_checkpointing=True)
-    assert forecast.forecast_memory(changed, None, ROWS)[1] == forecast.Decision(512, True, False)
-    assert forecast.forecast_memory(flags_of(batching="padded"), None, ROWS)[1].max_tokens_per_pack == 0
-    forecast.forecast_memory(flags_of(fsdp=None), None, ROWS)
+    assert memory.forecast_memory(changed, None, ROWS)[1] == memory.Decision(512, True, False)
+    assert memory.forecast_memory(flags_of(batching="padded"), None, ROWS)[1].max_tokens_per_pack == 0
+    memory.forecast_memory(flags_of(fsdp=None), None, ROWS)
     assert autocast == [False, False, False, True], "FSDP's weights are bfloat16 themselves"
 
 
 def test_flags_become_a_plan():
     by_fsdp = flags_of(fsdp_config={"activation_checkpointing": True, "cpu_offload": True}, optim="adamw_torch")
-    assert forecast.plan_of(by_fsdp, ROWS) == replace(ON_FOUR, checkpointing=True, offload=True, foreach=True)
-    assert forecast.plan_of(flags_of(batching="padded"), ROWS) == PADDED
-    assert not forecast.plan_of(flags_of(optim="adafactor"), ROWS).foreach
+    assert memory.plan_of(by_fsdp, ROWS) == replace(ON_FOUR, checkpointing=True, offload=True, foreach=True)
+    assert memory.plan_of(flags_of(batching="padded"), ROWS) == PADDED
+    assert not memory.plan_of(flags_of(optim="adafactor"), ROWS).foreach
 
 
 def test_the_decision_reaches_the_flags_of_the_trainer(tiny, tmp_path, monkeypatch):
     """None stays None through transformers' own checks, and becomes what was decided."""
     from alpaca.models.load import load_config
-    from alpaca.run import check_before_loading
+    from alpaca.training.preflight import check_before_loading
     from train import make_supervised_data_module, parse_flags
 
     words = [f"--model_name_or_path={tiny('llama')}", f"--data_path={write_rows(tmp_path / 'rows.json', 8)}",
@@ -389,8 +389,8 @@ def test_the_decision_reaches_the_flags_of_the_trainer(tiny, tmp_path, monkeypat
     total = sum(map(len, data["train_dataset"].input_ids))
     assert decided[""].max_tokens_per_pack == total and not decided[""].hold_gradients, "8 rows are one step"
 
-    chosen = forecast.Decision(512, True, False)
-    monkeypatch.setattr(forecast, "forecast_memory", lambda args, config, rows, lora: (None, chosen))
+    chosen = memory.Decision(512, True, False)
+    monkeypatch.setattr(memory, "forecast_memory", lambda args, config, rows, lora: (None, chosen))
     for fsdp_config, expected in (({}, True), ({"activation_checkpointing": True}, False)):  # which does it itself
         model_args, data_args, lora_args, args = parse_flags(words)
         args.fsdp, args.fsdp_config = True, fsdp_config
@@ -400,7 +400,7 @@ def test_the_decision_reaches_the_flags_of_the_trainer(tiny, tmp_path, monkeypat
 
 def test_a_run_goes_on_with_what_was_decided_for_it(tmp_path):
     """Whatever memory is free now; flags that say otherwise are obeyed."""
-    from alpaca.contract import keep_decisions, note_decisions
+    from alpaca.training.resume import keep_decisions, note_decisions
     from alpaca.weights.provenance import MANIFEST
 
     contract = {"rounding": {}}
@@ -440,21 +440,21 @@ def test_a_run_goes_on_with_what_was_decided_for_it(tmp_path):
 def test_how_many_checkpoints_stand_at_once(strategy, save_steps, limit, done, expected):
     args = Namespace(save_strategy=strategy, save_steps=save_steps, save_total_limit=limit, eval_steps=20,
                      load_best_model_at_end=False)  # fmt: skip
-    assert disk.checkpoints_to_come(args, steps=100, per_epoch=25, done=done) == expected
+    assert preflight.checkpoints_to_come(args, steps=100, per_epoch=25, done=done) == expected
 
 
 def test_too_small_a_disk_is_refused_before_training(tmp_path, capsys):
     args = Namespace(output_dir=str(tmp_path / "new" / "out"), save_only_model=False, save_dtype="bfloat16", fsdp=None,
                      optim="adamw_torch_fused", deepspeed=None)  # fmt: skip
-    disk.check_room(args, trained=1_000_000, checkpoints=2)
+    preflight.check_room(args, trained=1_000_000, checkpoints=2)
     assert (
         "disk, forecast: 2 x 12.0 MB for checkpoints + 2.0 MB for the final model = 26.0 MB" in capsys.readouterr().out
     )
     with pytest.raises(UsageError, match="would take 26,000.0 GB .* free. Choose another disk"):
-        disk.check_room(args, trained=10**12, checkpoints=2)
-    assert disk.checkpoint_sizes(args, 10)[0] == 120
+        preflight.check_room(args, trained=10**12, checkpoints=2)
+    assert preflight.checkpoint_sizes(args, 10)[0] == 120
     args.save_only_model, args.optim = True, "adamw_8bit"
-    assert disk.checkpoint_sizes(args, 10) == (40, 20)
+    assert preflight.checkpoint_sizes(args, 10) == (40, 20)
 
 
 @pytest.mark.slow
@@ -494,7 +494,7 @@ def test_two_runs_in_one_folder_are_refused(tiny, tmp_path):
 
 
 def test_the_final_model_waits_for_room(capsys):
-    from alpaca.checkpoints import write_patiently
+    from alpaca.training.checkpoint import write_patiently
 
     tries = []
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from test_gate import flags_of, llama_7b
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from alpaca import disk, forecast
 from alpaca.common.errors import UsageError
 from alpaca.models.lora import LoraArguments, add_lora
-from alpaca.speed import flops_per_token
+from alpaca.training import memory, preflight
+from alpaca.training.metrics import flops_per_token
 from scripts.make_tiny_model import make_tiny_model
 
 
@@ -226,21 +226,21 @@ def test_an_adapter_is_no_base(tiny, tmp_path):
 @pytest.mark.slow
 def test_a_7b_fits_a_small_card(monkeypatch, capsys):
     """512 tokens, 24 GB in bfloat16 and 12 GB in 4 bits, of which CUDA and other programs take some."""
-    rows = forecast.Rows(longest=512, share=0.5, step=128 * 130)
+    rows = memory.Rows(longest=512, share=0.5, step=128 * 130)
     alone = flags_of(world_size=1, fsdp=None, gradient_accumulation_steps=32)
     for memory, lora in {23.5e9: LoraArguments(lora_r=8), 11.5e9: LoraArguments(lora_r=8, load_in_4bit=True)}.items():
-        monkeypatch.setattr(forecast, "available_memory", lambda device, memory=memory: (memory, 30e9))
-        model, _ = forecast.forecast_memory(alone, llama_7b(), rows, lora)
+        monkeypatch.setattr(memory, "available_memory", lambda device, memory=memory: (memory, 30e9))
+        model, _ = memory.forecast_memory(alone, llama_7b(), rows, lora)
         output = capsys.readouterr().out
         assert "does not fit" not in output and model.trained == 19_988_480, "r x (4d x 4 + 3 (d + 11008)) x 32, d 4096"
-    assert disk.checkpoint_sizes(flags_of(save_only_model=False, save_dtype="float32"), model.trained)[0] < 250e6
+    assert preflight.checkpoint_sizes(flags_of(save_only_model=False, save_dtype="float32"), model.trained)[0] < 250e6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_forecast_counts_what_a_real_forward_pass_keeps(tiny, architecture):
     config, lora = AutoConfig.from_pretrained(tiny(architecture)), LoraArguments(lora_r=4)
-    counted = forecast.measure(config, 40, half=True, autocast=True, lora=lora, dtype=torch.bfloat16)
+    counted = memory.measure(config, 40, half=True, autocast=True, lora=lora, dtype=torch.bfloat16)
     base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     weights = {parameter.data_ptr() for parameter in base.parameters()}
     size = sum(p.numel() for p in base.parameters())

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TrainerState
 from alpaca.data.chat_template import set_chat_template
 from alpaca.data.prompts import PROMPT_DICT, format_prompt, templates_of
 from alpaca.data.tokenizer import open_tokenizer
-from alpaca.model_card import MARKER, base_source, commit, data_source, model_card, write_model_card
-from alpaca.model_card import ROOT as CODE
-from alpaca.trainer import AlpacaTrainer
+from alpaca.training.model_card import MARKER, base_source, commit, data_source, model_card, write_model_card
+from alpaca.training.model_card import ROOT as CODE
+from alpaca.training.trainer import AlpacaTrainer
 from scripts.make_tiny_model import make_tiny_model
 from train import SupervisedDataset, parse_flags
 

@@ -65,16 +65,16 @@ def test_nodes_with_other_rows_are_refused(tiny, tmp_path):
 def test_what_the_ranks_disagree_about_is_named(monkeypatch, other_seen, other_rows, message):
     from argparse import Namespace
 
-    from alpaca import contract
     from alpaca.common.errors import UsageError
+    from alpaca.training import resume
 
     def of(rows):
         return {"fixed": {"the data (--data_path)": f"{rows} rows"}, "free": {}, "tokens": ""}
 
     seen = {"checkpoint": "out/checkpoint-4", "finished": None}
-    monkeypatch.setattr(contract, "gather_from_all_ranks", lambda mine: [mine, (other_seen, of(other_rows))])
+    monkeypatch.setattr(resume, "gather_from_all_ranks", lambda mine: [mine, (other_seen, of(other_rows))])
     with pytest.raises(UsageError) as refused:
-        contract._check_that_all_agree(Namespace(output_dir="out"), of(8), seen)
+        resume._check_that_all_agree(Namespace(output_dir="out"), of(8), seen)
     assert message in str(refused.value)
 
 

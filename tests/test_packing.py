@@ -260,7 +260,7 @@ def test_two_epochs_end_with_the_same_weights(tiny, tmp_path):
 
 
 def trainer_for(tiny, real_rows, tmp_path, kind="llama", **flags):
-    from alpaca.trainer import AlpacaTrainer
+    from alpaca.training.trainer import AlpacaTrainer
 
     model, architecture = tiny_model(tiny, kind)
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1, report_to="none", save_strategy="no",
@@ -304,7 +304,7 @@ def test_models_whose_rows_cannot_be_packed_are_padded(tiny, real_rows, tmp_path
     """By what is known of them, or because they fail: with the loss of padded rows."""
     from transformers import BloomConfig, MambaConfig, MistralConfig
 
-    from alpaca.trainer import AlpacaTrainer
+    from alpaca.training.trainer import AlpacaTrainer
 
     dataset = real_rows("llama")
     small = dict(vocab_size=int(max(ids.max() for ids in dataset.input_ids)) + 1, hidden_size=32, num_hidden_layers=2)
@@ -337,7 +337,7 @@ def test_the_check_looks_at_a_layer_that_is_trained(tiny, real_rows, tmp_path, c
 
 
 def test_measuring_the_matrix_rate_draws_nothing_from_the_run():
-    from alpaca.speed import matmul_rate
+    from alpaca.training.metrics import matmul_rate
 
     state = torch.get_rng_state()
     assert matmul_rate(torch.device("cpu"), torch.float32) > 1e6 and torch.equal(state, torch.get_rng_state())

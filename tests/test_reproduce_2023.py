@@ -14,10 +14,10 @@ from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler
 from transformers import AutoModelForCausalLM
 
 from alpaca.common.errors import UsageError
-from alpaca.contract import changes
-from alpaca.disk import checkpoints_to_come
 from alpaca.packing.packing import RowSizes, measure_rows, plan_packing
 from alpaca.packing.sampler import Steps2023, StepSampler2023, count_steps, sampler_seed
+from alpaca.training.preflight import checkpoints_to_come
+from alpaca.training.resume import changes
 from train import parse_flags
 
 CURVES = GOLDEN / "curves"
@@ -303,7 +303,7 @@ def test_a_run_of_2023_is_not_continued_as_another(few_rows, tmp_path):
 
 def test_weight_decay_of_norms(tmp_path):
     """4.28.1 left out biases and torch's LayerNorm, which LLaMA's norms are not."""
-    from alpaca.trainer import AlpacaTrainer
+    from alpaca.training.trainer import AlpacaTrainer
 
     model = AutoModelForCausalLM.from_pretrained(CURVES / "llama")
     rows = [dict(input_ids=torch.tensor([1, 2]), labels=torch.tensor([1, 2]))]
@@ -340,7 +340,7 @@ def test_what_it_cannot_go_with(flags, expected):
 
 
 def test_what_the_rows_do_not_allow():
-    from alpaca.run import plan_steps
+    from alpaca.training.preflight import plan_steps
 
     args, _, _ = counted(11, 2, per_device_train_batch_size=2, gradient_accumulation_steps=4)
     with pytest.raises(UsageError, match="--gradient_accumulation_steps 4: --reproduce_2023 takes at most the 3 micro"):

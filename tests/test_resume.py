@@ -12,7 +12,7 @@ import time
 import pytest
 from conftest import ROOT, fork, history, largest_difference, launcher, run, train, write_rows
 
-from alpaca.checkpoints import defects
+from alpaca.training.checkpoint import defects
 from alpaca.weights.provenance import MANIFEST, RECORD
 
 SMALL = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3, num_train_epochs=3,
@@ -271,8 +271,8 @@ def tear(folder, name, keep):
 def test_a_damaged_checkpoint_is_skipped_by_name_and_refused_if_named(stopped, tmp_path, capsys, damage, message):
     from argparse import Namespace
 
-    from alpaca.checkpoints import find_checkpoint
     from alpaca.common.errors import UsageError
+    from alpaca.training.checkpoint import find_checkpoint
 
     for step in (2, 10):
         shutil.copytree(stopped[0] / "checkpoint-4", tmp_path / f"checkpoint-{step}")
@@ -298,8 +298,8 @@ def test_a_damaged_checkpoint_is_skipped_by_name_and_refused_if_named(stopped, t
 def test_what_is_in_the_output_folder_is_not_overwritten(stopped, tmp_path):
     from argparse import Namespace
 
-    from alpaca.checkpoints import delete_old_checkpoints, find_checkpoint
     from alpaca.common.errors import UsageError
+    from alpaca.training.checkpoint import delete_old_checkpoints, find_checkpoint
     from alpaca.weights.provenance import read_record, write_record
 
     checkpoint = stopped[0] / "checkpoint-4"

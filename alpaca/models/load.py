@@ -1,7 +1,6 @@
 """The tokenizer and the model to train, as train.py's flags ask for them."""
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,8 +20,7 @@ from alpaca.data.tokenizer import (
 from alpaca.models import deepspeed, fsdp
 from alpaca.models.embeddings import resize_embeddings
 from alpaca.models.lora import LoraArguments, add_lora, base_dtype, quantization
-from alpaca.weights.exact_diff import is_exact_diff
-from alpaca.weights.reader import ADAPTER_CONFIG, what_it_is_instead
+from alpaca.training.preflight import refuse_no_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -67,14 +65,6 @@ def base_slow_files(tokenizer: PreTrainedTokenizerBase, training_args: "Training
     except ValueError as error:
         say(f"note: {without_slow_files(tokenizer.name_or_path, error)}", training_args.process_index)
         return {}
-
-
-def refuse_no_model(name: str) -> None:
-    """Raise UsageError where a model is expected and `name` is the folder of an adapter or a weight diff."""
-    folder = Path(name)
-    adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
-    if adapter or is_exact_diff(folder):
-        raise UsageError(f"--model_name_or_path {name}: {what_it_is_instead(folder)}")
 
 
 def load_config(model_args: Any, training_args: "TrainingArguments", checkpoint: str | None = None) -> PreTrainedConfig:

@@ -12,34 +12,30 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from alpaca.common.distributed import gather_from_all_ranks, say
 from alpaca.common.errors import first_line
-from alpaca.models import deepspeed
-from alpaca.models.compile import repeated_layers
 from alpaca.packing.packing import (
     CPU_PACK_TOKENS,
     MicroBatch,
     Packing,
     RowSizes,
-    active_dropout,
     plan_packing,
     why_not_packed,
     why_not_shared,
 )
 from alpaca.packing.sampler import StepSampler
+from alpaca.training.trainer import _gradient
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
     from transformers import TrainingArguments
 
-    from alpaca.trainer import AlpacaTrainer
+    from alpaca.training.trainer import AlpacaTrainer
 
 FLOOR = 1e-5  # relative difference that is never minded: float32 rounding is below it
 MARGIN = 4  # times the difference between padded rows and the same alone, which is called rounding
 MOST = {True: 0.1, False: 1e-3}  # of what can be rounding, in half precision or tf32 and in float32
-FP16_SCALE = 1024  # of the loss: the scaler's own first guess makes gradients infinite
 
 
 def choose_packing(model: nn.Module, args: "TrainingArguments", dataset: "Dataset", sizes: RowSizes) -> Packing | None:
@@ -142,29 +138,6 @@ def rows_to_try(packing: Packing, sizes: RowSizes, step: list[list[int]]) -> lis
                  for prefix in np.unique(packing.prefix_of)}  # fmt: skip
     rows = [row for found in of_prefix.values() for row in found]
     return rows if len(rows) > 1 else usable[:2]
-
-
-def _gradient(trainer: "AlpacaTrainer", loader: "DataLoader", batches: list[MicroBatch]) -> list[Tensor]:
-    """Of the first decoder layer that is trained, which the gradient reaches through those behind it: this rank's part
-    of each tensor."""
-    model = trainer.model_wrapped
-    model.train(not active_dropout(trainer.model))
-    for number, planned in enumerate(batches):
-        batch = trainer._prepare_inputs(
-            {name: value for name, value in loader.dataset[planned].items() if name not in ("rows", "step")}
-        )
-        with trainer.attention_for(batch), trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, batch)
-            if trainer.is_deepspeed_enabled:
-                deepspeed.backward(model, loss, last=number == len(batches) - 1)
-            else:
-                (loss * FP16_SCALE if trainer.args.fp16 else loss).backward()
-    parts = (*repeated_layers(trainer.model), trainer.model)
-    trained = ([g for p in part.parameters() if (g := deepspeed.gradient(p)) is not None] for part in parts)
-    gradients = next(filter(None, trained), [])
-    gradients = [(g.to_local() if isinstance(g, DTensor) else g).detach().clone() for g in gradients]
-    (model.optimizer if trainer.is_deepspeed_enabled else model).zero_grad()
-    return gradients
 
 
 def difference(found: list[Tensor], expected: list[Tensor]) -> float:

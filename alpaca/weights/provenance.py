@@ -10,7 +10,9 @@ from typing import Any
 from alpaca.common.files import atomic_write, fingerprint_of_files
 from alpaca.weights.reader import ADAPTER_CONFIG, TOKENIZER_FILES, read_json
 
-MANIFEST = "alpaca_checkpoint.json"  # in every checkpoint: its files, and the contract of the run (alpaca/contract.py)
+MANIFEST = (
+    "alpaca_checkpoint.json"  # in every checkpoint: its files, and the contract of the run (alpaca/training/resume.py)
+)
 RECORD = "alpaca_run.json"  # in --output_dir: the contract of the run, and whether it is finished
 # What answers depend on beside the weights.
 SETTINGS = ("config.json", "generation_config.json", ADAPTER_CONFIG)

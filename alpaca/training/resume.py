@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from alpaca.checkpoints import write_patiently
 from alpaca.common.distributed import gather_from_all_ranks, say, wait_for_all_ranks
 from alpaca.common.errors import UsageError
 from alpaca.common.files import fingerprint
 from alpaca.models import deepspeed
 from alpaca.packing.sampler import count_steps, rows_per_step
+from alpaca.training.checkpoint import write_patiently
 from alpaca.weights.provenance import (
     BASE,
     fingerprint_of_weights,

@@ -5,35 +5,47 @@ ranks too, and what is saved is always a plain checkpoint that `from_pretrained`
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import speed_metrics
 
-from alpaca.blackbox import BlackBox
-from alpaca.checkpoints import delete_old_checkpoints, write_patiently, written_whole
 from alpaca.common.distributed import say
-from alpaca.console import ConsoleCallback, plot_loss
 from alpaca.data.prompts import save_templates
 from alpaca.data.tokenizer import save_slow_files
-from alpaca.model_card import write_model_card
-from alpaca.models.compile import compile_layers, explained
+from alpaca.models import deepspeed
+from alpaca.models.compile import compile_layers, explained, repeated_layers
 from alpaca.models.deepspeed import attach
 from alpaca.models.deepspeed import full_state_dict as full_masters
 from alpaca.models.fsdp import full_state_dict, load_optimizer_of_other_layout, shard_on_cpu
 from alpaca.packing.attention import PackLayout, confined_to_rows, named_kernel
 from alpaca.packing.check import check_packing, choose_packing
 from alpaca.packing.loss import batch_loss
-from alpaca.packing.packing import MicroBatches, StepTotals, active_dropout, measure_rows
+from alpaca.packing.packing import MicroBatch, MicroBatches, StepTotals, active_dropout, measure_rows
 from alpaca.packing.sampler import StepLoader, Steps2023, StepSampler, StepSampler2023, sampler_seed
-from alpaca.speed import SpeedMeter
+from alpaca.training.checkpoint import (
+    SaveOnlyWhenAsked,
+    _caching_config,
+    delete_old_checkpoints,
+    write_patiently,
+    written_whole,
+)
+from alpaca.training.metrics import ConsoleCallback, SpeedMeter, plot_loss
+from alpaca.training.model_card import write_model_card
+from alpaca.training.nonfinite import BlackBox
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+FP16_SCALE = 1024  # of the loss: the scaler's own first guess makes gradients infinite
 
 
 class AlpacaTrainer(Trainer):
@@ -54,7 +66,7 @@ class AlpacaTrainer(Trainer):
         slow_files: Mapping[str, bytes] | None = None,
         **kwargs: Any,
     ):
-        """`contract` (alpaca/contract.py) is kept with every checkpoint; `flags` are those of model and data, for the
+        """`contract` (alpaca/training/resume.py) is kept with every checkpoint; `flags` are those of model and data, for the
         model card; `slow_files` (alpaca/data/tokenizer.py) are saved with the tokenizer."""
         super().__init__(**kwargs)
         self.slow_files = slow_files
@@ -377,21 +389,24 @@ class AlpacaTrainer(Trainer):
         """Nothing to do: train.py has already read the weights of the checkpoint instead of the base model's."""
 
 
-class SaveOnlyWhenAsked(TrainerCallback):
-    """No checkpoint for ending between two multiples of --save_steps, as in 2023: the final model is written anyway,
-    and for a 7B model the optimizer beside it would take another 54 GB."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        between = not state.save_steps or state.global_step % state.save_steps
-        if args.save_strategy == "steps" and between and not args.load_best_model_at_end:
-            control.should_save = False
-
-
-@contextmanager
-def _caching_config(model: nn.Module) -> Iterator[None]:
-    """Saved models generate with a cache; the Trainer has switched it off for training."""
-    training_value, model.config.use_cache = model.config.use_cache, True
-    try:
-        yield
-    finally:
-        model.config.use_cache = training_value
+def _gradient(trainer: "AlpacaTrainer", loader: "DataLoader", batches: list[MicroBatch]) -> list[Tensor]:
+    """Of the first decoder layer that is trained, which the gradient reaches through those behind it: this rank's part
+    of each tensor."""
+    model = trainer.model_wrapped
+    model.train(not active_dropout(trainer.model))
+    for number, planned in enumerate(batches):
+        batch = trainer._prepare_inputs(
+            {name: value for name, value in loader.dataset[planned].items() if name not in ("rows", "step")}
+        )
+        with trainer.attention_for(batch), trainer.compute_loss_context_manager():
+            loss = trainer.compute_loss(model, batch)
+            if trainer.is_deepspeed_enabled:
+                deepspeed.backward(model, loss, last=number == len(batches) - 1)
+            else:
+                (loss * FP16_SCALE if trainer.args.fp16 else loss).backward()
+    parts = (*repeated_layers(trainer.model), trainer.model)
+    trained = ([g for p in part.parameters() if (g := deepspeed.gradient(p)) is not None] for part in parts)
+    gradients = next(filter(None, trained), [])
+    gradients = [(g.to_local() if isinstance(g, DTensor) else g).detach().clone() for g in gradients]
+    (model.optimizer if trainer.is_deepspeed_enabled else model).zero_grad()
+    return gradients

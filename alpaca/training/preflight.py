@@ -1,22 +1,26 @@
 """Checks before a run: values that would fail only after hours, how many steps it has, where it can be saved."""
 
+import math
 import os
 import tempfile
 import weakref
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpaca import forecast
 from alpaca.common.distributed import gather_from_all_ranks, say
-from alpaca.common.errors import UsageError
-from alpaca.common.files import lock
-from alpaca.disk import check_room, checkpoints_to_come
+from alpaca.common.errors import UsageError, human
+from alpaca.common.files import free_bytes, lock
 from alpaca.models import deepspeed
 from alpaca.models.lora import LoraArguments
 from alpaca.packing.packing import why_not_packed
 from alpaca.packing.sampler import count_steps, rows_per_step, steps_2023
+from alpaca.training import memory
+from alpaca.training.memory import optimizer_bytes
+from alpaca.weights.exact_diff import is_exact_diff
 from alpaca.weights.provenance import read_manifest
+from alpaca.weights.reader import ADAPTER_CONFIG, what_it_is_instead
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, TrainingArguments
@@ -96,7 +100,7 @@ def check_before_loading(
     data_module: Mapping[str, Any],
     checkpoint: str | None,
     lora: LoraArguments,
-) -> forecast.Decision:
+) -> memory.Decision:
     """Everything that can be known before the model is read: steps, room on the disk, memory. Collective: rank 0
     decides for all what the flags leave to the memory, and `args` are set to it.
 
@@ -116,9 +120,9 @@ def check_before_loading(
     decision = None
     if args.process_index == 0:
         report = dataset.report
-        rows = forecast.rows_of(report.lengths, report.num_targets, rows_per_step(args), args.world_size)
+        rows = memory.rows_of(report.lengths, report.num_targets, rows_per_step(args), args.world_size)
         with deepspeed.unpartitioned():
-            model, decision = forecast.forecast_memory(args, config, rows, lora)
+            model, decision = memory.forecast_memory(args, config, rows, lora)
         if model is not None:
             check_room(args, model.trained, checkpoints_to_come(args, steps, per_epoch, done))
     decision = gather_from_all_ranks(decision)[0]
@@ -164,3 +168,55 @@ def check_lengths(config: "PreTrainedConfig", data_module: Mapping[str, Any]) ->
             raise UsageError(
                 f"a row has {longest} tokens, but the model has {limit} positions; pass --model_max_length {limit}"
             )
+
+
+def checkpoint_sizes(args: "TrainingArguments", trained: int) -> tuple[float, float]:
+    """(bytes of a checkpoint, of what is saved at the end) for `trained` parameters: float32 weights and, unless
+    --save_only_model, the optimizer."""
+    masters = 4 * bool(args.deepspeed)  # it saves them with the optimizer
+    optimizer = 0 if args.save_only_model else optimizer_bytes(args) + masters
+    return trained * (4 + optimizer), trained * (4 if args.save_dtype == "float32" else 2)
+
+
+def checkpoints_to_come(args: "TrainingArguments", steps: int, per_epoch: float, done: int) -> int:
+    """How many more checkpoints than now will stand on the disk at the worst moment of a run that continues after
+    `done` steps: the old one goes when the new one is whole, and the best one stays."""
+    every = {"steps": args.save_steps, "epoch": per_epoch, "best": args.eval_steps}.get(args.save_strategy)
+    if not every:
+        return 0
+    if args.save_strategy == "epoch":  # also where the last one is not whole
+        saves = math.ceil(steps / every) - int(done // every)
+    else:
+        every = math.ceil(steps * every) if every < 1 else int(every)
+        saves = steps // every - done // every
+    saves, limit = max(saves, 0), args.save_total_limit
+    if not limit or limit < 0:
+        return saves
+    at_once = limit + 1 + (args.load_best_model_at_end or args.save_strategy == "best")
+    return min(saves, max(at_once - (done > 0), 1))
+
+
+def check_room(args: "TrainingArguments", trained: int, checkpoints: int) -> None:
+    """Say how much disk the run will take.
+
+    Raises:
+        UsageError: less is free.
+    """
+    each, final = checkpoint_sizes(args, trained)
+    needed, free = checkpoints * each + final, free_bytes(Path(args.output_dir))
+    content = f"{checkpoints} x {human(each)} for checkpoints + {human(final)} for the final model"
+    say(f"disk, forecast: {content} = {human(needed)}, free {human(free)}", 0)
+    if needed > free:
+        raise UsageError(
+            f"--output_dir {args.output_dir}: the run would take {human(needed)} ({content}), but {human(free)} are "
+            "free. Choose another disk, or write less: --save_total_limit 1, a larger --save_steps, "
+            "--save_strategy no, --save_dtype bfloat16"
+        )
+
+
+def refuse_no_model(name: str) -> None:
+    """Raise UsageError where a model is expected and `name` is the folder of an adapter or a weight diff."""
+    folder = Path(name)
+    adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    if adapter or is_exact_diff(folder):
+        raise UsageError(f"--model_name_or_path {name}: {what_it_is_instead(folder)}")

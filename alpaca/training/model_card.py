@@ -32,7 +32,7 @@ from alpaca.packing.sampler import rows_per_step
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-    from alpaca.trainer import AlpacaTrainer
+    from alpaca.training.trainer import AlpacaTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 MARKER = "<!-- Written by train.py, and anew by its next run here. Delete this line to keep the file as it is. -->"

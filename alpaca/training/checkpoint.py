@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+from transformers import TrainerCallback
+
 from alpaca.common.distributed import say, wait_for_all_ranks
 from alpaca.common.errors import UsageError, human
 from alpaca.common.files import atomic_write, free_bytes
@@ -50,7 +53,7 @@ def find_checkpoint(args: "TrainingArguments") -> str | None:
 
 
 def _check_that_nothing_is_overwritten(args: "TrainingArguments", output: Path) -> None:
-    """For a run that does not continue the one in `output`. A finished one is compared later (alpaca/contract.py)."""
+    """For a run that does not continue the one in `output`. A finished one is compared later (alpaca/training/resume.py)."""
     found, record = _numbered(output), read_record(output)
     if found and args.overwrite_output_dir:
         raise UsageError(
@@ -240,3 +243,23 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         for inner in getattr(error, "failures", {}).values():
             yield inner[0] if isinstance(inner, tuple) else inner
         error = error.__cause__ or error.__context__
+
+
+class SaveOnlyWhenAsked(TrainerCallback):
+    """No checkpoint for ending between two multiples of --save_steps, as in 2023: the final model is written anyway,
+    and for a 7B model the optimizer beside it would take another 54 GB."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        between = not state.save_steps or state.global_step % state.save_steps
+        if args.save_strategy == "steps" and between and not args.load_best_model_at_end:
+            control.should_save = False
+
+
+@contextmanager
+def _caching_config(model: nn.Module) -> Iterator[None]:
+    """Saved models generate with a cache; the Trainer has switched it off for training."""
+    training_value, model.config.use_cache = model.config.use_cache, True
+    try:
+        yield
+    finally:
+        model.config.use_cache = training_value
