@@ -32,7 +32,7 @@ from alpaca.completions.runner import Asker, answered_before
 from alpaca.data.prompts import format_prompt, instruction_and_input
 from alpaca.data.rows import load_rows
 from alpaca.generation import JOURNAL, REPORT, Generation
-from alpaca.respondent import Respondent, is_folder, open_respondent
+from alpaca.inference.backend import Respondent, is_folder, open_respondent
 from alpaca.self_instruct import find_word_in_string, load_prompt, load_seed_tasks  # noqa: F401  the first: of 2023
 
 ROOT = Path(__file__).resolve().parent

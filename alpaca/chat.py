@@ -14,7 +14,7 @@ from alpaca.data.prompts import format_prompt
 from alpaca.data.rows import Row
 
 if TYPE_CHECKING:
-    from alpaca.local_model import LocalModel
+    from alpaca.inference.local_model import LocalModel
 
 WORDS_TO_LEAVE = ("exit", "quit")
 HELP = (

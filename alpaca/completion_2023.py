@@ -1,4 +1,4 @@
-"""What is behind utils.openai_completion: 2023's decoding arguments, sent and answered by alpaca.client."""
+"""What is behind utils.openai_completion: 2023's decoding arguments, sent and answered by alpaca.inference.client."""
 
 import asyncio
 from collections.abc import Coroutine, Mapping, Sequence
@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from alpaca.client import Client
 from alpaca.common.errors import UsageError
 from alpaca.completions.api import Completion, Prompt, Sampling
+from alpaca.inference.client import Client
 
 NOTHING = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "suffix": None, "logprobs": None, "echo": False}
 SAMPLING = ("max_tokens", "temperature", "top_p", "stop", "seed", "logit_bias")

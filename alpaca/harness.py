@@ -131,8 +131,8 @@ class HarnessRun:
         import torch
         from lm_eval.models.huggingface import HFLM
 
+        from alpaca.inference.load import How, open_model
         from alpaca.models.device import best_dtype, check_device, quantizing_flag
-        from alpaca.opening import How, open_model
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(device)

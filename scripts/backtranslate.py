@@ -27,7 +27,7 @@ from alpaca.completions.budget import Budget, budget_of, estimate
 from alpaca.completions.rows import RowAnswers, write_rows
 from alpaca.data.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, load_prompt_template
 from alpaca.data.rows import Row, load_named, load_rows, raw_rows
-from alpaca.respondent import Questions, Respondent, fitting
+from alpaca.inference.backend import Questions, Respondent, fitting
 from alpaca.segments import Filters, load_texts
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpaca.answering import Answer, Answering, Voice
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
 from alpaca.common.commands import check_numbers
@@ -29,7 +28,8 @@ from alpaca.common.errors import UsageError, reported
 from alpaca.completions.api import Sampling
 from alpaca.data.prompts import load_prompt_template
 from alpaca.data.rows import Row, load_rows
-from alpaca.local_model import LocalModel
+from alpaca.inference.demo import Answer, Answering, Voice
+from alpaca.inference.local_model import LocalModel
 from alpaca.weights.exact_diff import is_exact_diff
 from alpaca.weights.float_diff import ZERO, last_norm
 from alpaca.weights.reader import ADAPTER_CONFIG, find_folder, open_weights

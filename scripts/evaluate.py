@@ -25,8 +25,8 @@ from alpaca.completions.rows import RowAnswers, write_rows
 from alpaca.data.prompts import instruction_and_input
 from alpaca.data.rows import load_named, load_rows, partners
 from alpaca.harness import HarnessRun
+from alpaca.inference.backend import Questions, Respondent
 from alpaca.overlap import ROUGE, overlap, worst
-from alpaca.respondent import Questions, Respondent
 from scripts.generate import GenerateArguments, answer_file, opened
 
 OFFICIAL = "alpaca_eval --model_outputs {} --reference_outputs {} --annotators_config alpaca_eval_gpt4"

@@ -31,7 +31,7 @@ from alpaca.data.prompts import format_prompt, instruction_and_input, load_promp
 from alpaca.data.rows import Row, load_rows
 
 if TYPE_CHECKING:
-    from alpaca.local_model import LocalModel
+    from alpaca.inference.local_model import LocalModel
 
 
 @dataclass
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def opened(options: GenerateArguments) -> tuple["LocalModel", Mapping[str, str]]:
     """The model, and the prompts to ask it with."""
     templates = load_prompt_template(options.prompt_template) if options.prompt_template else None
-    from alpaca.local_model import LocalModel
+    from alpaca.inference.local_model import LocalModel
 
     model = LocalModel(
         options.model, options.batch_size, device=options.device, batch_size_flag="--batch_size", base=options.base,

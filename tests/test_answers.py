@@ -22,8 +22,8 @@ import weight_diff
 from alpaca.common.errors import UsageError
 from alpaca.completions.api import Sampling
 from alpaca.data.prompts import format_prompt
-from alpaca.local_model import LocalModel
-from alpaca.text_stream import pieces_of
+from alpaca.inference.local_model import LocalModel
+from alpaca.inference.token_stream import pieces_of
 from scripts import generate
 from scripts.make_tiny_model import make_tiny_model
 

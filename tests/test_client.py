@@ -29,11 +29,11 @@ from completion_server import (
 )
 from conftest import ROOT
 
-from alpaca.client import Client, is_openai, server_url
 from alpaca.common.errors import UsageError
 from alpaca.completions.api import RequestFailed, Sampling
 from alpaca.data.prompts import PROMPT_DICT, format_prompt
-from alpaca.refusals import NoAnswer, seconds_to_wait
+from alpaca.inference.client import Client, is_openai, server_url
+from alpaca.inference.server_errors import NoAnswer, seconds_to_wait
 from scripts.quickstart import free_port
 
 FEW = Sampling(max_tokens=100)
@@ -167,7 +167,7 @@ def test_waits_as_long_as_it_is_told():
 
 def test_pauses_double_and_differ(monkeypatch):
     pauses, real_sleep = [], asyncio.sleep
-    monkeypatch.setattr("alpaca.client.asyncio.sleep", lambda s: pauses.append(s) or real_sleep(0))
+    monkeypatch.setattr("alpaca.inference.client.asyncio.sleep", lambda s: pauses.append(s) or real_sleep(0))
     with CompletionServer(script=[Fault(500)] * 9) as server, pytest.raises(RequestFailed):
         ask(server, max_retries=8, backoff=0.5)
     assert len(pauses) == 8
@@ -306,7 +306,7 @@ def test_auto_takes_chat_where_it_is_answered_and_else_completions():
 
 
 def test_auto_on_openai_goes_by_the_name(monkeypatch):
-    monkeypatch.setattr("alpaca.client.is_openai", lambda url: True)
+    monkeypatch.setattr("alpaca.inference.client.is_openai", lambda url: True)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-1")
     models = {"gpt-3.5-turbo-instruct": "completions", "davinci-002": "completions", "gpt-4o": "chat", "o3": "chat"}
     with CompletionServer(models=tuple(models)) as server:
@@ -389,9 +389,7 @@ def test_a_wrong_key_is_told_before_any_work():
 
 
 def test_importing_the_client_costs_nothing():
-    code = (
-        "import alpaca.client, alpaca.refusals, sys; assert not {'torch', 'openai', 'transformers'} & set(sys.modules)"
-    )
+    code = "import alpaca.inference.client, alpaca.inference.server_errors, sys; assert not {'torch', 'openai', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
@@ -429,7 +427,7 @@ def transformers_serve(tiny, tmp_path):
 def test_transformers_serve(transformers_serve, tiny):
     from alpaca.data.chat_template import chat_template
     from alpaca.data.tokenizer import open_tokenizer
-    from alpaca.local_model import LocalModel
+    from alpaca.inference.local_model import LocalModel
 
     async def run(url, model, api, prompts, sampling):
         async with Client(model, url, api, backoff=0.05) as client:

@@ -21,11 +21,11 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run
 
-from alpaca.answering import Answering, Voice
 from alpaca.common.errors import UsageError
 from alpaca.completions.api import Sampling
 from alpaca.data.prompts import PROMPT_DICT, format_prompt
-from alpaca.local_model import LocalModel
+from alpaca.inference.demo import Answering, Voice
+from alpaca.inference.local_model import LocalModel
 from scripts import demo, quickstart
 from scripts.make_tiny_model import make_tiny_model
 

@@ -17,11 +17,12 @@ from conftest import GOLDEN, ROOT, run
 from test_layout import loaded_by
 
 import generate_instruction
-from alpaca import client, generation
+from alpaca import generation
 from alpaca.common.errors import UsageError
 from alpaca.completions import runner
 from alpaca.completions.budget import Budget
 from alpaca.completions.journal import Journal
+from alpaca.inference import client
 from generate_instruction import export, generate_instruction_following_data, generate_responses
 
 SEEDS = ROOT / "seed_tasks.jsonl"

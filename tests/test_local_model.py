@@ -10,7 +10,7 @@ import torch
 
 from alpaca.common.errors import UsageError
 from alpaca.completions.api import ContextOverflow, RequestFailed, Sampling
-from alpaca.local_model import Draw, LocalModel
+from alpaca.inference.local_model import Draw, LocalModel
 from alpaca.models.device import best_dtype
 
 PROMPTS = ["Give three tips.", "1.", "Write a long story about a " + "very " * 30 + "old dog.", "What is the capital?",

@@ -273,7 +273,7 @@ def test_forecast_counts_what_a_real_forward_pass_keeps(tiny, architecture):
 def test_merged_and_published(tiny, tmp_path, architecture, added):
     """train.py --lora_r, merge_lora, make_diff, recover: bit for bit, and it answers as base and adapter do."""
     import weight_diff
-    from alpaca.local_model import LocalModel
+    from alpaca.inference.local_model import LocalModel
     from scripts.merge_lora import merge_lora
 
     base, out, merged, diff, recovered = tiny(architecture), *(tmp_path / name for name in ("out", "m", "d", "r"))
@@ -296,7 +296,7 @@ def test_merged_and_published(tiny, tmp_path, architecture, added):
 @pytest.mark.slow
 def test_a_base_of_the_same_shapes_is_told_from_the_one_of_the_training(tiny, tmp_path, capsys):
     """A LLaMA has the shapes of a Llama 2, and peft takes one for the other."""
-    from alpaca.local_model import LocalModel
+    from alpaca.inference.local_model import LocalModel
     from scripts.merge_lora import merge_lora
 
     train_here(tmp_path, output_dir="out", model_name_or_path=tiny("llama"), max_steps=1)

@@ -9,12 +9,12 @@ from conftest import write_rows
 from datasets import Dataset, DatasetDict
 
 import generate_instruction
-from alpaca.client import Client
 from alpaca.common.errors import UsageError
 from alpaca.common.files import keep_input
 from alpaca.completions.api import Sampling
 from alpaca.completions.rows import RowAnswers
-from alpaca.respondent import Questions, Respondent, open_respondent
+from alpaca.inference.backend import Questions, Respondent, open_respondent
+from alpaca.inference.client import Client
 from scripts import backtranslate, evaluate, generate
 
 SAMPLING = Sampling(max_tokens=9)

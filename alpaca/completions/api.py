@@ -37,7 +37,7 @@ class Completion:
 
 
 class Model(Protocol):
-    """A server (alpaca/client.py) or a model in this process (alpaca/local_model.py)."""
+    """A server (alpaca/inference/client.py) or a model in this process (alpaca/inference/local_model.py)."""
 
     async def __aenter__(self) -> "Model": ...
 

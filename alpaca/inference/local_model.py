@@ -5,7 +5,7 @@
     completion = await model.complete("1.", Sampling(max_tokens=100))      # batched with others that are waiting
     for piece in model.stream("1.", Sampling(max_tokens=100)): ...         # as it is generated
 
-The folder is a checkpoint's, an adapter's or a weight diff's (alpaca/opening.py).
+The folder is a checkpoint's, an adapter's or a weight diff's (alpaca/inference/load.py).
 
 Prompts are sorted by length and padded on the left. What comes out for a prompt depends on it, on its Sampling and on
 the seed in that, and not on the rest of its batch: each row draws its random numbers from its own seed. Up to rounding,
@@ -28,9 +28,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from alpaca.common.errors import UsageError
 from alpaca.completions.api import MOST_CUTS, Completion, ContextOverflow, Prompt, Sampling, cut_at_stop
+from alpaca.inference.load import How, open_model, without_adapter
+from alpaca.inference.token_stream import Stop, TokenQueue, pieces_of, tokens_of
 from alpaca.models.device import best_dtype, check_device, quantizing_flag
-from alpaca.opening import How, open_model, without_adapter
-from alpaca.text_stream import Stop, TokenQueue, pieces_of, tokens_of
 
 
 class LocalModel:
@@ -39,7 +39,7 @@ class LocalModel:
     chat: put each prompt into the tokenizer's chat template, if it has one; `api` says which way was taken.
     device: "cuda" or "cpu"; not given, the GPU if there is one. Weights are bfloat16 on a GPU that can, float16 on an
     older one, float32 on a CPU.
-    base: of an adapter or a weight diff (alpaca/opening.py); flag, base_flag: what names the folders, for messages.
+    base: of an adapter or a weight diff (alpaca/inference/load.py); flag, base_flag: what names the folders, for messages.
     load_in_4bit, load_in_8bit: quantize the weights with bitsandbytes.
 
     `templates` are the prompt templates that the model was trained with (alpaca/data/prompts.py).

@@ -16,7 +16,7 @@ from alpaca.common.errors import UsageError, first_line
 from alpaca.completions.api import ContextOverflow, Sampling
 from alpaca.data.prompts import format_prompt
 from alpaca.data.rows import Row
-from alpaca.local_model import LocalModel
+from alpaca.inference.local_model import LocalModel
 
 PAUSE = 0.05  # seconds between two looks at what was written: there is news 20 times a second at most
 

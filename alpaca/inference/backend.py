@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from alpaca.client import Client
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError
 from alpaca.common.files import digest
 from alpaca.completions.api import Model, Sampling, check_sampling, seed_of
 from alpaca.data.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt
+from alpaca.inference.client import Client
 
 
 def open_respondent(
@@ -48,7 +48,7 @@ def open_respondent(
         return Client(model_name, base_url, api)
     if api not in ("auto", "chat", "completions"):
         raise UsageError(f"--api {api}: expected auto, chat or completions")
-    from alpaca.local_model import LocalModel
+    from alpaca.inference.local_model import LocalModel
 
     folder = Path(model_name).expanduser()
     chat = api == "chat" or (api == "auto" and chat and not (folder / TEMPLATE_FILE).is_file())

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from alpaca.common.errors import UsageError
 from alpaca.completions.api import MOST_CUTS, Completion, ContextOverflow, Prompt, RequestFailed, Sampling, cut_at_stop
-from alpaca.refusals import (
+from alpaca.inference.server_errors import (
     LONGEST_WAIT,
     Again,
     MaxTokensRefused,
