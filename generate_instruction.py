@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from alpaca import self_instruct
 from alpaca.common import commands
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, reported
@@ -31,9 +30,10 @@ from alpaca.completions.rows import RowAnswers, write_rows
 from alpaca.completions.runner import Asker, answered_before
 from alpaca.data.prompts import format_prompt, instruction_and_input
 from alpaca.data.rows import load_rows
-from alpaca.generation import JOURNAL, REPORT, Generation
+from alpaca.datagen import self_instruct
+from alpaca.datagen.self_instruct import find_word_in_string, load_prompt, load_seed_tasks  # noqa: F401  the first: of 2023
+from alpaca.datagen.state import JOURNAL, REPORT, Generation
 from alpaca.inference.backend import Respondent, is_folder, open_respondent
-from alpaca.self_instruct import find_word_in_string, load_prompt, load_seed_tasks  # noqa: F401  the first: of 2023
 
 ROOT = Path(__file__).resolve().parent
 STOP_OF_2023 = ("\n20", "20.", "20.")  # the list has 20 tasks

@@ -25,7 +25,7 @@ import numpy as np
 from rouge_score import rouge_scorer
 
 from alpaca.common.commands import Parser
-from alpaca.novelty import NoveltyFilter, Similarity
+from alpaca.datagen.novelty import NoveltyFilter, Similarity
 from benchmarks.machine import ROOT, write_result
 
 CALL = 85

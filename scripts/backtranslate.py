@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import utils
-from alpaca.backtranslation import Curation, inference_templates, mixed, pairs_of, rated_row, rating_prompt
 from alpaca.common import commands
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, first_of, reported
@@ -27,8 +26,9 @@ from alpaca.completions.budget import Budget, budget_of, estimate
 from alpaca.completions.rows import RowAnswers, write_rows
 from alpaca.data.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, load_prompt_template
 from alpaca.data.rows import Row, load_named, load_rows, raw_rows
+from alpaca.datagen.backtranslation import Curation, inference_templates, mixed, pairs_of, rated_row, rating_prompt
+from alpaca.datagen.texts import Filters, load_texts
 from alpaca.inference.backend import Questions, Respondent, fitting
-from alpaca.segments import Filters, load_texts
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 # Those of recipes/backtranslation_llama2_7b_lora.sh, which says what of them is published. A test compares the two.

@@ -9,10 +9,10 @@ import pytest
 from completion_server import BAD_KEY, CompletionServer
 from conftest import ROOT, fork, train
 
-from alpaca.backtranslation import AUGMENTED_TAG, SEED_TAG, Curation, parse_score, rated_row, rating_prompt
 from alpaca.common.errors import UsageError
 from alpaca.data.prompts import backward_prompt, format_prompt, load_prompt_template
-from alpaca.segments import Filters, load_texts, share_of_english_words
+from alpaca.datagen.backtranslation import AUGMENTED_TAG, SEED_TAG, Curation, parse_score, rated_row, rating_prompt
+from alpaca.datagen.texts import Filters, load_texts, share_of_english_words
 from scripts import backtranslate
 
 PROSE = "The tide rises and falls because the moon pulls at the water that is nearest to it, and this has been known "

@@ -17,11 +17,11 @@ from conftest import GOLDEN, ROOT, run
 from test_layout import loaded_by
 
 import generate_instruction
-from alpaca import generation
 from alpaca.common.errors import UsageError
 from alpaca.completions import runner
 from alpaca.completions.budget import Budget
 from alpaca.completions.journal import Journal
+from alpaca.datagen import state
 from alpaca.inference import client
 from generate_instruction import export, generate_instruction_following_data, generate_responses
 
@@ -104,7 +104,7 @@ def test_same_requests_and_rows_at_any_concurrency(tmp_path):
 
 
 def test_generated_tasks_join_the_examples(tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "LAG", 2)
+    monkeypatch.setattr(state, "LAG", 2)
     with CompletionServer(answer=tasks) as server:
         rows = generate(tmp_path, server, 150, num_generated_in_prompt=2)
     kept = {row["instruction"] for row in rows}
@@ -410,7 +410,7 @@ def test_what_no_retry_mends_ends_the_run_at_once(tmp_path, fault, message):
 
 
 def test_a_model_that_gives_nothing_new_is_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "USELESS", 8)
+    monkeypatch.setattr(state, "USELESS", 8)
     with CompletionServer(answer=lambda prompt, body: "I cannot help with that.") as server:
         with pytest.raises(UsageError, match="answers gave no new task .*malformed.*journal.jsonl.*--parser"):
             generate(tmp_path, server)

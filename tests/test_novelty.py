@@ -9,8 +9,8 @@ import pytest
 from conftest import GOLDEN, ROOT
 from rouge_score import rouge_scorer, scoring
 
-from alpaca import novelty
-from alpaca.novelty import NoveltyFilter, Similarity, common_tokens
+from alpaca.datagen import novelty
+from alpaca.datagen.novelty import NoveltyFilter, Similarity, common_tokens
 
 ROUGE = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
 GENERATE = GOLDEN / "generate"

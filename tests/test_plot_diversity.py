@@ -12,9 +12,9 @@ import xml.etree.ElementTree as xml
 import pytest
 from conftest import ROOT
 
-from alpaca import sunburst
 from alpaca.common.errors import UsageError
-from alpaca.verb_noun import singular, verb_base, verb_noun
+from alpaca.datagen import sunburst
+from alpaca.datagen.verb_noun import singular, verb_base, verb_noun
 from scripts.plot_diversity import DiversityArguments, main, most_frequent
 
 SENTENCES = [

@@ -7,7 +7,7 @@ import pytest
 from conftest import GOLDEN, ROOT
 
 import generate_instruction
-from alpaca.self_instruct import encode_prompt, parse
+from alpaca.datagen.self_instruct import encode_prompt, parse
 
 COMPLETIONS = json.loads((GOLDEN / "generate" / "completions.json").read_text())
 EXAMPLES = [{"instruction": f"Say  {n}:", "input": "" if n % 2 else f"in {n}", "output": f"out {n}"} for n in (1, 2, 3)]

@@ -17,8 +17,8 @@ from typing import Any
 from alpaca.common.errors import UsageError
 from alpaca.common.files import atomic_write
 from alpaca.completions.journal import Journal
-from alpaca.novelty import NoveltyFilter
-from alpaca.self_instruct import Item, encode_prompt, parse
+from alpaca.datagen.novelty import NoveltyFilter
+from alpaca.datagen.self_instruct import Item, encode_prompt, parse
 
 REGEN, JOURNAL, REPORT = "regen.json", "generation_journal.jsonl", "generation_report.json"
 LAG = 64  # requests whose answers a prompt with generated tasks does not wait for
