@@ -24,7 +24,7 @@ import utils
 from alpaca.common.commands import Parser
 from alpaca.data.prompts import format_prompt, instruction_and_input
 from alpaca.data.rows import load_rows
-from alpaca.overlap import INSTALL
+from alpaca.evaluation.bleu_rouge import INSTALL
 from scripts.make_tiny_model import ROOT, make_tiny_model
 from scripts.quickstart import differences, fine_tune, fresh_folder, publish_and_recover, run, shown
 

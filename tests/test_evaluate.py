@@ -11,8 +11,8 @@ from completion_server import BAD_KEY, CompletionServer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alpaca import judging
 from alpaca.common.errors import UsageError
+from alpaca.evaluation import judge
 from alpaca.weights.provenance import weights_of
 from scripts import evaluate, generate
 
@@ -91,22 +91,22 @@ def test_a_row_counts_only_with_all_its_verdicts():
     verdicts = [(0, "outputs", 2.0), (0, "reference", 2.0), (1, "outputs", 2.0), (1, "reference", None),
                 (2, "outputs", None), (2, "reference", 2.0), (3, "outputs", 2.0), (4, "outputs", 1.0),
                 (4, "reference", 1.5)]  # fmt: skip
-    result = judging.tally([dict(zip(("row", "first", "preference"), verdict)) for verdict in verdicts], 6, 2)
+    result = judge.tally([dict(zip(("row", "first", "preference"), verdict)) for verdict in verdicts], 6, 2)
     assert [result[name] for name in ("rows", "rows_counted", "wins", "losses")] == [6, 2, 1, 1]
     assert (result["win_rate"], result["orders_agree"]) == pytest.approx((62.5, 50))
     assert result["standard_error"] == pytest.approx(37.5)
-    assert judging.tally([], 6, 2)["win_rate"] is None
+    assert judge.tally([], 6, 2)["win_rate"] is None
     one = [{"row": row, "first": "outputs", "preference": 2.0} for row in range(6)]  # the other order was left out
-    both = judging.tally(one, 6, 2)
+    both = judge.tally(one, 6, 2)
     assert (both["rows_counted"], both["win_rate"], both["orders_agree"]) == (0, None, None)
-    assert judging.tally(one, 6, per_row=1)["win_rate"] == 100
+    assert judge.tally(one, 6, per_row=1)["win_rate"] == 100
 
 
 def test_one_order_is_drawn_for_each_row():
-    drawn = judging.questions(200, "one", seed=1)
-    assert drawn == judging.questions(200, "one", seed=1) != judging.questions(200, "one", seed=2)
+    drawn = judge.questions(200, "one", seed=1)
+    assert drawn == judge.questions(200, "one", seed=1) != judge.questions(200, "one", seed=2)
     assert [question["row"] for question in drawn] == list(range(200))
-    assert 70 < sum(question["first"] == judging.OURS for question in drawn) < 130
+    assert 70 < sum(question["first"] == judge.OURS for question in drawn) < 130
 
 
 @pytest.mark.parametrize(
@@ -124,9 +124,9 @@ def test_one_order_is_drawn_for_each_row():
     ],
 )  # fmt: skip
 def test_verdicts(text, preference):
-    assert judging.read_preference(text, judging.OURS) == preference
+    assert judge.read_preference(text, judge.OURS) == preference
     mirrored = None if preference is None else 3 - preference
-    assert judging.read_preference(text, judging.OTHERS) == mirrored
+    assert judge.read_preference(text, judge.OTHERS) == mirrored
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_verdicts(text, preference):
      ("Verdict: 1\nbut on reflection\nVerdict: 2", None)],
 )  # fmt: skip
 def test_a_verdict_of_an_answer_that_was_cut(text, preference):
-    assert judging.read_preference(text, judging.OURS, cut=True) == preference
+    assert judge.read_preference(text, judge.OURS, cut=True) == preference
 
 
 # ---- alpaca_eval ----
@@ -454,7 +454,7 @@ def test_the_shipped_group_is_that_of_the_cards(installed, monkeypatch):
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
-    from alpaca.harness_tasks import definition_of, find_group, load_tasks, rehearse
+    from alpaca.evaluation.harness_tasks import definition_of, find_group, load_tasks, rehearse
 
     own = Path(lm_eval.tasks.__file__).parent
     folders = [own / name for name in ("arc", "hellaswag", "mmlu/default", "truthfulqa")]  # of 14,000 files

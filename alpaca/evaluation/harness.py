@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from alpaca.common.errors import UsageError
 from alpaca.common.files import check_writable, write_json, write_text
-from alpaca.harness_tasks import Member, definition_of, find_group, load_tasks, rehearse
+from alpaca.evaluation.harness_tasks import Member, definition_of, find_group, load_tasks, rehearse
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

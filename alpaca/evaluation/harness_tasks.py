@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from alpaca.common.errors import UsageError, first_line
 from alpaca.common.files import fingerprint_of_files
-from alpaca.overlap import INSTALL
+from alpaca.evaluation.bleu_rouge import INSTALL
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
