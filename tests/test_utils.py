@@ -11,7 +11,6 @@ import pytest
 from completion_server import BAD_KEY, MAX_TOKENS_REFUSED, CompletionServer, Fault, echo
 
 import utils
-from alpaca import completion_2023
 from alpaca.common.errors import UsageError
 
 
@@ -92,7 +91,7 @@ def test_other_errors_and_modes_are_those_of_2023(tmp_path):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(completion_2023, "_settled", {})
+    monkeypatch.setattr(utils, "_settled", {})
     for name in ("OPENAI_API_KEY", "OPENAI_ORG", "OPENAI_ORG_ID"):
         monkeypatch.delenv(name, raising=False)
     with CompletionServer(models=("text-davinci-003",)) as server:
