@@ -209,7 +209,7 @@ def real_rows(tiny, tmp_path_factory):
 def test_the_gradient_is_that_of_padded_rows(tiny, real_rows, kind):
     """Of every parameter, both normalizations, 1 rank and 4, with shared prefixes and without; under bfloat16 autocast
     no further from float32 than padded rows are. The last of four ranks has fewer rows than it has packs."""
-    from scripts.verify import largest_difference, step_gradient
+    from scripts.check_packing import largest_difference, step_gradient
 
     model, architecture = tiny_model(tiny, kind)
     dataset = real_rows(architecture)
@@ -345,7 +345,7 @@ def test_measuring_the_matrix_rate_draws_nothing_from_the_run():
 
 @pytest.mark.slow
 def test_verify_tells_exact_from_wrong(tiny, tmp_path, capsys, monkeypatch):
-    from scripts.verify import main
+    from scripts.check_packing import main
 
     words = ["--model_name_or_path", tiny("llama"), "--data_path", write_rows(tmp_path / "rows.json", 12),
              "--num_rows", "8", "--cache_dir", str(tmp_path)]  # fmt: skip

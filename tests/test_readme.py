@@ -32,7 +32,7 @@ RUN = {
     "recipes/llama_7b.sh": {"<folder or hub id>": "base", "tatsu-lab/alpaca": "alpaca_data.json", "NPROC=8": "NPROC=2",
                             "recipes/": "PORT=<port> recipes/"},
     "inspect_data": {"<model>": "base"},
-    "scripts.verify": {"<model>": "base"},
+    "scripts.check_packing": {"<model>": "base"},
     "make_tiny_model": {"--nproc_per_node=2": "--nproc_per_node=2 --master_port=<port>"},
     "OPENAI_API_KEY": {"<your key>": "secret"},
     "plot_diversity": {},

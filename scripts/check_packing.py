@@ -1,7 +1,7 @@
 r"""Is a training step on packed rows the same as on padded ones? Compared on your own model and rows, in full.
 
-    python -m scripts.verify --model_name_or_path <model> --data_path alpaca_data.json
-    python -m scripts.verify --model_name_or_path <model> --data_path alpaca_data.json --bf16 True --num_rows 64
+    python -m scripts.check_packing --model_name_or_path <model> --data_path alpaca_data.json
+    python -m scripts.check_packing --model_name_or_path <model> --data_path alpaca_data.json --bf16 True --num_rows 64
 
 Takes one optimizer step's worth of rows, as train.py would for the same seed, and computes loss and gradient of every
 parameter, dropout disabled: padded with a mask as in 2023, every row alone, and in each way of packing. Rows alone and
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the comparison for the command line `argv`; returns the exit code."""
     classes = (ModelArguments, DataArguments, VerifyArguments)
     argv = sys.argv[1:] if argv is None else argv
-    (model_args, data_args, options), _ = arguments.parse(argv, classes, __doc__, program="scripts.verify")
+    (model_args, data_args, options), _ = arguments.parse(argv, classes, __doc__, program="scripts.check_packing")
     tokenizer, new_tokens = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)
     dataset, collate = data_module["train_dataset"], data_module["data_collator"]
@@ -152,5 +152,5 @@ def largest_difference(found: Gradient, expected: Gradient) -> tuple[float, str]
 
 
 if __name__ == "__main__":
-    with reported("scripts.verify"):
+    with reported("scripts.check_packing"):
         sys.exit(main())
