@@ -26,8 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alpaca.common import arguments
-from alpaca.common.arguments import flag
+from alpaca.common.arguments import flag, parse
 from alpaca.common.distributed import hide_progress_bars, leave, say
 from alpaca.common.errors import UsageError, reported
 from alpaca.common.files import fingerprint
@@ -41,8 +40,9 @@ from alpaca.models import deepspeed, fsdp
 from alpaca.models.embeddings import resize_embeddings
 from alpaca.models.load import base_slow_files, load_config, load_tokenizer, make_model
 from alpaca.models.lora import LoraArguments, check_lora
+from alpaca.training import legacy_flags
 from alpaca.training.checkpoint import find_checkpoint
-from alpaca.training.preflight import check_before_loading, check_combinations, check_evaluation
+from alpaca.training.preflight import check_before_loading, check_combinations, check_evaluation, refuse_no_model
 from alpaca.training.resume import (
     already_finished,
     begin,
@@ -176,9 +176,17 @@ class TrainingArguments(transformers.TrainingArguments):
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, LoraArguments, TrainingArguments]:
-    """The dataclasses from a command line of 2023 or of today; see alpaca/common/arguments.py."""
+    """The dataclasses from a command line of 2023 or of today; see alpaca/training/legacy_flags.py."""
     classes = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
-    (model_args, data_args, lora_args, training_args), notes = arguments.parse(argv, classes, description=__doc__)
+    (model_args, data_args, lora_args, training_args), notes = parse(
+        argv,
+        classes,
+        __doc__,
+        "train.py",
+        translate=legacy_flags.translate_legacy_flags,
+        adapt=legacy_flags.adapt,
+        hidden=legacy_flags.HIDDEN,
+    )
     check_lora(lora_args, training_args)
     if model_args.add_missing_tokens is None:
         model_args.add_missing_tokens = not lora_args
@@ -211,7 +219,8 @@ def preprocess(
     control token is plain text (2023 parsed it).
 
     Returns:
-        As alpaca.data.tokenization.make_tokens: input_ids, labels, lengths, num_targets, and problems as in alpaca/data/report.py.
+        As alpaca.data.tokenization.make_tokens: input_ids, labels, lengths, num_targets, and problems as in
+        alpaca/data/report.py.
     """
     eos, limit = tokenizer.eos_token, tokenizer.model_max_length
     ends = np.array([target.endswith(eos) for target in targets], dtype=bool)
@@ -231,7 +240,7 @@ def preprocess(
 
 
 class SupervisedDataset(Dataset):
-    """Rows of `data_path` as token ids and labels, tokenized once and cached (alpaca/data/tokenization.py), with a report."""
+    """Rows of `data_path` as token ids and labels, tokenized once and cached, with a report."""
 
     def __init__(
         self,
@@ -336,6 +345,7 @@ def train(argv: Sequence[str] | None = None) -> None:
     check_evaluation(training_args, data_args.eval_data_path)
     checkpoint = find_checkpoint(training_args)
 
+    refuse_no_model(model_args.model_name_or_path)
     tokenizer, num_new_tokens = load_tokenizer(model_args, training_args)
     data_module = make_supervised_data_module(tokenizer, data_args, training_args.cache_dir)
     for dataset in filter(None, (data_module["train_dataset"], data_module["eval_dataset"])):

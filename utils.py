@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from alpaca.common.errors import UsageError
+from alpaca.common.files import atomic_write
 from alpaca.completions.api import Completion, Prompt, Sampling
-from alpaca.inference.client import Client
 
 StrOrOpenAIObject = str | Mapping[str, Any]
 NOTHING = {"presence_penalty": 0.0, "frequency_penalty": 0.0, "suffix": None, "logprobs": None, "echo": False}
@@ -120,8 +120,6 @@ def jdump(obj: Any, f: str | Path | IO[str], mode: str = "w", indent: int | None
         with _open(f, mode) as file:
             file.write(text)
         return
-    from alpaca.common.files import atomic_write
-
     with atomic_write(f) as file:
         file.write(text)
 
@@ -200,6 +198,8 @@ async def _complete_all(
 ) -> list[Completion]:
     room = asyncio.Semaphore(batch_size * n)
     chat = any(not isinstance(prompt, str) for prompt in prompts)
+    from alpaca.inference.client import Client
+
     async with Client(model, api="chat" if chat else "auto", backoff=backoff) as client:
         asked = (client.base_url, model, client.api)
         if asked in _settled:

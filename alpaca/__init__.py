@@ -1,1 +1,9 @@
-"""The library behind train.py, generate_instruction.py and weight_diff.py: one concern a file."""
+"""What train.py, generate_instruction.py, weight_diff.py and scripts/ are made of. A wing imports only what stands
+below it (tests/test_layout.py):
+
+    evaluation
+    training     inference    datagen
+    models       packing      weights      completions
+    data
+    common
+"""

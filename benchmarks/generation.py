@@ -19,7 +19,7 @@ from pathlib import Path
 
 from alpaca.common.commands import Parser
 from benchmarks.machine import ROOT, write_result
-from tests.completion_server import CompletionServer
+from tests.support.completion_server import CompletionServer
 
 VERBS = "Name List Find Describe Compare Explain Choose Rank Sort Invent Suggest Summarize Rewrite Classify".split()
 RUN = """

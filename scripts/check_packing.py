@@ -33,6 +33,7 @@ from alpaca.packing.attention import PackLayout, confined_to_rows, named_kernel
 from alpaca.packing.loss import batch_loss
 from alpaca.packing.packing import MicroBatches, Packing, measure_rows, plan_packing, why_not_packed, why_not_shared
 from alpaca.packing.sampler import StepSampler
+from alpaca.training.preflight import refuse_no_model
 from train import DataArguments, ModelArguments, make_supervised_data_module
 
 Gradient = dict[str, Tensor]
@@ -57,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     classes = (ModelArguments, DataArguments, VerifyArguments)
     argv = sys.argv[1:] if argv is None else argv
     (model_args, data_args, options), _ = arguments.parse(argv, classes, __doc__, program="scripts.check_packing")
+    refuse_no_model(model_args.model_name_or_path)
     tokenizer, new_tokens = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)
     dataset, collate = data_module["train_dataset"], data_module["data_collator"]

@@ -23,9 +23,10 @@ from alpaca.completions.budget import budget_of, estimate
 from alpaca.completions.rows import RowAnswers, write_rows
 from alpaca.data.prompts import instruction_and_input
 from alpaca.data.rows import load_named, load_rows, partners
-from alpaca.evaluation import judge
 from alpaca.evaluation.bleu_rouge import ROUGE, overlap, worst
 from alpaca.evaluation.harness import HarnessRun
+from alpaca.evaluation.judge import PROMPT, judge_prompt, read_preference, tally
+from alpaca.evaluation.judge import questions as judge_questions
 from alpaca.inference.backend import Questions, Respondent
 from scripts.generate import GenerateArguments, answer_file, opened
 
@@ -126,8 +127,8 @@ def win_rate(
 ) -> None:  # fmt: skip
     """How often a judge prefers the answers of one file to those of another; a rerun continues and asks nothing twice.
 
-    The judge's prompt is ours (alpaca/evaluation/judge.py): the result is no AlpacaEval number, for which the official command
-    is printed.
+    The judge's prompt is ours (alpaca/evaluation/judge.py): the result is no AlpacaEval number, for which the official
+    command is printed.
 
     Args:
         outputs: rows with instruction and output, as alpaca_eval writes them.
@@ -160,7 +161,7 @@ def win_rate(
     result_path = output_path or f"{outputs.removesuffix('.json')}.win_rate.json"
     keep_input(result_path, "--output_path", outputs=outputs, reference=reference)
     ours, others = _pairs(outputs, reference)
-    asked = judge.questions(len(ours), orders, seed)
+    asked = judge_questions(len(ours), orders, seed)
     questions = [_judge_prompt(ours[q["row"]], others[q["row"]], q["first"]) for q in asked]
     if dry_run:
         print(estimate(questions, len(questions), max_tokens, budget))
@@ -177,9 +178,9 @@ def win_rate(
     write_rows(f"{result_path.removesuffix('.json')}.verdicts.json", verdicts)
     official = OFFICIAL.format(shlex.quote(outputs), shlex.quote(reference))
     result = {"what": "win rate by the judge of scripts.evaluate, in percent; not an AlpacaEval number",
-              **judge.tally(verdicts, len(ours), 2 if orders == "both" else 1),
+              **tally(verdicts, len(ours), 2 if orders == "both" else 1),
               "judge": judge, "orders": orders, "temperature": temperature,
-              "prompt_sha256": hashlib.sha256(judge.PROMPT.encode()).hexdigest(),
+              "prompt_sha256": hashlib.sha256(PROMPT.encode()).hexdigest(),
               "average_length": _average_length(ours), "reference_average_length": _average_length(others),
               "cost_dollars": round(budget.cost, 6), "official_command": official}  # fmt: skip
     print(_told(result, verdicts), f"AlpacaEval's own, after pip install alpaca_eval:\n    {official}", sep="\n")
@@ -190,7 +191,7 @@ def win_rate(
 def _verdict(entry: dict[str, Any], first: str) -> dict[str, Any]:
     text = entry["text"].strip()
     cut = entry["finish_reason"] == "length"
-    return {"output": text, "preference": judge.read_preference(text, first, cut)}
+    return {"output": text, "preference": read_preference(text, first, cut)}
 
 
 def _pairs(outputs: str, reference: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -204,7 +205,7 @@ def _pairs(outputs: str, reference: str) -> tuple[list[dict[str, Any]], list[dic
 
 
 def _judge_prompt(ours: dict[str, Any], others: dict[str, Any], first: str) -> str:
-    return judge.judge_prompt(instruction_and_input(ours), ours["output"], others["output"], first)
+    return judge_prompt(instruction_and_input(ours), ours["output"], others["output"], first)
 
 
 def _told(result: dict[str, Any], verdicts: list[dict[str, Any]]) -> str:

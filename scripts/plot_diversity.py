@@ -6,8 +6,8 @@ two-ring picture of the self-instruct (arXiv 2212.10560, figure 2) and Alpaca pa
     python -m scripts.plot_diversity --data_path regen.json --parser spacy --spacy_model en_core_web_md
 
 Writes <output>.png, <output>.svg and <output>.json, and prints how many of the instructions the picture stands for. An
-instruction counts once, however many inputs it has. The rules (alpaca/datagen/verb_noun.py) need no model; counts of different
-parsers cannot be compared, so the JSON names the one that made them.
+instruction counts once, however many inputs it has. The rules (alpaca/datagen/verb_noun.py) need no model; counts of
+different parsers cannot be compared, so the JSON names the one that made them.
 
 The angle of a wedge is its share of the instructions drawn. A wedge too thin for its name joins its verb's "other", or
 "other" verbs; the JSON has the counts of all.

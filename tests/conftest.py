@@ -116,7 +116,7 @@ def recipe(name: str, more: list[str], env: dict, real: bool):
 def _server() -> subprocess.Popen:
     """One per test worker, started when the first test needs it."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen([sys.executable, "tests/forked.py"], cwd=ROOT, env=env, text=True,
+    server = subprocess.Popen([sys.executable, "tests/support/forked.py"], cwd=ROOT, env=env, text=True,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
     atexit.register(server.kill)
     return server

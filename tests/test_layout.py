@@ -2,63 +2,72 @@
 
 import ast
 import inspect
-import json
 import re
-import subprocess
-import sys
 from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from support.imports import loaded_by
 
-FILES = sorted(path for folder in (".", "alpaca", "scripts") for path in (ROOT / folder).glob("*.py"))
+FILES = sorted(path for folder in (".", "alpaca/**", "scripts") for path in ROOT.glob(f"{folder}/*.py"))
 BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
-COMMANDS = {"train", "generate_instruction", "weight_diff"}
+COMMON, DATA = {"common"}, {"common", "data"}
+MAY_IMPORT = {  # a wing of alpaca/, or a file of the top folder, and the wings that it may import beside itself
+    "common": set(),
+    "data": COMMON,
+    **dict.fromkeys(("models", "packing", "weights", "completions"), DATA),
+    "training": DATA | {"models", "packing", "weights"},
+    "inference": DATA | {"models", "weights", "completions"},
+    "datagen": DATA | {"completions"},
+    "evaluation": DATA | {"inference", "models", "weights"},
+    "weight_diff": DATA | {"weights", "models"},
+    "utils": COMMON | {"completions", "inference"},
+    "train": DATA | {"models", "packing", "weights", "training"},
+    "generate_instruction": DATA | {"completions", "datagen", "inference", "utils"},
+}
 
 
-def group(path) -> str:
-    return path.parent.name if path.parent != ROOT else path.stem
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def imports(path):
-    """(imported top-level module, whether at module level) for every import of ours in `path`."""
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-        for name in names:
-            if (top := name.split(".")[0]) in COMMANDS | {"utils", "alpaca", "scripts"}:
-                yield top, node in tree.body
+MODULES = {module(path): path for path in FILES}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_form_a_dag(path):
-    for name, at_top in imports(path):
-        if group(path) == "alpaca":
-            assert name == "alpaca"
-        elif group(path) == "utils":
-            assert name == "alpaca" and not at_top, "utils imports alpaca only inside functions"
-        elif group(path) in COMMANDS:
-            assert name in ("utils", "alpaca")
+def wing(name: str) -> str:
+    """alpaca.data.rows -> data; train -> train; scripts.demo -> scripts"""
+    return name.split(".")[1] if name.startswith("alpaca.") else name.split(".")[0]
 
 
-def modules_imported(path) -> set[str]:
-    """The modules of alpaca/ that `path` imports when it runs, inside functions too."""
-    tree = ast.parse(path.read_text())
-    unused = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    unused = {id(inner) for node in unused for inner in ast.walk(node)}
+def imports(path: Path) -> set[str]:
+    """The modules of ours that `path` imports, at its top, inside functions and for type checkers."""
     found = set()
-    for node in (node for node in ast.walk(tree) if id(node) not in unused):
-        if isinstance(node, ast.ImportFrom):
-            found |= {node.module} if node.module != "alpaca" else {f"alpaca.{name.name}" for name in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
-    return {name.removeprefix("alpaca.") for name in found if name.startswith("alpaca.")}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & MODULES.keys()
 
 
-def test_imports_inside_alpaca_have_no_cycle():
-    graph = {path.stem: modules_imported(path) for path in FILES if group(path) == "alpaca"}
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_wing_imports_only_what_stands_below_it(name):
+    if wing(name) not in ("scripts", "alpaca") and not name.endswith("__init__"):
+        above = {other for other in imports(MODULES[name]) if wing(other) not in MAY_IMPORT[wing(name)] | {wing(name)}}
+        assert not above, f"{wing(name)} may import {sorted(MAY_IMPORT[wing(name)])}"
+
+
+def test_imports_have_no_cycle():
+    graph = {name: imports(path) - {name} for name, path in MODULES.items()}
     assert len(list(TopologicalSorter(graph).static_order())) == len(graph)  # CycleError names the cycle
+
+
+def test_every_wing_lists_its_rooms():
+    for folder in (path for path in (ROOT / "alpaca").iterdir() if (path / "__init__.py").exists()):
+        listed = re.findall(r"^(\w+) {2,}\w", ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), re.M)
+        assert sorted(listed) == sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+        assert len(listed) <= 10
 
 
 @pytest.mark.parametrize("path", [*FILES, *BENCHMARKS], ids=lambda path: str(path.relative_to(ROOT)))
@@ -72,14 +81,27 @@ def test_modules_and_functions_stay_small(path):
         assert not isinstance(node, ast.ExceptHandler) or node.type is not None, "bare except"
 
 
-def loaded_by(statement: str) -> set[str]:
-    code = f"{statement}\nimport sys, json; print(json.dumps(list(sys.modules)))"
-    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return set(json.loads(output.splitlines()[-1]))
+def all_of(wing: str) -> str:
+    return "import " + ", ".join(name for name in sorted(MODULES) if name.startswith(f"alpaca.{wing}."))
 
 
 def test_importing_utils_costs_nothing():
     assert not {"torch", "openai", "transformers", "numpy"} & loaded_by("import utils")
+
+
+def test_making_data_loads_no_torch():
+    assert not {"torch", "transformers"} & loaded_by(all_of("datagen"))
+
+
+def test_recovering_a_diff_loads_neither_transformers_nor_openai():
+    assert not {"transformers", "openai", "accelerate"} & loaded_by("import weight_diff")
+
+
+@pytest.mark.slow
+def test_answering_loads_nothing_of_training():
+    loaded = loaded_by(all_of("inference"))
+    assert not [name for name in loaded if name.startswith(("alpaca.training", "alpaca.packing"))]
+    assert not {"alpaca.models.fsdp", "alpaca.models.deepspeed"} & loaded
 
 
 @pytest.mark.slow
@@ -115,11 +137,7 @@ def test_public_names_of_2023_stay_where_they_were():
         assert list(inspect.signature(function).parameters)[: len(parameters.split())] == parameters.split()
 
 
-def test_the_readmes_tree_is_that_of_the_files():
+def test_the_readme_names_every_wing():
     tree = re.search(r"## What is here\n+```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
-    named, folder = [], ""
-    for line in tree.splitlines():
-        folder = folder if line.startswith(" ") else line.split()[0] if line.split()[0].endswith("/") else ""
-        named += [folder + name for name in re.findall(r"\b\w+\.py\b", line)]
-    files = [path.relative_to(ROOT).as_posix() for path in FILES if path.name != "__init__.py"]
-    assert sorted(named) == sorted(files)
+    wings = {path.parent.name for path in ROOT.glob("alpaca/*/__init__.py")}
+    assert wings <= set(re.findall(r"^ +(\w+)/", tree, re.M)) and len(wings) == 10

@@ -1,24 +1,17 @@
-"""The command line: 2023's spellings translated, unknown flags refused with the closest known name, and what this
-machine cannot do replaced by what it can. Every change is one line for the log, old -> new."""
+"""The command line of commands that are made of dataclasses of flags: unknown flags are refused with the closest known
+name. What 2023 called otherwise is translated by the command that asks for it (alpaca/training/legacy_flags.py)."""
 
 import dataclasses
 import difflib
 import json
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
 
 from alpaca.common.errors import UsageError
-from alpaca.training.legacy_flags import (
-    DROPPED,
-    WITHOUT_EFFECT,
-    _reset_without_effect,
-    adapt_to_hardware,
-    translate_legacy_flags,
-)
 
 
 def flag(default: Any, text: str, **metadata: Any) -> Any:
@@ -48,14 +41,14 @@ class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
 class FlagParser(transformers.HfArgumentParser):
     """Errors are raised, not printed under pages of usage; abbreviated flags are not guessed."""
 
-    def __init__(self, dataclass_types: Sequence[type], description: str | None, program: str):
+    def __init__(self, dataclass_types: Sequence[type], description: str | None, program: str, hidden: Collection[str]):
         super().__init__(dataclass_types, prog=program, usage=f"{program} [flags]", description=description,
                          formatter_class=HelpFormatter, allow_abbrev=False)  # fmt: skip
         inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
         for group in self._action_groups:  # for --help: our own flags before the hundred of transformers
             group._group_actions.sort(key=lambda action: action.dest in inherited)
             for action in group._group_actions:
-                if action.dest in inherited & {*DROPPED, *WITHOUT_EFFECT}:
+                if action.dest in hidden:
                     action.help = SUPPRESS
 
     def error(self, message: str):
@@ -67,20 +60,30 @@ class FlagParser(transformers.HfArgumentParser):
 
 
 def parse(
-    argv: Sequence[str], dataclass_types: Sequence[type], description: str | None = None, program: str = "train.py"
+    argv: Sequence[str],
+    dataclass_types: Sequence[type],
+    description: str | None,
+    program: str,
+    translate: Callable[[list[str]], tuple[list[str], list[str]]] | None = None,
+    adapt: Callable[[Namespace, FlagParser], list[str]] | None = None,
+    hidden: Collection[str] = (),
 ) -> tuple[tuple[Any, ...], list[str]]:
-    """One instance per dataclass, and the notes to print: 2023's flags translated, unknown ones refused before anything
-    loads, the rest fitted to this machine.
+    """Return one instance per dataclass and the notes to print. Unknown flags are refused before anything loads.
+
+    Args:
+        translate: makes today's command line of an older one, with a note for each change.
+        adapt: changes parsed flags in place before the dataclasses see them, with a note for each change.
+        hidden: flags that --help does not show.
 
     Raises:
         UsageError: the message names the flag, what was got and what is expected.
     """
-    parser = FlagParser(dataclass_types, description, program)
-    words, notes = translate_legacy_flags(list(argv))
+    parser = FlagParser(dataclass_types, description, program, hidden)
+    words, notes = (translate or _as_it_is)(list(argv))
     refuse_unknown_flags(words, parser.known())
     namespace = parser.parse_args(words)
-    if issubclass(dataclass_types[-1], transformers.TrainingArguments):
-        notes += _reset_without_effect(namespace, parser) + adapt_to_hardware(namespace)
+    if adapt:
+        notes += adapt(namespace, parser)
     try:
         parsed = parser.parse_dict(vars(namespace))
         for group in parsed:
@@ -89,6 +92,10 @@ def parse(
         return parsed, notes
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
+
+
+def _as_it_is(argv: list[str]) -> tuple[list[str], list[str]]:
+    return join_flags(split_flags(argv)), []
 
 
 def split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:

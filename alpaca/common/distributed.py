@@ -1,7 +1,8 @@
-"""Waiting for the other ranks, longer than --ddp_timeout, and hearing what they have found.
+"""The processes of a run: waiting for the other ranks, longer than --ddp_timeout, hearing what they have found,
+speaking once for all of them, and ending with the launcher. Importing this loads no torch.
 
-Both go through the store of torch.distributed, where ranks leave each other notes. A process group with another timeout
-would do as well, but takes sockets that a long run with many checkpoints uses up.
+Waiting and hearing go through the store of torch.distributed, where ranks leave each other notes. A process group with
+another timeout would do as well, but takes sockets that a long run with many checkpoints uses up.
 """
 
 import ctypes
@@ -11,10 +12,11 @@ import pickle
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-from torch.distributed.elastic.utils import store as store_utils
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
 
 A_DAY = 24 * 60 * 60.0
 _turn = itertools.count()  # every rank waits and gathers in the same order, so this names the occasion
@@ -24,14 +26,21 @@ REAPERS = ("init", "systemd", "slurmstepd", "tini", "dumb-init", "docker-init", 
 def wait_for_all_ranks() -> None:
     """A barrier with a day's patience: while one rank tokenizes a large data set, reads a large model or writes a
     checkpoint, the others must not run into --ddp_timeout."""
-    if _several():
-        store_utils.barrier(_store(), dist.get_world_size(), f"alpaca/{next(_turn)}", barrier_timeout=A_DAY)
+    if not _several():
+        return
+    import torch.distributed as dist
+    from torch.distributed.elastic.utils import store as store_utils
+
+    store_utils.barrier(_store(), dist.get_world_size(), f"alpaca/{next(_turn)}", barrier_timeout=A_DAY)
 
 
 def gather_from_all_ranks(value: Any) -> list[Any]:
     """`value` of every rank, in their order; [value] in a single process. Any object that pickle knows."""
     if not _several():
         return [value]
+    import torch.distributed as dist
+    from torch.distributed.elastic.utils import store as store_utils
+
     data, rank, world_size = pickle.dumps(value), dist.get_rank(), dist.get_world_size()
     values = store_utils.synchronize(_store(), data, rank, world_size, f"alpaca/{next(_turn)}/", timeout=A_DAY)
     return [pickle.loads(value) for value in values]
@@ -41,15 +50,21 @@ def leave() -> None:
     """The end of a run. No rank goes before all are done: torchrun ends them all when one goes wrong, even at its exit,
     and rank 0 may still be writing the model."""
     wait_for_all_ranks()
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _several() -> bool:
+    import torch.distributed as dist
+
     return dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _store() -> dist.Store:
+def _store() -> "Store":
+    import torch.distributed as dist
+
     return dist.distributed_c10d._get_default_store()
 
 
@@ -69,7 +84,7 @@ def say(message: str, rank: int) -> None:
         print(message, flush=True)
 
 
-def _die_with_parent() -> None:
+def die_with_launcher() -> None:
     """Linux: a torchrun that is killed with SIGKILL leaves its processes behind, which would go on training, holding
     GPUs and writing checkpoints, beside the run that is started to replace them."""
     if sys.platform == "linux":

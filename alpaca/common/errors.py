@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
-from alpaca.common.distributed import _die_with_parent
+from alpaca.common.distributed import die_with_launcher
 
 
 class UsageError(ValueError):
@@ -38,7 +38,7 @@ def reported(program: str) -> Iterator[None]:
     """
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     if launched:
-        _die_with_parent()
+        die_with_launcher()
     try:
         yield
         if launched:

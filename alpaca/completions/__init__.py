@@ -1,1 +1,8 @@
+"""Asking any model for many completions.
 
+api        what is asked and answered, and the errors of it
+runner     many requests at a time, each answered once
+rows       the rows of a file, answered
+journal    answers on disk as they come; a rerun continues
+budget     dollars and progress
+"""

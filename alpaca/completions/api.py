@@ -1,4 +1,5 @@
-"""TODO."""
+"""What is asked of a model, and what it answers: the interface between whoever asks and a server
+(alpaca/inference/client.py) or a model in this process (alpaca/inference/local_model.py)."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence

@@ -1,1 +1,9 @@
+"""From a file of rows to token ids.
 
+rows             reading rows: Alpaca's, Guanaco's, any file type
+prompts          the two Alpaca prompts, and templates like them
+chat_template    the same prompts as a chat template of the tokenizer
+tokenizer        opening a tokenizer; its special tokens, the pad token
+tokenization     where text becomes ids and labels, and the cache of them
+report           what is said about the data before training
+"""

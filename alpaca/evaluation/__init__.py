@@ -1,1 +1,7 @@
+"""Measuring a model.
 
+harness          lm-eval's tasks, with the published groups
+harness_tasks    group files, and a rehearsal of every task
+judge            an LLM as judge of two answers
+bleu_rouge       BLEU and ROUGE against references
+"""

@@ -1,1 +1,10 @@
+"""Answers of a model: a folder opened in this process, or a server.
 
+load             opening a model, an adapter or a diff for answers
+local_model      generating in this process
+token_stream     text while tokens come
+client           servers with OpenAI's API
+server_errors    what a server's error means, and when to ask again
+backend          a server or a folder, by one name
+demo             the engine behind the demo's page
+"""

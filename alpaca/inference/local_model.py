@@ -39,7 +39,8 @@ class LocalModel:
     chat: put each prompt into the tokenizer's chat template, if it has one; `api` says which way was taken.
     device: "cuda" or "cpu"; not given, the GPU if there is one. Weights are bfloat16 on a GPU that can, float16 on an
     older one, float32 on a CPU.
-    base: of an adapter or a weight diff (alpaca/inference/load.py); flag, base_flag: what names the folders, for messages.
+    base: of an adapter or a weight diff (alpaca/inference/load.py); flag, base_flag: what names the folders, for
+    messages.
     load_in_4bit, load_in_8bit: quantize the weights with bitsandbytes.
 
     `templates` are the prompt templates that the model was trained with (alpaca/data/prompts.py).

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Embeddings that fit a tokenizer."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager

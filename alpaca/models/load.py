@@ -20,7 +20,6 @@ from alpaca.data.tokenizer import (
 from alpaca.models import deepspeed, fsdp
 from alpaca.models.embeddings import resize_embeddings
 from alpaca.models.lora import LoraArguments, add_lora, base_dtype, quantization
-from alpaca.training.preflight import refuse_no_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -30,7 +29,6 @@ def load_tokenizer(model_args: Any, training_args: "TrainingArguments") -> tuple
     """The tokenizer with pad, eos, bos and unk tokens, and how many tokens had to be added for that, as in 2023.
     A token that is "" counts as missing."""
     name = model_args.model_name_or_path
-    refuse_no_model(name)
     unstated: dict[str, str | None] = {}
     options = dict(model_max_length=training_args.model_max_length, padding_side="right")
     try:

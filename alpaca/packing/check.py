@@ -4,7 +4,7 @@ The gradient of a few rows is computed three times: each row alone, padded, pack
 only, which says what rounding amounts to for this model, dtype and device; the third may not differ by much more.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -25,13 +25,11 @@ from alpaca.packing.packing import (
     why_not_shared,
 )
 from alpaca.packing.sampler import StepSampler
-from alpaca.training.trainer import _gradient
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
     from transformers import TrainingArguments
 
-    from alpaca.training.trainer import AlpacaTrainer
 
 FLOOR = 1e-5  # relative difference that is never minded: float32 rounding is below it
 MARGIN = 4  # times the difference between padded rows and the same alone, which is called rounding
@@ -56,23 +54,29 @@ def choose_packing(model: nn.Module, args: "TrainingArguments", dataset: "Datase
     return plan_packing(dataset, sizes, CPU_PACK_TOKENS if tokens == "auto" else int(tokens), share)
 
 
-def check_packing(trainer: "AlpacaTrainer", loader: "DataLoader") -> None:
-    """Compare and, on a mismatch, fall back: to packs without shared prefixes, then to padded batches. Says what came
-    out, in a line. Collective: all ranks try the same rows."""
+def check_packing(
+    loader: "DataLoader",
+    args: "TrainingArguments",
+    model: nn.Module,
+    gradient_of: Callable[[list[MicroBatch]], list[Tensor]],
+) -> None:
+    """Compare and, on a mismatch, fall back: to packs without shared prefixes, then to padded batches. Say what came
+    out, in a line. Collective: all ranks try the same rows.
+
+    gradient_of: computes, for rows of the loader's dataset, this rank's part of some tensors of the gradient."""
     sampler: StepSampler = loader.batch_sampler
     if sampler.packing is None:
         return
-    rank, step = trainer.args.process_index, next(sampler.steps())
+    rank, step = args.process_index, next(sampler.steps())
     rows = rows_to_try(sampler.packing, sampler.sizes, step)
     weights = [1.0 / max(int(sampler.sizes.num_targets[rows].sum()), 1)]
     alone = [MicroBatch([row], weights, False, None) for row in rows]
     padded = MicroBatch(rows, weights * len(rows), False, None)
-    with _without_eager(trainer.model):
-        reference = _gradient(trainer, loader, [padded])
-        noise = difference(_gradient(trainer, loader, alone), reference)
-    args = trainer.args
+    with _without_eager(model):
+        reference = gradient_of([padded])
+        noise = difference(gradient_of(alone), reference)
     rough = args.bf16 or args.fp16 or args.tf32
-    rough = rough or any(weight.dtype != torch.float32 for weight in trainer.model.parameters())  # LoRA's base
+    rough = rough or any(weight.dtype != torch.float32 for weight in model.parameters())  # LoRA's base
     if noise > MOST[bool(rough)]:
         sampler.packing = loader.dataset.packing = None
         say(f"note: padded batches: already rows alone differ from padded ones, by {noise:.1e}, and so there is no "
@@ -80,11 +84,11 @@ def check_packing(trainer: "AlpacaTrainer", loader: "DataLoader") -> None:
         return
     tries = [sampler.packing]
     if sampler.packing.prefixes:
-        tries.append(plan_packing(trainer.train_dataset, sampler.sizes, sampler.packing.max_tokens, False))
+        tries.append(plan_packing(loader.dataset.dataset, sampler.sizes, sampler.packing.max_tokens, False))
     for packing in tries:
         sampler.packing = loader.dataset.packing = packing
         what = "packs that share what rows begin with" if packing.prefixes else "packs"
-        gradient, failure = _attempt(trainer, loader, replace(padded, packed=True))
+        gradient, failure = _attempt(gradient_of, model, replace(padded, packed=True))
         if failure:
             say(f"note: no {what}: {failure}", rank)
             continue
@@ -114,17 +118,17 @@ def _without_eager(model: nn.Module) -> Iterator[None]:
 
 
 def _attempt(
-    trainer: "AlpacaTrainer", loader: "DataLoader", batch: MicroBatch
+    gradient_of: Callable[[list[MicroBatch]], list[Tensor]], model: nn.Module, batch: MicroBatch
 ) -> tuple[list[Tensor] | None, str | None]:
     """The gradient of a packed batch; or why a model, on some rank, cannot compute it."""
     gradient = failure = None
     try:
-        gradient = _gradient(trainer, loader, [batch])
+        gradient = gradient_of([batch])
     except (torch.OutOfMemoryError, torch.distributed.DistError):
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         failure = first_line(error)
-        trainer.model.zero_grad()
+        model.zero_grad()
     failures = [one for one in gather_from_all_ranks(failure) if one]
     return gradient, failures[0] if failures else None
 

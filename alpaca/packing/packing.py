@@ -6,8 +6,8 @@
     position 0 1 2 ...                          p-1         p p+1 ...                 p p+1 ...
 
 Under causal attention the states of the shared tokens are the same in every row, so they are computed once, and every
-row attends to them and to itself (alpaca/packing/attention.py). Their gradient is the sum over the rows, as it is when every
-row has its own copy.
+row attends to them and to itself (alpaca/packing/attention.py). Their gradient is the sum over the rows, as it is when
+every row has its own copy.
 """
 
 from collections.abc import Callable, Sequence

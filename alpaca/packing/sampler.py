@@ -20,15 +20,15 @@ StepSampler2023 yields the run of 2023 itself, repeated rows and steps across th
 import heapq
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from alpaca.packing.packing import MicroBatch, Packing, RowSizes, StepTotals
+from alpaca.packing.packing import Batch, MicroBatch, MicroBatches, Packing, RowSizes, StepTotals
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -304,6 +304,23 @@ class StepLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
+
+
+def make_loader(
+    args: "TrainingArguments", dataset: Dataset, collate: Callable[[list[Any]], Batch], sampler: StepSampler
+) -> StepLoader:
+    """Return a loader whose items are lists of batches, as `sampler` plans them."""
+    return StepLoader(
+        MicroBatches(dataset, collate, sampler.packing),
+        batch_sampler=sampler,
+        collate_fn=list,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+        persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        in_order=args.dataloader_in_order if args.dataloader_num_workers else True,
+        multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
+    )
 
 
 def rows_per_step(args: "TrainingArguments") -> int:

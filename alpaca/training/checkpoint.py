@@ -53,7 +53,7 @@ def find_checkpoint(args: "TrainingArguments") -> str | None:
 
 
 def _check_that_nothing_is_overwritten(args: "TrainingArguments", output: Path) -> None:
-    """For a run that does not continue the one in `output`. A finished one is compared later (alpaca/training/resume.py)."""
+    """For a run that does not continue the one in `output`. A finished one is compared later, by resume.py."""
     found, record = _numbered(output), read_record(output)
     if found and args.overwrite_output_dir:
         raise UsageError(

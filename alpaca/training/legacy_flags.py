@@ -1,4 +1,5 @@
-"""TODO."""
+"""2023's command line on today's stack: its spellings translated, and what this machine cannot do replaced by what it
+can. Every change is one line for the log, old -> new."""
 
 import json
 import os
@@ -33,7 +34,13 @@ WITHOUT_EFFECT = {  # flags of transformers for what is done otherwise here; acc
         ("remove_unused_columns", "label_names", "length_column_name"), "rows are tokens and labels, of known lengths"
     ),
 }
+HIDDEN = {*DROPPED, *WITHOUT_EFFECT}  # from --help
 FSDP_WORDS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "auto_wrap", "offload")
+
+
+def adapt(flags: Namespace, parser: FlagParser) -> list[str]:
+    """Fit parsed flags, in place, to what has an effect here and to this machine. Return a note for each change."""
+    return _reset_without_effect(flags, parser) + adapt_to_hardware(flags)
 
 
 def _reset_without_effect(flags: Namespace, parser: FlagParser) -> list[str]:

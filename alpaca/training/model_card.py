@@ -31,10 +31,9 @@ from alpaca.packing.sampler import rows_per_step
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+    from transformers import Trainer
 
-    from alpaca.training.trainer import AlpacaTrainer
-
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MARKER = "<!-- Written by train.py, and anew by its next run here. Delete this line to keep the file as it is. -->"
 # Ours; the Trainer's; peft's, as long as nobody has given it a name.
 OF_PROGRAMS = (
@@ -45,7 +44,7 @@ OF_PROGRAMS = (
 LICENCES = {"tatsu-lab/alpaca": "CC BY-NC 4.0", "seed_tasks.jsonl of this repository": "Apache-2.0"}
 
 
-def write_model_card(trainer: "AlpacaTrainer", flags: Mapping[str, Any]) -> None:
+def write_model_card(trainer: "Trainer", flags: Mapping[str, Any]) -> None:
     """Write README.md, but not over one that a person wrote. `flags`: of the model and of the data, by name."""
     path = Path(trainer.args.output_dir) / "README.md"
     try:
@@ -57,7 +56,7 @@ def write_model_card(trainer: "AlpacaTrainer", flags: Mapping[str, Any]) -> None
         say(f"note: {path} could not be written ({error})", 0)
 
 
-def model_card(trainer: "AlpacaTrainer", flags: Mapping[str, Any]) -> str:
+def model_card(trainer: "Trainer", flags: Mapping[str, Any]) -> str:
     args, dataset = trainer.args, trainer.train_dataset
     lora = getattr(trainer.model, "peft_config", {}).get("default")
     base, data = base_source(flags["model_name_or_path"]), data_source(flags["data_path"], flags["data_split"])
@@ -136,7 +135,7 @@ def metadata(base: Source, data: Source, lora: "LoraConfig | None") -> ModelCard
     )
 
 
-def usage(trainer: "AlpacaTrainer", flags: Mapping[str, Any], base: Source, lora: "LoraConfig | None") -> str:
+def usage(trainer: "Trainer", flags: Mapping[str, Any], base: Source, lora: "LoraConfig | None") -> str:
     """Python that runs as it is in the folder of the card."""
     asked = ANSWER if flags["backward"] else QUESTION
     templates = trainer.train_dataset.templates
@@ -224,9 +223,7 @@ def training_data(data: Source, dataset: Any) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def hyperparameters(
-    trainer: "AlpacaTrainer", flags: Mapping[str, Any], lora: "LoraConfig | None"
-) -> dict[str, str | None]:
+def hyperparameters(trainer: "Trainer", flags: Mapping[str, Any], lora: "LoraConfig | None") -> dict[str, str | None]:
     """As run, which may be other than asked for. None: does not apply."""
     args, state = trainer.args, trainer.state
     padded = args.batching == "padded" or any(entry.get("padding_share") for entry in state.log_history)
@@ -263,9 +260,9 @@ def hyperparameters(
     }
 
 
-def results(trainer: "AlpacaTrainer") -> dict[str, str | None]:
+def results(trainer: "Trainer") -> dict[str, str | None]:
     """From the log: each loss there is the mean since the entry before. Losses are nats per target token."""
-    log, started_at = trainer.state.log_history, trainer.started_at
+    log, started_at = trainer.state.log_history, getattr(trainer, "started_at", 0)
     losses = {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
     evaluated = [entry for entry in log if "eval_loss" in entry]
     rates = sorted(entry["tokens_per_second"] for entry in log if "tokens_per_second" in entry)
@@ -286,7 +283,7 @@ def results(trainer: "AlpacaTrainer") -> dict[str, str | None]:
     }
 
 
-def environment(trainer: "AlpacaTrainer", lora: "LoraConfig | None") -> dict[str, str | None]:
+def environment(trainer: "Trainer", lora: "LoraConfig | None") -> dict[str, str | None]:
     import torch
 
     args = trainer.args

@@ -139,9 +139,9 @@ def check_before_loading(
 def plan_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, float]:
     """(optimizer steps of the run, of an epoch), as the Trainer will count them. Says them, and warns where the run is
     shorter than --save_steps, so that only its end is saved."""
-    rows_per_step, (steps, per_epoch) = rows_per_step(args), count_steps(args, num_rows)
+    each, (steps, per_epoch) = rows_per_step(args), count_steps(args, num_rows)
     if per_epoch == 0:
-        least = f"step of {rows_per_step}"
+        least = f"step of {each}"
         if args.reproduce_2023:
             least = f"micro-batch of {args.train_batch_size} on each of {args.world_size} processes"
         raise UsageError(f"--dataloader_drop_last: {num_rows} rows are fewer than one {least}")
@@ -152,7 +152,7 @@ def plan_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, float]:
             "micro-batches of an epoch. With more, 2023's processes stepped without sharing gradients at its end"
         )
     as_then = ", rows and steps as in 2023" if args.reproduce_2023 else ""
-    say(f"{num_rows:,} rows, {rows_per_step} a step: {steps:,} optimizer steps{as_then}", args.process_index)
+    say(f"{num_rows:,} rows, {each} a step: {steps:,} optimizer steps{as_then}", args.process_index)
     if args.save_strategy == "steps" and args.save_steps > steps:
         say(f"note: --save_steps {args.save_steps} exceeds the {steps} steps of this run; only its end is saved",
             args.process_index)  # fmt: skip

@@ -2,13 +2,14 @@
 batch, the loss can be normalized as in 2023 or as today, a loss that is not finite stops the run, FSDP shards on CPU
 ranks too, and what is saved is always a plain checkpoint that `from_pretrained` reads, whole or not there."""
 
+import functools
 import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from alpaca.packing.attention import PackLayout, confined_to_rows, named_kernel
 from alpaca.packing.check import check_packing, choose_packing
 from alpaca.packing.loss import batch_loss
 from alpaca.packing.packing import MicroBatch, MicroBatches, StepTotals, active_dropout, measure_rows
-from alpaca.packing.sampler import StepLoader, Steps2023, StepSampler, StepSampler2023, sampler_seed
+from alpaca.packing.sampler import Steps2023, StepSampler, StepSampler2023, make_loader, sampler_seed
 from alpaca.training.checkpoint import (
     SaveOnlyWhenAsked,
     _caching_config,
@@ -41,9 +42,6 @@ from alpaca.training.checkpoint import (
 from alpaca.training.metrics import ConsoleCallback, SpeedMeter, plot_loss
 from alpaca.training.model_card import write_model_card
 from alpaca.training.nonfinite import BlackBox
-
-if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
 
 FP16_SCALE = 1024  # of the loss: the scaler's own first guess makes gradients infinite
 
@@ -66,7 +64,7 @@ class AlpacaTrainer(Trainer):
         slow_files: Mapping[str, bytes] | None = None,
         **kwargs: Any,
     ):
-        """`contract` (alpaca/training/resume.py) is kept with every checkpoint; `flags` are those of model and data, for the
+        """`contract` (of resume.py) is kept with every checkpoint; `flags` are those of model and data, for the
         model card; `slow_files` (alpaca/data/tokenizer.py) are saved with the tokenizer."""
         super().__init__(**kwargs)
         self.slow_files = slow_files
@@ -128,27 +126,13 @@ class AlpacaTrainer(Trainer):
                 group_by_length=args.train_sampling_strategy == "group_by_length",
                 **options,
             )
-        return self._loader(dataset, sampler)
+        return make_loader(args, dataset, self.data_collator, sampler)
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         args, dataset = self.args, self.eval_dataset if eval_dataset is None else eval_dataset
         sampler = StepSampler(measure_rows(dataset), args.eval_batch_size, world_size=args.world_size,
                               rank=args.process_index, normalization="sum")  # fmt: skip
-        return self._loader(dataset, sampler)
-
-    def _loader(self, dataset: Dataset, sampler: StepSampler) -> DataLoader:
-        args = self.args
-        return StepLoader(
-            MicroBatches(dataset, self.data_collator, sampler.packing),
-            batch_sampler=sampler,
-            collate_fn=list,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            in_order=args.dataloader_in_order if args.dataloader_num_workers else True,
-            multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
-        )
+        return make_loader(args, dataset, self.data_collator, sampler)
 
     # ---- steps ----
 
@@ -170,7 +154,8 @@ class AlpacaTrainer(Trainer):
             kwargs |= dict(num_update_steps_per_epoch=steps, steps_in_epoch=lists)
         with explained(self.args):
             if not self._packing_checked:
-                check_packing(self, train_dataloader)
+                gradient_of = functools.partial(self.gradient_of, train_dataloader.dataset)
+                check_packing(train_dataloader, self.args, self.model, gradient_of)
                 self._packing_checked = True
             super()._run_epoch(train_dataloader=train_dataloader, epoch=epoch, **kwargs)
 
@@ -197,6 +182,28 @@ class AlpacaTrainer(Trainer):
             self.black_box.losses.append(loss)
             total += loss
         return total
+
+    def gradient_of(self, dataset: MicroBatches, batches: list[MicroBatch]) -> list[Tensor]:
+        """Return this rank's part of the gradient of `batches` by the tensors of the first decoder layer that is
+        trained, which the gradient reaches through those behind it."""
+        model = self.model_wrapped
+        model.train(not active_dropout(self.model))
+        for number, planned in enumerate(batches):
+            batch = self._prepare_inputs(
+                {name: value for name, value in dataset[planned].items() if name not in ("rows", "step")}
+            )
+            with self.attention_for(batch), self.compute_loss_context_manager():
+                loss = self.compute_loss(model, batch)
+                if self.is_deepspeed_enabled:
+                    deepspeed.backward(model, loss, last=number == len(batches) - 1)
+                else:
+                    (loss * FP16_SCALE if self.args.fp16 else loss).backward()
+        parts = (*repeated_layers(self.model), self.model)
+        trained = ([g for p in part.parameters() if (g := deepspeed.gradient(p)) is not None] for part in parts)
+        gradients = next(filter(None, trained), [])
+        gradients = [(g.to_local() if isinstance(g, DTensor) else g).detach().clone() for g in gradients]
+        (model.optimizer if self.is_deepspeed_enabled else model).zero_grad()
+        return gradients
 
     def _reduction(self, model: nn.Module, last: bool) -> AbstractContextManager:
         """Gradients are reduced over the ranks after the last micro-batch of a step; under FSDP after each, so that
@@ -387,26 +394,3 @@ class AlpacaTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing to do: train.py has already read the weights of the checkpoint instead of the base model's."""
-
-
-def _gradient(trainer: "AlpacaTrainer", loader: "DataLoader", batches: list[MicroBatch]) -> list[Tensor]:
-    """Of the first decoder layer that is trained, which the gradient reaches through those behind it: this rank's part
-    of each tensor."""
-    model = trainer.model_wrapped
-    model.train(not active_dropout(trainer.model))
-    for number, planned in enumerate(batches):
-        batch = trainer._prepare_inputs(
-            {name: value for name, value in loader.dataset[planned].items() if name not in ("rows", "step")}
-        )
-        with trainer.attention_for(batch), trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, batch)
-            if trainer.is_deepspeed_enabled:
-                deepspeed.backward(model, loss, last=number == len(batches) - 1)
-            else:
-                (loss * FP16_SCALE if trainer.args.fp16 else loss).backward()
-    parts = (*repeated_layers(trainer.model), trainer.model)
-    trained = ([g for p in part.parameters() if (g := deepspeed.gradient(p)) is not None] for part in parts)
-    gradients = next(filter(None, trained), [])
-    gradients = [(g.to_local() if isinstance(g, DTensor) else g).detach().clone() for g in gradients]
-    (model.optimizer if trainer.is_deepspeed_enabled else model).zero_grad()
-    return gradients

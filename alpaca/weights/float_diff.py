@@ -1,8 +1,8 @@
 """The weight diff of 2023: tuned minus base in float32, as an ordinary checkpoint; and the sum that was its check.
 
 It recovers almost exactly (float32 rounds; a mean is not the same on every CPU) and proves nothing: new diffs are exact
-(alpaca/weights/exact_diff.py). This is for diffs made by the code of 2023, and for people who still recover with it: what is
-written here, that code opens (transformers 4.28.1). Tensors are read and written in pieces.
+(alpaca/weights/exact_diff.py). This is for diffs made by the code of 2023, and for people who still recover with it: what
+is written here, that code opens (transformers 4.28.1). Tensors are read and written in pieces.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,4 +1,5 @@
-"""TODO."""
+"""What a folder says of its own making: the records that training leaves in it, and fingerprints of the files that
+answers depend on."""
 
 import hashlib
 import json

@@ -1,0 +1,10 @@
+"""The former name of scripts.check_packing."""
+
+import sys
+
+from alpaca.common.errors import reported
+from scripts.check_packing import main
+
+if __name__ == "__main__":
+    with reported("scripts.verify"):
+        sys.exit(main())

@@ -1,0 +1,102 @@
+"""A step that is not finite stops the run, before it reaches the weights, and its rows are named in a file."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import train, write_rows
+from support.poison import poisoned
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = pytest.mark.slow
+
+FLAGS = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3, num_train_epochs=1,
+             logging_steps=1, save_strategy="steps", save_steps=1, save_total_limit=1, pad_token="<unk>",
+             train_sampling_strategy="sequential")  # fmt: skip
+
+
+@pytest.mark.parametrize("processes, fsdp", [(0, ""), (2, "full_shard auto_wrap")])
+def test_rows_of_a_loss_that_is_not_finite_are_named(tiny, tmp_path, processes, fsdp):
+    """Row 13 holds the letter. In order, with 4 rows a step on one process, it is in step 4; on two ranks with 8 a step
+    in step 2. The rows it is packed with are not blamed."""
+    rows = json.loads(open(write_rows(tmp_path / "rows.json", 20)).read())
+    rows[13]["output"] += " Ω"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    model = poisoned(tmp_path / "model", tiny("llama"), float("nan"))
+    out = tmp_path / "out"
+    flags = dict(model_name_or_path=model, data_path=tmp_path / "rows.json", output_dir=out, fsdp=fsdp, **FLAGS)
+    stopped = train(flags, processes, check=False)
+    step = 2 if processes else 4
+    assert stopped.returncode != 0 and stopped.stderr.count(f"step {step}: the loss is not finite") == 1
+    assert "Rows where it is not: 13." in stopped.stderr
+    assert f"step {step - 1}/" in stopped.stdout and f"step {step}/" not in stopped.stdout
+    content = json.loads((out / f"nonfinite_step_{step}.json").read_text())
+    assert (content["step"], content["what"], content["rows"]) == (step, "loss", [13])
+    (batch,) = content["micro_batches"]
+    assert (batch["micro_batch"], batch["loss"]) == (0, "nan")
+    (bad,) = [row for row in batch["rows"] if not row["finite"]]
+    assert rows[13]["instruction"] in bad["starts"] and bad["row"] == 13 and len(batch["rows"]) == 4
+    assert content["last_log_lines"][-1]["step"] == step - 1
+    saved = AutoModelForCausalLM.from_pretrained(out / f"checkpoint-{step - 1}").get_input_embeddings().weight
+    assert int(torch.isnan(saved).any(1).sum()) == 1, "only the row that was poisoned from the start"
+
+
+def test_a_gradient_that_is_not_finite_stops_too(tiny, tmp_path):
+    """With losses that are finite."""
+    from alpaca.common.errors import UsageError
+    from alpaca.training.nonfinite import BlackBox
+
+    class Args:
+        fp16, world_size, process_index, output_dir = False, 1, 0, str(tmp_path)
+
+    class State:
+        global_step, epoch, log_history = 6, 0.5, []
+
+    class Rows(list):
+        report = SimpleNamespace(numbers=[0, 2, 2, 5])  # of the file
+
+    dataset = Rows(dict(input_ids=torch.tensor([5, 6, 7])) for _ in range(4))
+    box = BlackBox(dataset, AutoTokenizer.from_pretrained(tiny("llama")))
+    box.begin_step([[(3, 2), (1, 1)]])
+    box.losses, box.target_losses = [torch.tensor(1.0)], [torch.ones(3)]
+    box.grad_norm = torch.tensor(2.0)
+    box.on_pre_optimizer_step(Args, State, None)
+    box.grad_norm = torch.tensor(float("inf"))
+    with pytest.raises(UsageError, match="step 7: the gradient norm is not finite. Rows in that step: 5, 2"):
+        box.on_pre_optimizer_step(Args, State, None)
+    Args.fp16 = True  # there the loss scaler skips such a step
+    box.on_pre_optimizer_step(Args, State, None)
+
+
+def test_one_synchronisation_a_step(tiny, tmp_path, monkeypatch):
+    """Reads of a tensor's value between the loader and the next step, with a log line for each: a host that trains on a
+    GPU waits for it at each."""
+    from alpaca.training.trainer import AlpacaTrainer
+    from train import DataCollatorForSupervisedDataset, SupervisedDataset, TrainingArguments
+
+    reads, at_step = [], []
+
+    class Counting(AlpacaTrainer):
+        def get_batch_samples(self, *args):
+            at_step.append(len(reads))
+            samples = super().get_batch_samples(*args)
+            del reads[at_step[-1] :]  # the loader's tensors are the host's own
+            return samples
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, original=original, name=name):
+            reads.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"), model_max_length=512, pad_token="<unk>")
+    args = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, max_steps=4, logging_steps=1,
+                             report_to="none", save_strategy="no", per_device_train_batch_size=2,
+                             gradient_accumulation_steps=4)  # fmt: skip
+    Counting(model=AutoModelForCausalLM.from_pretrained(tiny("llama")), args=args, processing_class=tokenizer,
+             train_dataset=SupervisedDataset(write_rows(tmp_path / "rows.json", 32), tokenizer),
+             data_collator=DataCollatorForSupervisedDataset(tokenizer)).train()  # fmt: skip
+    assert [after - before for before, after in zip(at_step, at_step[1:])] == [1, 1, 1], reads
