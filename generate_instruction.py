@@ -22,18 +22,18 @@ import utils
 from alpaca.common import commands
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, reported
-from alpaca.common.files import keep_input
+from alpaca.common.files import refuse_overwriting_input
 from alpaca.completions.api import Sampling
 from alpaca.completions.budget import Progress, budget_of, estimate
 from alpaca.completions.journal import Journal
-from alpaca.completions.rows import RowAnswers, write_rows
-from alpaca.completions.runner import Asker, answered_before
+from alpaca.completions.rows import BatchCompletion, write_rows
+from alpaca.completions.runner import RequestRunner, answered_before
 from alpaca.data.prompts import format_prompt, instruction_and_input
 from alpaca.data.rows import load_rows
 from alpaca.datagen import self_instruct
 from alpaca.datagen.self_instruct import find_word_in_string, load_prompt, load_seed_tasks  # noqa: F401  the first: of 2023
 from alpaca.datagen.state import JOURNAL, REPORT, Generation
-from alpaca.inference.backend import Respondent, is_folder, open_respondent
+from alpaca.inference.backend import ModelBackend, is_folder, open_backend
 
 ROOT = Path(__file__).resolve().parent
 STOP_OF_2023 = ("\n20", "20.", "20.")  # the list has 20 tasks
@@ -109,9 +109,12 @@ def generate_instruction_following_data(
         UsageError: a bad flag, file, key, address or model, before anything is asked, or the limit of cost.
     """
     check_numbers(
-        num_instructions_to_generate=num_instructions_to_generate, num_prompt_instructions=num_prompt_instructions,
-        request_batch_size=request_batch_size, max_tokens=max_tokens, num_cpus=num_cpus,
-    )  # fmt: skip
+        num_instructions_to_generate=num_instructions_to_generate,
+        num_prompt_instructions=num_prompt_instructions,
+        request_batch_size=request_batch_size,
+        max_tokens=max_tokens,
+        num_cpus=num_cpus,
+    )
     seeds, head = load_seed_tasks(seed_tasks_path), load_prompt(prompt_path or ROOT / "prompt.txt")
     if not 0 <= num_generated_in_prompt <= num_prompt_instructions <= len(seeds):
         raise UsageError(
@@ -127,18 +130,27 @@ def generate_instruction_following_data(
         print(estimate([prompt], -(-num_instructions_to_generate // EXPECTED), max_tokens, budget))
         return
 
-    at_once = _at_once(model_name, base_url, request_batch_size, concurrency)
-    model = open_respondent(model_name, base_url, api, request_batch_size)
+    concurrency = _at_once(model_name, base_url, request_batch_size, concurrency)
+    model = open_backend(model_name, base_url, api, request_batch_size)
 
-    def settle(endpoint: str) -> tuple[Sampling, dict[str, Any]]:
+    def prepare(endpoint: str) -> tuple[Sampling, dict[str, Any]]:
         chosen = parser if parser != "auto" else ("original" if endpoint == "completions" else "robust")
         stop = STOP_OF_2023 if chosen == "original" else ()
         sampling = Sampling(max_tokens, temperature, top_p, stop, logit_bias=bias)
         return sampling, {"examples": num_prompt_instructions, "parser": chosen}
 
     with Journal(Path(output_dir) / JOURNAL) as journal:
-        state = Generation(Path(output_dir), journal, seeds, head, num_prompt_instructions, num_generated_in_prompt,
-                           seed, num_cpus, stable_ties)  # fmt: skip
+        state = Generation(
+            Path(output_dir),
+            journal,
+            seeds,
+            head,
+            num_prompt_instructions,
+            num_generated_in_prompt,
+            seed,
+            num_cpus,
+            stable_ties,
+        )
         print(f"Loaded {len(seeds)} human-written seed instructions, {len(state.rows)} machine-generated instructions")
         known = answered_before(journal, state.next, budget)
         journal.append({"kind": "run", "seed": state.seed, "model": model_name, "time": time.time()})
@@ -148,9 +160,18 @@ def generate_instruction_following_data(
             state.take(entries)
             progress.show(len(state.rows), asker.asked, getattr(model, "retries", 0))
 
-        asker = Asker(model, settle, journal, budget, state.prompt_of,
-                      lambda on_their_way: state.wants(num_instructions_to_generate, on_their_way), take, at_once,
-                      state.next, known)  # fmt: skip
+        asker = RequestRunner(
+            model,
+            prepare,
+            journal,
+            budget,
+            state.prompt_of,
+            lambda in_flight: state.wants(num_instructions_to_generate, in_flight),
+            take,
+            concurrency,
+            state.next,
+            known,
+        )
         try:
             asker.run()
         finally:
@@ -213,9 +234,17 @@ def generate_responses(
         UsageError: a bad flag, file, key, address or model, the limit of cost, or rows without an answer.
     """
     sampling = Sampling(max_tokens, temperature, top_p)
-    respondent = Respondent(model_name, sampling, None, base_url, api, request_batch_size,
-                            batch_size_flag="--request_batch_size", base_flag=None)  # fmt: skip
-    keep_input(output_path, "--output_path", data_path=data_path)
+    respondent = ModelBackend(
+        model_name,
+        sampling,
+        None,
+        base_url,
+        api,
+        request_batch_size,
+        batch_size_flag="--request_batch_size",
+        base_flag=None,
+    )
+    refuse_overwriting_input(output_path, "--output_path", data_path=data_path)
     if prompt not in ("auto", "plain", "alpaca"):
         raise UsageError(f"--prompt {prompt}: expected auto, plain or alpaca")
     rows, budget = load_rows(data_path), budget_of(price_in, price_out, max_cost)
@@ -225,19 +254,21 @@ def generate_responses(
         print(estimate(prompts, len(prompts), max_tokens, budget))
         return
 
-    at_once = _at_once(model_name, base_url, request_batch_size, concurrency)
+    concurrency = _at_once(model_name, base_url, request_batch_size, concurrency)
     model = respondent.open()
     if prompt != "plain" and (own := getattr(model, "templates", None)):  # a folder's
         prompts = [format_prompt(row, own) for row in rows]
 
-    def settle(endpoint: str) -> tuple[Sampling, dict[str, Any]]:
+    def prepare(endpoint: str) -> tuple[Sampling, dict[str, Any]]:
         nonlocal prompts
         prompts = plain if prompt == "plain" or (prompt == "auto" and endpoint == "chat") else prompts
         return sampling, {}
 
     how = respondent.how(rows=plain, prompts=prompts) | {"prompt": prompt}
-    prompt_of = lambda row: prompts[row]  # noqa: E731  settle may change them
-    RowAnswers(rows, output_path, model, settle, prompt_of, how, at_once, budget, drop_failed=drop_failed).run()
+    prompt_of = lambda row: prompts[row]  # noqa: E731  prepare may change them
+    BatchCompletion(
+        rows, output_path, model, prepare, prompt_of, how, concurrency, budget, drop_failed=drop_failed
+    ).run()
 
 
 # ---- from regen.json to a data file ----
@@ -259,7 +290,7 @@ def export(
         eval_path: file for them; not given, output_path with _eval before its ending.
         seed: of the choice of rows that are held out.
     """
-    keep_input(output_path, "--output_path", regen_path=regen_path)
+    refuse_overwriting_input(output_path, "--output_path", regen_path=regen_path)
     try:
         rows = utils.jload(regen_path)
         rows = [{name: row[name] for name in ("instruction", "input", "output")} for row in rows]

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca.common.arguments import flag, parse
-from alpaca.common.distributed import hide_progress_bars, leave, say
+from alpaca.common.distributed import hide_progress_bars, print_rank0, shutdown
 from alpaca.common.errors import UsageError, reported
 from alpaca.common.files import fingerprint
 from alpaca.data.chat_template import set_chat_template
@@ -42,14 +42,14 @@ from alpaca.models.load import base_slow_files, load_config, load_tokenizer, mak
 from alpaca.models.lora import LoraArguments, check_lora
 from alpaca.training import legacy_flags
 from alpaca.training.checkpoint import find_checkpoint
-from alpaca.training.preflight import check_before_loading, check_combinations, check_evaluation, refuse_no_model
+from alpaca.training.preflight import check_before_loading, check_combinations, check_evaluation, check_is_model
 from alpaca.training.resume import (
-    already_finished,
-    begin,
     check_contract,
+    check_not_finished,
     describe_run,
-    finish,
     keep_decisions,
+    mark_finished,
+    mark_started,
     note_decisions,
 )
 from alpaca.training.trainer import AlpacaTrainer
@@ -194,7 +194,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Lor
         training_args._n_gpu = 1
         notes.append("several GPUs, one process -> the first GPU is used; torchrun --nproc_per_node=N takes N")
     for note in notes:
-        say(f"flag: {note}", training_args.process_index)
+        print_rank0(f"flag: {note}", training_args.process_index)
     return model_args, data_args, lora_args, training_args
 
 
@@ -345,17 +345,17 @@ def train(argv: Sequence[str] | None = None) -> None:
     check_evaluation(training_args, data_args.eval_data_path)
     checkpoint = find_checkpoint(training_args)
 
-    refuse_no_model(model_args.model_name_or_path)
+    check_is_model(model_args.model_name_or_path)
     tokenizer, num_new_tokens = load_tokenizer(model_args, training_args)
     data_module = make_supervised_data_module(tokenizer, data_args, training_args.cache_dir)
     for dataset in filter(None, (data_module["train_dataset"], data_module["eval_dataset"])):
-        say(str(dataset.report), training_args.process_index)
+        print_rank0(str(dataset.report), training_args.process_index)
 
     set_chat_template(tokenizer, data_module["train_dataset"].templates, training_args.process_index)
     keep_decisions(training_args, checkpoint)
     contract = describe_run(training_args, model_args, data_args, lora_args, data_module["train_dataset"], tokenizer)
-    if already_finished(training_args, contract, checkpoint):
-        return leave()
+    if check_not_finished(training_args, contract, checkpoint):
+        return shutdown()
     check_contract(training_args, contract, checkpoint)
 
     config = load_config(model_args, training_args, None if lora_args else checkpoint)
@@ -371,15 +371,15 @@ def train(argv: Sequence[str] | None = None) -> None:
         slow_files=base_slow_files(tokenizer, training_args),
         **data_module,
     )
-    begin(training_args, contract)
+    mark_started(training_args, contract)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.was_stopped_early():
-        return leave()
+        return shutdown()
     trainer.save_final_model(getattr(torch, training_args.save_dtype))
     trainer.create_model_card()
-    finish(training_args, contract)
-    say(f"saved to {training_args.output_dir}", training_args.process_index)
-    leave()
+    mark_finished(training_args, contract)
+    print_rank0(f"saved to {training_args.output_dir}", training_args.process_index)
+    shutdown()
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alpaca.common import commands
-from alpaca.common.errors import UsageError, human, reported
+from alpaca.common.errors import UsageError, format_bytes, reported
 from alpaca.common.files import new_folder
 from alpaca.data.prompts import format_prompt
 from alpaca.data.tokenizer import copy_slow_files
@@ -77,7 +77,7 @@ def make_diff(
                 else:
                     diff.write(pipe, folder, max_shard_size)
                     lines = [*diff.notes(), *write_files_of_2023(tuned.folder, base.folder, folder)]
-    print("\n".join([*lines, f"wrote {path_diff}: {human(size)}"]), flush=True)
+    print("\n".join([*lines, f"wrote {path_diff}: {format_bytes(size)}"]), flush=True)
 
 
 def recover(
@@ -113,8 +113,19 @@ def recover(
     Raises:
         UsageError: base and diff do not fit, or a byte of them is not what it was; nothing is written.
     """
-    return _recover(path_raw, path_diff, path_tuned, device, test_inference, check_integrity_naively, dtype,
-                    max_shard_size, overwrite, digest, load=True)  # fmt: skip
+    return _recover(
+        path_raw,
+        path_diff,
+        path_tuned,
+        device,
+        test_inference,
+        check_integrity_naively,
+        dtype,
+        max_shard_size,
+        overwrite,
+        digest,
+        load=True,
+    )
 
 
 def verify(path_diff: str, path_tuned: str, path_raw: str | None = None, digest: str | None = None) -> None:
@@ -153,10 +164,18 @@ def verify(path_diff: str, path_tuned: str, path_raw: str | None = None, digest:
 
 
 def _recover(
-    path_raw: str, path_diff: str, path_tuned: str | None = None, device: str = "cpu", test_inference: bool = False,
-    check_integrity_naively: bool | None = None, dtype: str | None = None, max_shard_size: str = "5GB",
-    overwrite: bool = False, digest: str | None = None, load: bool = False,
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase] | None":  # fmt: skip
+    path_raw: str,
+    path_diff: str,
+    path_tuned: str | None = None,
+    device: str = "cpu",
+    test_inference: bool = False,
+    check_integrity_naively: bool | None = None,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    digest: str | None = None,
+    load: bool = False,
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase] | None":
     """`recover`, which loads the model only if it is to answer or to be returned."""
     dtype = str(dtype).removeprefix("torch.") if dtype is not None else None
     check_device(device)
@@ -198,9 +217,13 @@ def _verdict(
 
 
 def _load(
-    diff: ExactDiff | FloatDiff, path_tuned: str | None, state: dict[str, torch.Tensor] | None, device: str,
-    dtype: torch.dtype | None, test_inference: bool,
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":  # fmt: skip
+    diff: ExactDiff | FloatDiff,
+    path_tuned: str | None,
+    state: dict[str, torch.Tensor] | None,
+    device: str,
+    dtype: torch.dtype | None,
+    test_inference: bool,
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """The recovered model, from its folder or from memory, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 

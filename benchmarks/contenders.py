@@ -41,11 +41,23 @@ class Setup:
         `per_device` rows; by default as many as make `per_step`."""
         gpu = self.device.type == "cuda"
         return dict(
-            output_dir=self.folder, per_device_train_batch_size=per_device, max_steps=self.steps, seed=SEED,
-            gradient_accumulation_steps=accumulation or self.per_step // per_device, bf16=gpu, tf32=gpu or None,
-            use_cpu=not gpu, optim="adamw_torch_fused", learning_rate=2e-5, weight_decay=0.0,
-            lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=self.folder,
+            per_device_train_batch_size=per_device,
+            max_steps=self.steps,
+            seed=SEED,
+            gradient_accumulation_steps=accumulation or self.per_step // per_device,
+            bf16=gpu,
+            tf32=gpu or None,
+            use_cpu=not gpu,
+            optim="adamw_torch_fused",
+            learning_rate=2e-5,
+            weight_decay=0.0,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
 
 
 def stock(setup: Setup, per_device: int = 4, **flags: Any) -> Trainer:
@@ -135,8 +147,15 @@ def rivals(tokens: str) -> list[Contender]:
     """On a GPU the rivals also get micro-batches of 16 rows, which suit it better than 4."""
     sixteen = [Contender(f"{c.name}, 16 rows", c.build, {**c.flags, "per_device": 16}) for c in (REBALANCED, TRL_FREE)]
     packing = {"packing": True, "max_length": 2048}
-    return [PADDED, packed(tokens, True, "ours (all)"), REBALANCED, TRL_PADDED, TRL_FREE, *sixteen,
-            Contender("TRL, packing of 2048 tokens", trl, packing, own_rows=True)]  # fmt: skip
+    return [
+        PADDED,
+        packed(tokens, True, "ours (all)"),
+        REBALANCED,
+        TRL_PADDED,
+        TRL_FREE,
+        *sixteen,
+        Contender("TRL, packing of 2048 tokens", trl, packing, own_rows=True),
+    ]
 
 
 def items(tokens: str) -> list[Contender]:

@@ -61,9 +61,15 @@ def measure(tasks: int, url: str, ties: str) -> dict[str, float]:
         seconds = time.perf_counter() - begin
         words = done.stdout.rsplit("PEAK", 1)[1].split()
         report = json.loads((Path(folder) / "generation_report.json").read_text())
-    result = {"tasks": report["rows"], "proposed": report["proposed"], "requests": report["requests"],
-              "seconds": round(seconds, 1), "cpu_seconds": round(float(words[2]), 1),
-              "peak_MB": round(int(words[0]) / 1000), "ties": ties}  # fmt: skip
+    result = {
+        "tasks": report["rows"],
+        "proposed": report["proposed"],
+        "requests": report["requests"],
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(float(words[2]), 1),
+        "peak_MB": round(int(words[0]) / 1000),
+        "ties": ties,
+    }
     print(result, flush=True)
     return result
 

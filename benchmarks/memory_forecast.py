@@ -39,9 +39,17 @@ RUNS = {
 
 def run(model: str, processes: int, flags: list[str], folder: Path) -> tuple[float, float]:
     """(forecast, peak) of a run in bytes."""
-    words = [f"--model_name_or_path={model}", f"--data_path={folder / 'rows.json'}", "--max_steps=2", *flags,
-             f"--output_dir={tempfile.mkdtemp(dir=folder)}", "--save_strategy=no", f"--cache_dir={folder / 'cache'}",
-             "--per_device_train_batch_size=4", "--use_cpu=True"]  # fmt: skip
+    words = [
+        f"--model_name_or_path={model}",
+        f"--data_path={folder / 'rows.json'}",
+        "--max_steps=2",
+        *flags,
+        f"--output_dir={tempfile.mkdtemp(dir=folder)}",
+        "--save_strategy=no",
+        f"--cache_dir={folder / 'cache'}",
+        "--per_device_train_batch_size=4",
+        "--use_cpu=True",
+    ]
     child = folder / "child.py"
     child.write_text(CHILD)
     launcher = [sys.executable]

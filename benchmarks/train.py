@@ -65,8 +65,13 @@ def make_tokenizer(rows: list[dict[str, str]], folder: Path) -> transformers.Pre
 def describe_rows(dataset: train.SupervisedDataset) -> dict[str, Any]:
     lengths = sorted(len(ids) for ids in dataset.input_ids)
     targets = sum(int((labels != train.IGNORE_INDEX).sum()) for labels in dataset.labels)
-    return {"rows": len(lengths), "mean": round(sum(lengths) / len(lengths), 1), "median": lengths[len(lengths) // 2],
-            "longest": lengths[-1], "share_of_prompt": round(1 - targets / sum(lengths), 3)}  # fmt: skip
+    return {
+        "rows": len(lengths),
+        "mean": round(sum(lengths) / len(lengths), 1),
+        "median": lengths[len(lengths) // 2],
+        "longest": lengths[-1],
+        "share_of_prompt": round(1 - targets / sum(lengths), 3),
+    }
 
 
 def planned_tokens(dataset: train.SupervisedDataset, per_step: int, steps: int) -> list[int]:
@@ -82,9 +87,15 @@ def model_shape(device: torch.device, vocab_size: int) -> LlamaConfig:
     AdamW's moments, bfloat16 copies) would take more than 85% of the card: fewer of its layers."""
     if device.type == "cpu":
         return LlamaConfig(
-            vocab_size=vocab_size, hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6,
-            max_position_embeddings=2048, tie_word_embeddings=False, use_cache=False,
-        )  # fmt: skip
+            vocab_size=vocab_size,
+            hidden_size=384,
+            intermediate_size=1024,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            max_position_embeddings=2048,
+            tie_word_embeddings=False,
+            use_cache=False,
+        )
     memory = torch.cuda.get_device_properties(device).total_memory
     for layers in (32, 24, 16, 12, 8, 4, 2):
         parameters = 2 * 32001 * 4096 + layers * (4 * 4096**2 + 3 * 4096 * 11008)
@@ -157,8 +168,14 @@ def take_turn(contender: Contender, setup: Setup, warmup: int, deadline: float) 
         examples = [setup.per_step for _ in steps]
         tokens = planned_tokens(setup.dataset, setup.per_step, setup.steps)[warmup : warmup + len(seconds)]
     first = trainer.state.log_history[0]
-    turn = {"seconds": seconds, "examples": examples, "tokens": tokens, "loss": first["loss"],
-            "grad_norm": first["grad_norm"], "others": others / taken / os.cpu_count()}  # fmt: skip
+    turn = {
+        "seconds": seconds,
+        "examples": examples,
+        "tokens": tokens,
+        "loss": first["loss"],
+        "grad_norm": first["grad_norm"],
+        "others": others / taken / os.cpu_count(),
+    }
     return {**turn, "peak_GB": torch.cuda.max_memory_allocated() / 1e9} if gpu else turn
 
 
@@ -208,8 +225,19 @@ def measure_section(contenders: list[Contender], setup: Setup, rounds: int, warm
     counted = parameters - setup.config.vocab_size * setup.config.hidden_size
     flops = matmul_rate(setup.device, torch.bfloat16) if gpu else None
     return {
-        "model": {"parameters": parameters, **{name: getattr(setup.config, name) for name in (
-            "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")}},
+        "model": {
+            "parameters": parameters,
+            **{
+                name: getattr(setup.config, name)
+                for name in (
+                    "hidden_size",
+                    "num_hidden_layers",
+                    "num_attention_heads",
+                    "intermediate_size",
+                    "vocab_size",
+                )
+            },
+        },
         "arithmetic": "bfloat16 autocast, float32 weights" if gpu else "float32",
         "examples_per_step": setup.per_step,
         "steps": {"rounds": rounds, "untimed": warmup, "timed": setup.steps - warmup},
@@ -217,8 +245,10 @@ def measure_section(contenders: list[Contender], setup: Setup, rounds: int, warm
         "matmul_TFLOP_per_s": round(flops / 1e12, 1) if gpu else None,
         "contenders": summarize(turns, [c.name for c in contenders if c.own_rows], counted, flops),
         "flags": {c.name: dict(c.flags) for c in contenders},
-        "machine": describe_machine(), "versions": versions(PACKAGES), "commit": commit(),
-    }  # fmt: skip
+        "machine": describe_machine(),
+        "versions": versions(PACKAGES),
+        "commit": commit(),
+    }
 
 
 def run(options: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, dict]:

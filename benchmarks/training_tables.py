@@ -64,8 +64,13 @@ def row(name: str, one: Mapping[str, Any], gpu: bool) -> list[str]:
         return [name, one["failed"]]
     rounds = one["speedup_of_rounds"]
     spread = f" ({min(rounds):.2f}–{max(rounds):.2f})" if len(rounds) > 1 else ""
-    cells = [name, f"{one['speedup']:.2f}{spread}", f"{one['examples_per_second']:.1f}",
-             f"{one['seconds_per_step']:.2f}", f"{one['examples_per_step']:g}"]  # fmt: skip
+    cells = [
+        name,
+        f"{one['speedup']:.2f}{spread}",
+        f"{one['examples_per_second']:.1f}",
+        f"{one['seconds_per_step']:.2f}",
+        f"{one['examples_per_step']:g}",
+    ]
     if gpu:
         cells += [f"{one['tokens_per_second']:,.0f}", f"{one['mfu']:.1%}", f"{one['peak_GB']:.0f}"]
     same = "other rows" if one.get("own_rows") else f"{one['loss_difference']:.0e}, {one['grad_norm_difference']:.0e}"
@@ -78,20 +83,26 @@ def render(sections: Mapping[str, Mapping[str, Any]]) -> str:
     for name, section in sections.items():
         model, rows, machine = section["model"], section["tokens_of_rows"], section["machine"]
         gpu = section["matmul_TFLOP_per_s"] is not None
-        place = f"{machine['gpu']}, {section['matmul_TFLOP_per_s']:.0f} TFLOP/s in bfloat16 products" if gpu else (
-            f"{machine['cores']} cores of {machine['cpu']}")  # fmt: skip
+        place = (
+            f"{machine['gpu']}, {section['matmul_TFLOP_per_s']:.0f} TFLOP/s in bfloat16 products"
+            if gpu
+            else (f"{machine['cores']} cores of {machine['cpu']}")
+        )
         reference = next((one["reference"] for one in section["contenders"].values() if "reference" in one), "none")
         head = ["", f"times as fast as *{reference}*", "examples/s", "s a step", "examples a step"]
         head += ["tokens/s", "MFU", "peak GB"] * gpu + ["loss, gradient norm of step 1 differ by"]
         table = [row(contender, one, gpu) for contender, one in section["contenders"].items()]
         text += [
-            f"### {name}", "",
+            f"### {name}",
+            "",
             f"{place}; Llama of {model['parameters'] / 1e6:,.0f} M parameters ({model['num_hidden_layers']} layers), "
             f"{section['arithmetic']}; {section['examples_per_step']} examples a step; {rows['rows']} rows of "
-            f"{rows['mean']:g} tokens (median {rows['median']}); commit {section['commit']}", "",
+            f"{rows['mean']:g} tokens (median {rows['median']}); commit {section['commit']}",
+            "",
             *("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head))),
-            *("| " + " | ".join(cells + [""] * (len(head) - len(cells))) + " |" for cells in table), "",
-        ]  # fmt: skip
+            *("| " + " | ".join(cells + [""] * (len(head) - len(cells))) + " |" for cells in table),
+            "",
+        ]
         shares = [one.get("cores_taken_by_others", [0]) for one in section["contenders"].values()]
         taken = max(map(max, shares))
         if taken > DISTURBED:

@@ -22,7 +22,7 @@ import torch
 import transformers
 
 from alpaca.common.commands import Parser
-from alpaca.weights.reader import memory
+from alpaca.weights.reader import as_bytes
 from alpaca.weights.writer import ShardWriter, Spec, plan_shards
 from benchmarks.machine import ROOT, write_result
 from scripts.make_tiny_model import make_tiny_model
@@ -62,9 +62,14 @@ def make_model(folder: Path, size: tuple, vocabulary: int, seed: int, tokenizer:
     """A checkpoint with random weights. Returns the number of its parameters."""
     dtype, hidden, layers, intermediate = size
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, intermediate_size=intermediate,
-        num_attention_heads=hidden // 128, dtype=dtype, architectures=["LlamaForCausalLM"],
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=intermediate,
+        num_attention_heads=hidden // 128,
+        dtype=dtype,
+        architectures=["LlamaForCausalLM"],
+    )
     shutil.copytree(tokenizer, folder, ignore=shutil.ignore_patterns("*.safetensors", "*config.json"))
     config.save_pretrained(folder)
     with torch.device("meta"):
@@ -74,7 +79,7 @@ def make_model(folder: Path, size: tuple, vocabulary: int, seed: int, tokenizer:
     generator = torch.Generator().manual_seed(seed)
     for spec in shards[0].tensors:
         value = torch.randn(spec.shape, generator=generator) * 0.02
-        writer.write(memory(value.to(dtype).view(-1)))
+        writer.write(as_bytes(value.to(dtype).view(-1)))
     writer.close()
     return sum(value.numel() for value in state.values())
 
@@ -101,9 +106,17 @@ def compare(folder: Path, repeats: int, old: bool) -> dict:
         "exact verify": [*ours, "verify", "--path_diff", diff, "--path_tuned", result],
         "2023 make_diff": [*of_2023, "make_diff", raw, tuned, folder / "diff_2023"],
         "2023 recover": [*of_2023, "recover", raw, folder / "diff_2023", folder / "result"],
-        "float recover": [*ours, "recover", "--path_raw", raw, "--path_diff", folder / "diff_2023", "--path_tuned",
-                          result],
-    }  # fmt: skip
+        "float recover": [
+            *ours,
+            "recover",
+            "--path_raw",
+            raw,
+            "--path_diff",
+            folder / "diff_2023",
+            "--path_tuned",
+            result,
+        ],
+    }
     runs = {name: [] for name in commands if old or not name.startswith(("2023", "float"))}
     for _ in range(repeats):
         for name in runs:
@@ -159,8 +172,11 @@ def main() -> None:
             for task, taken in runs.items():
                 rate = size / median(taken, "seconds")
                 results[name][f"{task} GB_per_s"] = round(rate, 2)
-                print(f"{name} | {task:16} | {median(taken, 'seconds'):6.1f} s | {rate:5.2f} GB/s | peak "
-                      f"{median(taken, 'peak_GB'):5.2f} GB", flush=True)  # fmt: skip
+                print(
+                    f"{name} | {task:16} | {median(taken, 'seconds'):6.1f} s | {rate:5.2f} GB/s | peak "
+                    f"{median(taken, 'peak_GB'):5.2f} GB",
+                    flush=True,
+                )
             if not args.without_2023:
                 for task in ("make_diff", "recover"):
                     ratio = median(runs[f"2023 {task}"], "seconds") / median(runs[f"exact {task}"], "seconds")

@@ -19,27 +19,41 @@ from pathlib import Path
 import utils
 from alpaca.common import commands
 from alpaca.common.commands import check_numbers
-from alpaca.common.errors import UsageError, first_of, reported
-from alpaca.common.files import keep_input
+from alpaca.common.errors import UsageError, format_first, reported
+from alpaca.common.files import refuse_overwriting_input
 from alpaca.completions.api import Model, Sampling
 from alpaca.completions.budget import Budget, budget_of, estimate
-from alpaca.completions.rows import RowAnswers, write_rows
+from alpaca.completions.rows import BatchCompletion, write_rows
 from alpaca.data.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, load_prompt_template
 from alpaca.data.rows import Row, load_named, load_rows, raw_rows
 from alpaca.datagen.backtranslation import Curation, inference_templates, mixed, pairs_of, rated_row, rating_prompt
 from alpaca.datagen.texts import Filters, load_texts
-from alpaca.inference.backend import Questions, Respondent, fitting
+from alpaca.inference.backend import ModelBackend, PromptSet, fitting
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 # Those of recipes/backtranslation_llama2_7b_lora.sh, which says what of them is published. A test compares the two.
 BACKWARD_FLAGS = {
-    "backward": "True", "lora_r": "8", "lora_alpha": "32", "lora_dropout": "0.05",
-    "lora_target_modules": "q_proj,k_proj,v_proj,o_proj", "bf16": "True", "model_max_length": "2048",
-    "num_train_epochs": "3", "per_device_train_batch_size": "4", "per_device_eval_batch_size": "4",
-    "evaluation_strategy": "no", "save_strategy": "steps", "save_steps": "200", "save_total_limit": "1",
-    "learning_rate": "2e-4", "weight_decay": "0.", "warmup_ratio": "0.03", "lr_scheduler_type": "cosine",
-    "logging_steps": "1", "tf32": "True",
-}  # fmt: skip
+    "backward": "True",
+    "lora_r": "8",
+    "lora_alpha": "32",
+    "lora_dropout": "0.05",
+    "lora_target_modules": "q_proj,k_proj,v_proj,o_proj",
+    "bf16": "True",
+    "model_max_length": "2048",
+    "num_train_epochs": "3",
+    "per_device_train_batch_size": "4",
+    "per_device_eval_batch_size": "4",
+    "evaluation_strategy": "no",
+    "save_strategy": "steps",
+    "save_steps": "200",
+    "save_total_limit": "1",
+    "learning_rate": "2e-4",
+    "weight_decay": "0.",
+    "warmup_ratio": "0.03",
+    "lr_scheduler_type": "cosine",
+    "logging_steps": "1",
+    "tf32": "True",
+}
 BACKWARD_BATCH = 32
 
 
@@ -80,13 +94,13 @@ def train_backward(
 
 
 def _accumulation(rows: str, processes: int) -> str:
-    at_once = int(rows) * processes if rows.isdecimal() else 0
-    if not at_once or BACKWARD_BATCH % at_once:
+    concurrency = int(rows) * processes if rows.isdecimal() else 0
+    if not concurrency or BACKWARD_BATCH % concurrency:
         raise UsageError(
             f"--per_device_train_batch_size {rows} in {processes} processes does not divide the batch of "
             f"{BACKWARD_BATCH}; give --gradient_accumulation_steps for another one"
         )
-    return str(BACKWARD_BATCH // at_once)
+    return str(BACKWARD_BATCH // concurrency)
 
 
 # ---- augment ----
@@ -156,10 +170,10 @@ def augment(
         dry_run: filter, print one prompt and an estimate of tokens and cost, ask nothing.
     """
     sampling, budget = Sampling(max_tokens, temperature, top_p), budget_of(price_in, price_out, max_cost)
-    respondent = Respondent(model_name, sampling, base, base_url, api, batch_size, load_in_8bit, load_in_4bit, seed)
+    respondent = ModelBackend(model_name, sampling, base, base_url, api, batch_size, load_in_8bit, load_in_4bit, seed)
     if api not in ("completions", "chat"):
         raise UsageError(f"--api {api}: expected completions, or chat")
-    keep_input(output_path, "--output_path", data_path=data_path)
+    refuse_overwriting_input(output_path, "--output_path", data_path=data_path)
     filters = Filters(min_chars, max_chars, max_capitals, min_english)
     templates = load_prompt_template(prompt_template, backward=True)
     texts = load_texts(data_path, data_split, text_field)
@@ -175,12 +189,19 @@ def augment(
     templates = templates if prompt_template else _backward_templates(model, model_name)
     prompt_of = lambda number: backward_prompt(texts[number], templates)  # noqa: E731
     asked = fitting(model, kept, prompt_of, sampling)
-    answers = RowAnswers(
-        texts, output_path, model, lambda endpoint: (sampling, {}), prompt_of,
-        respondent.how(texts=map(prompt_of, asked)), batch_size, budget,
-        order=sorted(asked, key=lambda number: -len(texts[number])), seed_of=respondent.seed_of,
+    answers = BatchCompletion(
+        texts,
+        output_path,
+        model,
+        lambda endpoint: (sampling, {}),
+        prompt_of,
+        respondent.how(texts=map(prompt_of, asked)),
+        batch_size,
+        budget,
+        order=sorted(asked, key=lambda number: -len(texts[number])),
+        seed_of=respondent.seed_of,
         drop_failed=drop_failed,
-    ).answers()  # fmt: skip
+    ).answers()
     rows, spoiled = pairs_of(texts, answers, keep_cut)
     spoiled |= {"no_answer": sorted(set(asked) - set(answers)), "too_long_for_model": sorted(set(kept) - set(asked))}
     left_out |= {name: numbers for name, numbers in spoiled.items() if numbers}
@@ -207,7 +228,9 @@ def _backward_templates(model: Model, model_name: str) -> Mapping[str, str]:
 
 def _counts(numbers: Mapping[str, Sequence[int]]) -> str:
     """What was left out: a line for each reason."""
-    return "".join(f"\n  {name}: {len(found):,} (rows {first_of(found)})" for name, found in numbers.items() if found)
+    return "".join(
+        f"\n  {name}: {len(found):,} (rows {format_first(found)})" for name, found in numbers.items() if found
+    )
 
 
 # ---- curate ----
@@ -277,13 +300,13 @@ def curate(
             "expected --data_path and --model_name to rate pairs, or --ratings_path to choose from ratings"
         )
     ratings_path = ratings_path or f"{output_path}.ratings.jsonl"
-    keep_input(output_path, "--output_path", data_path=data_path, ratings_path=ratings_path)
-    keep_input(ratings_path, "--ratings_path", data_path=data_path)
+    refuse_overwriting_input(output_path, "--output_path", data_path=data_path, ratings_path=ratings_path)
+    refuse_overwriting_input(ratings_path, "--ratings_path", data_path=data_path)
     if data_path is None:
         curation = Curation(load_named(ratings_path, "--ratings_path", raw_rows), ratings_path)
     else:
         sampling, budget = Sampling(max_tokens, temperature, top_p), budget_of(price_in, price_out, max_cost)
-        rater = Respondent(model_name, sampling, base, base_url, api, batch_size, load_in_8bit, load_in_4bit, seed)
+        rater = ModelBackend(model_name, sampling, base, base_url, api, batch_size, load_in_8bit, load_in_4bit, seed)
         if ratings > 1 and temperature == 0:
             raise UsageError(f"--ratings {ratings}: at --temperature 0 they are all the same")
         templates = load_prompt_template(prompt_template) if prompt_template else None
@@ -300,29 +323,47 @@ def curate(
 
 
 def _rate(
-    rows: Sequence[Row], rater: Respondent, ratings: int, templates: Mapping[str, str] | None, ratings_path: str,
-    budget: Budget, drop_failed: bool,
-) -> list[Row]:  # fmt: skip
+    rows: Sequence[Row],
+    rater: ModelBackend,
+    ratings: int,
+    templates: Mapping[str, str] | None,
+    ratings_path: str,
+    budget: Budget,
+    drop_failed: bool,
+) -> list[Row]:
     """The rows with what the rater says of them. Rating k of row n is request k * len(rows) + n, so that more ratings
     come behind those that there are."""
     model, pairs = rater.open(chat=templates is None), len(rows)
-    rated = Questions([rating_prompt(row) for row in rows], model, rater.sampling, templates)
+    rated = PromptSet([rating_prompt(row) for row in rows], model, rater.sampling, templates)
     asked = fitting(model, range(pairs), rated.prompt_of, rater.sampling)
     if len(asked) < pairs:
         print(f"note: {pairs - len(asked):,} pairs are too long for the rater; they get no answer")
     by_length = sorted(asked, key=lambda number: -len(rated.questions[number]))
-    answers = RowAnswers(
-        rows, ratings_path, model, rated.settle, rated.prompt_of,
-        rater.how(pairs=rated.questions, prompt=sorted(rated.around.values())), rater.batch_size, budget,
-        order=[turn * pairs + number for turn in range(ratings) for number in by_length], seed_of=rater.seed_of,
-        drop_failed=drop_failed, number_of=lambda number: number % pairs, unit="ratings", path_flag="--ratings_path",
-    ).answers()  # fmt: skip
+    answers = BatchCompletion(
+        rows,
+        ratings_path,
+        model,
+        rated.prepare,
+        rated.prompt_of,
+        rater.how(pairs=rated.questions, prompt=sorted(rated.around.values())),
+        rater.batch_size,
+        budget,
+        order=[turn * pairs + number for turn in range(ratings) for number in by_length],
+        seed_of=rater.seed_of,
+        drop_failed=drop_failed,
+        number_of=lambda number: number % pairs,
+        unit="ratings",
+        path_flag="--ratings_path",
+    ).answers()
     of_row = [[answers.get(turn * pairs + number) for turn in range(ratings)] for number in range(pairs)]
     return [
-        rated_row(row, [entry and entry["text"].strip() for entry in entries],
-                  [entry is not None and entry["finish_reason"] == "length" for entry in entries])
+        rated_row(
+            row,
+            [entry and entry["text"].strip() for entry in entries],
+            [entry is not None and entry["finish_reason"] == "length" for entry in entries],
+        )
         for row, entries in zip(rows, of_row)
-    ]  # fmt: skip
+    ]
 
 
 # ---- mix ----
@@ -348,7 +389,7 @@ def mix(
         tags: add the sentences.
         seed: of the shuffle.
     """
-    keep_input(output_path, "--output_path", seed_path=seed_path, augmented_path=augmented_path)
+    refuse_overwriting_input(output_path, "--output_path", seed_path=seed_path, augmented_path=augmented_path)
     augmented = load_named(augmented_path, "--augmented_path") if augmented_path else []
     if any("ratings" in row for row in augmented):
         raise UsageError(f"--augmented_path {augmented_path}: has all rated pairs; give curate's --output_path")

@@ -29,11 +29,18 @@ from alpaca.common.arguments import flag
 from alpaca.common.errors import first_line, reported
 from alpaca.models.embeddings import resize_embeddings
 from alpaca.models.load import load_model, load_tokenizer
-from alpaca.packing.attention import PackLayout, confined_to_rows, named_kernel
+from alpaca.packing.attention import PackLayout, named_kernel, packed_attention_enabled
 from alpaca.packing.loss import batch_loss
-from alpaca.packing.packing import MicroBatches, Packing, measure_rows, plan_packing, why_not_packed, why_not_shared
+from alpaca.packing.packing import (
+    PackedBatchDataset,
+    Packing,
+    measure_rows,
+    plan_packing,
+    why_not_packed,
+    why_not_shared,
+)
 from alpaca.packing.sampler import StepSampler
-from alpaca.training.preflight import refuse_no_model
+from alpaca.training.preflight import check_is_model
 from train import DataArguments, ModelArguments, make_supervised_data_module
 
 Gradient = dict[str, Tensor]
@@ -58,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     classes = (ModelArguments, DataArguments, VerifyArguments)
     argv = sys.argv[1:] if argv is None else argv
     (model_args, data_args, options), _ = arguments.parse(argv, classes, __doc__, program="scripts.check_packing")
-    refuse_no_model(model_args.model_name_or_path)
+    check_is_model(model_args.model_name_or_path)
     tokenizer, new_tokens = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)
     dataset, collate = data_module["train_dataset"], data_module["data_collator"]
@@ -67,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model.config.use_cache = False
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     notes = [why_not_packed(model.config, options, int(dataset.lengths.max())), why_not_shared(model)]
-    rows = MicroBatches(dataset, collate)
+    rows = PackedBatchDataset(dataset, collate)
     verdicts = [compare(model, rows, options, loss, notes) for loss in ("token", "microbatch")]
     for what, note in zip(("packs", "shared prefixes"), notes):
         if note:
@@ -79,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def compare(
-    model: PreTrainedModel, rows: MicroBatches, options: VerifyArguments, loss: str, notes: Sequence[str | None]
+    model: PreTrainedModel, rows: PackedBatchDataset, options: VerifyArguments, loss: str, notes: Sequence[str | None]
 ) -> bool:
     """Print a line for each way of batching; True if those that train.py would use are exact. `notes`: why it would not
     pack, or not share."""
@@ -93,8 +100,10 @@ def compare(
         return step_gradient(model, rows, sampler, bf16)
 
     expected, reference = gradient(batch_size, accumulation, None, False)
-    print(f"\n--loss_normalization {loss}: {min(batch_size * accumulation, len(rows))} rows, loss {expected:.6f} "
-          f"padded in float32{', below in bfloat16' if options.bf16 else ''}")  # fmt: skip
+    print(
+        f"\n--loss_normalization {loss}: {min(batch_size * accumulation, len(rows))} rows, loss {expected:.6f} "
+        f"padded in float32{', below in bfloat16' if options.bf16 else ''}"
+    )
     ways: list[tuple[str, int, Packing | None, bool]] = [("every row alone", 1, None, True)]
     if loss == "microbatch" or options.bf16:  # rows alone would be other micro-batches
         ways = [("padded", batch_size, None, True)]
@@ -124,7 +133,7 @@ def compare(
 
 
 def step_gradient(
-    model: PreTrainedModel, rows: MicroBatches, sampler: StepSampler, bf16: bool = False
+    model: PreTrainedModel, rows: PackedBatchDataset, sampler: StepSampler, bf16: bool = False
 ) -> tuple[float, Gradient]:
     """Loss and gradient of the first optimizer step of `sampler`, of all its ranks, without dropout."""
     device, total, kernel = model.device, 0.0, named_kernel(model.config)
@@ -132,9 +141,12 @@ def step_gradient(
     model.zero_grad()
     step = next(sampler.steps())
     for planned in (batch for rank in range(sampler.world_size) for batch in sampler.plan(step, rank)):
-        batch = {name: value.to(device) if isinstance(value, (Tensor, PackLayout)) else value
-                 for name, value in rows[planned].items() if name not in ("rows", "step")}  # fmt: skip
-        with confined_to_rows(model.config) if planned.packed else nullcontext():
+        batch = {
+            name: value.to(device) if isinstance(value, (Tensor, PackLayout)) else value
+            for name, value in rows[planned].items()
+            if name not in ("rows", "step")
+        }
+        with packed_attention_enabled(model.config) if planned.packed else nullcontext():
             with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
                 loss, _ = batch_loss(model, batch, pack_kernel=kernel)
             loss.backward()

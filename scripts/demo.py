@@ -28,7 +28,7 @@ from alpaca.common.errors import UsageError, reported
 from alpaca.completions.api import Sampling
 from alpaca.data.prompts import load_prompt_template
 from alpaca.data.rows import Row, load_rows
-from alpaca.inference.demo import Answer, Answering, Voice
+from alpaca.inference.demo import Answer, DemoEngine, DemoModel
 from alpaca.inference.local_model import LocalModel
 from alpaca.weights.exact_diff import is_exact_diff
 from alpaca.weights.float_diff import ZERO, last_norm
@@ -103,27 +103,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     voices = load_voices(options)
     for voice in voices:
         print(f"{voice.name}: {voice.facts()}", flush=True)
-    page = build_page(Answering(voices, options.concurrency, options.max_characters))
+    page = build_page(DemoEngine(voices, options.concurrency, options.max_characters))
     launch(page, options.host, options.port)
     print(f"scripts.demo: http://{options.host}:{options.port}   Ctrl-C ends it", flush=True)
     page.block_thread()
 
 
-def load_voices(options: DemoArguments) -> list[Voice]:
+def load_voices(options: DemoArguments) -> list[DemoModel]:
     """--model, and beside it --compare or else --base."""
     whole = is_whole_model(options.model)
     if whole and options.base and options.compare:
         raise UsageError(f"--base {options.base}: {options.model} is a whole model; leave --base or --compare away")
     how = {"load_in_8bit": options.load_in_8bit, "load_in_4bit": options.load_in_4bit}
     tuned = LocalModel(options.model, base=None if whole else options.base, flag="--model", base_flag="--base", **how)
-    voices = [Voice(options.model, tuned, tuned.templates)]
+    voices = [DemoModel(options.model, tuned, tuned.templates)]
     if options.compare:
         other = LocalModel(options.compare, flag="--compare", **how)
-        voices.append(Voice(options.compare, other, other.templates))
+        voices.append(DemoModel(options.compare, other, other.templates))
     elif options.base:
         shared = is_adapter(options.model) and not options.load_in_8bit
         base = tuned.without_adapter() if shared else LocalModel(options.base, flag="--base", **how)
-        voices.append(Voice(options.base, base, tuned.templates))
+        voices.append(DemoModel(options.base, base, tuned.templates))
     names = [Path(voice.name).resolve().name for voice in voices]
     override = load_prompt_template(options.prompt_template) if options.prompt_template else None
     for voice, name in zip(voices, names):
@@ -144,7 +144,7 @@ def is_adapter(folder: str) -> bool:
     return (find_folder(folder, "--model") / ADAPTER_CONFIG).is_file()
 
 
-def build_page(answering: Answering) -> "gradio.Blocks":
+def build_page(answering: DemoEngine) -> "gradio.Blocks":
     import gradio as gr
 
     voices = answering.voices
@@ -168,43 +168,89 @@ def build_page(answering: Answering) -> "gradio.Blocks":
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
                 instruction = gr.Textbox(
-                    label="Instruction", lines=3, max_lines=10, autofocus=True, elem_id="instruction",
+                    label="Instruction",
+                    lines=3,
+                    max_lines=10,
+                    autofocus=True,
+                    elem_id="instruction",
                     placeholder="What should the model do?",
-                )  # fmt: skip
+                )
                 input = gr.Textbox(
-                    label="Input (optional)", lines=2, max_lines=10, elem_id="input",
+                    label="Input (optional)",
+                    lines=2,
+                    max_lines=10,
+                    elem_id="input",
                     placeholder="The text or data that the instruction is about",
-                )  # fmt: skip
+                )
                 with gr.Row():
                     ask = gr.Button("Answer", variant="primary", elem_id="ask", min_width=120)
                     halt = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=120)
                 with gr.Accordion("Sampling", open=False):
-                    temperature = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", elem_id="temperature",
-                                            info="0 always takes the likeliest token")  # fmt: skip
-                    top_p = gr.Slider(0.05, 1, 0.9, step=0.05, label="Top-p", elem_id="top_p",
-                                      info="Draws from the likeliest tokens that make up this share")  # fmt: skip
-                    max_tokens = gr.Slider(1, longest, min(512, longest), step=1, label="Max new tokens",
-                                           elem_id="max_tokens", info="The answer is cut there")  # fmt: skip
+                    temperature = gr.Slider(
+                        0,
+                        2,
+                        0.7,
+                        step=0.05,
+                        label="Temperature",
+                        elem_id="temperature",
+                        info="0 always takes the likeliest token",
+                    )
+                    top_p = gr.Slider(
+                        0.05,
+                        1,
+                        0.9,
+                        step=0.05,
+                        label="Top-p",
+                        elem_id="top_p",
+                        info="Draws from the likeliest tokens that make up this share",
+                    )
+                    max_tokens = gr.Slider(
+                        1,
+                        longest,
+                        min(512, longest),
+                        step=1,
+                        label="Max new tokens",
+                        elem_id="max_tokens",
+                        info="The answer is cut there",
+                    )
             with gr.Column(scale=6 if len(voices) == 1 else 9, min_width=320), gr.Row():
                 answers = [part for number, voice in enumerate(voices) for part in answer_box(voice, number)]
         gr.Examples(
-            [[row["instruction"], row.get("input", "")] for row in examples()], [instruction, input],
-            example_labels=list(EXAMPLES), label="Try one of these", cache_examples=False, api_visibility="private",
-        )  # fmt: skip
+            [[row["instruction"], row.get("input", "")] for row in examples()],
+            [instruction, input],
+            example_labels=list(EXAMPLES),
+            label="Try one of these",
+            cache_examples=False,
+            api_visibility="private",
+        )
         gr.HTML(f'<footer class="note">{html.escape(NOTE)}</footer>', elem_classes="plain")
         inputs = [instruction, input, temperature, top_p, max_tokens]
-        gr.on([ask.click, instruction.submit, input.submit], answer, inputs, [*answers, ask, halt],
-              show_progress="hidden", concurrency_limit=None, api_visibility="private")  # fmt: skip
+        gr.on(
+            [ask.click, instruction.submit, input.submit],
+            answer,
+            inputs,
+            [*answers, ask, halt],
+            show_progress="hidden",
+            concurrency_limit=None,
+            api_visibility="private",
+        )
         halt.click(stop, queue=False, show_progress="hidden", api_visibility="private")
     return page
 
 
-def answer_box(voice: Voice, number: int) -> tuple["gradio.Textbox", "gradio.HTML"]:
+def answer_box(voice: DemoModel, number: int) -> tuple["gradio.Textbox", "gradio.HTML"]:
     import gradio as gr
 
     with gr.Column(min_width=300, elem_classes="answer-column"):
-        text = gr.Textbox(label=f"Answer of {voice.name}", lines=10, max_lines=20, interactive=False, buttons=["copy"],
-                          elem_id=f"answer_{number}", elem_classes="answer")  # fmt: skip
+        text = gr.Textbox(
+            label=f"Answer of {voice.name}",
+            lines=10,
+            max_lines=20,
+            interactive=False,
+            buttons=["copy"],
+            elem_id=f"answer_{number}",
+            elem_classes="answer",
+        )
         text.change(None, js=FOLLOW.replace("ID", f"answer_{number}"))  # gradio's own autoscroll does nothing here
         status = gr.HTML(status_line(Answer()), elem_id=f"status_{number}", elem_classes="plain")
     return text, status
@@ -215,7 +261,7 @@ def status_line(answer: Answer) -> str:
     return f'<p class="status {kind}" role="status">{html.escape(answer.status)}</p>'
 
 
-def heading(voices: Sequence[Voice]) -> str:
+def heading(voices: Sequence[DemoModel]) -> str:
     names = " and ".join(html.escape(voice.name) for voice in voices)
     facts = "".join(
         f"<li>{f'<b>{html.escape(voice.name)}</b> ' * (len(voices) > 1)}{html.escape(voice.facts())}</li>"
@@ -240,13 +286,24 @@ def launch(page: "gradio.Blocks", host: str, port: int) -> None:
     fonts = {kind: [gr.themes.Font(name) for name in names] for kind, names in fonts.items()}
     try:
         page.queue(api_open=False, max_size=WAITING).launch(
-            server_name=host, server_port=port, quiet=True, prevent_thread_lock=True, inbrowser=False, share=False,
+            server_name=host,
+            server_port=port,
+            quiet=True,
+            prevent_thread_lock=True,
+            inbrowser=False,
+            share=False,
             theme=gr.themes.Default(primary_hue="teal", neutral_hue="stone", radius_size="lg", **fonts).set(
                 button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800"
-            ), css=CSS,
-            footer_links=[], run_history=False, enable_monitoring=False, pwa=False, mcp_server=False, ssr_mode=False,
+            ),
+            css=CSS,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            pwa=False,
+            mcp_server=False,
+            ssr_mode=False,
             max_file_size=1,  # byte: no file is asked for, and none taken
-        )  # fmt: skip
+        )
     except OSError as error:
         raise UsageError(taken(host, port, error)) from error
 

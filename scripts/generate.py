@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
-from alpaca.common.errors import UsageError, first_of, reported
-from alpaca.common.files import digest, keep_input
+from alpaca.common.errors import UsageError, format_first, reported
+from alpaca.common.files import digest, refuse_overwriting_input
 from alpaca.completions.api import ContextOverflow, Sampling, check_sampling, seed_of
-from alpaca.completions.rows import RowAnswers
+from alpaca.completions.rows import BatchCompletion
 from alpaca.data.prompts import format_prompt, instruction_and_input, load_prompt_template
 from alpaca.data.rows import Row, load_rows
 
@@ -75,7 +75,7 @@ class GenerateArguments:
             raise UsageError("--backward: is for the rows of a file; --interactive asks with what is typed anyway")
         check_sampling(self.sampling, "--max_new_tokens")
         if self.output_path:
-            keep_input(self.output_path, "--output_path", data_path=self.data_path)
+            refuse_overwriting_input(self.output_path, "--output_path", data_path=self.data_path)
 
     @property
     def sampling(self) -> Sampling:
@@ -105,9 +105,16 @@ def opened(options: GenerateArguments) -> tuple["LocalModel", Mapping[str, str]]
     from alpaca.inference.local_model import LocalModel
 
     model = LocalModel(
-        options.model, options.batch_size, device=options.device, batch_size_flag="--batch_size", base=options.base,
-        load_in_4bit=options.load_in_4bit, load_in_8bit=options.load_in_8bit, flag="--model", base_flag="--base",
-    )  # fmt: skip
+        options.model,
+        options.batch_size,
+        device=options.device,
+        batch_size_flag="--batch_size",
+        base=options.base,
+        load_in_4bit=options.load_in_4bit,
+        load_in_8bit=options.load_in_8bit,
+        flag="--model",
+        base_flag="--base",
+    )
     return model, templates or model.templates
 
 
@@ -119,13 +126,20 @@ def answer_file(
     prompts = [format_prompt(row, templates) for row in rows]
     lengths = [model.prompt_tokens(prompt) for prompt in prompts]
     fits = rows_that_fit(lengths, model, options)
-    RowAnswers(
-        rows, options.output_path, model, lambda endpoint: (options.sampling, {}), lambda row: prompts[row],
-        description([prompts[row] for row in fits], options), options.batch_size,
-        order=sorted(fits, key=lambda row: -lengths[row]), seed_of=options.seed_of,
-        more={"generator": options.generator or Path(options.model).resolve().name}, limit_flag="--max_new_tokens",
+    BatchCompletion(
+        rows,
+        options.output_path,
+        model,
+        lambda endpoint: (options.sampling, {}),
+        lambda row: prompts[row],
+        description([prompts[row] for row in fits], options),
+        options.batch_size,
+        order=sorted(fits, key=lambda row: -lengths[row]),
+        seed_of=options.seed_of,
+        more={"generator": options.generator or Path(options.model).resolve().name},
+        limit_flag="--max_new_tokens",
         drop_flag=None,
-    ).run()  # fmt: skip
+    ).run()
 
 
 def rows_that_fit(lengths: Sequence[int], model: "LocalModel", options: GenerateArguments) -> list[int]:
@@ -133,8 +147,10 @@ def rows_that_fit(lengths: Sequence[int], model: "LocalModel", options: Generate
     fits = [row for row, length in enumerate(lengths) if model.fits(length, options.sampling)]
     if not (too_long := sorted(set(range(len(lengths))) - set(fits))):
         return fits
-    told = (f"{len(too_long)} of {len(lengths)} rows have prompts that leave too little room for an answer in the "
-            f"{model.context:,} tokens of the model's context (rows {first_of(too_long)})")  # fmt: skip
+    told = (
+        f"{len(too_long)} of {len(lengths)} rows have prompts that leave too little room for an answer in the "
+        f"{model.context:,} tokens of the model's context (rows {format_first(too_long)})"
+    )
     if not (options.drop_too_long and fits):
         raise UsageError(f"--data_path {options.data_path}: {told}; shorten them, or leave them out: --drop_too_long")
     print(f"note: {told}; they are left out", flush=True)

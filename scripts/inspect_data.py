@@ -24,7 +24,7 @@ from alpaca.common.errors import UsageError, reported
 from alpaca.data.report import PROBLEMS
 from alpaca.data.tokenization import IGNORE_INDEX
 from alpaca.models.load import load_tokenizer
-from alpaca.training.preflight import refuse_no_model
+from alpaca.training.preflight import check_is_model
 from train import DataArguments, ModelArguments, SupervisedDataset, make_supervised_data_module
 
 DIM, GREEN, REVERSED, RESET = "\033[2m", "\033[32m", "\033[7m", "\033[0m"
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     classes = (ModelArguments, DataArguments, InspectArguments)
     argv = sys.argv[1:] if argv is None else argv
     (model_args, data_args, options), _ = arguments.parse(argv, classes, __doc__, program="scripts.inspect_data")
-    refuse_no_model(model_args.model_name_or_path)
+    check_is_model(model_args.model_name_or_path)
     tokenizer, _ = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)
     spoiled = []

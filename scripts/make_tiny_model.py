@@ -99,11 +99,17 @@ def make_tiny_model(
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
     heads = max(hidden_size // 32, 2)
     sizes = {
-        "llama": dict(intermediate_size=hidden_size * 3, num_key_value_heads=heads, tie_word_embeddings=False,
-                      max_position_embeddings=2048, bos_token_id=1, eos_token_id=2),
+        "llama": dict(
+            intermediate_size=hidden_size * 3,
+            num_key_value_heads=heads,
+            tie_word_embeddings=False,
+            max_position_embeddings=2048,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
         "opt": dict(ffn_dim=hidden_size * 4, word_embed_proj_dim=hidden_size, max_position_embeddings=2048),
         "gpt2": dict(n_positions=1024, bos_token_id=0, eos_token_id=0),
-    }  # fmt: skip
+    }
     config = AutoConfig.for_model(
         architecture,
         vocab_size=len(tokenizer) + (7 if architecture == "opt" else 0),  # as OPT, whose 50272 rows hold 50265 tokens

@@ -12,7 +12,7 @@ import json
 import shutil
 
 from alpaca.common.commands import Parser
-from alpaca.common.errors import human, reported
+from alpaca.common.errors import format_bytes, reported
 from alpaca.common.files import new_folder
 from alpaca.data.tokenizer import copy_slow_files
 from alpaca.weights.merge_lora import Adapter, Merged
@@ -55,7 +55,7 @@ def merge_lora(
                 shutil.copyfile(path, folder / name)
             copy_slow_files(weights.folder, folder)
             (folder / "config.json").write_text(json.dumps(merged.config, indent=2) + "\n", encoding="utf-8")
-    print(f"wrote {output_dir}: {human(size)}", flush=True)
+    print(f"wrote {output_dir}: {format_bytes(size)}", flush=True)
 
 
 def main() -> None:

@@ -136,14 +136,16 @@ def report(picture: Sunburst, diversity: Diversity) -> str:
         return f"{number:,} ({number / diversity.instructions:.0%})"
 
     thin = f"; {picture.other:,} more are too rare to be named: fewer --top_verbs, --top_nouns" if picture.other else ""
-    return "\n".join((
-        f"{diversity.instructions:,} different instructions, parsed by {diversity.parser}:",
-        f"  {share(diversity.with_verb)} have a root verb",
-        f"  {share(diversity.with_pair)} have a root verb with a noun object",
-        f"  {share(picture.instructions)} are drawn by name: {len(picture.pairs)} verbs, "
-        f"{sum(map(len, picture.pairs.values()))} pairs{thin}",
-        "top verbs: " + ", ".join(f"{verb} {number}" for verb, number in list(diversity.verbs.items())[:10]),
-    ))  # fmt: skip
+    return "\n".join(
+        (
+            f"{diversity.instructions:,} different instructions, parsed by {diversity.parser}:",
+            f"  {share(diversity.with_verb)} have a root verb",
+            f"  {share(diversity.with_pair)} have a root verb with a noun object",
+            f"  {share(picture.instructions)} are drawn by name: {len(picture.pairs)} verbs, "
+            f"{sum(map(len, picture.pairs.values()))} pairs{thin}",
+            "top verbs: " + ", ".join(f"{verb} {number}" for verb, number in list(diversity.verbs.items())[:10]),
+        )
+    )
 
 
 def spacy_parser(model: str) -> Callable[[str], VerbNoun]:

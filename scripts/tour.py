@@ -138,9 +138,17 @@ def command(module: str, *words: str, answers: str | None = None, **flags: Any) 
 def generate(folder: Path, url: str) -> list[dict[str, str]]:
     """Self-instruct from `folder`/seed_tasks.jsonl. Returns the rows of `folder`/alpaca_data.json."""
     generated, data = folder / "generated", folder / "alpaca_data.json"
-    command("generate_instruction", "generate_instruction_following_data", output_dir=generated, base_url=url,
-            seed_tasks_path=folder / "seed_tasks.jsonl", num_instructions_to_generate=TASKS, model_name="stand-in",
-            api="completions", seed=0)  # fmt: skip
+    command(
+        "generate_instruction",
+        "generate_instruction_following_data",
+        output_dir=generated,
+        base_url=url,
+        seed_tasks_path=folder / "seed_tasks.jsonl",
+        num_instructions_to_generate=TASKS,
+        model_name="stand-in",
+        api="completions",
+        seed=0,
+    )
     command("generate_instruction", "export", regen_path=generated / "regen.json", output_path=data)
     return load_rows(str(data))
 
@@ -178,20 +186,41 @@ def evaluate(folder: Path, rows: Sequence[Mapping[str, str]], url: str) -> None:
     utils.jdump(short_rows(rows, 8), folder / "questions.json")
     for name in ("base", "recovered"):
         model = folder / name
-        command("scripts.evaluate", "harness", model=model, output_dir=folder / "scores" / name, group="tour",
-                include_path=folder / "tasks")  # fmt: skip
-        command("scripts.evaluate", "alpaca_eval", model=model, data_path=folder / "questions.json",
-                output_path=folder / f"{name}.json", temperature=0, max_new_tokens=100)  # fmt: skip
-    command("scripts.evaluate", "win_rate", outputs=folder / "recovered.json", reference=folder / "base.json",
-            judge="stand-in", base_url=url)  # fmt: skip
+        command(
+            "scripts.evaluate",
+            "harness",
+            model=model,
+            output_dir=folder / "scores" / name,
+            group="tour",
+            include_path=folder / "tasks",
+        )
+        command(
+            "scripts.evaluate",
+            "alpaca_eval",
+            model=model,
+            data_path=folder / "questions.json",
+            output_path=folder / f"{name}.json",
+            temperature=0,
+            max_new_tokens=100,
+        )
+    command(
+        "scripts.evaluate",
+        "win_rate",
+        outputs=folder / "recovered.json",
+        reference=folder / "base.json",
+        judge="stand-in",
+        base_url=url,
+    )
 
 
 def check(folder: Path) -> None:
     """Say how much better the recovered model is. Raises SystemExit unless it is."""
     known = [utils.jload(folder / "scores" / name / "results.json")["average"] for name in ("recovered", "base")]
     wins = utils.jload(folder / "recovered.win_rate.json")["win_rate"]
-    print(f"\nThe right answer out of four: {known[0]:.0f}%, its base {known[1]:.0f}%. "
-          f"Preferred to its base by the stand-in: {wins:.0f}%. Everything is in {shown(folder)}")  # fmt: skip
+    print(
+        f"\nThe right answer out of four: {known[0]:.0f}%, its base {known[1]:.0f}%. "
+        f"Preferred to its base by the stand-in: {wins:.0f}%. Everything is in {shown(folder)}"
+    )
     if not (known[0] > known[1] and wins > 50):
         raise SystemExit("tour: the trained model is not better than its base; something is wrong")
 

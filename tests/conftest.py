@@ -51,8 +51,9 @@ def run(command, check=True, cwd=ROOT, env=None, timeout=300):
     """Run and return the CompletedProcess with text output; on failure show it."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     try:
-        result = subprocess.run([str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True,
-                                timeout=timeout)  # fmt: skip
+        result = subprocess.run(
+            [str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
+        )
     except subprocess.TimeoutExpired as error:
         told = [(stream or b"").decode(errors="replace")[-6000:] for stream in (error.stdout, error.stderr)]
         pytest.fail(f"{command} took more than {timeout} s\n{told[0]}\n{told[1]}")
@@ -116,8 +117,14 @@ def recipe(name: str, more: list[str], env: dict, real: bool):
 def _server() -> subprocess.Popen:
     """One per test worker, started when the first test needs it."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    server = subprocess.Popen([sys.executable, "tests/support/forked.py"], cwd=ROOT, env=env, text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    server = subprocess.Popen(
+        [sys.executable, "tests/support/forked.py"],
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     atexit.register(server.kill)
     return server
 
@@ -156,9 +163,13 @@ def largest_difference(a, b) -> float:
 def write_rows(path, number: int, **extra) -> str:
     """A small data file of `number` distinct Alpaca rows of different lengths."""
     rows = [
-        {"instruction": f"Count to {i % 7 + 1}.", "input": "aloud" if i % 3 == 0 else "",
-         "output": f"Row {i}: " + ", ".join(str(n + 1) for n in range(i % 7 + 1)), **extra}
+        {
+            "instruction": f"Count to {i % 7 + 1}.",
+            "input": "aloud" if i % 3 == 0 else "",
+            "output": f"Row {i}: " + ", ".join(str(n + 1) for n in range(i % 7 + 1)),
+            **extra,
+        }
         for i in range(number)
-    ]  # fmt: skip
+    ]
     Path(path).write_text(json.dumps(rows))
     return str(path)

@@ -19,7 +19,7 @@ def flag(default: Any, text: str, **metadata: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
 
-def spelled(option: Any) -> str:
+def enum_value(option: Any) -> str:
     """The value of a flag that may be one of transformers' enums or a plain text."""
     return str(getattr(option, "value", option))
 
@@ -42,8 +42,14 @@ class FlagParser(transformers.HfArgumentParser):
     """Errors are raised, not printed under pages of usage; abbreviated flags are not guessed."""
 
     def __init__(self, dataclass_types: Sequence[type], description: str | None, program: str, hidden: Collection[str]):
-        super().__init__(dataclass_types, prog=program, usage=f"{program} [flags]", description=description,
-                         formatter_class=HelpFormatter, allow_abbrev=False)  # fmt: skip
+        super().__init__(
+            dataclass_types,
+            prog=program,
+            usage=f"{program} [flags]",
+            description=description,
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
         inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
         for group in self._action_groups:  # for --help: our own flags before the hundred of transformers
             group._group_actions.sort(key=lambda action: action.dest in inherited)

@@ -104,8 +104,9 @@ class Parser(argparse.ArgumentParser):
     """argparse, which guesses no abbreviated flag, and names one that it does not know before one that is missing."""
 
     def __init__(self, description: str | None, program: str | None = None):
-        super().__init__(program, description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+        super().__init__(
+            program, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         known = self._option_string_actions

@@ -23,7 +23,7 @@ _turn = itertools.count()  # every rank waits and gathers in the same order, so 
 REAPERS = ("init", "systemd", "slurmstepd", "tini", "dumb-init", "docker-init", "conmon", "containerd-shim")
 
 
-def wait_for_all_ranks() -> None:
+def barrier() -> None:
     """A barrier with a day's patience: while one rank tokenizes a large data set, reads a large model or writes a
     checkpoint, the others must not run into --ddp_timeout."""
     if not _several():
@@ -34,7 +34,7 @@ def wait_for_all_ranks() -> None:
     store_utils.barrier(_store(), dist.get_world_size(), f"alpaca/{next(_turn)}", barrier_timeout=A_DAY)
 
 
-def gather_from_all_ranks(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """`value` of every rank, in their order; [value] in a single process. Any object that pickle knows."""
     if not _several():
         return [value]
@@ -46,10 +46,10 @@ def gather_from_all_ranks(value: Any) -> list[Any]:
     return [pickle.loads(value) for value in values]
 
 
-def leave() -> None:
+def shutdown() -> None:
     """The end of a run. No rank goes before all are done: torchrun ends them all when one goes wrong, even at its exit,
     and rank 0 may still be writing the model."""
-    wait_for_all_ranks()
+    barrier()
     import torch.distributed as dist
 
     if dist.is_initialized():
@@ -78,7 +78,7 @@ def hide_progress_bars(args: Any) -> None:
         datasets.disable_progress_bars()
 
 
-def say(message: str, rank: int) -> None:
+def print_rank0(message: str, rank: int) -> None:
     """One line on stdout, from rank 0 only."""
     if rank == 0:
         print(message, flush=True)

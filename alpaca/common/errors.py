@@ -71,11 +71,11 @@ def fail(message: str, program: str) -> NoReturn:
     sys.exit(2)
 
 
-def human(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes as "1.3 GB" (10^9) or, where smaller, "0.9 MB"."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
-def first_of(numbers: Sequence[int]) -> str:
+def format_first(numbers: Sequence[int]) -> str:
     """ "0, 1, 2 …", of at most ten"""
     return ", ".join(map(str, numbers[:10])) + " …" * (len(numbers) > 10)

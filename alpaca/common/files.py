@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from alpaca.common.errors import UsageError, human
+from alpaca.common.errors import UsageError, format_bytes
 
 MARKER = ".incomplete"  # in a folder that is being written
 ROOM = 10**8  # bytes on the disk for what stands beside the tensors: tokenizer, configuration, manifest
-COMPANIONS = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
-OF_A_CHECKPOINT = (".safetensors", ".bin", ".sha256", ".png", ".md", ".gitattributes", "LICENSE", *COMPANIONS)
+AUX_SUFFIXES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
+OF_A_CHECKPOINT = (".safetensors", ".bin", ".sha256", ".png", ".md", ".gitattributes", "LICENSE", *AUX_SUFFIXES)
 
 
 try:
@@ -47,7 +47,7 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         raise
 
 
-def keep_input(output: str | Path, flag: str, **inputs: str | Path | None) -> None:
+def refuse_overwriting_input(output: str | Path, flag: str, **inputs: str | Path | None) -> None:
     """Raise UsageError if the file to be written is one of those that are read, which are named by their flags."""
     for name, path in inputs.items():
         if path is not None and os.path.exists(path) and os.path.exists(output) and os.path.samefile(path, output):
@@ -145,10 +145,9 @@ def new_folder(path: str | Path, flag: str, nbytes: int, overwrite: bool, inputs
     partial, replaced = (target.with_name(f"{target.name}.{ending}") for ending in ("incomplete", "replaced"))
     try:
         _check_target(target, replaced, flag, overwrite, inputs)
-        if free_bytes(target) < nbytes + ROOM:
-            raise UsageError(
-                f"{flag} {path}: needs {human(nbytes + ROOM)}, its disk has {human(free_bytes(target))} free"
-            )
+        needed, free = nbytes + ROOM, free_bytes(target)
+        if free < needed:
+            raise UsageError(f"{flag} {path}: needs {format_bytes(needed)}, its disk has {format_bytes(free)} free")
         handle, ours = _lock(partial, flag), False
         try:
             _clear(partial, flag)
@@ -175,13 +174,17 @@ def _check_target(target: Path, replaced: Path, flag: str, overwrite: bool, inpu
     if not overwrite:
         raise UsageError(f"{flag} {target}: already exists; choose another folder or pass --overwrite")
     if os.path.lexists(replaced):
-        raise UsageError(f"{flag} {target}: {replaced} is in the way of --overwrite, which would put the old folder "
-                         "there while it is replaced; move it away")  # fmt: skip
+        raise UsageError(
+            f"{flag} {target}: {replaced} is in the way of --overwrite, which would put the old folder "
+            "there while it is replaced; move it away"
+        )
     names = [child.name for child in target.iterdir()]
     strange = [name for name in names if not name.endswith(OF_A_CHECKPOINT) or (target / name).is_dir()]
     if strange or "config.json" not in names or not any(name.endswith((".safetensors", ".bin")) for name in names):
-        raise UsageError(f"{flag} {target}: --overwrite replaces only the folder of a checkpoint or a diff, and this "
-                         f"one {f'holds {strange[0]}' if strange else 'is none'}; delete it yourself")  # fmt: skip
+        raise UsageError(
+            f"{flag} {target}: --overwrite replaces only the folder of a checkpoint or a diff, and this "
+            f"one {f'holds {strange[0]}' if strange else 'is none'}; delete it yourself"
+        )
 
 
 def _put_in_place(partial: Path, target: Path, replaced: Path) -> None:

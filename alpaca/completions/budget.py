@@ -30,7 +30,7 @@ class Budget:
         tokens = self.prompt_tokens * self.price_in + self.completion_tokens * self.price_out
         return tokens / 1e6 + self.unanswered
 
-    def most(self, prompt: str, max_tokens: int) -> float:
+    def max_cost_of(self, prompt: str, max_tokens: int) -> float:
         """Dollars that a request can cost: no tokenizer makes more tokens than a text has bytes."""
         return ((len(prompt.encode()) + ENVELOPE) * self.price_in + max_tokens * self.price_out) / 1e6
 
@@ -77,19 +77,22 @@ class Progress:
         """Of this run: seconds, requests, rates; of all runs with this journal: tokens and dollars."""
         seconds = max(time.monotonic() - self.began, 1e-3)
         return {
-            "seconds": round(seconds, 1), "requests_of_this_run": self.requests, "retries": self.retries,
+            "seconds": round(seconds, 1),
+            "requests_of_this_run": self.requests,
+            "retries": self.retries,
             "requests_per_second": round(self.requests / seconds, 3),
             f"{self.unit}_per_second": round((self.done - self.first) / seconds, 3),
-            "prompt_tokens": self.budget.prompt_tokens, "completion_tokens": self.budget.completion_tokens,
+            "prompt_tokens": self.budget.prompt_tokens,
+            "completion_tokens": self.budget.completion_tokens,
             "cost_dollars": round(self.budget.cost, 6),
-        }  # fmt: skip
+        }
 
 
 def estimate(prompts: list[str], requests: int, max_tokens: int, budget: Budget) -> str:
     """One prompt, and what all would cost; a token is taken for four bytes, and in what it can cost at most for one."""
     tokens = round(fmean(len(prompt.encode()) for prompt in prompts) / 4)
     likely = requests * (tokens * budget.price_in + max_tokens // 2 * budget.price_out) / 1e6
-    most = requests * fmean(budget.most(prompt, max_tokens) for prompt in prompts)
+    most = requests * fmean(budget.max_cost_of(prompt, max_tokens) for prompt in prompts)
     cost = f": about ${likely:.2f}, at most ${most:.2f}" if most else "; --price_in and --price_out give the cost"
     return (
         f"{prompts[0]}\n\n--- dry run: this is such a prompt; nothing was asked ---\n"

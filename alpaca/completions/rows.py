@@ -7,29 +7,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import UsageError, first_of
+from alpaca.common.errors import UsageError, format_first
 from alpaca.common.files import atomic_write
 from alpaca.completions.api import Model, Sampling
 from alpaca.completions.budget import Budget, Progress
 from alpaca.completions.journal import Journal
-from alpaca.completions.runner import Asker, answered_before
+from alpaca.completions.runner import RequestRunner, answered_before
 from alpaca.data.rows import Row
 
 Entry = dict[str, Any]  # of a journal
 
 
 @dataclass
-class RowAnswers:
+class BatchCompletion:
     """What is answered by whom, into which file.
 
     Args:
         output_path: of the JSON that is written when all rows are answered; its journal lies beside it.
-        settle: as for Asker.
+        prepare: as for RequestRunner.
         prompt_of: the prompt of a row, by its number.
         how: everything that an answer depends on, by the words that a message uses; a rerun must have the same.
         at_once: requests on their way at the same time.
         order: numbers of the rows, in the order in which they are asked; those left out are left out of the output.
-        seed_of: as for Asker, by the number of a row.
+        seed_of: as for RequestRunner, by the number of a row.
         more: fields that every written row gets.
         drop_failed: leave out rows without an answer; else they are an error at the end, which names drop_flag, where
             the command has one.
@@ -41,10 +41,10 @@ class RowAnswers:
     rows: Sequence[Row]
     output_path: str
     model: Model
-    settle: Callable[[str], tuple[Sampling, dict[str, Any]]]
+    prepare: Callable[[str], tuple[Sampling, dict[str, Any]]]
     prompt_of: Callable[[int], str]
     how: dict[str, Any]
-    at_once: int
+    concurrency: int
     budget: Budget = field(default_factory=Budget)
     order: Sequence[int] | None = None
     seed_of: Callable[[int], int] | None = None
@@ -70,7 +70,7 @@ class RowAnswers:
         """Ask for what is not in the journal. Returns the journal's entries by the number of their row, in its order.
 
         Raises:
-            UsageError: as Asker.run; the journal has answers to another question; rows have no answer.
+            UsageError: as RequestRunner.run; the journal has answers to another question; rows have no answer.
         """
         with Journal(f"{self.output_path}.journal.jsonl", self.path_flag) as journal:
             check_same_run(journal, self.how, self.path_flag)
@@ -96,9 +96,20 @@ class RowAnswers:
             progress.show(len(answers) + len(asker.known), asker.asked, getattr(self.model, "retries", 0))
 
         seed_of = self.seed_of and (lambda index: self.seed_of(order[index]))
-        asker = Asker(self.model, self.settle, journal, self.budget, lambda index: self.prompt_of(order[index]),
-                      lambda on_their_way: asker.delivered + on_their_way < len(order), take, self.at_once,
-                      known=known, seed_of=seed_of, journaled_as=order.__getitem__, overflows_count=False)  # fmt: skip
+        asker = RequestRunner(
+            self.model,
+            self.prepare,
+            journal,
+            self.budget,
+            lambda index: self.prompt_of(order[index]),
+            lambda in_flight: asker.delivered + in_flight < len(order),
+            take,
+            self.concurrency,
+            known=known,
+            seed_of=seed_of,
+            journaled_as=order.__getitem__,
+            overflows_count=False,
+        )
         try:
             asker.run()
         finally:
@@ -110,7 +121,7 @@ class RowAnswers:
     def _checked(self, answers: dict[int, Entry], failed: list[Entry]) -> dict[int, Entry]:
         """In the order of the rows; says which have no answer, or one that was cut."""
         if failed and not self.drop_failed:
-            rows = first_of(self._named(sorted(entry["index"] for entry in failed)))
+            rows = format_first(self._named(sorted(entry["index"] for entry in failed)))
             leave_out = f", or leave them out: {self.drop_flag}" if self.drop_flag else ""
             raise UsageError(
                 f"{len(failed)} of {len(self._order)} {self.unit} have no answer (rows {rows}); the others are in the "
@@ -124,7 +135,7 @@ class RowAnswers:
 
     def _note(self, what: str, numbers: Sequence[int]) -> None:
         if numbers:
-            print(f"note: {len(numbers)} {what}, rows {first_of(self._named(numbers))}")
+            print(f"note: {len(numbers)} {what}, rows {format_first(self._named(numbers))}")
 
     def _named(self, numbers: Sequence[int]) -> list[int]:
         return [self.number_of(number) for number in numbers]
@@ -140,8 +151,10 @@ def check_same_run(journal: Journal, how: dict[str, Any], flag: str = "--output_
         if entry["kind"] == "run" and entry["how"] != how:
             names = [name for name in {**entry["how"], **how} if entry["how"].get(name) != how.get(name)]
             other = ", ".join(f"{name} {entry['how'].get(name)!r}" for name in names)
-            raise UsageError(f"{flag}: {journal.path} has answers to another question ({other}); choose another "
-                             f"{flag}, or move the journal away")  # fmt: skip
+            raise UsageError(
+                f"{flag}: {journal.path} has answers to another question ({other}); choose another "
+                f"{flag}, or move the journal away"
+            )
 
 
 def write_rows(path: str | Path, rows: list[Row]) -> None:

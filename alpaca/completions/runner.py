@@ -15,7 +15,7 @@ GIVE_UP = 20  # requests that fail in a row
 
 
 @dataclass
-class Asker:
+class RequestRunner:
     """Sends the requests `first`, `first` + 1, … as long as they are wanted and paid for.
 
     Args:
@@ -23,16 +23,16 @@ class Asker:
         wanted: whether one more request is, given how many are sent and not yet delivered.
         deliver: takes the journal entries of consecutive requests, in their order.
         known: entries of an earlier run that were not delivered, by request: they are not asked again.
-        settle: how to ask, and what the journal is to remember of every answer; given the model's endpoint,
+        prepare: how to ask, and what the journal is to remember of every answer; given the model's endpoint,
             "completions" or "chat".
-        seed_of: the seed of a request, by its number; None: that of what `settle` gave.
+        seed_of: the seed of a request, by its number; None: that of what `prepare` gave.
         journaled_as: what the journal calls a request, by its number: `index` of its entries.
         overflows_count: whether prompts that are too long count among the failures in a row that end a run. Not where
             the requests are a given number, each with a prompt of its own.
     """
 
     model: Model
-    settle: Callable[[str], tuple[Sampling, dict[str, Any]]]
+    prepare: Callable[[str], tuple[Sampling, dict[str, Any]]]
     journal: Journal
     budget: Budget
     prompt_of: Callable[[int], str]
@@ -67,11 +67,11 @@ class Asker:
         self.sent = self.delivered = self.first
         self.asked = self.failed_in_a_row = 0
         self.stop_with: Exception | None = None
-        self.lost: dict[int, float] = {}  # dollars, by request in flight
+        self.lost_cost: dict[int, float] = {}  # dollars, by request in flight
         self.flying: set[asyncio.Task] = set()
         async with self.model:
             print(f"asking {await self.model.check()}", flush=True)
-            self.sampling, self.about = self.settle(self.model.api)
+            self.sampling, self.about = self.prepare(self.model.api)
             await self._deliver_known()
             while self._send() or self.flying:
                 await self._deliver()
@@ -89,7 +89,7 @@ class Asker:
         ):
             if self.sent not in self.known:
                 prompt = self.prompt_of(self.sent)
-                most = self.budget.most(prompt, self.sampling.max_tokens)
+                most = self.budget.max_cost_of(prompt, self.sampling.max_tokens)
                 if not self.budget.allows(most):
                     self.stopped_by_cost = not self.flying  # those may turn out cheaper than what is set aside
                     break
@@ -98,7 +98,7 @@ class Asker:
         return self.sent > before
 
     def _start(self, index: int, prompt: str, most: float) -> None:
-        self.budget.reserved[index], self.lost[index] = most, 0.0
+        self.budget.reserved[index], self.lost_cost[index] = most, 0.0
         self.asked += 1
         if self.budget.max_cost is not None:  # a kill leaves no answer, and perhaps a bill
             self.journal.append({"kind": "sent", "index": self.journaled_as(index), "most": most})
@@ -112,7 +112,7 @@ class Asker:
             self.stop_with = self.stop_with or error
             return
         del self.budget.reserved[index]
-        self.budget.unanswered -= self.lost.pop(index)  # the entry has it now
+        self.budget.unanswered -= self.lost_cost.pop(index)  # the entry has it now
         self.budget.count(entry)
         try:
             self.journal.append(entry)
@@ -133,7 +133,7 @@ class Asker:
 
         def lose() -> bool:
             """An attempt may have been charged. Whether another one, for which the reservation stands, is paid for."""
-            self.lost[index] += most
+            self.lost_cost[index] += most
             self.budget.unanswered += most
             return self.budget.allows(0.0)
 
@@ -147,7 +147,7 @@ class Asker:
                 entry["unanswered"] = most
         except RequestFailed as error:
             entry = {"kind": "failed", "error": str(error), "too_long": isinstance(error, ContextOverflow)}
-        entry["unanswered"] = entry.get("unanswered", 0.0) + self.lost[index]
+        entry["unanswered"] = entry.get("unanswered", 0.0) + self.lost_cost[index]
         return {"index": self.journaled_as(index), **entry}
 
     async def _deliver_known(self) -> None:

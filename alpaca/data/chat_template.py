@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from string import Formatter
 from typing import TYPE_CHECKING
 
-from alpaca.common.distributed import say
+from alpaca.common.distributed import print_rank0
 from alpaca.data.prompts import format_prompt
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def set_chat_template(tokenizer: "PreTrainedTokenizerBase", templates: Mapping[s
     where the ids would be others than in training."""
     tokenizer.chat_template = chat_template(tokenizer, templates)
     if tokenizer.chat_template is None:
-        say("note: no chat template gives the ids of these prompts; the tokenizer is saved without one", rank)
+        print_rank0("note: no chat template gives the ids of these prompts; the tokenizer is saved without one", rank)
 
 
 def chat_template(tokenizer: "PreTrainedTokenizerBase", templates: Mapping[str, str]) -> str | None:

@@ -232,8 +232,8 @@ def parse_conversation(text: str, pairs: str = "first") -> tuple[list[dict[str, 
     turns = [(speaker, said.strip()) for speaker, said in zip(parts[::2], parts[1::2])]
     starts = [
         i
-        for i, (human, assistant) in enumerate(zip(turns, turns[1:]))
-        if (human[0], assistant[0]) == ("Human", "Assistant") and human[1] and assistant[1]
+        for i, (format_bytes, assistant) in enumerate(zip(turns, turns[1:]))
+        if (format_bytes[0], assistant[0]) == ("Human", "Assistant") and format_bytes[1] and assistant[1]
     ]
     unanswered = bool(turns) and turns[-1][0] == "Human"
     found = {

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from alpaca.common.distributed import wait_for_all_ranks
+from alpaca.common.distributed import barrier
 from alpaca.common.errors import UsageError
 from alpaca.common.files import atomic_write
 
@@ -247,7 +247,7 @@ def cached_tokens(key: str, build: Callable[[], Tokens], cache_dir: str | None =
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and (tokens := _read(path)) is None:
         tokens = build()
         _write(path, tokens)
-    wait_for_all_ranks()
+    barrier()
     if tokens is None and (tokens := _read(path)) is None:
         raise UsageError(f"the token cache {path}, written by the first process of this machine, cannot be read")
     return tokens

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpaca.common.distributed import say
+from alpaca.common.distributed import print_rank0
 from alpaca.common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -204,9 +204,13 @@ def existing_tokens(tokenizer: "PreTrainedTokenizerBase", name: str, rank: int) 
     """Do without new tokens, so that the base's embedding stays as it is: where there is no pad token, rows are padded
     with unk or else eos. That eos is learned all the same: what is padding is told by lengths, not by ids."""
     if not tokenizer.eos_token:
-        raise UsageError(f"--model_name_or_path {name}: its tokenizer has no end-of-text token; "
-                         "--add_missing_tokens True adds one")  # fmt: skip
+        raise UsageError(
+            f"--model_name_or_path {name}: its tokenizer has no end-of-text token; --add_missing_tokens True adds one"
+        )
     if not tokenizer.pad_token:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        say(f"note: no pad token -> rows are padded with {tokenizer.pad_token}, id {tokenizer.pad_token_id} "
-            "(--pad_token takes another, --add_missing_tokens True adds one)", rank)  # fmt: skip
+        print_rank0(
+            f"note: no pad token -> rows are padded with {tokenizer.pad_token}, id {tokenizer.pad_token_id} "
+            "(--pad_token takes another, --add_missing_tokens True adds one)",
+            rank,
+        )

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alpaca.common.errors import UsageError, first_of
+from alpaca.common.errors import UsageError, format_first
 from alpaca.data.prompts import PROMPT_DICT, instruction_and_input
 from alpaca.data.rows import Row
 
@@ -125,8 +125,10 @@ class Curation:
                 )
             score = row["score"]
             if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
-                raise UsageError(f"--ratings_path {path}, row {number}: its score is {type(score).__name__} {score!r}, "
-                                 "expected a number from 1 to 5, or null")  # fmt: skip
+                raise UsageError(
+                    f"--ratings_path {path}, row {number}: its score is {type(score).__name__} {score!r}, "
+                    "expected a number from 1 to 5, or null"
+                )
             if score is not None and not 1 <= score <= 5:
                 raise UsageError(f"--ratings_path {path}, row {number}: its score is {score}, expected 1 to 5, or null")
         self.scores = [row["score"] for row in rows if row["score"] is not None]
@@ -143,10 +145,14 @@ class Curation:
 
     def report(self, threshold: float) -> dict[str, Any]:
         return {
-            "ratings_path": self.path, "pairs": len(self.rows), "threshold": threshold,
-            "chosen": len(self.chosen(threshold)), "ratings": dict(self.ratings),
-            "pairs_without_a_score": self.unread, "histogram": histogram(self.scores),
-        }  # fmt: skip
+            "ratings_path": self.path,
+            "pairs": len(self.rows),
+            "threshold": threshold,
+            "chosen": len(self.chosen(threshold)),
+            "ratings": dict(self.ratings),
+            "pairs_without_a_score": self.unread,
+            "histogram": histogram(self.scores),
+        }
 
     def told(self, threshold: float) -> str:
         """Counts, the histogram, and what is suspicious about them."""
@@ -157,7 +163,9 @@ class Curation:
             + f" ({problems})" * bool(problems)
         ]
         if self.unread:
-            lines.append(f"{len(self.unread):,} pairs have no score and are not chosen (rows {first_of(self.unread)})")
+            lines.append(
+                f"{len(self.unread):,} pairs have no score and are not chosen (rows {format_first(self.unread)})"
+            )
         counts = histogram(self.scores)
         for score, count in counts.items():
             bar = "#" * -(-40 * count // max(1, *counts.values()))
@@ -165,8 +173,10 @@ class Curation:
         if read < 0.8 * total:
             lines.append("warning: many ratings cannot be read; a stronger rater, or a higher --max_tokens, may help")
         if flat := undecided(self.scores):
-            lines.append(f"warning: {flat[1]:,} of {len(self.scores):,} pairs score {flat[0]:g}: this rater hardly "
-                         "tells them apart; take another one, or average several --ratings")  # fmt: skip
+            lines.append(
+                f"warning: {flat[1]:,} of {len(self.scores):,} pairs score {flat[0]:g}: this rater hardly "
+                "tells them apart; take another one, or average several --ratings"
+            )
         return "\n".join([*lines, f"{len(self.chosen(threshold)):,} pairs score {threshold:g} or more"])
 
 

@@ -16,9 +16,25 @@ from alpaca.common.errors import UsageError
 
 # Tasks that a model of text alone cannot do, and words that led to too many of one kind.
 BLACKLIST = (
-    "image", "images", "graph", "graphs", "picture", "pictures", "file", "files", "map", "maps", "draw", "plot",
-    "go to", "video", "audio", "music", "flowchart", "diagram",
-)  # fmt: skip
+    "image",
+    "images",
+    "graph",
+    "graphs",
+    "picture",
+    "pictures",
+    "file",
+    "files",
+    "map",
+    "maps",
+    "draw",
+    "plot",
+    "go to",
+    "video",
+    "audio",
+    "music",
+    "flowchart",
+    "diagram",
+)
 PARSERS = ("original", "robust")
 
 BOLD = r"[*_]{0,3}"

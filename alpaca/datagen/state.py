@@ -39,9 +39,17 @@ class Generation:
     """
 
     def __init__(
-        self, output_dir: Path, journal: Journal, seeds: Sequence[dict[str, str]], head: str, num_examples: int,
-        num_generated: int = 0, seed: int | None = None, workers: int = 1, stable_ties: bool = False,
-    ):  # fmt: skip
+        self,
+        output_dir: Path,
+        journal: Journal,
+        seeds: Sequence[dict[str, str]],
+        head: str,
+        num_examples: int,
+        num_generated: int = 0,
+        seed: int | None = None,
+        workers: int = 1,
+        stable_ties: bool = False,
+    ):
         self.output_dir, self.journal, self.seeds, self.head = output_dir, journal, seeds, head
         self.num_examples, self.num_generated = num_examples, num_generated
         self.counts: Counter[str] = Counter()  # requests, answers, proposed, kept; "rejected: …" by reason
@@ -81,13 +89,13 @@ class Generation:
         draw.shuffle(examples)
         return encode_prompt(examples, self.head)
 
-    def wants(self, target: int, on_their_way: int) -> bool:
+    def wants(self, target: int, in_flight: int) -> bool:
         """Whether another request is needed for `target` tasks, as far as the answers so far tell."""
-        if self.num_generated and on_their_way >= LAG:
+        if self.num_generated and in_flight >= LAG:
             return False
         yields = self.counts["kept"] / self.counts["answers"] if self.counts["answers"] else FIRST_GUESS
         missing = target - len(self.rows)
-        return missing > 0 and missing > on_their_way * yields
+        return missing > 0 and missing > in_flight * yields
 
     # ---- answers ----
 
@@ -146,14 +154,24 @@ class Generation:
         for piece in self._regen():
             digest.update(piece.encode())
         digest = digest.hexdigest()
-        self.journal.append({"kind": "saved", "next": self.next, "rows": len(self.rows), "sha256": digest,
-                             "counts": self.counts, "kept_at": self.kept_at})  # fmt: skip
+        self.journal.append(
+            {
+                "kind": "saved",
+                "next": self.next,
+                "rows": len(self.rows),
+                "sha256": digest,
+                "counts": self.counts,
+                "kept_at": self.kept_at,
+            }
+        )
         try:
             with atomic_write(self.output_dir / REGEN) as file:
                 file.writelines(self._regen())
         except OSError as error:
-            raise UsageError(f"--output_dir {self.output_dir}: {REGEN} cannot be written ({error.strerror}); nothing "
-                             "is lost, every answer is in the journal") from error  # fmt: skip
+            raise UsageError(
+                f"--output_dir {self.output_dir}: {REGEN} cannot be written ({error.strerror}); nothing "
+                "is lost, every answer is in the journal"
+            ) from error
         self.saved_at = time.monotonic()
         self.saving_took = self.saved_at - begin
 

@@ -62,17 +62,29 @@ DEFINITE = words("the this that these those my your his her its our their")
 DETERMINERS = DEFINITE | words("a an each every some any no all both another either neither several many few much")
 NUMBERS = words("one two three four five six seven eight nine ten eleven twelve fifteen twenty fifty hundred half")
 PHRASE_STARTS = DETERMINERS | NUMBERS | words("me us it them what which how why who where when whether if")
-PRONOUNS = words("i you he she it we they me him us them someone everyone anyone something anything everything nothing "
-                 "myself yourself itself themselves one's who whom which what whose that there here")  # fmt: skip
-PREPOSITIONS = words("about above across after against along among around as at before behind below beneath beside "
-                     "between beyond by despite during except for from in inside into like near of off on onto outside "
-                     "over per regarding since than through throughout to toward towards under until unlike up upon "
-                     "versus via vs with within without concerning according based")  # fmt: skip
+PRONOUNS = words(
+    "i you he she it we they me him us them someone everyone anyone something anything everything nothing "
+    "myself yourself itself themselves one's who whom which what whose that there here"
+)
+PREPOSITIONS = words(
+    "about above across after against along among around as at before behind below beneath beside "
+    "between beyond by despite during except for from in inside into like near of off on onto outside "
+    "over per regarding since than through throughout to toward towards under until unlike up upon "
+    "versus via vs with within without concerning according based"
+)
 JOINERS = words("and or nor but then so because although though while whereas unless if whether when where why how yet")
-AUXILIARIES = words("is are was were be been being am do does did has have had can could will would shall should may "
-                    "might must isn't aren't doesn't don't won't can't")  # fmt: skip
-ADVERBS = words("not also then instead too very more most less least so well together please aloud again just "
-                "there here now quite only even else rather alone") | PARTICLES | {"apart"}  # fmt: skip
+AUXILIARIES = words(
+    "is are was were be been being am do does did has have had can could will would shall should may "
+    "might must isn't aren't doesn't don't won't can't"
+)
+ADVERBS = (
+    words(
+        "not also then instead too very more most less least so well together please aloud again just "
+        "there here now quite only even else rather alone"
+    )
+    | PARTICLES
+    | {"apart"}
+)
 PARTICIPLES = words("""
     using including containing involving describing explaining showing regarding concerning outlining consisting
     featuring giving making taking having being given written made known found taken seen shown done built set held
@@ -81,8 +93,10 @@ SKIPPED = DETERMINERS | NUMBERS | words('more such only just below above "')  # 
 STOPS = PREPOSITIONS | JOINERS | AUXILIARIES | PRONOUNS | ADVERBS
 QUESTION_WORDS = words("what which who whom whose when where why how what's who's where's how's") | AUXILIARIES
 
-QUANTITIES = words("list set series collection number couple pair range variety bunch handful selection group piece "
-                   "bit lot line example instance kind type sort form sample dozen string array total")  # fmt: skip
+QUANTITIES = words(
+    "list set series collection number couple pair range variety bunch handful selection group piece "
+    "bit lot line example instance kind type sort form sample dozen string array total"
+)
 ABOUT_HOW_MANY = words("at least most about around approximately exactly no more fewer less than up to only over")
 # Before a noun these describe it; alone they are not one.
 ADJECTIVES = words("""
@@ -111,17 +125,47 @@ NEVER_NOUNS, NEVER_ADJECTIVES = ADJECTIVES | PARTICIPLES, NOUNS_LIKE_ADJECTIVES 
 NOUNS_IN_LY = words("family reply supply anomaly assembly butterfly fly jelly rally monopoly ally bully belly italy")
 
 PLURALS = {
-    "men": "man", "women": "woman", "people": "person", "children": "child", "feet": "foot", "teeth": "tooth",
-    "mice": "mouse", "geese": "goose", "criteria": "criterion", "phenomena": "phenomenon",
-    "indices": "index", "matrices": "matrix", "vertices": "vertex", "lives": "life", "wives": "wife",
-    "knives": "knife", "leaves": "leaf", "halves": "half", "shelves": "shelf", "wolves": "wolf", "loaves": "loaf",
-    "quizzes": "quiz", "movies": "movie", "cookies": "cookie", "ties": "tie", "shoes": "shoe", "toes": "toe",
-    "headaches": "headache", "caches": "cache", "calories": "calorie", "menus": "menu", "gases": "gas", "buses": "bus",
-    "viruses": "virus", "bonuses": "bonus",
-}  # fmt: skip
-SINGULARS = words("news series species means physics mathematics economics politics statistics ethics analytics "
-                  "linguistics genetics robotics electronics mechanics logistics dynamics semantics acoustics gas bus "
-                  "lens bias canvas atlas christmas alias chaos cosmos ethos diabetes dns css")  # fmt: skip
+    "men": "man",
+    "women": "woman",
+    "people": "person",
+    "children": "child",
+    "feet": "foot",
+    "teeth": "tooth",
+    "mice": "mouse",
+    "geese": "goose",
+    "criteria": "criterion",
+    "phenomena": "phenomenon",
+    "indices": "index",
+    "matrices": "matrix",
+    "vertices": "vertex",
+    "lives": "life",
+    "wives": "wife",
+    "knives": "knife",
+    "leaves": "leaf",
+    "halves": "half",
+    "shelves": "shelf",
+    "wolves": "wolf",
+    "loaves": "loaf",
+    "quizzes": "quiz",
+    "movies": "movie",
+    "cookies": "cookie",
+    "ties": "tie",
+    "shoes": "shoe",
+    "toes": "toe",
+    "headaches": "headache",
+    "caches": "cache",
+    "calories": "calorie",
+    "menus": "menu",
+    "gases": "gas",
+    "buses": "bus",
+    "viruses": "virus",
+    "bonuses": "bonus",
+}
+SINGULARS = words(
+    "news series species means physics mathematics economics politics statistics ethics analytics "
+    "linguistics genetics robotics electronics mechanics logistics dynamics semantics acoustics gas bus "
+    "lens bias canvas atlas christmas alias chaos cosmos ethos diabetes dns css"
+)
 PLURAL_MODIFIERS = words("sales sports news arts systems communications operations customs goods games mathematics")
 
 # What may stand before the verb of a request. Matched on lower-case tokens with one space after each.

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from alpaca.common.errors import UsageError
 from alpaca.common.files import check_writable, write_json, write_text
-from alpaca.evaluation.harness_tasks import Member, definition_of, find_group, load_tasks, rehearse
+from alpaca.evaluation.harness_tasks import TaskSpec, definition_of, dry_run_metrics, find_group, load_tasks
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
@@ -71,7 +71,7 @@ class HarnessRun:
         check_writable(self.output_dir, "--output_dir")
         loaded = {member.name: load_tasks(manager, member) for member in wanted}  # before a model of many gigabytes
         for member in wanted:
-            rehearse(self.group, member, loaded[member.name])
+            dry_run_metrics(self.group, member, loaded[member.name])
         lm = self._open() if wanted else None
         for member in wanted:
             done[member.name] = self._evaluate(lm, manager, member, loaded[member.name]) | {"how": how_of[member.name]}
@@ -81,7 +81,7 @@ class HarnessRun:
 
     # ---- what was there before ----
 
-    def _chosen(self, members: list[Member]) -> list[Member]:
+    def _chosen(self, members: list[TaskSpec]) -> list[TaskSpec]:
         known = {member.name: member for member in members}
         names = list(known) if self.tasks is None else list(dict.fromkeys(re.findall(r"[^\s,]+", self.tasks)))
         if not names:
@@ -99,14 +99,14 @@ class HarnessRun:
         how |= {name: getattr(self, name) for name in names}
         return how | {"lm_eval": importlib.metadata.version("lm-eval")}
 
-    def _how_of(self, manager: "TaskManager", member: Member) -> dict[str, Any]:
+    def _how_of(self, manager: "TaskManager", member: TaskSpec) -> dict[str, Any]:
         definition = definition_of(manager, member, Path(self.include_path))
         return {"task": member.item, "metric": member.metric, "files of the task": definition}
 
-    def _path(self, member: Member) -> Path:
+    def _path(self, member: TaskSpec) -> Path:
         return Path(self.output_dir) / f"{member.name}.json"
 
-    def _finished(self, member: Member, how: dict[str, Any]) -> dict[str, Any] | None:
+    def _finished(self, member: TaskSpec, how: dict[str, Any]) -> dict[str, Any] | None:
         """The result of an earlier run; an error if it was another one."""
         path, how = self._path(member), json.loads(json.dumps(how))
         if not path.is_file():
@@ -131,30 +131,38 @@ class HarnessRun:
         import torch
         from lm_eval.models.huggingface import HFLM
 
-        from alpaca.inference.load import How, open_model
+        from alpaca.inference.load import LoadOptions, load_for_inference
         from alpaca.models.device import best_dtype, check_device, quantizing_flag
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(device)
-        how = How(device, best_dtype(device), quantizing_flag(self.load_in_8bit, self.load_in_4bit))
-        opened = open_model(self.model, self.base, how)
+        how = LoadOptions(device, best_dtype(device), quantizing_flag(self.load_in_8bit, self.load_in_4bit))
+        opened = load_for_inference(self.model, self.base, how)
         print(f"evaluating {opened.told} on {device} in {opened.model.dtype}", flush=True)
         logger = logging.getLogger("lm_eval.models.huggingface")
         logger.setLevel(logging.ERROR)  # three lines about a model that is not the name of one
-        lm = HFLM(pretrained=opened.model, tokenizer=opened.tokenizer, backend="causal", batch_size=self.batch_size,
-                  add_bos_token=self.add_bos_token)  # fmt: skip
+        lm = HFLM(
+            pretrained=opened.model,
+            tokenizer=opened.tokenizer,
+            backend="causal",
+            batch_size=self.batch_size,
+            add_bos_token=self.add_bos_token,
+        )
         logger.setLevel(logging.NOTSET)
-        lm.set_cache_hook(Finite(f"--model {self.model}: in {opened.model.dtype} on {device}"))
+        lm.set_cache_hook(FiniteCheck(f"--model {self.model}: in {opened.model.dtype} on {device}"))
         return lm
 
-    def _evaluate(self, lm: "HFLM", manager: "TaskManager", member: Member, tasks: dict[str, "Task"]) -> dict[str, Any]:
+    def _evaluate(
+        self, lm: "HFLM", manager: "TaskManager", member: TaskSpec, tasks: dict[str, "Task"]
+    ) -> dict[str, Any]:
         import torch
         from lm_eval import simple_evaluate
 
         began = time.monotonic()
         try:
-            results = simple_evaluate(lm, tasks=list(tasks.values()), limit=self.limit, log_samples=False,
-                                      task_manager=manager)  # fmt: skip
+            results = simple_evaluate(
+                lm, tasks=list(tasks.values()), limit=self.limit, log_samples=False, task_manager=manager
+            )
         except torch.OutOfMemoryError as error:
             raise UsageError(f"--batch_size {self.batch_size}: out of memory on {member.name}; give less") from error
         leaves = {}
@@ -164,18 +172,29 @@ class HarnessRun:
             if not math.isfinite(value):
                 raise UsageError(f"task {name}: its {member.metric} is {value}; {CAUSES}")
             known = isinstance(error, float) and math.isfinite(error)  # of one example there is none
-            leaves[name] = {"value": 100 * value, "stderr": 100 * error if known else None,
-                            "num_fewshot": results["n-shot"][name], "samples": results["n-samples"][name]["effective"],
-                            "version": results["versions"].get(name)}  # fmt: skip
+            leaves[name] = {
+                "value": 100 * value,
+                "stderr": 100 * error if known else None,
+                "num_fewshot": results["n-shot"][name],
+                "samples": results["n-samples"][name]["effective"],
+                "version": results["versions"].get(name),
+            }
         bos = lm.tokenizer.bos_token_id
         return {
-            "task": member.name, "column": member.column, "metric": member.metric, **summary(list(leaves.values())),
+            "task": member.name,
+            "column": member.column,
+            "metric": member.metric,
+            **summary(list(leaves.values())),
             "contexts_begin_with_bos": bos is not None and lm.tok_encode("Question:")[0] == bos,
-            "dtype": str(lm.model.dtype), "device": str(lm.device), "batch_size": self.batch_size,
-            "seconds": round(time.monotonic() - began, 1), "tasks": leaves, "versions": versions(),
-        }  # fmt: skip
+            "dtype": str(lm.model.dtype),
+            "device": str(lm.device),
+            "batch_size": self.batch_size,
+            "seconds": round(time.monotonic() - began, 1),
+            "tasks": leaves,
+            "versions": versions(),
+        }
 
-    def _finish(self, members: list[Member], done: dict[str, Any], how: dict[str, Any]) -> str:
+    def _finish(self, members: list[TaskSpec], done: dict[str, Any], how: dict[str, Any]) -> str:
         results = [done[member.name] for member in members]
         finished = [result for result in results if result is not None]
         average = fmean(result["value"] for result in finished) if len(finished) == len(results) else None
@@ -184,12 +203,16 @@ class HarnessRun:
             f"| | Average | {' | '.join(member.column for member in members)} |",
             "|---" * (len(members) + 2) + "|",
             f"| {Path(self.model).name} | {_number(average)} | "
-            + " | ".join(_number(result and result["value"]) for result in results) + " |",
-            "", *map(_told, finished),
+            + " | ".join(_number(result and result["value"]) for result in results)
+            + " |",
+            "",
+            *map(_told, finished),
             f"limit {self.limit}, add_bos_token {self.add_bos_token}"
-            + ", load_in_8bit" * self.load_in_8bit + ", load_in_4bit" * self.load_in_4bit + "; "
+            + ", load_in_8bit" * self.load_in_8bit
+            + ", load_in_4bit" * self.load_in_4bit
+            + "; "
             + ", ".join(f"{name} {' or '.join(found)}" for name, found in measured.items()),
-        ]  # fmt: skip
+        ]
         if different := [name for name, found in measured.items() if len(found) > 1]:
             lines.append(f"note: not all of them were measured alike; {', '.join(different)} differ (see each file)")
         if self.limit is not None:
@@ -200,9 +223,15 @@ class HarnessRun:
         write_text(Path(self.output_dir) / "table.md", f"{table}\n", "--output_dir")
         write_json(
             Path(self.output_dir) / "results.json",
-            {"group": self.group, "average": average, "arguments": how, "measured_with": measured,
-             "results": {result["column"]: result["value"] for result in finished}}, "--output_dir",
-        )  # fmt: skip
+            {
+                "group": self.group,
+                "average": average,
+                "arguments": how,
+                "measured_with": measured,
+                "results": {result["column"]: result["value"] for result in finished},
+            },
+            "--output_dir",
+        )
         return table
 
 
@@ -254,7 +283,7 @@ def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-class Finite:
+class FiniteCheck:
     """Stands where the harness has its cache, which is told of every answer as it is computed. Among NaN the harness
     takes the first choice, and the score looks like any other."""
 

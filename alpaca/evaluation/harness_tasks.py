@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Member:
+class TaskSpec:
     """A task or group of tasks: `item` of the group's list, with its settings."""
 
     name: str
@@ -30,7 +30,7 @@ class Member:
     metric: str
 
 
-def find_group(include_path: str, group: str) -> tuple["TaskManager", list[Member]]:
+def find_group(include_path: str, group: str) -> tuple["TaskManager", list[TaskSpec]]:
     """The group of that name in the YAML files of a folder, and a manager that knows its tasks."""
     try:
         from lm_eval.tasks import TaskManager
@@ -53,15 +53,17 @@ def find_group(include_path: str, group: str) -> tuple["TaskManager", list[Membe
         if name not in manager.all_tasks:
             raise UsageError(f"--group {group}: the harness knows no task {name!r}, nor does {include_path}")
         if not {"column", "metric"} <= table.get(name, {}).keys():
-            raise UsageError(f"--group {group}: its metadata.table says no column and metric for {name}, as in "
-                             f"`{name}: {{column: {name}, metric: acc}}`")  # fmt: skip
+            raise UsageError(
+                f"--group {group}: its metadata.table says no column and metric for {name}, as in "
+                f"`{name}: {{column: {name}, metric: acc}}`"
+            )
         settings = {key: value for key, value in item.items() if key not in ("task", "group")}
         kind = "group" if name in manager.all_groups else "task"  # a group under `task` would lose all tasks but one
-        members.append(Member(name, {kind: name, **settings}, table[name]["column"], table[name]["metric"]))
+        members.append(TaskSpec(name, {kind: name, **settings}, table[name]["column"], table[name]["metric"]))
     return manager, members
 
 
-def load_tasks(manager: "TaskManager", member: Member) -> dict[str, "Task"]:
+def load_tasks(manager: "TaskManager", member: TaskSpec) -> dict[str, "Task"]:
     """The tasks of a member with its settings and data. The harness takes settings only from a group's list, so a group
     of this member alone is made known to it."""
     import datasets
@@ -75,7 +77,7 @@ def load_tasks(manager: "TaskManager", member: Member) -> dict[str, "Task"]:
         raise UsageError(f"task {member.name}: its data cannot be loaded ({first_line(error)})") from error
 
 
-def definition_of(manager: "TaskManager", member: Member, folder: Path) -> str | None:
+def definition_of(manager: "TaskManager", member: TaskSpec, folder: Path) -> str | None:
     """Fingerprint of what makes the tasks that are in the YAML of `folder`: their settings, its Python, their data if
     it lies here. None: they are the harness's own, whose version is known."""
     folder = folder.resolve()
@@ -120,7 +122,7 @@ def _data_files(settings: Any) -> Iterator[Path]:
     yield from _data_files(settings.get("task"))
 
 
-def rehearse(group: str, member: Member, tasks: dict[str, "Task"]) -> None:
+def dry_run_metrics(group: str, member: TaskSpec, tasks: dict[str, "Task"]) -> None:
     """One example of each task with made-up answers, which shows its metrics; lists of metrics do not, where a task
     computes its own. simple_evaluate seeds the tasks anew.
 

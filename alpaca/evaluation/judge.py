@@ -101,14 +101,18 @@ def tally(asked: Sequence[Mapping[str, Any]], rows: int, per_row: int) -> dict[s
     return {
         "win_rate": _percent(mean - 1 for mean in means),
         "standard_error": 100 * stdev(means) / math.sqrt(len(means)) if len(means) > 1 else None,
-        "rows": rows, "rows_counted": len(means),
-        "wins": sum(mean > 1.5 for mean in means), "losses": sum(mean < 1.5 for mean in means),
+        "rows": rows,
+        "rows_counted": len(means),
+        "wins": sum(mean > 1.5 for mean in means),
+        "losses": sum(mean < 1.5 for mean in means),
         "ties": sum(mean == 1.5 for mean in means),
-        "verdicts": len(asked), "verdicts_unread": sum(entry["preference"] is None for entry in asked),
-        "win_rate_when_first": _win_rate(asked, OURS), "win_rate_when_second": _win_rate(asked, OTHERS),
+        "verdicts": len(asked),
+        "verdicts_unread": sum(entry["preference"] is None for entry in asked),
+        "win_rate_when_first": _win_rate(asked, OURS),
+        "win_rate_when_second": _win_rate(asked, OTHERS),
         "orders_agree": _percent(len(set(values)) == 1 for values in read) if per_row == 2 else None,
         "first_place_wins": _percent(first_won),
-    }  # fmt: skip
+    }
 
 
 def _win_rate(asked: Sequence[Mapping[str, Any]], first: str) -> float | None:

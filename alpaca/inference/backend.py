@@ -14,7 +14,7 @@ from alpaca.data.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt
 from alpaca.inference.client import Client
 
 
-def open_respondent(
+def open_backend(
     model_name: str,
     base_url: str | None = None,
     api: str = "auto",
@@ -52,8 +52,17 @@ def open_respondent(
 
     folder = Path(model_name).expanduser()
     chat = api == "chat" or (api == "auto" and chat and not (folder / TEMPLATE_FILE).is_file())
-    model = LocalModel(folder, batch_size, chat, batch_size_flag=batch_size_flag, base=base, flag=flag,
-                       load_in_8bit=load_in_8bit, load_in_4bit=load_in_4bit, base_flag=base_flag)  # fmt: skip
+    model = LocalModel(
+        folder,
+        batch_size,
+        chat,
+        batch_size_flag=batch_size_flag,
+        base=base,
+        flag=flag,
+        load_in_8bit=load_in_8bit,
+        load_in_4bit=load_in_4bit,
+        base_flag=base_flag,
+    )
     if api == "chat" and model.api != "chat":
         raise UsageError(f"--api chat: the tokenizer of {model_name} has no chat template; leave --api away")
     return model
@@ -65,7 +74,7 @@ def is_folder(model_name: str, base_url: str | None) -> bool:
 
 
 @dataclass(frozen=True)
-class Respondent:
+class ModelBackend:
     """A respondent by the flags of a command, which are named as these fields and those of Sampling.
 
     flag, batch_size_flag: of model and batch size, where they have other names.
@@ -92,12 +101,20 @@ class Respondent:
         check_sampling(self.sampling)
 
     def open(self, chat: bool = True) -> Model:
-        """As `open_respondent`."""
-        return open_respondent(
-            self.model_name, self.base_url, self.api, self.batch_size, chat=chat, base=self.base,
-            load_in_8bit=self.load_in_8bit, load_in_4bit=self.load_in_4bit, flag=self.flag,
-            batch_size_flag=self.batch_size_flag, base_flag=self.base_flag,
-        )  # fmt: skip
+        """As `open_backend`."""
+        return open_backend(
+            self.model_name,
+            self.base_url,
+            self.api,
+            self.batch_size,
+            chat=chat,
+            base=self.base,
+            load_in_8bit=self.load_in_8bit,
+            load_in_4bit=self.load_in_4bit,
+            flag=self.flag,
+            batch_size_flag=self.batch_size_flag,
+            base_flag=self.base_flag,
+        )
 
     def how(self, **texts: Iterable[str]) -> dict[str, Any]:
         """All that the answers depend on, for a journal; of texts, their SHA-256. A server is told by its model, as it
@@ -117,7 +134,7 @@ class Respondent:
 
 
 @dataclass
-class Questions:
+class PromptSet:
     """What a respondent is asked, by number: a chat model the question as it is, another one inside of a prompt.
 
     templates: JSON file's prompts; not given, those of the model's folder, or Alpaca's.
@@ -132,8 +149,8 @@ class Questions:
         self.around = self.templates or getattr(self.model, "templates", PROMPT_DICT)
         self.plain = self.model.api == "chat"
 
-    def settle(self, endpoint: str) -> tuple[Sampling, dict[str, Any]]:
-        """For an Asker."""
+    def prepare(self, endpoint: str) -> tuple[Sampling, dict[str, Any]]:
+        """For an RequestRunner."""
         self.plain = endpoint == "chat"
         if self.plain and self.templates is not None:
             raise UsageError("--prompt_template is for completions, and this server chats: add --api completions")

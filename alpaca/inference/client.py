@@ -22,12 +22,12 @@ from alpaca.common.errors import UsageError
 from alpaca.completions.api import MOST_CUTS, Completion, ContextOverflow, Prompt, RequestFailed, Sampling, cut_at_stop
 from alpaca.inference.server_errors import (
     LONGEST_WAIT,
-    Again,
     MaxTokensRefused,
-    NoAnswer,
+    NoResponse,
+    RetryLater,
     UnknownModel,
     WrongEndpoint,
-    judge,
+    classify_error,
     never_connected,
     unknown_model,
 )
@@ -93,7 +93,9 @@ class Client:
             raise UsageError(f"{error}\nThe server could not answer a first, short request.") from error
         return f"model {self.model} at {self.base_url}, {self.api} endpoint ({how})"
 
-    async def complete(self, prompt: Prompt, sampling: Sampling, lost: Callable[[], bool] | None = None) -> Completion:
+    async def complete(
+        self, prompt: Prompt, sampling: Sampling, on_lost_response: Callable[[], bool] | None = None
+    ) -> Completion:
         """The completion of one prompt: a text, a chat message {"role": …, "content": …} or a list of those.
 
         lost: called when an answer did not arrive whole, which may be charged all the same; False gives up.
@@ -104,7 +106,7 @@ class Client:
         cuts, switched = 0, False
         while True:
             try:
-                return await self._ask(self.api, prompt, sampling, self.max_retries, lost)
+                return await self._ask(self.api, prompt, sampling, self.max_retries, on_lost_response)
             except MaxTokensRefused:
                 if self.api == "completions" or switched:
                     raise
@@ -150,7 +152,7 @@ class Client:
 
         try:
             answer = await self._persist(ask, {}, self.base_url + "/models", retries=2)
-        except NoAnswer as error:
+        except NoResponse as error:
             raise UsageError(
                 f"{error}\nIs the server running? Its address is --base_url, else OPENAI_BASE_URL, else {OPENAI_URL}."
             ) from error
@@ -160,7 +162,12 @@ class Client:
         return [str(model.get("id")) for model in models if isinstance(model, dict)] if models else None
 
     async def _ask(
-        self, api: str, prompt: Prompt, sampling: Sampling, retries: int, lost: Callable[[], bool] | None = None
+        self,
+        api: str,
+        prompt: Prompt,
+        sampling: Sampling,
+        retries: int,
+        on_lost_response: Callable[[], bool] | None = None,
     ) -> Completion:
         import httpx2
 
@@ -170,7 +177,7 @@ class Client:
             answer = await self._openai.post(PATHS[api], body=body, cast_to=httpx2.Response)
             return read_completion(_json(answer.content), sampling.stop)
 
-        return await self._persist(ask, body, self.base_url + PATHS[api], retries, lost)
+        return await self._persist(ask, body, self.base_url + PATHS[api], retries, on_lost_response)
 
     def _body(self, api: str, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -187,9 +194,13 @@ class Client:
         return {name: value for name, value in body.items() if value is not None} | dict(sampling.extra)
 
     async def _persist(
-        self, ask: Callable[[], Awaitable[Any]], body: Mapping, url: str, retries: int,
-        lost: Callable[[], bool] | None = None,
-    ) -> Any:  # fmt: skip
+        self,
+        ask: Callable[[], Awaitable[Any]],
+        body: Mapping,
+        url: str,
+        retries: int,
+        on_lost_response: Callable[[], bool] | None = None,
+    ) -> Any:
         """`ask` until it answers, `retries` times more at most. Not with openai's own retries: those know nothing of
         answers that are cut off or empty, and the count is to be one."""
         import openai
@@ -198,13 +209,13 @@ class Client:
             try:
                 return await ask()
             except openai.APIError as error:
-                problem = judge(error, url, self.model, body)
-                if not isinstance(problem, Again):
+                problem = classify_error(error, url, self.model, body)
+                if not isinstance(problem, RetryLater):
                     raise problem from error
-                charged = problem.failure is NoAnswer and not never_connected(error)
-            except Again as error:
-                problem, charged = Again(f"{url}: {error}", error.wait), True
-            if charged and lost is not None and not lost():
+                charged = problem.failure is NoResponse and not never_connected(error)
+            except RetryLater as error:
+                problem, charged = RetryLater(f"{url}: {error}", error.wait), True
+            if charged and on_lost_response is not None and not on_lost_response():
                 raise RequestFailed(f"{problem}\nGave up: another attempt could exceed --max_cost.")
             if retry == retries or (problem.wait or 0) > LONGEST_WAIT:
                 why = f"it asks to wait {problem.wait:.0f} s" if (problem.wait or 0) > LONGEST_WAIT else ""
@@ -262,7 +273,7 @@ def read_completion(answer: Any, stop: Sequence[str]) -> Completion:
             text = "".join(part.get("text", "") for part in text)
         usage = answer.get("usage") or {}
     except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise Again(f"an answer without a completion: {str(answer)[:200]}") from error
+        raise RetryLater(f"an answer without a completion: {str(answer)[:200]}") from error
     text = text or ""  # None: refused, or all of max_tokens went into reasoning
     reason = str(choice.get("finish_reason") or "unknown")
     if reason != "stop" or text.endswith(tuple(stop)):  # `transformers serve` goes on, or leaves the stop string in
@@ -276,7 +287,7 @@ def _json(content: bytes) -> Any:
     try:
         return json.loads(content)
     except ValueError as error:
-        raise Again(f"an answer that is not JSON, or cut off: {content[:100]!r}") from error
+        raise RetryLater(f"an answer that is not JSON, or cut off: {content[:100]!r}") from error
 
 
 def _listed(messages: Mapping | Sequence[Mapping]) -> Sequence[Mapping]:

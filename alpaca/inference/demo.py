@@ -22,7 +22,7 @@ PAUSE = 0.05  # seconds between two looks at what was written: there is news 20 
 
 
 @dataclass
-class Voice:
+class DemoModel:
     """A model, what it is called on the page, and the prompts it was trained with."""
 
     name: str
@@ -60,25 +60,25 @@ class Answer:
     wrong: bool = False  # then the status says what is
     ended: bool = False
 
-    def write(self, voice: Voice, row: Row, sampling: Sampling, stopped: threading.Event) -> None:
+    def write(self, voice: DemoModel, row: Row, sampling: Sampling, stopped: threading.Event) -> None:
         """The thread: ends with the answer, or soon after `stopped` is set."""
         started = time.monotonic()
         try:
             prompt = format_prompt(row, voice.templates)
             sampling = voice.fitting(prompt, sampling)
             pieces = voice.model.stream(prompt, sampling, stopped)
-            while (reason := self.take(pieces)) is None:
+            while (reason := self.next_piece(pieces)) is None:
                 self.status = f"Writing, {time.monotonic() - started:.0f} s"
             limit = f" at its limit of {sampling.max_tokens:,} tokens" if reason == "length" else ""
             how = "Stopped" if stopped.is_set() else f"Ended{limit}"
             self.status = f"{how} after {time.monotonic() - started:.1f} s"
         except Exception as error:  # whatever it is, the person who waits for an answer has to hear of it
-            self.status, self.wrong = in_words(error), True
+            self.status, self.wrong = error_text(error), True
         finally:
             self.ended = True
             print(f"{voice.name}: {len(self.text)} characters. {self.status}", flush=True)  # not what was asked
 
-    def take(self, pieces: Generator[str, None, str]) -> str | None:
+    def next_piece(self, pieces: Generator[str, None, str]) -> str | None:
         """The next piece, or why there is none."""
         try:
             self.text += next(pieces)
@@ -87,7 +87,7 @@ class Answer:
         return None
 
 
-def in_words(error: Exception) -> str:
+def error_text(error: Exception) -> str:
     """For the page. What nobody foresaw also goes to the terminal, in full."""
     if any(words in str(error) for words in ("out of memory", "can't allocate memory")):
         return "Out of memory. Ask for fewer new tokens, shorten the input, or try again when fewer people ask."
@@ -97,13 +97,13 @@ def in_words(error: Exception) -> str:
     return str(error)
 
 
-class Answering:
+class DemoEngine:
     """The requests of all pages, at most `concurrency` of them at a time, each answered by every voice side by side.
 
     `session`: a page's own name, of one request at a time.
     """
 
-    def __init__(self, voices: Sequence[Voice], concurrency: int, max_characters: int):
+    def __init__(self, voices: Sequence[DemoModel], concurrency: int, max_characters: int):
         self.voices, self.max_characters = voices, max_characters
         self.places = asyncio.Semaphore(concurrency)
         self._running: dict[str, threading.Event] = {}

@@ -1,6 +1,6 @@
 """Opening what people have, to answer with it: a checkpoint, a LoRA adapter on its base, or a weight diff and its base.
 
-    opened = open_model("output/lora", base="my_llama", how=How("cpu", torch.float32))
+    opened = load_for_inference("output/lora", base="my_llama", how=How("cpu", torch.float32))
     opened.model.generate(...)
 
 An adapter stays apart from its base, as it was trained: merging it would round the sum to the dtype of the base.
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedModel:
     """templates: those of alpaca/data/prompts.py that the model was trained with; told: what was opened, in words."""
 
     model: PreTrainedModel
@@ -50,7 +50,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class How:
+class LoadOptions:
     """Where the weights go, and as what; and the flags that named the folders, for messages."""
 
     device: str
@@ -72,7 +72,7 @@ class How:
         return {"dtype": self.dtype, "quantization_config": config, "device_map": {"": self.device}}
 
 
-def open_model(name: str | Path, base: str | Path | None, how: How) -> Opened:
+def load_for_inference(name: str | Path, base: str | Path | None, how: LoadOptions) -> LoadedModel:
     """Open the folder (or hub id) `name`, on `how.device` and ready to generate.
 
     base: of an adapter (not given, the one that its adapter_config.json names) or of a diff, exact or of 2023's format.
@@ -96,7 +96,7 @@ def open_model(name: str | Path, base: str | Path | None, how: How) -> Opened:
 # ---- a checkpoint ----
 
 
-def _open_checkpoint(folder: Path, how: How) -> Opened:
+def _open_checkpoint(folder: Path, how: LoadOptions) -> LoadedModel:
     if not (folder / "config.json").is_file():
         raise UsageError(f"{how.flag} {folder}: expected the folder of a model; there is no config.json in it.")
     with open_weights(folder, how.flag) as weights:
@@ -107,10 +107,10 @@ def _open_checkpoint(folder: Path, how: How) -> Opened:
                 + how.no_base(f"python weight_diff.py recover --path_diff {folder} --path_raw <base> ...")
             )
     tokenizer = _tokenizer(folder, how.flag)
-    return Opened(_load(folder, how, how.flag), tokenizer, templates_of(folder), f"model {folder}")
+    return LoadedModel(_load(folder, how, how.flag), tokenizer, templates_of(folder), f"model {folder}")
 
 
-def _load(folder: Path, how: How, flag: str) -> PreTrainedModel:
+def _load(folder: Path, how: LoadOptions, flag: str) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(folder, **how.options)
     except (OSError, ValueError) as error:
@@ -127,7 +127,7 @@ def _tokenizer(folder: Path, flag: str) -> PreTrainedTokenizerBase:
 # ---- a weight diff ----
 
 
-def _open_diff(folder: Path, base: str | Path | None, how: How) -> Opened:
+def _open_diff(folder: Path, base: str | Path | None, how: LoadOptions) -> LoadedModel:
     """The model that the diff and its base give, recovered in memory; an exact diff proves it."""
     if base is None:
         raise UsageError(
@@ -140,13 +140,13 @@ def _open_diff(folder: Path, base: str | Path | None, how: How) -> Opened:
         state = recover_in_memory(diff, how.dtype)
         print(*diff.notes(), f"{diff.verdict}: {base} and {folder} give {diff.told}", sep="\n", flush=True)
         model, tokenizer = load_recovered(diff, state, **how.options)
-        return Opened(model, tokenizer, templates_of(folder), f"model of diff {folder} and base {base}")
+        return LoadedModel(model, tokenizer, templates_of(folder), f"model of diff {folder} and base {base}")
 
 
 # ---- an adapter ----
 
 
-def _open_adapter(folder: Path, base: str | Path | None, how: How) -> Opened:
+def _open_adapter(folder: Path, base: str | Path | None, how: LoadOptions) -> LoadedModel:
     config, base = _adapter_config(folder, how), base or _base_of(folder, how)
     base_folder = find_folder(base, how.base_flag or how.flag)
     if other := other_base(folder, base_folder):
@@ -159,10 +159,10 @@ def _open_adapter(folder: Path, base: str | Path | None, how: How) -> Opened:
     _put_in(
         model, folder, config, len(tokenizer), f"{how.flag} {folder}: this adapter does not fit the base {base}", how
     )
-    return Opened(model, tokenizer, templates_of(folder), f"adapter {folder} on base {base}")
+    return LoadedModel(model, tokenizer, templates_of(folder), f"adapter {folder} on base {base}")
 
 
-def _adapter_config(folder: Path, how: How) -> "PeftConfig":
+def _adapter_config(folder: Path, how: LoadOptions) -> "PeftConfig":
     try:
         from peft import PeftConfig
     except ImportError as error:
@@ -177,14 +177,16 @@ def _adapter_config(folder: Path, how: How) -> "PeftConfig":
     return config
 
 
-def _base_of(folder: Path, how: How) -> str:
+def _base_of(folder: Path, how: LoadOptions) -> str:
     """The base that the adapter names."""
     settings = read_json(folder / ADAPTER_CONFIG, how.flag)
     name, revision = (settings.get(key) for key in ("base_model_name_or_path", "revision"))
     merge = f"python -m scripts.merge_lora --adapter {folder} --base <base> --output_dir <model>"
     if name and revision:
-        raise UsageError(f"{how.flag} {folder}: is a LoRA adapter of revision {revision} of {name}; download that, and "
-                         f"{how.no_base(merge)}")  # fmt: skip
+        raise UsageError(
+            f"{how.flag} {folder}: is a LoRA adapter of revision {revision} of {name}; download that, and "
+            f"{how.no_base(merge)}"
+        )
     if not name:
         raise UsageError(f"{how.flag} {folder}: is a LoRA adapter that names no base model; {how.no_base(merge)}")
     try:
@@ -195,7 +197,9 @@ def _base_of(folder: Path, how: How) -> str:
         ) from error
 
 
-def _put_in(model: PreTrainedModel, folder: Path, config: "PeftConfig", tokens: int, misfit: str, how: How) -> None:
+def _put_in(
+    model: PreTrainedModel, folder: Path, config: "PeftConfig", tokens: int, misfit: str, how: LoadOptions
+) -> None:
     """Put the adapter into the layers of `model`. tokens: length of the tokenizer."""
     from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
 

@@ -28,7 +28,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from alpaca.common.errors import UsageError
 from alpaca.completions.api import MOST_CUTS, Completion, ContextOverflow, Prompt, Sampling, cut_at_stop
-from alpaca.inference.load import How, open_model, without_adapter
+from alpaca.inference.load import LoadOptions, load_for_inference, without_adapter
 from alpaca.inference.token_stream import Stop, TokenQueue, pieces_of, tokens_of
 from alpaca.models.device import best_dtype, check_device, quantizing_flag
 
@@ -64,11 +64,16 @@ class LocalModel:
         self.batch_size, self.batch_size_flag, self.name = batch_size, batch_size_flag, str(folder)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(self.device)
-        how = How(self.device, best_dtype(self.device), quantizing_flag(load_in_8bit, load_in_4bit), flag, base_flag)
-        opened = open_model(folder, base, how)
+        how = LoadOptions(
+            self.device, best_dtype(self.device), quantizing_flag(load_in_8bit, load_in_4bit), flag, base_flag
+        )
+        opened = load_for_inference(folder, base, how)
         self.model, self.tokenizer, self.templates, self.told = (
-            opened.model, opened.tokenizer, opened.templates, opened.told
-        )  # fmt: skip
+            opened.model,
+            opened.tokenizer,
+            opened.templates,
+            opened.told,
+        )
         self.api = "chat" if chat and self.tokenizer.chat_template else "completions"
         ends = _listed(self.model.generation_config.eos_token_id) + _listed(self.tokenizer.eos_token_id)
         self.eos = list(dict.fromkeys(ends))
@@ -91,7 +96,7 @@ class LocalModel:
         """As Client.check: what will be asked how. A model that is loaded needs no other check."""
         return f"{self.told} on {self.device} in {self.model.dtype}, {self.api}, batches of {self.batch_size}"
 
-    async def complete(self, prompt: Prompt, sampling: Sampling, lost: object = None) -> Completion:
+    async def complete(self, prompt: Prompt, sampling: Sampling, on_lost_response: object = None) -> Completion:
         """As Client.complete. Prompts asked for at the same time are generated together, batch_size at most."""
         self._fitting(self.prompt_tokens(prompt), sampling)  # a prompt that is too long must not fail its whole batch
         future = asyncio.get_running_loop().create_future()
@@ -161,9 +166,13 @@ class LocalModel:
             )
 
         return pieces_of(
-            tokens_of(work, stopped), lambda new: self._decode(ids, new), self.tokenizer.convert_ids_to_tokens,
-            self.eos, sampling.stop, stopped.is_set if stopped else bool,
-        )  # fmt: skip
+            tokens_of(work, stopped),
+            lambda new: self._decode(ids, new),
+            self.tokenizer.convert_ids_to_tokens,
+            self.eos,
+            sampling.stop,
+            stopped.is_set if stopped else bool,
+        )
 
     def prompt_tokens(self, prompt: Prompt) -> int:
         """How many of the `context` tokens `prompt` takes."""
@@ -225,7 +234,7 @@ class LocalModel:
             options |= {"stop_strings": list(sampling.stop), "tokenizer": self.tokenizer}
         if temperature := (1.0 if sampling.temperature is None else sampling.temperature):
             options["logits_processor"] = LogitsProcessorList(
-                [Draw(temperature, 1.0 if sampling.top_p is None else sampling.top_p, seeds, self.device)]
+                [SeededTopPSampler(temperature, 1.0 if sampling.top_p is None else sampling.top_p, seeds, self.device)]
             )
         try:
             output = self.model.generate(padded, attention_mask=mask, **options)
@@ -253,7 +262,7 @@ class LocalModel:
             return all_[len(before) :] if all_.startswith(before) else self.tokenizer.decode(new, **options)
 
 
-class Draw(LogitsProcessor):
+class SeededTopPSampler(LogitsProcessor):
     """Sampling by temperature and top-p with a generator of random numbers for each row.
 
     The largest of logit + Gumbel noise is a draw from the softmax of the logits. So generate() goes on as for greedy

@@ -22,7 +22,7 @@ UNSUPPORTED = re.compile(r"[Uu]nsupported (?:parameter|value): '(\w+)'")
 RETIRED = ("text-davinci-", "code-davinci-", "text-curie-", "text-babbage-", "text-ada-")
 
 
-class NoAnswer(RequestFailed):
+class NoResponse(RequestFailed):
     """No connection to the server, or none that lasted until an answer came."""
 
 
@@ -38,7 +38,7 @@ class MaxTokensRefused(UsageError):
     """The model takes max_completion_tokens in place of max_tokens."""
 
 
-class Again(Exception):
+class RetryLater(Exception):
     """The same request may succeed later, `wait` seconds from now where the server says when. `failure`: what to raise
     once there have been enough attempts."""
 
@@ -47,11 +47,11 @@ class Again(Exception):
         self.wait, self.failure = wait, failure
 
 
-def judge(error: Exception, url: str, model: str, sent: Mapping[str, Any]) -> Exception:
+def classify_error(error: Exception, url: str, model: str, sent: Mapping[str, Any]) -> Exception:
     """The exception to raise in place of one of openai's; `sent` is the body of the request."""
     status = getattr(error, "status_code", None)
     if status is None:
-        return Again(f"no answer from {url}: {_connection_problem(error)}", failure=NoAnswer)
+        return RetryLater(f"no answer from {url}: {_connection_problem(error)}", failure=NoResponse)
     said, code = _said(error), f"{getattr(error, 'code', '')} {getattr(error, 'type', '')}"
     told = f"{url} answered {status}: {said}"
     if "context_length_exceeded" in code or "exceed_context_size" in code or OVERFLOW.search(said):
@@ -68,7 +68,7 @@ def judge(error: Exception, url: str, model: str, sent: Mapping[str, Any]) -> Ex
         return wrong(told)
     may_retry = error.response.headers.get("x-should-retry") != "false"
     if (status in (408, 409, 429) or status >= 500) and may_retry:
-        return Again(told, seconds_to_wait(error.response.headers))
+        return RetryLater(told, seconds_to_wait(error.response.headers))
     return RequestFailed(told)
 
 

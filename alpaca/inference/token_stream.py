@@ -81,9 +81,13 @@ def tokens_of(
 
 
 def pieces_of(
-    tokens: Generator[list[int], None, None], decode: Callable[[list[int]], str], name_of: Callable[[int], str],
-    eos: Sequence[int], stop: Sequence[str], stopped: Callable[[], bool],
-) -> Generator[str, None, str]:  # fmt: skip
+    tokens: Generator[list[int], None, None],
+    decode: Callable[[list[int]], str],
+    name_of: Callable[[int], str],
+    eos: Sequence[int],
+    stop: Sequence[str],
+    stopped: Callable[[], bool],
+) -> Generator[str, None, str]:
     """The text of `tokens` in pieces that later tokens do not change: without the beginning of a character or of a stop
     string at its end. All pieces are the text as a whole, up to the first of `eos` and `stop`; when `stopped`, without
     the part of a character at its end.

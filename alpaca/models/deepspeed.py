@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from alpaca.common.arguments import read_config, spelled
-from alpaca.common.distributed import say
+from alpaca.common.arguments import enum_value, read_config
+from alpaca.common.distributed import print_rank0
 from alpaca.common.errors import UsageError
 from alpaca.common.files import fingerprint
 from alpaca.models import fsdp
@@ -51,7 +51,7 @@ def configure(args: "TrainingArguments") -> None:
         )
     if args.torch_compile:
         raise UsageError("--torch_compile: not with --deepspeed, which gathers parameters inside layers; use --fsdp")
-    optimizer = spelled(args.optim)
+    optimizer = enum_value(args.optim)
     if optimizer not in OPTIMIZERS and "optimizer" not in args.deepspeed:
         raise UsageError(f"--optim {optimizer}: with --deepspeed expected {' or '.join(OPTIMIZERS)}")
     if find_spec("deepspeed") is None:
@@ -102,8 +102,10 @@ def check_agreement(args: "TrainingArguments") -> None:
     for section, flag in (("optimizer", "optim"), ("scheduler", "lr_scheduler_type")):
         if own := args.deepspeed.get(section):
             value = getattr(args, flag)
-            say(f"note: --{flag} {getattr(value, 'value', value)} -> {own.get('type')}, the {section} of --deepspeed",
-                args.process_index)  # fmt: skip
+            print_rank0(
+                f"note: --{flag} {getattr(value, 'value', value)} -> {own.get('type')}, the {section} of --deepspeed",
+                args.process_index,
+            )
 
 
 @dataclass(frozen=True)

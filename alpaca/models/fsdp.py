@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from alpaca.common.arguments import read_config
-from alpaca.common.distributed import say
+from alpaca.common.distributed import print_rank0
 from alpaca.common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def hybrid_mesh() -> "ParallelismConfig | None":
 
     world, local = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if world == local:
-        say('flag: --fsdp "hybrid_shard" -> full_shard: there is one node', int(os.environ["RANK"]))
+        print_rank0('flag: --fsdp "hybrid_shard" -> full_shard: there is one node', int(os.environ["RANK"]))
         return None
     if local == 1:
         raise UsageError('--fsdp "hybrid_shard": shards inside a node, but a node has one process here; use full_shard')
@@ -200,7 +200,7 @@ def full_state_dict(
 # ---- an optimizer saved by FSDP, continued without, and the other way round ----
 
 
-def load_optimizer_of_other_layout(model: "PreTrainedModel", optimizer: "torch.optim.Optimizer", folder: str) -> None:
+def load_resharded_optimizer(model: "PreTrainedModel", optimizer: "torch.optim.Optimizer", folder: str) -> None:
     """Fill `optimizer` from a checkpoint that was saved in shards and is now needed whole, or saved whole and now
     needed in shards. Parameters are matched by name. Collective under torch.distributed."""
     import torch

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from alpaca.common.distributed import say, wait_for_all_ranks
+from alpaca.common.distributed import barrier, print_rank0
 from alpaca.common.errors import UsageError
 from alpaca.data.tokenizer import (
     SPECIAL_TOKENS,
@@ -47,8 +47,11 @@ def load_tokenizer(model_args: Any, training_args: "TrainingArguments") -> tuple
         missing = {token: default for token, default in SPECIAL_TOKENS.items() if not getattr(tokenizer, token)}
         num_new_tokens = tokenizer.add_special_tokens(missing)
     for token, other in unstated.items():
-        say(f"note: {name} states no {token} -> {getattr(tokenizer, token)}; as in 2023, the default of "
-            f"transformers 5 ({other or 'none'}) is not taken", training_args.process_index)  # fmt: skip
+        print_rank0(
+            f"note: {name} states no {token} -> {getattr(tokenizer, token)}; as in 2023, the default of "
+            f"transformers 5 ({other or 'none'}) is not taken",
+            training_args.process_index,
+        )
     return tokenizer, num_new_tokens
 
 
@@ -61,7 +64,7 @@ def base_slow_files(tokenizer: PreTrainedTokenizerBase, training_args: "Training
     try:
         return slow_files(tokenizer.name_or_path, json.loads(backend.to_str()), training_args.cache_dir)
     except ValueError as error:
-        say(f"note: {without_slow_files(tokenizer.name_or_path, error)}", training_args.process_index)
+        print_rank0(f"note: {without_slow_files(tokenizer.name_or_path, error)}", training_args.process_index)
         return {}
 
 
@@ -117,7 +120,7 @@ def make_model(
     if lora_args and num_new_tokens and training_args.fsdp:
         _refuse_tied(load_config(model_args, training_args), model_args.model_name_or_path)
     model = load_model(model_args, training_args, weights, lora_args)
-    wait_for_all_ranks()
+    barrier()
     repair_generation_config(model, to_save(tokenizer).pad_token_id, training_args.process_index)
     if not lora_args or num_new_tokens:
         resize_embeddings(model, 0 if weights else num_new_tokens, len(tokenizer))
@@ -152,4 +155,6 @@ def repair_generation_config(model: "PreTrainedModel", pad_token_id: int, rank: 
     except ValueError:
         model.generation_config.do_sample = True
         model.generation_config.validate(strict=True)
-        say("note: generation_config.json has sampling values without do_sample -> saved with do_sample: true", rank)
+        print_rank0(
+            "note: generation_config.json has sampling values without do_sample -> saved with do_sample: true", rank
+        )

@@ -69,8 +69,10 @@ class LoraArguments:
 def check_lora(lora: LoraArguments, args: "TrainingArguments") -> None:
     """Raise UsageError for flags that do not go together."""
     if lora and args.deepspeed:
-        raise UsageError(f"--{lora.quantized or 'lora_r'} and --deepspeed: are not supported together; the gradients "
-                         "and optimizer of LoRA are small, and --fsdp shards a base that is not quantized")  # fmt: skip
+        raise UsageError(
+            f"--{lora.quantized or 'lora_r'} and --deepspeed: are not supported together; the gradients "
+            "and optimizer of LoRA are small, and --fsdp shards a base that is not quantized"
+        )
     if lora and args.neftune_noise_alpha:
         raise UsageError("--neftune_noise_alpha: is not supported with --lora_r")
 
@@ -144,8 +146,10 @@ def _targets(model: "PreTrainedModel", names: list[str], layers: dict[str, nn.Mo
     for name in names:
         if not any(path == name or path.endswith(f".{name}") for path in layers):
             known = ", ".join(sorted({path.rpartition(".")[2] for path in layers}))
-            raise UsageError(f"--lora_target_modules {name}: {type(model).__name__} has no such layer; it has {known}, "
-                             f"and {ALL_LINEAR} takes all but the last one of the model")  # fmt: skip
+            raise UsageError(
+                f"--lora_target_modules {name}: {type(model).__name__} has no such layer; it has {known}, "
+                f"and {ALL_LINEAR} takes all but the last one of the model"
+            )
     return names
 
 
@@ -172,5 +176,6 @@ def _load(model: "PeftModel", checkpoint: str) -> None:
     result = set_peft_model_state_dict(model, load_peft_weights(checkpoint, device="cpu"))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     if wrong := sorted(trained & set(result.missing_keys)) + sorted(result.unexpected_keys):
-        raise UsageError(f"--resume_from_checkpoint {checkpoint}: its LoRA matrices are not those of this run "
-                         f"({wrong[0]})")  # fmt: skip
+        raise UsageError(
+            f"--resume_from_checkpoint {checkpoint}: its LoRA matrices are not those of this run ({wrong[0]})"
+        )

@@ -32,9 +32,18 @@ if TYPE_CHECKING:
 
 NAME = "alpaca_packed"
 WITHOUT_EFFECT = {  # what models pass on to every layer and what does not change attention
-    "cache_position", "is_causal", "layer_idx", "num_items_in_batch", "output_hidden_states", "output_router_logits",
-    "position_ids", "return_dict", "shift_labels", "sliding_window", "use_cache",
-}  # fmt: skip
+    "cache_position",
+    "is_causal",
+    "layer_idx",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "shift_labels",
+    "sliding_window",
+    "use_cache",
+}
 
 
 @dataclasses.dataclass(eq=False)  # not frozen: torch.compile would look into it and compile anew for each pack
@@ -125,7 +134,7 @@ def named_kernel(config: "PreTrainedConfig") -> str | None:
 
 
 @contextmanager
-def confined_to_rows(config: "PreTrainedConfig") -> Iterator[None]:
+def packed_attention_enabled(config: "PreTrainedConfig") -> Iterator[None]:
     """Models of `config` attend within the rows of a pack meanwhile, and need `pack` in their forward."""
     register()
     chosen, config._attn_implementation = config._attn_implementation, NAME
@@ -176,17 +185,24 @@ def _check(
     module: torch.nn.Module, query: Tensor, attention_mask: Tensor | None, pack: PackLayout | None, kwargs: dict
 ) -> None:
     if pack is None:
-        raise UsageError(f"{type(module).__name__} is not told how rows are packed: the model does not pass keyword "
-                         "arguments on to its attention. Use --batching padded.")  # fmt: skip
-    refused = [name for name, value in kwargs.items() if value is not None and value is not False
-               and name not in WITHOUT_EFFECT]  # fmt: skip
+        raise UsageError(
+            f"{type(module).__name__} is not told how rows are packed: the model does not pass keyword "
+            "arguments on to its attention. Use --batching padded."
+        )
+    refused = [
+        name
+        for name, value in kwargs.items()
+        if value is not None and value is not False and name not in WITHOUT_EFFECT
+    ]
     refused += ["attention_mask"] if attention_mask is not None else []
     window, causal = kwargs.get("sliding_window"), kwargs.get("is_causal")
     refused += ["sliding_window"] if window is not None and window < pack.max_seqlen else []
     refused += ["is_causal"] if not (getattr(module, "is_causal", True) if causal is None else causal) else []
     if refused:
-        raise NotImplementedError(f"attention within packs does not implement {', '.join(sorted(refused))}, which "
-                                  f"{type(module).__name__} uses. Use --batching padded.")  # fmt: skip
+        raise NotImplementedError(
+            f"attention within packs does not implement {', '.join(sorted(refused))}, which "
+            f"{type(module).__name__} uses. Use --batching padded."
+        )
     if query.shape[0] != 1 or query.shape[2] != pack.tokens:
         raise ValueError(f"a pack of {pack.tokens} tokens is one sequence; got {query.shape[0]} of {query.shape[2]}")
 
@@ -269,8 +285,13 @@ def _rounded(length: int) -> int:
 def _takes_varlen(query: Tensor, value: Tensor) -> bool:
     """What its kernel asks for: Ampere or newer, heads of a multiple of 8 up to 256."""
     size = query.shape[-1]
-    return (query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
-            and size % 8 == 0 and size <= 256 and size == value.shape[-1])  # fmt: skip
+    return (
+        query.is_cuda
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+        and size % 8 == 0
+        and size <= 256
+        and size == value.shape[-1]
+    )
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, pack: PackLayout, scaling: float) -> Tensor:
@@ -284,8 +305,9 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, pack: PackLayout, scaling
     else:
         key, value = (_repeat_heads(x, query.shape[1], dim=1) for x in (key, value))
     longest = _rounded(pack.max_seqlen)
-    output = varlen.varlen_attn(query, key, value, pack.cu_seqlens, pack.cu_seqlens, longest, longest, scale=scaling,
-                                **arguments)  # fmt: skip
+    output = varlen.varlen_attn(
+        query, key, value, pack.cu_seqlens, pack.cu_seqlens, longest, longest, scale=scaling, **arguments
+    )
     return output.index_select(0, pack.scatter)[None]
 
 
@@ -307,9 +329,16 @@ def _named_kernel(
     stand_in = SimpleNamespace(config=SimpleNamespace(_attn_implementation=name), is_causal=True)
     longest = _rounded(pack.max_seqlen)
     output, _ = ALL_ATTENTION_FUNCTIONS[name](
-        stand_in, *states, None, dropout=dropout, scaling=scaling, cu_seq_lens_q=pack.cu_seqlens,
-        cu_seq_lens_k=pack.cu_seqlens, max_length_q=longest, max_length_k=longest,
-    )  # fmt: skip
+        stand_in,
+        *states,
+        None,
+        dropout=dropout,
+        scaling=scaling,
+        cu_seq_lens_q=pack.cu_seqlens,
+        cu_seq_lens_k=pack.cu_seqlens,
+        max_length_q=longest,
+        max_length_k=longest,
+    )
     return output.index_select(1, pack.scatter)
 
 

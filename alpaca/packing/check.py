@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from alpaca.common.distributed import gather_from_all_ranks, say
+from alpaca.common.distributed import all_gather_object, print_rank0
 from alpaca.common.errors import first_line
 from alpaca.packing.packing import (
     CPU_PACK_TOKENS,
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
-FLOOR = 1e-5  # relative difference that is never minded: float32 rounding is below it
-MARGIN = 4  # times the difference between padded rows and the same alone, which is called rounding
-MOST = {True: 0.1, False: 1e-3}  # of what can be rounding, in half precision or tf32 and in float32
+ATOL = 1e-5  # relative difference that is never minded: float32 rounding is below it
+TOLERANCE = 4  # times the difference between padded rows and the same alone, which is called rounding
+MAX_ROUNDING = {True: 0.1, False: 1e-3}  # of what can be rounding, in half precision or tf32 and in float32
 
 
-def choose_packing(model: nn.Module, args: "TrainingArguments", dataset: "Dataset", sizes: RowSizes) -> Packing | None:
+def select_packing(model: nn.Module, args: "TrainingArguments", dataset: "Dataset", sizes: RowSizes) -> Packing | None:
     """How to pack, as far as flags and model say; None for padded. Says what is not done and why."""
     if args.batching == "padded":
         return None
@@ -44,17 +44,17 @@ def choose_packing(model: nn.Module, args: "TrainingArguments", dataset: "Datase
     if getattr(model, "_is_stateful", False):  # of transformers: Mamba, Jamba, RWKV, ...
         reason = "this model carries a state from token to token, also from row to row"
     if reason:
-        say(f"note: padded batches, not packed: {reason}", args.process_index)
+        print_rank0(f"note: padded batches, not packed: {reason}", args.process_index)
         return None
     share = args.share_prefix
     if share and (reason := why_not_shared(model)):
-        say(f"note: what rows begin with is computed for each of them: {reason}", args.process_index)
+        print_rank0(f"note: what rows begin with is computed for each of them: {reason}", args.process_index)
         share = False
     tokens = args.max_tokens_per_pack
     return plan_packing(dataset, sizes, CPU_PACK_TOKENS if tokens == "auto" else int(tokens), share)
 
 
-def check_packing(
+def verify_packing(
     loader: "DataLoader",
     args: "TrainingArguments",
     model: nn.Module,
@@ -77,10 +77,13 @@ def check_packing(
         noise = difference(gradient_of(alone), reference)
     rough = args.bf16 or args.fp16 or args.tf32
     rough = rough or any(weight.dtype != torch.float32 for weight in model.parameters())  # LoRA's base
-    if noise > MOST[bool(rough)]:
+    if noise > MAX_ROUNDING[bool(rough)]:
         sampler.packing = loader.dataset.packing = None
-        say(f"note: padded batches: already rows alone differ from padded ones, by {noise:.1e}, and so there is no "
-            "telling whether packs are exact", rank)  # fmt: skip
+        print_rank0(
+            f"note: padded batches: already rows alone differ from padded ones, by {noise:.1e}, and so there is no "
+            "telling whether packs are exact",
+            rank,
+        )
         return
     tries = [sampler.packing]
     if sampler.packing.prefixes:
@@ -90,19 +93,25 @@ def check_packing(
         what = "packs that share what rows begin with" if packing.prefixes else "packs"
         gradient, failure = _attempt(gradient_of, model, replace(padded, packed=True))
         if failure:
-            say(f"note: no {what}: {failure}", rank)
+            print_rank0(f"note: no {what}: {failure}", rank)
             continue
         found = difference(gradient, reference)
         told = f"the gradient of {len(rows)} rows differs from the padded one by {found:.1e}"
-        if found <= max(FLOOR, MARGIN * noise):
+        if found <= max(ATOL, TOLERANCE * noise):
             totals = sampler.plan(step)[0].step
-            say(f"{what}: {totals.computed / totals.tokens:.0%} of the rows' tokens are computed, without padding; "
-                f"{told} (rounding: {noise:.1e})", rank)  # fmt: skip
+            print_rank0(
+                f"{what}: {totals.computed / totals.tokens:.0%} of the rows' tokens are computed, without padding; "
+                f"{told} (rounding: {noise:.1e})",
+                rank,
+            )
             return
-        say(f"note: no {what}: {told}, and rounding explains {noise:.1e}", rank)
+        print_rank0(f"note: no {what}: {told}, and rounding explains {noise:.1e}", rank)
     sampler.packing = loader.dataset.packing = None
-    say("note: padded batches, as no way of packing is exact here; the memory that they take is forecast with "
-        "--batching padded", rank)  # fmt: skip
+    print_rank0(
+        "note: padded batches, as no way of packing is exact here; the memory that they take is forecast with "
+        "--batching padded",
+        rank,
+    )
 
 
 @contextmanager
@@ -129,7 +138,7 @@ def _attempt(
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         failure = first_line(error)
         model.zero_grad()
-    failures = [one for one in gather_from_all_ranks(failure) if one]
+    failures = [one for one in all_gather_object(failure) if one]
     return gradient, failures[0] if failures else None
 
 
@@ -138,8 +147,10 @@ def rows_to_try(packing: Packing, sizes: RowSizes, step: list[list[int]]) -> lis
     rows = [row for batch in step for row in batch]
     usable = [row for row in rows if sizes.num_targets[row]] or rows
     usable.sort(key=lambda row: sizes.lengths[row])
-    of_prefix = {prefix: [row for row in usable if packing.prefix_of[row] == prefix][:2]
-                 for prefix in np.unique(packing.prefix_of)}  # fmt: skip
+    of_prefix = {
+        prefix: [row for row in usable if packing.prefix_of[row] == prefix][:2]
+        for prefix in np.unique(packing.prefix_of)
+    }
     rows = [row for found in of_prefix.values() for row in found]
     return rows if len(rows) > 1 else usable[:2]
 

@@ -68,12 +68,12 @@ def weighted_cross_entropy(
 def batch_loss(
     model: nn.Module, batch: dict[str, Any], label_smoothing: float = 0.0, pack_kernel: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`weighted_cross_entropy` of a batch of alpaca.packing.packing.MicroBatches. Of a packed one, whose model must be
-    alpaca.packing.packing.attention.confined_to_rows, logits are computed only where a token is predicted."""
+    """Return the `weighted_cross_entropy` of a batch of a PackedBatchDataset. Of a packed one, whose model must have
+    its attention confined (packing.attention.packed_attention_enabled), logits are computed only at targets."""
     batch = dict(batch)
-    keep, targets, weights = (batch.pop(name) for name in ("keep", "targets", "weights"))
+    target_positions, targets, weights = (batch.pop(name) for name in ("target_positions", "targets", "weights"))
     if "pack" in batch:
-        logits = model(**batch, logits_to_keep=keep, pack_kernel=pack_kernel).logits[0]  # (K, V)
+        logits = model(**batch, logits_to_keep=target_positions, pack_kernel=pack_kernel).logits[0]  # (K, V)
     else:
-        logits = model(**batch).logits.flatten(0, 1)[keep]
+        logits = model(**batch).logits.flatten(0, 1)[target_positions]
     return weighted_cross_entropy(logits, targets, weights, label_smoothing)

@@ -122,11 +122,11 @@ def _best_prefix(ids: np.ndarray, starts: np.ndarray, limits: np.ndarray, rows: 
 # ---- batches ----
 
 
-class MicroBatches(Dataset):
+class PackedBatchDataset(Dataset):
     """Rows collated as a MicroBatch says: `self[micro_batch]` -> a batch with
 
     input_ids, and attention_mask (padded: (B, T)) or position_ids and pack (packed: (1, T))
-    keep     (K,) where the targets are predicted, in the flattened B x T positions
+    target_positions (K,) where the targets are predicted, in the flattened B x T positions
     targets  (K,) token ids; weights (K,) float32, of each in the loss of the step
     rows     (row number, its targets) each; step: StepTotals
     """
@@ -149,11 +149,13 @@ class MicroBatches(Dataset):
         else:
             following = F.pad(padded.pop("labels")[:, 1:], (0, 1), value=IGNORE_INDEX)  # (B, T)
             result, counts = padded, (following != IGNORE_INDEX).sum(dim=1)
-        keep = (following.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+        target_positions = (following.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
         weights = torch.tensor(batch.weights or [0.0], dtype=torch.float32).repeat_interleave(counts)
-        targets = following.flatten()[keep]
+        targets = following.flatten()[target_positions]
         numbered = list(zip(batch.rows, counts.tolist()))
-        return dict(result, keep=keep, targets=targets, weights=weights, rows=numbered, step=batch.step)
+        return dict(
+            result, target_positions=target_positions, targets=targets, weights=weights, rows=numbered, step=batch.step
+        )
 
 
 def pack_rows(

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from alpaca.packing.packing import Batch, MicroBatch, MicroBatches, Packing, RowSizes, StepTotals
+from alpaca.packing.packing import Batch, MicroBatch, PackedBatchDataset, Packing, RowSizes, StepTotals
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -311,7 +311,7 @@ def make_loader(
 ) -> StepLoader:
     """Return a loader whose items are lists of batches, as `sampler` plans them."""
     return StepLoader(
-        MicroBatches(dataset, collate, sampler.packing),
+        PackedBatchDataset(dataset, collate, sampler.packing),
         batch_sampler=sampler,
         collate_fn=list,
         num_workers=args.dataloader_num_workers,

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from transformers import TrainerCallback
 
-from alpaca.common.distributed import say, wait_for_all_ranks
-from alpaca.common.errors import UsageError, human
+from alpaca.common.distributed import barrier, print_rank0
+from alpaca.common.errors import UsageError, format_bytes
 from alpaca.common.files import atomic_write, free_bytes
 from alpaca.weights.provenance import MANIFEST, _read_json, holds_a_model, read_record
 
@@ -45,7 +45,7 @@ def find_checkpoint(args: "TrainingArguments") -> str | None:
         raise UsageError("--overwrite_output_dir and --resume_from_checkpoint: one starts anew, the other continues")
     if asked.lower() in ("true", "1", "yes"):
         return _last_complete(output, args.process_index)
-    if wrong := defects(Path(asked)):
+    if wrong := find_problems(Path(asked)):
         raise UsageError(f"--resume_from_checkpoint {asked}: is not a complete checkpoint ({', '.join(wrong)})")
     if Path(asked).resolve().parent != output.resolve():
         _check_that_nothing_is_overwritten(args, output)
@@ -70,7 +70,7 @@ def _check_that_nothing_is_overwritten(args: "TrainingArguments", output: Path) 
 
 def _last_complete(output: Path, rank: int) -> str | None:
     """A kill leaves no checkpoint-N that is not whole: where there are only such, they are somebody's, or damaged."""
-    wrong = {folder: defects(folder) for folder in _numbered(output)}
+    wrong = {folder: find_problems(folder) for folder in _numbered(output)}
     skipped = [f"{folder.name} is incomplete ({', '.join(why)})" for folder, why in wrong.items() if why]
     complete = [folder for folder, why in wrong.items() if not why]
     if skipped and not complete:
@@ -84,10 +84,10 @@ def _last_complete(output: Path, rank: int) -> str | None:
             "choose another folder, or train from the start with --overwrite_output_dir True alone"
         )
     if not complete:
-        say(f"note: --resume_from_checkpoint True: no checkpoint in {output} yet -> from the beginning", rank)
+        print_rank0(f"note: --resume_from_checkpoint True: no checkpoint in {output} yet -> from the beginning", rank)
         return None
     for line in skipped[: list(wrong).index(complete[0])]:
-        say(f"note: {line} and skipped", rank)
+        print_rank0(f"note: {line} and skipped", rank)
     return str(complete[0])
 
 
@@ -97,7 +97,7 @@ def _numbered(output: Path) -> list[Path]:
     return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
 
 
-def defects(folder: Path) -> list[str]:
+def find_problems(folder: Path) -> list[str]:
     """Why a run cannot continue from `folder`; [] for a complete checkpoint."""
     manifest = _read_json(folder / MANIFEST)
     if manifest is None or not manifest.keys() >= {"step", "contract", "files"}:
@@ -120,7 +120,7 @@ def defects(folder: Path) -> list[str]:
 
 
 @contextmanager
-def written_whole(output: Path, step: int, contract: dict[str, Any], rank: int) -> Iterator[str]:
+def atomic_checkpoint_dir(output: Path, step: int, contract: dict[str, Any], rank: int) -> Iterator[str]:
     """The folder to write a checkpoint into; it becomes checkpoint-`step` when all ranks have left the block.
 
     Raises:
@@ -131,9 +131,9 @@ def written_whole(output: Path, step: int, contract: dict[str, Any], rank: int) 
         if rank == 0:
             _clear_leftovers(output)
             folder.mkdir(parents=True)
-        wait_for_all_ranks()
+        barrier()
         yield str(folder)
-        wait_for_all_ranks()
+        barrier()
         if rank == 0:
             _write_manifest(folder, step, contract)
             _rename(folder, output / f"checkpoint-{step}")
@@ -142,14 +142,14 @@ def written_whole(output: Path, step: int, contract: dict[str, Any], rank: int) 
             raise
         if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
-        kept = [found.name for found in _numbered(output) if not defects(found)]
+        kept = [found.name for found in _numbered(output) if not find_problems(found)]
         hint = f"{kept[0]} is untouched" if kept else "there is no earlier checkpoint"
-        room = human(free_bytes(output))
+        room = format_bytes(free_bytes(output))
         raise UsageError(
             f"checkpoint-{step} could not be saved in {output}: {_reason(error)} ({room} are free); "
             f"{hint}. Make room, then run the same command with --resume_from_checkpoint True"
         ) from error
-    wait_for_all_ranks()
+    barrier()
 
 
 def _clear_leftovers(output: Path) -> None:
@@ -195,7 +195,7 @@ def delete_old_checkpoints(output: Path, limit: int | None, keep: set[str]) -> N
         shutil.rmtree(_set_aside(folder), ignore_errors=True)
 
 
-def write_patiently(write: Callable[[], None], output_dir: str, tries: int = 60, pause: float = 60.0) -> None:
+def retry_while_disk_full(write: Callable[[], None], output_dir: str, tries: int = 60, pause: float = 60.0) -> None:
     """`write()`, again after `pause` seconds while the disk is full: time to make room.
 
     Raises:

@@ -178,8 +178,10 @@ def adapt_to_hardware(flags: Namespace) -> list[str]:
         raise UsageError("--fsdp_config: has no effect without --fsdp")
     for name in ("load_in_8bit", "load_in_4bit"):
         if flags.fsdp and getattr(flags, name, False):
-            raise UsageError(f"--{name} and --fsdp: quantized weights cannot be sharded here. Without --fsdp every GPU "
-                             f"holds them whole; without --{name} the base is sharded")  # fmt: skip
+            raise UsageError(
+                f"--{name} and --fsdp: quantized weights cannot be sharded here. Without --fsdp every GPU "
+                f"holds them whole; without --{name} the base is sharded"
+            )
     if flags.fsdp and (not launched or (flags.use_cpu and world_size == 1)):
         flags.fsdp = None
         notes.append("--fsdp -> off: one process has nobody to shard with; start with torchrun --nproc_per_node=N")

@@ -27,9 +27,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alpaca.common.arguments import spelled
-from alpaca.common.distributed import say
-from alpaca.common.errors import first_line, human
+from alpaca.common.arguments import enum_value
+from alpaca.common.distributed import print_rank0
+from alpaca.common.errors import first_line, format_bytes
 from alpaca.models.deepspeed import Zero3
 from alpaca.models.fsdp import empty_model, materialize
 from alpaca.models.lora import LoraArguments, add_lora, base_dtype, lora_layers
@@ -171,8 +171,11 @@ def bytes_of_base(model: "PreTrainedModel", parameters: int, lora: LoraArguments
 def memory(model: Model, plan: Plan) -> dict[str, float]:
     """Bytes per process and part, on the device that does the arithmetic. `host`: on the CPU, under offload."""
     shards = plan.group if plan.sharded else 1
-    static = {"weights": model.weight_bytes, "gradients": 4 * model.trained,
-              "optimizer": plan.optimizer_bytes * model.trained}  # fmt: skip
+    static = {
+        "weights": model.weight_bytes,
+        "gradients": 4 * model.trained,
+        "optimizer": plan.optimizer_bytes * model.trained,
+    }
     item = 2 if plan.half else 4
     if plan.zero:
         static["copies of DeepSpeed"] = (item + 4) * model.trained
@@ -258,7 +261,7 @@ def what_fits(model: Model, plan: Plan, rows: Rows, available: float) -> str | N
             parts = memory(model, replace(way, tokens=tokens))
             if total(parts) <= available and (flags or smaller):
                 host = parts.get("host", 0)
-                where = human(total(parts)) + f" and {human(host)} of CPU memory a process" * (host > 0)
+                where = format_bytes(total(parts)) + f" and {format_bytes(host)} of CPU memory a process" * (host > 0)
                 return f"{flags}{smaller}".strip() + f" (about {where})"
     return None
 
@@ -268,11 +271,8 @@ def _smaller(plan: Plan, rows: Rows) -> list[tuple[str, int]]:
     if plan.packed:
         return [(f" --max_tokens_per_pack {size}", size) for size in pack_sizes(plan, rows) if size < plan.tokens]
     parts = [2**k for k in range(1, plan.rows.bit_length()) if plan.rows % 2**k == 0]
-    return [
-        (f" --per_device_train_batch_size {plan.rows // part} --gradient_accumulation_steps {plan.accumulation * part}",
-         plan.tokens // part)
-        for part in parts
-    ]  # fmt: skip
+    flags = " --per_device_train_batch_size {} --gradient_accumulation_steps {}"
+    return [(flags.format(plan.rows // part, plan.accumulation * part), plan.tokens // part) for part in parts]
 
 
 def rows_of(lengths: Sequence[int], num_targets: int, rows_per_step: int, world_size: int) -> Rows:
@@ -295,7 +295,7 @@ def plan_of(args: "TrainingArguments", rows: Rows) -> Plan:
         checkpointing=True if fsdp_config.get("activation_checkpointing") else args.gradient_checkpointing,
         half=bool(args.bf16 or args.fp16),
         optimizer_bytes=optimizer_bytes(args),
-        foreach=optimizer_bytes(args) >= 4 and "fused" not in spelled(args.optim),
+        foreach=optimizer_bytes(args) >= 4 and "fused" not in enum_value(args.optim),
         on_gpu=args.device.type != "cpu",
         packed=packed,
         rows=args.per_device_train_batch_size,
@@ -308,7 +308,7 @@ def plan_of(args: "TrainingArguments", rows: Rows) -> Plan:
 
 def optimizer_bytes(args: "TrainingArguments") -> float:
     """A parameter's, of the state that --optim keeps."""
-    return next((size for key, size in OPTIMIZER_BYTES.items() if key in spelled(args.optim)), 8)
+    return next((size for key, size in OPTIMIZER_BYTES.items() if key in enum_value(args.optim)), 8)
 
 
 def local_world_size() -> int:
@@ -335,31 +335,41 @@ def forecast_memory(
         model = measure(config, rows.longest, plan.half, autocast=not plan.sharded, **frozen)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {first_line(error):.100}"
-        say(f"memory and disk: no forecast, this model does not run on fake tensors ({reason})", 0)
+        print_rank0(f"memory and disk: no forecast, this model does not run on fake tensors ({reason})", 0)
         tokens = max(budget or CPU_PACK_TOKENS, rows.longest)
         return None, Decision(tokens if plan.packed else 0, bool(plan.checkpointing), hold_gradients=False)
     available, host = available_memory(args.device)
     available -= GB if plan.on_gpu else 0
     decision = decide(model, plan, rows, available, budget)
-    chosen = replace(plan, tokens=decision.max_tokens_per_pack or plan.tokens, whole_gradients=decision.hold_gradients,
-                     checkpointing=decision.gradient_checkpointing)  # fmt: skip
+    chosen = replace(
+        plan,
+        tokens=decision.max_tokens_per_pack or plan.tokens,
+        whole_gradients=decision.hold_gradients,
+        checkpointing=decision.gradient_checkpointing,
+    )
     _say_forecast(model, chosen, rows, available, host)
     if chosen.checkpointing and plan.checkpointing is None:
         least = pack_sizes(plan, rows, budget)[-1] if plan.packed else plan.tokens
         size = total(memory(model, replace(plan, tokens=least)))
-        say(f"  --gradient_checkpointing True is chosen: without it {least} tokens at a time take {human(size)}", 0)
+        print_rank0(
+            f"  --gradient_checkpointing True is chosen: without it {least} tokens at a time take {format_bytes(size)}",
+            0,
+        )
     return model, decision
 
 
 def _say_forecast(model: Model, plan: Plan, rows: Rows, available: float, host: float) -> None:
     parts = memory(model, plan)
     size = total(parts)
-    described = " + ".join(f"{name} {human(part)}" for name, part in parts.items() if name != "host" and part)
+    described = " + ".join(f"{name} {format_bytes(part)}" for name, part in parts.items() if name != "host" and part)
     batch = f"packs of at most {plan.tokens}" if plan.packed else f"{plan.rows} rows of {rows.longest}"
     unit = f"per {'GPU' if plan.on_gpu else 'process'} ({batch} tokens)"
-    say(f"memory {unit}, forecast: {described} = {human(size)}, available {human(available)}", 0)
+    print_rank0(f"memory {unit}, forecast: {described} = {format_bytes(size)}, available {format_bytes(available)}", 0)
     if size > available:
         fits = what_fits(model, plan, rows, available)
-        say(f"  does not fit; {'this would: ' + fits if fits else 'take more GPUs, or a smaller model'}", 0)
+        print_rank0(f"  does not fit; {'this would: ' + fits if fits else 'take more GPUs, or a smaller model'}", 0)
     if parts.get("host", 0) > host:
-        say(f"  offloading takes {human(parts['host'])} of CPU memory a process, available {human(host)}", 0)
+        print_rank0(
+            f"  offloading takes {format_bytes(parts['host'])} of CPU memory a process, available {format_bytes(host)}",
+            0,
+        )

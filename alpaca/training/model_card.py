@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from huggingface_hub import ModelCardData
 
-from alpaca.common.arguments import spelled
-from alpaca.common.distributed import say
+from alpaca.common.arguments import enum_value
+from alpaca.common.distributed import print_rank0
 from alpaca.common.files import atomic_write
 from alpaca.data.chat_template import separator
 from alpaca.data.prompts import TEMPLATE_FILE, format_prompt
@@ -49,11 +49,11 @@ def write_model_card(trainer: "Trainer", flags: Mapping[str, Any]) -> None:
     path = Path(trainer.args.output_dir) / "README.md"
     try:
         if path.exists() and not any(mark in path.read_text(encoding="utf-8") for mark in OF_PROGRAMS):
-            return say(f"note: {path} is not one of ours and stays as it is: no model card is written", 0)
+            return print_rank0(f"note: {path} is not one of ours and stays as it is: no model card is written", 0)
         with atomic_write(path) as file:
             file.write(model_card(trainer, flags))
     except OSError as error:  # a full disk: the model is there
-        say(f"note: {path} could not be written ({error})", 0)
+        print_rank0(f"note: {path} could not be written ({error})", 0)
 
 
 def model_card(trainer: "Trainer", flags: Mapping[str, Any]) -> str:
@@ -229,18 +229,21 @@ def hyperparameters(trainer: "Trainer", flags: Mapping[str, Any], lora: "LoraCon
     padded = args.batching == "padded" or any(entry.get("padding_share") for entry in state.log_history)
     sharding = args.fsdp and "FSDP2" + (", in CPU memory" if args.fsdp_config.get("cpu_offload") else "")
     micro_batches = args.gradient_accumulation_steps * args.world_size
-    loss = {"token": "mean over the target tokens of a step", "microbatch": "mean over the means of the micro-batches",
-            "2023": f"sum of the means of the micro-batches, divided by {micro_batches}"}  # fmt: skip
+    loss = {
+        "token": "mean over the target tokens of a step",
+        "microbatch": "mean over the means of the micro-batches",
+        "2023": f"sum of the means of the micro-batches, divided by {micro_batches}",
+    }
     boundary = {"stanford": "tokenized as one text, then the prompt is masked", "split": "tokenized apart"}
     return {
         "Learning rate": f"{args.learning_rate:g}",
-        "Schedule": f"{spelled(args.lr_scheduler_type)}, warmup steps: {args.get_warmup_steps(state.max_steps)}",
+        "Schedule": f"{enum_value(args.lr_scheduler_type)}, warmup steps: {args.get_warmup_steps(state.max_steps)}",
         "Epochs": f"{state.epoch:.4g}",
         "Optimizer steps": f"{state.global_step:,}",
         "Global batch": f"{rows_per_step(args)} rows: {args.train_batch_size} per device x "
         f"{args.gradient_accumulation_steps} accumulated x {args.world_size} process{'es' * (args.world_size > 1)}",
         "Maximum length": f"{args.model_max_length} tokens, longer rows are cut on the right",
-        "Optimizer": f"{spelled(args.optim)}, betas {args.adam_beta1:g} and {args.adam_beta2:g}, epsilon "
+        "Optimizer": f"{enum_value(args.optim)}, betas {args.adam_beta1:g} and {args.adam_beta2:g}, epsilon "
         f"{args.adam_epsilon:g}, weight decay {args.weight_decay:g}",
         "Gradient clipping": f"{args.max_grad_norm:g}" if args.max_grad_norm else "none",
         "Arithmetic": "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",

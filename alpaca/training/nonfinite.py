@@ -12,14 +12,14 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from alpaca.common.distributed import gather_from_all_ranks
+from alpaca.common.distributed import all_gather_object
 from alpaca.common.errors import UsageError
 from alpaca.common.files import atomic_write
 
 DECODED_TOKENS = 128  # of a row, for the file: the template's preamble and the beginning of the instruction
 
 
-class BlackBox(TrainerCallback):
+class NonFiniteGuard(TrainerCallback):
     """Keeps which rows are in the micro-batches of the optimizer step under way and their losses, and looks at the loss
     of the step over all ranks and the gradient norm, right before the optimizer does: the only time in a step that the
     host waits for the device. What it read is what gets logged.
@@ -59,7 +59,7 @@ class BlackBox(TrainerCallback):
         """Collective: every rank gets here."""
         step = state.global_step + 1
         found = [self._describe(number, args.process_index) for number in range(len(self.losses))]
-        of_all_ranks = [batch for batches in gather_from_all_ranks(found) for batch in batches]
+        of_all_ranks = [batch for batches in all_gather_object(found) for batch in batches]
         bad = [batch for batch in of_all_ranks if not batch["finite"]]
         what, suspects = ("loss", bad) if bad else ("gradient norm", of_all_ranks)
         rows = [row["row"] for batch in suspects for row in batch["rows"] if not (bad and row["finite"])]

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpaca.common.distributed import gather_from_all_ranks, say
-from alpaca.common.errors import UsageError, human
+from alpaca.common.distributed import all_gather_object, print_rank0
+from alpaca.common.errors import UsageError, format_bytes
 from alpaca.common.files import free_bytes, lock
 from alpaca.models import deepspeed
 from alpaca.models.lora import LoraArguments
@@ -20,7 +20,7 @@ from alpaca.training import memory
 from alpaca.training.memory import optimizer_bytes
 from alpaca.weights.exact_diff import is_exact_diff
 from alpaca.weights.provenance import read_manifest
-from alpaca.weights.reader import ADAPTER_CONFIG, what_it_is_instead
+from alpaca.weights.reader import ADAPTER_CONFIG, describe_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, TrainingArguments
@@ -111,7 +111,7 @@ def check_before_loading(
     dataset = data_module["train_dataset"]
     steps, per_epoch = plan_steps(args, len(dataset))
     if args.batching == "packed" and (reason := why_not_packed(config, args, int(dataset.lengths.max()))):
-        say(f"note: padded batches, not packed: {reason}", args.process_index)
+        print_rank0(f"note: padded batches, not packed: {reason}", args.process_index)
         args.batching = "padded"
     done = read_manifest(checkpoint)["step"] if checkpoint else 0
     if done > steps:
@@ -125,9 +125,9 @@ def check_before_loading(
             model, decision = memory.forecast_memory(args, config, rows, lora)
         if model is not None:
             check_room(args, model.trained, checkpoints_to_come(args, steps, per_epoch, done))
-    decision = gather_from_all_ranks(decision)[0]
+    decision = all_gather_object(decision)[0]
     if args.hold_gradients and not args.fsdp:
-        say("note: --hold_gradients: has no effect without --fsdp", args.process_index)
+        print_rank0("note: --hold_gradients: has no effect without --fsdp", args.process_index)
     if args.hold_gradients is None:
         args.hold_gradients = decision.hold_gradients
     by_fsdp = args.fsdp and args.fsdp_config.get("activation_checkpointing")  # the Trainer refuses both
@@ -152,10 +152,12 @@ def plan_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, float]:
             "micro-batches of an epoch. With more, 2023's processes stepped without sharing gradients at its end"
         )
     as_then = ", rows and steps as in 2023" if args.reproduce_2023 else ""
-    say(f"{num_rows:,} rows, {each} a step: {steps:,} optimizer steps{as_then}", args.process_index)
+    print_rank0(f"{num_rows:,} rows, {each} a step: {steps:,} optimizer steps{as_then}", args.process_index)
     if args.save_strategy == "steps" and args.save_steps > steps:
-        say(f"note: --save_steps {args.save_steps} exceeds the {steps} steps of this run; only its end is saved",
-            args.process_index)  # fmt: skip
+        print_rank0(
+            f"note: --save_steps {args.save_steps} exceeds the {steps} steps of this run; only its end is saved",
+            args.process_index,
+        )
     return steps, per_epoch
 
 
@@ -204,19 +206,19 @@ def check_room(args: "TrainingArguments", trained: int, checkpoints: int) -> Non
     """
     each, final = checkpoint_sizes(args, trained)
     needed, free = checkpoints * each + final, free_bytes(Path(args.output_dir))
-    content = f"{checkpoints} x {human(each)} for checkpoints + {human(final)} for the final model"
-    say(f"disk, forecast: {content} = {human(needed)}, free {human(free)}", 0)
+    content = f"{checkpoints} x {format_bytes(each)} for checkpoints + {format_bytes(final)} for the final model"
+    print_rank0(f"disk, forecast: {content} = {format_bytes(needed)}, free {format_bytes(free)}", 0)
     if needed > free:
         raise UsageError(
-            f"--output_dir {args.output_dir}: the run would take {human(needed)} ({content}), but {human(free)} are "
-            "free. Choose another disk, or write less: --save_total_limit 1, a larger --save_steps, "
-            "--save_strategy no, --save_dtype bfloat16"
+            f"--output_dir {args.output_dir}: the run would take {format_bytes(needed)} ({content}), but "
+            f"{format_bytes(free)} are free. Choose another disk, or write less: --save_total_limit 1, a larger "
+            "--save_steps, --save_strategy no, --save_dtype bfloat16"
         )
 
 
-def refuse_no_model(name: str) -> None:
+def check_is_model(name: str) -> None:
     """Raise UsageError where a model is expected and `name` is the folder of an adapter or a weight diff."""
     folder = Path(name)
     adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
     if adapter or is_exact_diff(folder):
-        raise UsageError(f"--model_name_or_path {name}: {what_it_is_instead(folder)}")
+        raise UsageError(f"--model_name_or_path {name}: {describe_folder(folder)}")

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from alpaca.common.distributed import gather_from_all_ranks, say, wait_for_all_ranks
+from alpaca.common.distributed import all_gather_object, barrier, print_rank0
 from alpaca.common.errors import UsageError
 from alpaca.common.files import fingerprint
 from alpaca.models import deepspeed
 from alpaca.packing.sampler import count_steps, rows_per_step
-from alpaca.training.checkpoint import write_patiently
+from alpaca.training.checkpoint import retry_while_disk_full
 from alpaca.weights.provenance import (
     BASE,
     fingerprint_of_weights,
@@ -115,7 +115,7 @@ def changes(old: Contract, new: Contract, kind: str) -> list[str]:
     return lines
 
 
-def already_finished(args: "TrainingArguments", contract: Contract, checkpoint: str | None) -> bool:
+def check_not_finished(args: "TrainingArguments", contract: Contract, checkpoint: str | None) -> bool:
     """Whether --output_dir holds this very run, finished; says so. Collective.
 
     Raises:
@@ -129,12 +129,16 @@ def already_finished(args: "TrainingArguments", contract: Contract, checkpoint: 
         return False
     if not record["finished"]:
         if not checkpoint and holds_a_model(output) and (changed := changes(record["contract"], contract, "fixed")):
-            raise UsageError(f"--output_dir {output} holds the model of another run ({changed[0]}); choose another "
-                             "folder, or pass --overwrite_output_dir True")  # fmt: skip
+            raise UsageError(
+                f"--output_dir {output} holds the model of another run ({changed[0]}); choose another "
+                "folder, or pass --overwrite_output_dir True"
+            )
         return False
     changed = changes(record["contract"], contract, "fixed") + changes(record["contract"], contract, "free")
     if not changed:
-        say(f"this run is finished: its model is in {args.output_dir}, and nothing is left to do", args.process_index)
+        print_rank0(
+            f"this run is finished: its model is in {args.output_dir}, and nothing is left to do", args.process_index
+        )
         return True
     longer = record["contract"]["free"][STEPS] < contract["free"][STEPS]
     if checkpoint and longer and len(changed) == 1:
@@ -147,7 +151,7 @@ def already_finished(args: "TrainingArguments", contract: Contract, checkpoint: 
 
 
 def _check_that_all_agree(args: "TrainingArguments", contract: Contract, seen: dict[str, Any]) -> None:
-    for rank, (other_seen, other) in enumerate(gather_from_all_ranks((seen, contract))):
+    for rank, (other_seen, other) in enumerate(all_gather_object((seen, contract))):
         if other_seen != seen:
             raise UsageError(
                 f"--output_dir {args.output_dir}: rank {rank} sees {other_seen} there, this one {seen}; it must be one "
@@ -173,10 +177,10 @@ def check_contract(args: "TrainingArguments", contract: Contract, checkpoint: st
         )
     if changed := changes(saved, contract, "free") + changes(saved, contract, "rounding"):
         note = f"note: changed since {Path(checkpoint).name}, so the end is not bit for bit that of an undisturbed run"
-        say(f"{note}: {'; '.join(changed)}", args.process_index)
+        print_rank0(f"{note}: {'; '.join(changed)}", args.process_index)
 
 
-def begin(args: "TrainingArguments", contract: Contract) -> None:
+def mark_started(args: "TrainingArguments", contract: Contract) -> None:
     """Note in --output_dir what runs there. Collective.
 
     Raises:
@@ -185,16 +189,18 @@ def begin(args: "TrainingArguments", contract: Contract) -> None:
     output = Path(args.output_dir)
     if args.process_index == 0:
         write_record(output, contract, finished=False)
-    wait_for_all_ranks()
+    barrier()
     deadline = time.time() + 60  # a network file system may take a while to show a new file
     while (record := read_record(output)) is None or record["finished"]:
         if time.time() > deadline:
-            raise UsageError(f"--output_dir {output}: rank {args.process_index} does not see what rank 0 wrote there; "
-                             "it must be one folder that all nodes share")  # fmt: skip
+            raise UsageError(
+                f"--output_dir {output}: rank {args.process_index} does not see what rank 0 wrote there; "
+                "it must be one folder that all nodes share"
+            )
         time.sleep(1)
 
 
-def finish(args: "TrainingArguments", contract: Contract) -> None:
+def mark_finished(args: "TrainingArguments", contract: Contract) -> None:
     """Note that the final model is whole: the last thing a run writes."""
     if args.process_index == 0:
-        write_patiently(lambda: write_record(Path(args.output_dir), contract, finished=True), args.output_dir)
+        retry_while_disk_full(lambda: write_record(Path(args.output_dir), contract, finished=True), args.output_dir)

@@ -19,29 +19,29 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import speed_metrics
 
-from alpaca.common.distributed import say
+from alpaca.common.distributed import print_rank0
 from alpaca.data.prompts import save_templates
 from alpaca.data.tokenizer import save_slow_files
 from alpaca.models import deepspeed
 from alpaca.models.compile import compile_layers, explained, repeated_layers
 from alpaca.models.deepspeed import attach
 from alpaca.models.deepspeed import full_state_dict as full_masters
-from alpaca.models.fsdp import full_state_dict, load_optimizer_of_other_layout, shard_on_cpu
-from alpaca.packing.attention import PackLayout, confined_to_rows, named_kernel
-from alpaca.packing.check import check_packing, choose_packing
+from alpaca.models.fsdp import full_state_dict, load_resharded_optimizer, shard_on_cpu
+from alpaca.packing.attention import PackLayout, named_kernel, packed_attention_enabled
+from alpaca.packing.check import select_packing, verify_packing
 from alpaca.packing.loss import batch_loss
-from alpaca.packing.packing import MicroBatch, MicroBatches, StepTotals, active_dropout, measure_rows
+from alpaca.packing.packing import MicroBatch, PackedBatchDataset, StepTotals, active_dropout, measure_rows
 from alpaca.packing.sampler import Steps2023, StepSampler, StepSampler2023, make_loader, sampler_seed
 from alpaca.training.checkpoint import (
     SaveOnlyWhenAsked,
     _caching_config,
+    atomic_checkpoint_dir,
     delete_old_checkpoints,
-    write_patiently,
-    written_whole,
+    retry_while_disk_full,
 )
 from alpaca.training.metrics import ConsoleCallback, SpeedMeter, plot_loss
 from alpaca.training.model_card import write_model_card
-from alpaca.training.nonfinite import BlackBox
+from alpaca.training.nonfinite import NonFiniteGuard
 
 FP16_SCALE = 1024  # of the loss: the scaler's own first guess makes gradients infinite
 
@@ -71,10 +71,10 @@ class AlpacaTrainer(Trainer):
         self.contract, self.flags, self.started_at = contract or {}, flags, 0
         if hasattr(self.model, "create_or_update_model_card"):
             self.model.create_or_update_model_card = lambda folder: None  # peft would alter a README.md of the user's
-        self.black_box = BlackBox(self.train_dataset, self.processing_class)
+        self.nonfinite_guard = NonFiniteGuard(self.train_dataset, self.processing_class)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.add_callback(self.black_box)
+        self.add_callback(self.nonfinite_guard)
         self.add_callback(ConsoleCallback)
         self.add_callback(SaveOnlyWhenAsked)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
@@ -84,8 +84,11 @@ class AlpacaTrainer(Trainer):
         self._packing_checked = False
         self.run_2023: Steps2023 | None = None  # with --reproduce_2023
         if self.args.reproduce_2023 and (dropout := active_dropout(self.model)):
-            say(f"note: --reproduce_2023: the run cannot equal that of 2023, as dropout ({', '.join(dropout[:3])}) is "
-                "drawn anew", self.args.process_index)  # fmt: skip
+            print_rank0(
+                f"note: --reproduce_2023: the run cannot equal that of 2023, as dropout ({', '.join(dropout[:3])}) is "
+                "drawn anew",
+                self.args.process_index,
+            )
         if self.args.torch_compile:
             compile_layers(self.model, self.args)
 
@@ -113,7 +116,7 @@ class AlpacaTrainer(Trainer):
             world_size=args.world_size,
             rank=args.process_index,
             drop_last=args.dataloader_drop_last,
-            packing=choose_packing(self.model, args, dataset, sizes),
+            packing=select_packing(self.model, args, dataset, sizes),
         )
         if args.reproduce_2023:
             sampler = StepSampler2023(sizes, seed=sampler_seed(args.seed, args.data_seed, args.world_size), **options)
@@ -130,8 +133,13 @@ class AlpacaTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Dataset | None = None) -> DataLoader:
         args, dataset = self.args, self.eval_dataset if eval_dataset is None else eval_dataset
-        sampler = StepSampler(measure_rows(dataset), args.eval_batch_size, world_size=args.world_size,
-                              rank=args.process_index, normalization="sum")  # fmt: skip
+        sampler = StepSampler(
+            measure_rows(dataset),
+            args.eval_batch_size,
+            world_size=args.world_size,
+            rank=args.process_index,
+            normalization="sum",
+        )
         return make_loader(args, dataset, self.data_collator, sampler)
 
     # ---- steps ----
@@ -155,19 +163,19 @@ class AlpacaTrainer(Trainer):
         with explained(self.args):
             if not self._packing_checked:
                 gradient_of = functools.partial(self.gradient_of, train_dataloader.dataset)
-                check_packing(train_dataloader, self.args, self.model, gradient_of)
+                verify_packing(train_dataloader, self.args, self.model, gradient_of)
                 self._packing_checked = True
             super()._run_epoch(train_dataloader=train_dataloader, epoch=epoch, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """All micro-batches of an optimizer step in place of the Trainer's last micro-batch, and nothing in place of
         the others: how many there are is not its business."""
-        slots = list(islice(epoch_iterator, num_batches))
-        batches = [batch for slot in slots for batch in slot]
+        micro_steps = list(islice(epoch_iterator, num_batches))
+        batches = [batch for micro_step in micro_steps for batch in micro_step]
         self._step = [batch.pop("step") for batch in batches][0]
-        self.black_box.begin_step([batch.pop("rows") for batch in batches])
+        self.nonfinite_guard.begin_step([batch.pop("rows") for batch in batches])
         self.speed.begin_step(self._step)
-        return [[]] * (len(slots) - 1) + [batches], None
+        return [[]] * (len(micro_steps) - 1) + [batches], None
 
     def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: None = None) -> Tensor:
         """Forward and backward pass of each micro-batch in `inputs`. Returns their loss on this rank, times the number
@@ -179,11 +187,11 @@ class AlpacaTrainer(Trainer):
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed takes its step then
             with self._reduction(model, last), self.attention_for(batch):
                 loss = super().training_step(model, batch)
-            self.black_box.losses.append(loss)
+            self.nonfinite_guard.losses.append(loss)
             total += loss
         return total
 
-    def gradient_of(self, dataset: MicroBatches, batches: list[MicroBatch]) -> list[Tensor]:
+    def gradient_of(self, dataset: PackedBatchDataset, batches: list[MicroBatch]) -> list[Tensor]:
         """Return this rank's part of the gradient of `batches` by the tensors of the first decoder layer that is
         trained, which the gradient reaches through those behind it."""
         model = self.model_wrapped
@@ -215,17 +223,17 @@ class AlpacaTrainer(Trainer):
 
     def attention_for(self, batch: dict[str, Any]) -> AbstractContextManager:
         """Also around the backward pass: checkpointed layers run again there."""
-        return confined_to_rows(self.model.config) if "pack" in batch else nullcontext()
+        return packed_attention_enabled(self.model.config) if "pack" in batch else nullcontext()
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """This micro-batch's share of the step's loss, times the number of ranks: gradients are averaged over them."""
         loss, of_targets = batch_loss(model, inputs, self.args.label_smoothing_factor, self.pack_kernel)
-        self.black_box.target_losses.append(of_targets)
+        self.nonfinite_guard.target_losses.append(of_targets)
         return loss * self.args.world_size
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
-        self.black_box.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self.black_box.grad_norm
+        self.nonfinite_guard.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.nonfinite_guard.grad_norm
 
     def floating_point_ops(self, inputs: list[dict[str, Any]]) -> float:
         return self.speed.flops(self._step) if inputs else 0.0
@@ -240,10 +248,10 @@ class AlpacaTrainer(Trainer):
         if self.run_2023:
             self.state.epoch = self.run_2023.end(self.state.global_step) / self.run_2023.micro_batches
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-            losses = self.black_box.take_losses()
+            losses = self.nonfinite_guard.take_losses()
             logs = {"loss": sum(losses) / len(losses)}
             if grad_norm is not None:
-                logs["grad_norm"] = self.black_box.norm
+                logs["grad_norm"] = self.nonfinite_guard.norm
             rate = kwargs.get("learning_rate")
             logs["learning_rate"] = self._get_learning_rate() if rate is None else rate
             tr_loss.zero_()
@@ -262,7 +270,7 @@ class AlpacaTrainer(Trainer):
         total = torch.zeros(2, dtype=torch.float64, device="cpu")  # summed loss, targets
         model.eval()
         with torch.no_grad(), self.speed.paused():
-            for batch in (batch for slot in loader for batch in slot):
+            for batch in (batch for micro_step in loader for batch in micro_step):
                 batch = {name: batch[name] for name in batch.keys() - {"rows", "step"}}
                 loss, _ = batch_loss(model, self._prepare_inputs(batch))
                 total += torch.stack([loss, batch["weights"].sum().to(loss.device)]).cpu()
@@ -302,7 +310,7 @@ class AlpacaTrainer(Trainer):
         self.store_flos()
         if state.best_global_step:
             state.best_model_checkpoint = str(output / f"checkpoint-{state.best_global_step}")
-        whole = written_whole(output, state.global_step, self.contract, args.process_index)
+        whole = atomic_checkpoint_dir(output, state.global_step, self.contract, args.process_index)
         with self.speed.paused(), whole as folder:
             self.save_model(folder, _internal_call=True)
             if not args.save_only_model:
@@ -322,7 +330,9 @@ class AlpacaTrainer(Trainer):
         Such a run has no final model."""
         step, steps = self.state.global_step, self.state.max_steps
         if step < steps:
-            say(f"stopped at step {step} of {steps}; --resume_from_checkpoint True continues", self.args.process_index)
+            print_rank0(
+                f"stopped at step {step} of {steps}; --resume_from_checkpoint True continues", self.args.process_index
+            )
         return step < steps
 
     def save_final_model(self, dtype: torch.dtype) -> None:
@@ -333,7 +343,7 @@ class AlpacaTrainer(Trainer):
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):  # not LoRA's base
                 module.to(dtype)
         self.save_model(dtype=dtype)
-        write_patiently(self.save_state, self.args.output_dir)
+        retry_while_disk_full(self.save_state, self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The final model waits for room on the disk: after days of training it is not given up for a full one. With
@@ -347,7 +357,7 @@ class AlpacaTrainer(Trainer):
             if self.args.should_save and self.slow_files:
                 save_slow_files(self.processing_class, self.slow_files, folder)
 
-        return write_patiently(write, folder) if Path(folder) == Path(self.args.output_dir) else write()
+        return retry_while_disk_full(write, folder) if Path(folder) == Path(self.args.output_dir) else write()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """loss.png and README.md. Ours in place of the Trainer's, also where it uploads the model."""
@@ -370,7 +380,7 @@ class AlpacaTrainer(Trainer):
         """Also an optimizer saved by FSDP where there is none now, and the other way round."""
         if checkpoint is None or self.is_fsdp_enabled == os.path.isdir(os.path.join(checkpoint, "optimizer_0")):
             return super()._load_optimizer_and_scheduler(checkpoint)
-        load_optimizer_of_other_layout(self.model, self.optimizer.optimizer, checkpoint)
+        load_resharded_optimizer(self.model, self.optimizer.optimizer, checkpoint)
         scheduler = torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True)
         self.lr_scheduler.load_state_dict(scheduler)
 

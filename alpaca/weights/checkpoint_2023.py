@@ -16,17 +16,32 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from alpaca.common.errors import UsageError, first_line
-from alpaca.weights.reader import Weights, companions, read_json, ties_embeddings
+from alpaca.weights.reader import Weights, aux_files, read_json, ties_embeddings
 from alpaca.weights.writer import Spec, split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SLOW_FILES = (("tokenizer.model",), ("vocab.json", "merges.txt"))
-OF_THE_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-                    *(name for names in SLOW_FILES for name in names))  # fmt: skip
-KEPT = ("add_bos_token", "add_eos_token", "add_prefix_space", "chat_template", "clean_up_tokenization_spaces", "errors",
-        "model_max_length", "padding_side", "sp_model_kwargs", "truncation_side")  # fmt: skip
+OF_THE_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    *(name for names in SLOW_FILES for name in names),
+)
+KEPT = (
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "chat_template",
+    "clean_up_tokenization_spaces",
+    "errors",
+    "model_max_length",
+    "padding_side",
+    "sp_model_kwargs",
+    "truncation_side",
+)
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 WITHOUT_CLASS = ("TokenizersBackend", "PreTrainedTokenizerFast", "PreTrainedTokenizer")
 PADDED_IN_2023 = ("Bloom", "XGLM", "BioGpt")  # tokenizers of transformers 4.28.1 with a pad token by default
@@ -177,7 +192,7 @@ def write_files_of_2023(tuned: Path, base: Path, folder: Path) -> list[str]:
     Returns:
         what 2023's code cannot read, in lines.
     """
-    paths = {path.name: path for path in companions(tuned)}
+    paths = {path.name: path for path in aux_files(tuned)}
     for name, path in paths.items():
         if name not in OF_THE_TOKENIZER:
             shutil.copyfile(path, folder / name)
@@ -206,7 +221,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 def _write_tokenizer(tuned: Path, base: Path, folder: Path) -> list[str]:
     from alpaca.data.tokenizer import open_tokenizer  # imports transformers
 
-    own = [path for path in companions(tuned) if path.name in OF_THE_TOKENIZER]
+    own = [path for path in aux_files(tuned) if path.name in OF_THE_TOKENIZER]
     try:
         tokenizer = open_tokenizer(str(tuned))
     except Exception as error:  # tokenizers raises what it likes
@@ -221,8 +236,10 @@ def _write_tokenizer(tuned: Path, base: Path, folder: Path) -> list[str]:
     if slow:
         added = sorted((n, token) for token, n in tokenizer.get_vocab().items() if token not in vocabulary)
         if [number for number, _ in added] != list(range(len(vocabulary), len(vocabulary) + len(added))):
-            told.append("note: the added tokens do not follow the others one by one, as 2023's tokenizers want it; its "
-                        "code cannot open this one")  # fmt: skip
+            told.append(
+                "note: the added tokens do not follow the others one by one, as 2023's tokenizers want it; its "
+                "code cannot open this one"
+            )
         if added:
             write_json(folder / "added_tokens.json", {token: number for number, token in added})
     else:

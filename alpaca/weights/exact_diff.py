@@ -24,16 +24,16 @@ from typing import Any
 
 import torch
 
-from alpaca.common.errors import UsageError, human
-from alpaca.weights.mismatch import CONFIG_FIELDS, check_same_tensors, explain_other_base, fits, refuse_misfit
+from alpaca.common.errors import UsageError, format_bytes
+from alpaca.weights.mismatch import CONFIG_FIELDS, check_same_tensors, explain_other_base, is_compatible, raise_mismatch
 from alpaca.weights.reader import (
     DTYPES,
     MANIFEST,
     Tensor,
     Weights,
-    companions,
+    as_bytes,
+    aux_files,
     dtype_name,
-    memory,
     read_json,
     readable,
     safetensors_header,
@@ -60,9 +60,14 @@ def digest_of_file(path: Path) -> str:
 
 
 def xor_pieces(
-    pipe: Pipeline, spec: Spec, base: Weights, base_tensor: Tensor | None, other: Weights, other_tensor: Tensor,
+    pipe: Pipeline,
+    spec: Spec,
+    base: Weights,
+    base_tensor: Tensor | None,
+    other: Weights,
+    other_tensor: Tensor,
     base_hash: Any,
-) -> Iterator[tuple[Slot, int, torch.Tensor, torch.Tensor]]:  # fmt: skip
+) -> Iterator[tuple[Slot, int, torch.Tensor, torch.Tensor]]:
     """(slot, first element, other, other xor base) in pieces, as integers. The base is hashed to its end."""
     integer = INTEGERS[spec.dtype.itemsize]
     numel, base_numel = other_tensor.numel, base_tensor.numel if base_tensor else 0
@@ -110,10 +115,10 @@ def counterparts(base: Weights, tuned: Weights) -> dict[str, Tensor | None]:
         other = found[name] = None if own else base.find(name)
         if other is None and not own:
             missing.append(name)
-        elif other and not fits(name, other, tensor):
+        elif other and not is_compatible(name, other, tensor):
             misfits.append((other, tensor))
     if missing or misfits:
-        refuse_misfit(base, tuned, missing, misfits)
+        raise_mismatch(base, tuned, missing, misfits)
     return found
 
 
@@ -139,31 +144,42 @@ def make(pipe: Pipeline, base: Weights, tuned: Weights, folder: Path, max_shard_
     pipe.after("write", writer.close).result()
     digests = pipe.after("files", files.close).result()
     write_index(folder, "diff", shards)
-    for path in companions(tuned.folder):
+    for path in aux_files(tuned.folder):
         if path.name in (TUNED_CONFIG, MANIFEST):
             raise UsageError(f"{tuned.flag} {path}: is a file of a diff; remove it from the tuned model's folder")
         shutil.copyfile(path, folder / (TUNED_CONFIG if path.name == "config.json" else path.name))
     (folder / "config.json").write_text(json.dumps({"model_type": NOT_A_MODEL}, indent=2) + "\n", encoding="utf-8")
     manifest = {
-        "format": "exact weight diff", "version": VERSION, "operation": "xor",
+        "format": "exact weight diff",
+        "version": VERSION,
+        "operation": "xor",
         "base_config": {name: base.config[name] for name in CONFIG_FIELDS if name in base.config},
-        "tensors": entries, "other_base_tensors": unused,
-        "files": {path.name: {"bytes": path.stat().st_size, "sha256": digests.get(path.name) or digest_of_file(path)}
-                  for path in sorted(folder.iterdir()) if not path.name.startswith(".")},
-    }  # fmt: skip
+        "tensors": entries,
+        "other_base_tensors": unused,
+        "files": {
+            path.name: {"bytes": path.stat().st_size, "sha256": digests.get(path.name) or digest_of_file(path)}
+            for path in sorted(folder.iterdir())
+            if not path.name.startswith(".")
+        },
+    }
     for shard in shards:
         manifest["files"][shard.name]["header_sha256"] = hashlib.sha256(shard.header).hexdigest()
     text = json.dumps(manifest, indent=1, default=Future.result) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     (folder / SIDECAR).write_text(_sidecar(text.encode()), encoding="utf-8")
-    files = ", ".join(path.name for path in companions(tuned.folder))
+    files = ", ".join(path.name for path in aux_files(tuned.folder))
     return [*_summary(json.loads(text)["tensors"], hashlib.sha256(text.encode()).hexdigest()), f"with {files}"]
 
 
 def _diff_tensor(
-    pipe: Pipeline, base: Weights, base_tensor: Tensor | None, tuned: Weights, tensor: Tensor, writer: ShardWriter,
+    pipe: Pipeline,
+    base: Weights,
+    base_tensor: Tensor | None,
+    tuned: Weights,
+    tensor: Tensor,
+    writer: ShardWriter,
     files: ShardDigests,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Write the diff of one tensor; its entry in the manifest, with digests to come."""
     base_hash, result_hash, diff_hash = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
     spec = Spec(tensor.name, tensor.dtype, tensor.shape)
@@ -238,8 +254,10 @@ class ExactDiff:
         if strange := [name for name in manifest.get("files", {}) if Path(name).name != name or name.startswith(".")]:
             raise UsageError(f"{self.flag} {self.folder}: the manifest names a file outside its folder, {strange[0]}")
         if manifest.get("version") != VERSION:
-            raise UsageError(f"{self.flag} {self.folder}: is of version {manifest.get('version')!r} of the format, "
-                             f"this program reads {VERSION}; use the program that it was made with")  # fmt: skip
+            raise UsageError(
+                f"{self.flag} {self.folder}: is of version {manifest.get('version')!r} of the format, "
+                f"this program reads {VERSION}; use the program that it was made with"
+            )
         return manifest, actual
 
     def _check_files(self) -> Weights:
@@ -252,16 +270,20 @@ class ExactDiff:
                 if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
                     raise UsageError(f"{self.flag}: {path} is a git-lfs pointer; run git lfs pull in its folder")
                 if path.stat().st_size != entry["bytes"]:
-                    raise UsageError(f"{self.flag}: {path} has {path.stat().st_size:,} bytes of {entry['bytes']:,}; it "
-                                     "is truncated or damaged; copy or download it again")  # fmt: skip
+                    raise UsageError(
+                        f"{self.flag}: {path} has {path.stat().st_size:,} bytes of {entry['bytes']:,}; it "
+                        "is truncated or damaged; copy or download it again"
+                    )
                 header_tensors, header = safetensors_header(path, self.flag)
                 actual, expected = hashlib.sha256(header).hexdigest(), entry["header_sha256"]
                 tensors |= header_tensors
             else:
                 actual, expected = digest_of_file(path), entry["sha256"]
             if actual != expected:
-                raise UsageError(f"{self.flag}: {path} is damaged or was changed (SHA-256 {actual}, published "
-                                 f"{expected}); copy or download it again")  # fmt: skip
+                raise UsageError(
+                    f"{self.flag}: {path} is damaged or was changed (SHA-256 {actual}, published "
+                    f"{expected}); copy or download it again"
+                )
         return Weights(self.folder, self.flag, tensors)
 
     @property
@@ -285,8 +307,10 @@ class ExactDiff:
     @property
     def told(self) -> str:
         size = sum(spec.nbytes for spec in self.specs)
-        return (f"bit for bit what manifest {self.digest} promises: {len(self.specs)} tensors, {human(size)}, and "
-                f"{len(self.files)} files")  # fmt: skip
+        return (
+            f"bit for bit what manifest {self.digest} promises: {len(self.specs)} tensors, {format_bytes(size)}, and "
+            f"{len(self.files)} files"
+        )
 
     def fit(self, base: Weights) -> None:
         """Recover from this base. Raises UsageError unless its keys and shapes fit."""
@@ -300,7 +324,7 @@ class ExactDiff:
             elif entry and not (other.shape == tuple(entry["shape"]) and other.dtype.is_floating_point):
                 misfits.append((other, Tensor(spec.name, spec.dtype, tuple(entry["shape"]), self.folder)))
         if missing or misfits:
-            refuse_misfit(base, self.weights, missing, misfits, self.manifest["base_config"])
+            raise_mismatch(base, self.weights, missing, misfits, self.manifest["base_config"])
         self.base, self.pairs = base, found
 
     def pieces(self, pipe: Pipeline, order: list[Spec]) -> Iterator[tuple[Slot, Spec, int, torch.Tensor]]:
@@ -330,8 +354,10 @@ class ExactDiff:
             stored = self.weights.tensors[spec.name]
             if _digest(self.weights, stored, stored.dtype) != entry["diff_sha256"]:
                 raise UsageError(f"{self.flag}: {spec.name} in {stored.path} is damaged; copy or download it again")
-            raise UsageError(f"{spec.name} was not recovered, though base and diff are as published: is the memory of "
-                             "this machine faulty?")  # fmt: skip
+            raise UsageError(
+                f"{spec.name} was not recovered, though base and diff are as published: is the memory of "
+                "this machine faulty?"
+            )
 
     def _explain(self, name: str) -> str:
         """Whether one base tensor is damaged or the base is another model: a few others are looked at."""
@@ -367,12 +393,16 @@ class ExactDiff:
             pipe.bar.update(tensor.nbytes)
         wrong = [name for name, digest in digests.items() if digest.result() != self.entries[name]["sha256"]]
         if wrong:
-            raise UsageError(f"{tuned.flag} {tuned.folder}: {len(wrong)} of {len(digests)} tensors are not those of "
-                             f"the manifest: {', '.join(wrong[:5])}")  # fmt: skip
+            raise UsageError(
+                f"{tuned.flag} {tuned.folder}: {len(wrong)} of {len(digests)} tensors are not those of "
+                f"the manifest: {', '.join(wrong[:5])}"
+            )
         for name, path in self.files.items():
             if not (tuned.folder / name).is_file() or digest_of_file(tuned.folder / name) != digest_of_file(path):
-                raise UsageError(f"{tuned.flag} {tuned.folder}: the weights are those of the manifest, but {name} is "
-                                 f"missing or changed; it is in {path}")  # fmt: skip
+                raise UsageError(
+                    f"{tuned.flag} {tuned.folder}: the weights are those of the manifest, but {name} is "
+                    f"missing or changed; it is in {path}"
+                )
 
 
 def _digest(weights: Weights, tensor: Tensor, dtype: torch.dtype) -> str:
@@ -381,5 +411,5 @@ def _digest(weights: Weights, tensor: Tensor, dtype: torch.dtype) -> str:
     for start in range(0, tensor.numel, step):
         piece = torch.empty(min(step, tensor.numel - start), dtype=dtype)
         weights.read(tensor, start, piece, scratch)
-        digest.update(memory(piece))
+        digest.update(as_bytes(piece))
     return digest.hexdigest()

@@ -1,8 +1,8 @@
 """The weight diff of 2023: tuned minus base in float32, as an ordinary checkpoint; and the sum that was its check.
 
 It recovers almost exactly (float32 rounds; a mean is not the same on every CPU) and proves nothing: new diffs are exact
-(alpaca/weights/exact_diff.py). This is for diffs made by the code of 2023, and for people who still recover with it: what
-is written here, that code opens (transformers 4.28.1). Tensors are read and written in pieces.
+(alpaca/weights/exact_diff.py). This is for diffs made by the code of 2023, and for people who still recover with it:
+what is written here, that code opens (transformers 4.28.1). Tensors are read and written in pieces.
 """
 
 from collections.abc import Iterator, Mapping
@@ -19,8 +19,8 @@ from alpaca.weights.checkpoint_2023 import (
     plan_bin_shards,
     write_bin_index,
 )
-from alpaca.weights.mismatch import VOCABULARY, check_same_tensors, config_differences, refuse_misfit, rows_may_differ
-from alpaca.weights.reader import Tensor, Weights, aliases_of, companions, memory, tied_names
+from alpaca.weights.mismatch import VOCABULARY, check_same_tensors, config_differences, raise_mismatch, rows_may_differ
+from alpaca.weights.reader import Tensor, Weights, aliases_of, as_bytes, aux_files, tied_names
 from alpaca.weights.writer import PIECE, Pipeline, Slot, Spec, stream
 
 if TYPE_CHECKING:
@@ -43,10 +43,17 @@ OUTPUT_HEADS = ("lm_head.", "embed_out.")
 LAST_NORMS = ("model.norm.weight", "model.decoder.final_layer_norm.weight", "transformer.ln_f.weight")
 ZERO, ONE = 0.1, 0.5
 LAYER_OF_2023 = (
-    "self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight", "self_attn.o_proj.weight",
-    f"self_attn.{INV_FREQ}", "mlp.gate_proj.weight", "mlp.down_proj.weight", "mlp.up_proj.weight",
-    "input_layernorm.weight", "post_attention_layernorm.weight",
-)  # fmt: skip
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",
+    "self_attn.o_proj.weight",
+    f"self_attn.{INV_FREQ}",
+    "mlp.gate_proj.weight",
+    "mlp.down_proj.weight",
+    "mlp.up_proj.weight",
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+)
 
 
 class FloatDiff:
@@ -94,7 +101,7 @@ class FloatDiff:
         notes = self.notes()
         if not missing and all(rows_may_differ(other.name, base, other) for base, other in misfits):
             notes = [self.rows_of.explanation(*misfits[0], self.sign), *notes]
-        refuse_misfit(self.base, self.weights, missing, misfits, notes=notes, advice=False)
+        raise_mismatch(self.base, self.weights, missing, misfits, notes=notes, advice=False)
 
     def _add_computed(self) -> None:
         """The code of 2023 computes such tensors itself where a file lacks them, in the diff too, and would add them
@@ -155,7 +162,7 @@ class FloatDiff:
 
     @property
     def files(self) -> dict[str, Path]:
-        return {path.name: path for path in companions(self.folder)}
+        return {path.name: path for path in aux_files(self.folder)}
 
     @property
     def told(self) -> str:
@@ -182,8 +189,11 @@ class FloatDiff:
     def verify(self, pipe: Pipeline, tuned: Weights) -> None:
         """Raise UsageError unless `tuned` is what `pieces` yields, in the dtype of `tuned`, by one name or by both."""
         specs = {s.name: s for s in self.own if s.name in tuned.tensors or s.name not in self.computed}
-        specs |= {alias: specs[name]._replace(name=alias) for alias, name in self.aliases.items()
-                  if alias in tuned.tensors and name in specs}  # fmt: skip
+        specs |= {
+            alias: specs[name]._replace(name=alias)
+            for alias, name in self.aliases.items()
+            if alias in tuned.tensors and name in specs
+        }
         check_same_tensors(tuned, [spec._replace(dtype=None) for spec in specs.values()], f"{self.folder}")
         if wrong := self._first_other(pipe, tuned, list(specs.values())):
             told = f"{tuned.flag} {tuned.folder}: {wrong.name} is not the sum of base and diff"
@@ -201,7 +211,7 @@ class FloatDiff:
             tensor = tuned.tensors[spec.name]
             found, wanted = (slot.take(number, tensor.dtype, piece.numel()) for number in (4, 5))
             tuned.read(tensor, start, found, slot.take(3, torch.uint8, 0))
-            if memory(found) != memory(wanted.copy_(piece)):
+            if as_bytes(found) != as_bytes(wanted.copy_(piece)):
                 return spec
         return None
 
@@ -268,8 +278,11 @@ class _RowsOfBase:
         try:
             tokenizer = open_tokenizer(str(base.folder))
         except Exception as error:  # tokenizers raises what it likes
-            print(f"note: the base's tokenizer cannot be read ({first_line(error)}); whether it had a pad token "
-                  "is taken from the number of rows", flush=True)  # fmt: skip
+            print(
+                f"note: the base's tokenizer cannot be read ({first_line(error)}); whether it had a pad token "
+                "is taken from the number of rows",
+                flush=True,
+            )
             return
         self.tokens, self.pad_token = len(tokenizer), pad_token_in_2023(base.folder, tokenizer)
         self.resized = self.pad_token is None and "[PAD]" not in tokenizer.get_vocab()
@@ -292,8 +305,10 @@ class _RowsOfBase:
         """What 2023's code cannot do with embeddings of as many rows, or ""."""
         if self.failing is None:
             return ""
-        return (f"note: 2023's code cannot recover this diff: the base's tokenizer has no pad token, so it makes its "
-                f"embeddings {self.tokens + 1} rows long, and those of the diff are {self.failing}")  # fmt: skip
+        return (
+            f"note: 2023's code cannot recover this diff: the base's tokenizer has no pad token, so it makes its "
+            f"embeddings {self.tokens + 1} rows long, and those of the diff are {self.failing}"
+        )
 
     def explanation(self, base: Tensor, other: Tensor, sign: int) -> str:
         """Why embeddings of these two lengths cannot be added in the format of 2023, and what to do."""

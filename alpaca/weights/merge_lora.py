@@ -25,7 +25,7 @@ from alpaca.weights.reader import (
     TOKENIZER_FILES,
     Tensor,
     Weights,
-    companions,
+    aux_files,
     dtype_name,
     find_folder,
     read_json,
@@ -36,14 +36,40 @@ from alpaca.weights.writer import Pipeline, Slot, Spec, cast
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."  # what peft puts before the model's own names
-MERGED = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "modules_to_save",
-          "trainable_token_indices", "ensure_weight_tying", "init_lora_weights", "base_model_name_or_path",
-          "revision")  # fmt: skip
+MERGED = (
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "bias",
+    "modules_to_save",
+    "trainable_token_indices",
+    "ensure_weight_tying",
+    "init_lora_weights",
+    "base_model_name_or_path",
+    "revision",
+)
 WITHOUT_EFFECT = (  # on what training has ended with; whether weights are transposed is seen at the model's layers
-    "task_type", "peft_version", "auto_mapping", "inference_mode", "lora_dropout", "target_modules", "exclude_modules",
-    "layers_to_transform", "layers_pattern", "fan_in_fan_out", "megatron_core", "qalora_group_size", "loftq_config",
-    "eva_config", "corda_config", "lora_ga_config", "runtime_config",
-)  # fmt: skip
+    "task_type",
+    "peft_version",
+    "auto_mapping",
+    "inference_mode",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "fan_in_fan_out",
+    "megatron_core",
+    "qalora_group_size",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+    "runtime_config",
+)
 PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # of A and B; the other ways change the base as well
 CANNOT = "cannot be merged into a plain checkpoint"
 OF_THE_BASE = ("config.json", "*.py")  # files; the tokenizer's are the adapter's where it has one
@@ -92,15 +118,19 @@ class Adapter:
 
     def _check_config(self) -> None:
         if self.config.get("peft_type") != "LORA":
-            raise UsageError(f"{self.flag} {self.folder}: expected a LoRA adapter, got peft_type "
-                             f"{self.config.get('peft_type')} in {ADAPTER_CONFIG}")  # fmt: skip
+            raise UsageError(
+                f"{self.flag} {self.folder}: expected a LoRA adapter, got peft_type "
+                f"{self.config.get('peft_type')} in {ADAPTER_CONFIG}"
+            )
         for name, value in self.config.items():
             if name not in (*MERGED, *WITHOUT_EFFECT) and value not in (None, False, [], {}, ""):
                 raise self._refused(f"{name} = {json.dumps(value)}")
         start = self.config.get("init_lora_weights", True)
         if start not in PLAIN_STARTS:
-            raise self._refused(f"init_lora_weights = {json.dumps(start)}, which has changed the base too; save it "
-                                "with peft's path_initial_model_for_weight_conversion first")  # fmt: skip
+            raise self._refused(
+                f"init_lora_weights = {json.dumps(start)}, which has changed the base too; save it "
+                "with peft's path_initial_model_for_weight_conversion first"
+            )
 
     def _refused(self, what: str) -> UsageError:
         return UsageError(f"{self.flag} {self.folder}: {CANNOT}: its {ADAPTER_CONFIG} has {what}")
@@ -153,8 +183,10 @@ class Adapter:
         if self.config.get("trainable_token_indices") and all(c.rows is None for c in self.changes.values()):
             missing.append("trainable_tokens_delta")
         if missing or not self.changes:
-            raise UsageError(f"{self.flag} {self.folder}: lacks {', '.join(missing[:5]) or 'any tensor'}, which its "
-                             f"{ADAPTER_CONFIG} promises; it is damaged or was not saved whole")  # fmt: skip
+            raise UsageError(
+                f"{self.flag} {self.folder}: lacks {', '.join(missing[:5]) or 'any tensor'}, which its "
+                f"{ADAPTER_CONFIG} promises; it is damaged or was not saved whole"
+            )
 
     def alone(self, *names: str) -> bool:
         """Whether one of these tensors, which are tied in the model, was trained apart from the other."""
@@ -167,8 +199,10 @@ class Adapter:
     def base_folder(self) -> str:
         name = self.config.get("base_model_name_or_path")
         if not name or self.config.get("revision"):
-            raise UsageError(f"--base: needed, because {self.folder / ADAPTER_CONFIG} names "
-                             f"{'a revision of the base' if name else 'no base_model_name_or_path'}")  # fmt: skip
+            raise UsageError(
+                f"--base: needed, because {self.folder / ADAPTER_CONFIG} names "
+                f"{'a revision of the base' if name else 'no base_model_name_or_path'}"
+            )
         return name
 
     def quantized(self) -> str:
@@ -204,8 +238,10 @@ class Merged:
         self.untied = self.layers.tied and self.adapter.alone(*ends)
         if self.untied:
             trained = " and ".join(name for name in ends if name in changes)
-            self.told.append(f"note: {trained} of tied embeddings was trained apart: written as two tensors, with "
-                             "tie_word_embeddings = false")  # fmt: skip
+            self.told.append(
+                f"note: {trained} of tied embeddings was trained apart: written as two tensors, with "
+                "tie_word_embeddings = false"
+            )
             changes.setdefault(self.layers.output, Change())
         elif self.layers.tied and (one := changes.get(ends[0]) or changes.get(ends[1])):
             changes |= dict.fromkeys(ends, one)
@@ -261,8 +297,10 @@ class Merged:
     def _refuse(self, why: str) -> NoReturn:
         base, adapter = self.base, self.adapter
         differences = config_differences(base.config, adapter.weights.config)
-        raise UsageError(f"{base.flag} {base.folder} is not the base of {adapter.flag} {adapter.folder}: {why}"
-                         f"{differences and '; config.json: '}{differences}")  # fmt: skip
+        raise UsageError(
+            f"{base.flag} {base.folder} is not the base of {adapter.flag} {adapter.folder}: {why}"
+            f"{differences and '; config.json: '}{differences}"
+        )
 
     def _vocabulary(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         """What the configuration says of the number of embedding rows, where the adapter has changed it."""
@@ -272,8 +310,10 @@ class Merged:
         if rows == before:
             return {}
         if len(set(rows.values())) > 1:
-            self._refuse(f"it would have {', '.join(f'{n} rows of {name}' for name, n in rows.items())}; the adapter "
-                         "was saved without part of its embeddings (peft: save_embedding_layers)")  # fmt: skip
+            self._refuse(
+                f"it would have {', '.join(f'{n} rows of {name}' for name, n in rows.items())}; the adapter "
+                "was saved without part of its embeddings (peft: save_embedding_layers)"
+            )
         number = rows.popitem()[1]
         self.told.append(f"note: the embeddings have {number} rows, those of the base {before.popitem()[1]}")
         return {"vocab_size": number}
@@ -281,7 +321,7 @@ class Merged:
     @property
     def files(self) -> dict[str, Path]:
         """The small files of a checkpoint: configuration and code of the base, tokenizer of one of the two."""
-        base, ours = companions(self.base.folder), companions(self.adapter.folder)
+        base, ours = aux_files(self.base.folder), aux_files(self.adapter.folder)
         own = any(path.name in TOKENIZER_FILES for path in ours)
         ours = [
             path for path in ours if path.name != ADAPTER_CONFIG and not any(fnmatch(path.name, p) for p in OF_THE_BASE)
@@ -293,11 +333,15 @@ class Merged:
 
     def notes(self) -> list[str]:
         touched = [change for _, change in self.sources.values() if change is not None]
-        told = [f"{sum(bool(change.lora) for change in touched)} matrices + scale * B @ A in float64, "
-                f"{len(self.specs) - len(touched)} of {len(self.specs)} tensors as they are"]  # fmt: skip
+        told = [
+            f"{sum(bool(change.lora) for change in touched)} matrices + scale * B @ A in float64, "
+            f"{len(self.specs) - len(touched)} of {len(self.specs)} tensors as they are"
+        ]
         if bits := self.adapter.quantized():
-            told.append(f"note: trained on the base in {bits} bits, merged into its plain weights: answers may "
-                        "differ a little from those of adapter and quantized base")  # fmt: skip
+            told.append(
+                f"note: trained on the base in {bits} bits, merged into its plain weights: answers may "
+                "differ a little from those of adapter and quantized base"
+            )
         if other := other_base(self.adapter.folder, self.base.folder):
             told.append(other)
         return [*told, *self.told]
@@ -362,8 +406,9 @@ class _Layers:
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder))
         except (ValueError, KeyError, ImportError, OSError) as error:
-            raise UsageError(f"{base.flag} {base.folder}: is no causal language model for today's transformers "
-                             f"({first_line(error)})") from error  # fmt: skip
+            raise UsageError(
+                f"{base.flag} {base.folder}: is no causal language model for today's transformers ({first_line(error)})"
+            ) from error
         names = {id(module): f"{name}.weight" for name, module in model.named_modules()}
         self.input, output = names[id(model.get_input_embeddings())], model.get_output_embeddings()
         self.output = names.get(id(output), self.input)

@@ -9,8 +9,17 @@ from alpaca.weights.writer import Spec
 
 VOCABULARY = (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, "lm_head.bias")  # a row per token
 
-CONFIG_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                 "intermediate_size", "max_position_embeddings", "rms_norm_eps", "rope_theta")  # fmt: skip
+CONFIG_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+)
 
 
 def rows_may_differ(name: str, base: Tensor, tuned: Tensor) -> bool:
@@ -18,15 +27,20 @@ def rows_may_differ(name: str, base: Tensor, tuned: Tensor) -> bool:
     return name.endswith(VOCABULARY) and base.shape[1:] == tuned.shape[1:] and len(base.shape) == len(tuned.shape)
 
 
-def fits(name: str, base: Tensor, tuned: Tensor) -> bool:
+def is_compatible(name: str, base: Tensor, tuned: Tensor) -> bool:
     """Whether a tuned tensor can be differenced with this one of the base."""
     return base.dtype.is_floating_point and (base.shape == tuned.shape or rows_may_differ(name, base, tuned))
 
 
-def refuse_misfit(
-    base: Weights, other: Weights, missing: list[str], misfits: list[tuple[Tensor, Tensor]],
-    config: dict[str, Any] | None = None, notes: Iterable[str] = (), advice: bool = True,
-) -> NoReturn:  # fmt: skip
+def raise_mismatch(
+    base: Weights,
+    other: Weights,
+    missing: list[str],
+    misfits: list[tuple[Tensor, Tensor]],
+    config: dict[str, Any] | None = None,
+    notes: Iterable[str] = (),
+    advice: bool = True,
+) -> NoReturn:
     """Raise UsageError with the tensors that do not fit, and the likely cause.
 
     Args:
@@ -77,8 +91,10 @@ def explain_other_base(base: Weights, tensor: Tensor, same: int, looked_at: int,
     if not looked_at:
         return f"{begin}: it is damaged, or another base model's"
     if same:
-        return (f"{begin}, though {same} of {looked_at} other tensors are: this file is damaged or was changed; copy "
-                "or download it again")  # fmt: skip
+        return (
+            f"{begin}, though {same} of {looked_at} other tensors are: this file is damaged or was changed; copy "
+            "or download it again"
+        )
     differences = config_differences(base.config, config)
     return (
         f"{begin}, and none of {looked_at} others is: it is another base model of the same shapes, as Llama-2 is for a "

@@ -108,5 +108,7 @@ def other_base(adapter: Path, base: Path) -> str | None:
     known = record and record["contract"]["fixed"].get(BASE)
     if not known or not re.fullmatch("[0-9a-f]{12}", known) or known == fingerprint_of_weights(str(base)):
         return None
-    return (f"WARNING: {adapter} was trained on a base with other files than {base}. If that is another model, and not "
-            "the same one saved anew, the answers are wrong")  # fmt: skip
+    return (
+        f"WARNING: {adapter} was trained on a base with other files than {base}. If that is another model, and not "
+        "the same one saved anew, the answers are wrong"
+    )

@@ -16,15 +16,26 @@ from typing import IO, Any
 
 import torch
 
-from alpaca.common.errors import UsageError, first_line, human
-from alpaca.common.files import COMPANIONS
+from alpaca.common.errors import UsageError, first_line, format_bytes
+from alpaca.common.files import AUX_SUFFIXES
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}  # safetensors' names
 ADAPTER_CONFIG = "adapter_config.json"  # of peft; a LoRA adapter's folder has it
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -40,8 +51,14 @@ OF_THE_RUN = (
 INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
 UNTIED_IN_2023 = (  # tie_word_embeddings is False by default; read off the configuration classes of transformers 4.28.1
-    "codegen", "git", "gpt_neox", "gptj", "llama", "reformer", "rembert",
-)  # fmt: skip
+    "codegen",
+    "git",
+    "gpt_neox",
+    "gptj",
+    "llama",
+    "reformer",
+    "rembert",
+)
 
 
 @dataclass(frozen=True)
@@ -128,18 +145,20 @@ class Weights:
                 self._files[tensor.path] = open(tensor.path, "rb", buffering=0)
             file = self._files[tensor.path]
             file.seek(tensor.offset + start * tensor.dtype.itemsize)
-            self._fill(file, memory(out), tensor)
+            self._fill(file, as_bytes(out), tensor)
 
     def _fill(self, file: IO[bytes], buffer: memoryview, tensor: Tensor) -> None:
         while buffer:
             count = file.readinto(buffer)
             if not count:
-                raise UsageError(f"{self.flag} {self.folder}: {tensor.path.name} ends inside {tensor.name}; "
-                                 "it was changed while it was read")  # fmt: skip
+                raise UsageError(
+                    f"{self.flag} {self.folder}: {tensor.path.name} ends inside {tensor.name}; "
+                    "it was changed while it was read"
+                )
             buffer = buffer[count:]
 
 
-def memory(tensor: torch.Tensor) -> memoryview:
+def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor, for files and hashes."""
     return memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
 
@@ -233,7 +252,7 @@ def find_folder(folder: str | Path, flag: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    small = [*(f"*{ending}" for ending in COMPANIONS), "*.sha256"]
+    small = [*(f"*{ending}" for ending in AUX_SUFFIXES), "*.sha256"]
     try:
         for weights in ("*.safetensors", "*.bin"):
             path = Path(snapshot_download(str(folder), allow_patterns=[*small, weights]))
@@ -253,26 +272,32 @@ def find_shards(folder: Path, flag: str) -> list[Path]:
             return [folder / name]
         if (folder / f"{name}.index.json").is_file():
             return _indexed(folder, folder / f"{name}.index.json", flag)
-    raise UsageError(f"{flag} {folder}: {what_it_is_instead(folder)}")
+    raise UsageError(f"{flag} {folder}: {describe_folder(folder)}")
 
 
 def _indexed(folder: Path, index: Path, flag: str) -> list[Path]:
     names = sorted(set(read_json(index, flag).get("weight_map", {}).values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if not names or missing:
-        raise UsageError(f"{flag} {folder}: {index.name} names {len(names)} shards, of which {len(missing)} are "
-                         f"missing: {', '.join(missing[:5])}; copy or download them again")  # fmt: skip
+        raise UsageError(
+            f"{flag} {folder}: {index.name} names {len(names)} shards, of which {len(missing)} are "
+            f"missing: {', '.join(missing[:5])}; copy or download them again"
+        )
     return [folder / name for name in names]
 
 
-def what_it_is_instead(folder: Path) -> str:
+def describe_folder(folder: Path) -> str:
     """Why a folder without weights was given, in words."""
     if (folder / MANIFEST).exists():
-        return ("is a weight diff, not a model; recover the model first: python weight_diff.py recover "
-                f"--path_raw <base> --path_diff {folder} --path_tuned <folder>")  # fmt: skip
+        return (
+            "is a weight diff, not a model; recover the model first: python weight_diff.py recover "
+            f"--path_raw <base> --path_diff {folder} --path_tuned <folder>"
+        )
     if (folder / ADAPTER_CONFIG).exists():
-        return ("is a LoRA adapter, not a checkpoint; merge it into its base model first: python -m scripts.merge_lora "
-                f"--adapter {folder} --output_dir <folder>")  # fmt: skip
+        return (
+            "is a LoRA adapter, not a checkpoint; merge it into its base model first: python -m scripts.merge_lora "
+            f"--adapter {folder} --output_dir <folder>"
+        )
     if any(folder.glob("consolidated.*.pth")):
         return "is in Meta's format; convert it first: transformers/models/llama/convert_llama_weights_to_hf.py"
     if found := sorted(folder.glob("checkpoint-*")):
@@ -300,7 +325,7 @@ def safetensors_header(shard: Path, flag: str) -> tuple[dict[str, Tensor], bytes
         length = file.read(8)
         count = int.from_bytes(length, "little")
         if len(length) < 8 or count > size - 8:
-            raise UsageError(f"{flag}: {shard} is truncated or not a safetensors file ({human(size)})")
+            raise UsageError(f"{flag}: {shard} is truncated or not a safetensors file ({format_bytes(size)})")
         header = length + file.read(count)
     try:
         entries = json.loads(header[8:])
@@ -317,8 +342,10 @@ def safetensors_header(shard: Path, flag: str) -> tuple[dict[str, Tensor], bytes
         raise UsageError(f"{flag}: the header of {shard} is damaged ({error!r})") from error
     whole = all(t.offset >= 8 + count and t.offset + t.nbytes == end for t, end in zip(tensors.values(), ends))
     if max(ends, default=8 + count) != size or not whole:
-        raise UsageError(f"{flag}: {shard} has {size:,} bytes, its header promises {max(ends, default=0):,}: it is "
-                         "truncated or damaged; copy or download it again")  # fmt: skip
+        raise UsageError(
+            f"{flag}: {shard} has {size:,} bytes, its header promises {max(ends, default=0):,}: it is "
+            "truncated or damaged; copy or download it again"
+        )
     return dict(sorted(tensors.items(), key=lambda item: item[1].offset)), header
 
 
@@ -329,7 +356,9 @@ def _bin_header(shard: Path, flag: str) -> dict[str, Tensor]:
     with open(shard, "rb") as file:
         is_zip = file.read(2) == b"PK"
     if is_zip and not zipfile.is_zipfile(shard):
-        raise UsageError(f"{flag}: {shard} is truncated ({human(shard.stat().st_size)}); copy or download it again")
+        raise UsageError(
+            f"{flag}: {shard} is truncated ({format_bytes(shard.stat().st_size)}); copy or download it again"
+        )
     try:
         if is_zip:
             with FakeTensorMode():
@@ -362,9 +391,9 @@ def _bin_tensor(name: str, value: torch.Tensor, shard: Path) -> Tensor:
     return Tensor(name, value.dtype, shape, shard, offset + value.storage_offset() * value.dtype.itemsize)
 
 
-def companions(folder: Path) -> list[Path]:
+def aux_files(folder: Path) -> list[Path]:
     """The files that make a checkpoint of weights: configuration and tokenizer, not what a training run left there."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in COMPANIONS and path.is_file())
+    files = sorted(path for path in folder.iterdir() if path.suffix in AUX_SUFFIXES and path.is_file())
     return [path for path in files if path.name[0] != "." and not any(map(path.match, OF_THE_RUN))]
 
 

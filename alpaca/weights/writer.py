@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from alpaca.common.errors import UsageError
-from alpaca.weights.reader import DTYPE_NAMES, memory
+from alpaca.weights.reader import DTYPE_NAMES, as_bytes
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # for --dtype
 PIECE = 1 << 19  # elements
@@ -47,8 +47,10 @@ class Shard:
         for spec in self.tensors:
             begin, end = end, end + spec.nbytes
             entries[spec.name] = {
-                "dtype": DTYPE_NAMES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]
-            }  # fmt: skip
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [begin, end],
+            }
         text = json.dumps(entries).encode()
         text += b" " * (-len(text) % 8)
         return len(text).to_bytes(8, "little") + text
@@ -169,7 +171,7 @@ class MemoryWriter:
 
     def __init__(self, specs: Iterable[Spec]):
         self.tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs}
-        self.left = [memory(tensor.view(-1)) for tensor in self.tensors.values() if tensor.numel()]
+        self.left = [as_bytes(tensor.view(-1)) for tensor in self.tensors.values() if tensor.numel()]
 
     def write(self, piece: memoryview) -> None:
         """Pieces come tensor by tensor, in the order of the specs."""
@@ -228,7 +230,7 @@ class Pipeline:
 
     def send(self, slot: Slot, lane: str, function: Callable[[memoryview], Any], piece: torch.Tensor) -> None:
         """`lane` calls `function` with the bytes of `piece`, after what it was sent before."""
-        slot.futures.append(self._submit(lane, function, memory(piece)))
+        slot.futures.append(self._submit(lane, function, as_bytes(piece)))
 
     def after(self, lane: str, function: Callable[[], Any]) -> Future:
         """What `function` returns when `lane` has done all that it was sent. It does not tell of pieces that failed;
@@ -266,9 +268,13 @@ def cast(specs: list[Spec], dtype: torch.dtype | None) -> list[Spec]:
 
 
 def write_model(
-    source: Source, pipe: Pipeline, folder: Path, max_shard_size: str, dtype: torch.dtype | None = None,
+    source: Source,
+    pipe: Pipeline,
+    folder: Path,
+    max_shard_size: str,
+    dtype: torch.dtype | None = None,
     see: Callable[[Spec, int, torch.Tensor], None] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Write what `source` yields as the safetensors of a model, cast to `dtype` if given."""
     by_name = {spec.name: spec for spec in source.specs}
     shards = plan_shards(cast(source.specs, dtype), "model", max_shard_size)
@@ -280,9 +286,13 @@ def write_model(
 
 
 def stream(
-    source: Source, pipe: Pipeline, order: list[Spec], dtype: torch.dtype | None,
-    write: Callable[[memoryview], Any] | None, see: Callable[[Spec, int, torch.Tensor], None] | None,
-) -> None:  # fmt: skip
+    source: Source,
+    pipe: Pipeline,
+    order: list[Spec],
+    dtype: torch.dtype | None,
+    write: Callable[[memoryview], Any] | None,
+    see: Callable[[Spec, int, torch.Tensor], None] | None,
+) -> None:
     """Send every piece, cast, to the lane "write"; `see` gets it before the cast."""
     for slot, spec, start, piece in source.pieces(pipe, order):
         if see is not None:

@@ -13,8 +13,14 @@ from alpaca.common.errors import UsageError
 
 
 def mistake(tmp_path, tiny, **changed):
-    flags = dict(model_name_or_path=tiny("llama"), data_path=tmp_path / "rows.json", output_dir=tmp_path / "out",
-                 use_cpu=True, save_strategy="no", max_steps=1)  # fmt: skip
+    flags = dict(
+        model_name_or_path=tiny("llama"),
+        data_path=tmp_path / "rows.json",
+        output_dir=tmp_path / "out",
+        use_cpu=True,
+        save_strategy="no",
+        max_steps=1,
+    )
     if not (tmp_path / "rows.json").exists():
         write_rows(tmp_path / "rows.json", 4)
     flags.update(changed)
@@ -114,8 +120,12 @@ def test_a_model_folder_without_weights(tmp_path, tiny):
     ],
 )
 def test_under_torchrun_rank_0_speaks_once(tmp_path, tiny, changed, message):
-    flags = dict(model_name_or_path=tiny("llama"), data_path=write_rows(tmp_path / "rows.json", 4),
-                 output_dir=tmp_path / "out", **changed)  # fmt: skip
+    flags = dict(
+        model_name_or_path=tiny("llama"),
+        data_path=write_rows(tmp_path / "rows.json", 4),
+        output_dir=tmp_path / "out",
+        **changed,
+    )
     result = train(flags, processes=2, check=False)
     assert result.returncode != 0 and not list((tmp_path / "out").glob("*"))
     assert result.stderr.count(message) == 1

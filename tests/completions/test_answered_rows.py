@@ -10,10 +10,10 @@ from support.completion_server import OVERFLOW, CompletionServer
 
 import generate_instruction
 from alpaca.common.errors import UsageError
-from alpaca.common.files import keep_input
+from alpaca.common.files import refuse_overwriting_input
 from alpaca.completions.api import Sampling
-from alpaca.completions.rows import RowAnswers
-from alpaca.inference.backend import Questions, Respondent, open_respondent
+from alpaca.completions.rows import BatchCompletion
+from alpaca.inference.backend import ModelBackend, PromptSet, open_backend
 from alpaca.inference.client import Client
 from scripts import backtranslate, evaluate, generate
 
@@ -22,11 +22,17 @@ SAMPLING = Sampling(max_tokens=9)
 
 def asked(tmp_path, server, order=None, rows=4, **more):
     texts = [f"Row {number}." for number in range(rows)]
-    return RowAnswers(
-        [{"instruction": text} for text in texts], str(tmp_path / "out.json"),
-        Client("tiny", server.url, "completions"), lambda endpoint: (SAMPLING, {}), texts.__getitem__,
-        {"model": "tiny"}, 2, order=order, **more,
-    )  # fmt: skip
+    return BatchCompletion(
+        [{"instruction": text} for text in texts],
+        str(tmp_path / "out.json"),
+        Client("tiny", server.url, "completions"),
+        lambda endpoint: (SAMPLING, {}),
+        texts.__getitem__,
+        {"model": "tiny"},
+        2,
+        order=order,
+        **more,
+    )
 
 
 def own_text(prompt, body):
@@ -69,25 +75,25 @@ def test_answers_of_an_unknown_run_are_refused(tmp_path):
 def test_what_a_journal_knows_of_the_one_who_answers(tiny, tmp_path):
     """A folder by its files, however it is spelt; a server by its model, wherever it listens."""
     folder = shutil.copytree(tiny("llama"), tmp_path / "model")
-    how = Respondent(str(folder), SAMPLING, seed=1).how(questions=["a", "b"])
-    assert how == Respondent(f"{folder}/", SAMPLING, seed=1).how(questions=["a", "b"])
-    assert how != Respondent(str(folder), SAMPLING, seed=1).how(questions=["ab"])
+    how = ModelBackend(str(folder), SAMPLING, seed=1).how(questions=["a", "b"])
+    assert how == ModelBackend(f"{folder}/", SAMPLING, seed=1).how(questions=["a", "b"])
+    assert how != ModelBackend(str(folder), SAMPLING, seed=1).how(questions=["ab"])
     with open(folder / "model.safetensors", "r+b") as file:
         file.seek(-1, 2)
         file.write(b"\x01")
-    changed = Respondent(str(folder), SAMPLING, seed=1).how(questions=["a", "b"])
+    changed = ModelBackend(str(folder), SAMPLING, seed=1).how(questions=["a", "b"])
     assert {name for name in how if how[name] != changed[name]} == {"weights of model_name"}
-    server = Respondent("tiny", SAMPLING, base_url="http://a/v1").how()
-    assert server == Respondent("tiny", SAMPLING, base_url="http://b/v1").how()
-    assert server != Respondent("other", SAMPLING, base_url="http://a/v1").how()
+    server = ModelBackend("tiny", SAMPLING, base_url="http://a/v1").how()
+    assert server == ModelBackend("tiny", SAMPLING, base_url="http://b/v1").how()
+    assert server != ModelBackend("other", SAMPLING, base_url="http://a/v1").how()
 
 
 @pytest.mark.parametrize("api", ["chat", "completions"])
 def test_a_question_stands_in_a_prompt_unless_it_is_chat(api):
     with CompletionServer() as server:
         model = Client("tiny", server.url, api)
-        questions = Questions(["How?"], model, SAMPLING)
-        questions.settle(api)
+        questions = PromptSet(["How?"], model, SAMPLING)
+        questions.prepare(api)
         assert questions.prompt_of(0) == questions.prompt_of(1)
         assert (questions.prompt_of(0) == "How?") == (api == "chat")
         assert api == "chat" or "### Instruction:\nHow?\n\n### Response:" in questions.prompt_of(0)
@@ -95,9 +101,9 @@ def test_a_question_stands_in_a_prompt_unless_it_is_chat(api):
 
 def test_a_base_url_of_the_environment_wins_over_a_folder_and_is_named(tiny, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
-    assert isinstance(open_respondent(tiny("llama")), Client)
+    assert isinstance(open_backend(tiny("llama")), Client)
     with pytest.raises(UsageError, match=r"--base is for .*; --judge .* is a server's \(OPENAI_BASE_URL"):
-        open_respondent(tiny("llama"), base=tiny("llama"), flag="--judge")
+        open_backend(tiny("llama"), base=tiny("llama"), flag="--judge")
 
 
 @pytest.mark.parametrize(
@@ -121,7 +127,7 @@ def test_no_command_writes_over_what_it_reads(tmp_path, command, flag):
     with pytest.raises(UsageError, match=f"is the file of {flag}, which would be lost"):
         command(path)
     assert (tmp_path / "rows.json").read_bytes() == before
-    keep_input(tmp_path / "new.json", "--output_path", data_path=path, reference=None)
+    refuse_overwriting_input(tmp_path / "new.json", "--output_path", data_path=path, reference=None)
 
 
 def test_a_judges_answer_that_was_cut_is_no_verdict(tmp_path):
@@ -209,8 +215,11 @@ def test_failed_rows_are_an_error_or_left_out(commands, name, tmp_path):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_sampling_is_checked_and_sent(commands, name):
     command, flags, _ = commands[name]
-    for wrong, message in ((dict(temperature=-1.0), "--temperature -1.0"), (dict(top_p=1.5), "--top_p 1.5"),
-                           (dict(max_tokens=0), "--max_tokens 0")):  # fmt: skip
+    for wrong, message in (
+        (dict(temperature=-1.0), "--temperature -1.0"),
+        (dict(top_p=1.5), "--top_p 1.5"),
+        (dict(max_tokens=0), "--max_tokens 0"),
+    ):
         with pytest.raises(UsageError, match=message):
             command(**flags, **wrong)
     with CompletionServer(lambda *_: "It is.\nVerdict: 1\nScore: 5") as server:

@@ -113,8 +113,14 @@ def test_openai_completion_as_in_2023(server, monkeypatch):
     assert json.loads(json.dumps(got)) == got
     with pytest.raises(AttributeError):
         _ = got[0].no
-    sent = {"model": "text-davinci-003", "max_tokens": 3072, "temperature": 1.0, "top_p": 1.0,
-            "stop": ["\n20", "20.", "20."], "logit_bias": {"50256": -100.0}}  # fmt: skip
+    sent = {
+        "model": "text-davinci-003",
+        "max_tokens": 3072,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "stop": ["\n20", "20.", "20."],
+        "logit_bias": {"50256": -100.0},
+    }
     ours = [request for request in server.requests if request.body.get("prompt") in prompts]
     assert [{**request.body, "prompt": 0} for request in ours] == [{**sent, "prompt": 0}] * 5
     assert server.busiest == 2 and ours[0].headers["openai-organization"] == "org-1"

@@ -38,8 +38,11 @@ def pair(instruction, output, input=""):
         (TEXTS[3], None, ["no_pair", "ends_on_human"]),
         (TEXTS[4], ("Hi again", "Hello again"), ["unpaired_turns"]),
         ("### Human: What is C#### Assistant: A language", ("What is C#", "A language"), []),
-        ("### Human: a\n#### Human: b\n#### Assistant: c### Assistant: d",
-         ("a\n#### Human: b\n#### Assistant: c", "d"), []),
+        (
+            "### Human: a\n#### Human: b\n#### Assistant: c### Assistant: d",
+            ("a\n#### Human: b\n#### Assistant: c", "d"),
+            [],
+        ),
         ("### Human: a ### Assistant : b### Assistant: c\n\n", ("a ### Assistant : b", "c"), []),
         ("###Human: a\n### Human:a\n### Assistant:    c", ("a", "c"), ["unpaired_turns"]),
         ("### Human: ### Assistant: a### Human: b### Assistant: ", None, ["no_pair", "unpaired_turns"]),
@@ -47,7 +50,7 @@ def pair(instruction, output, input=""):
         ("plain text", None, ["no_pair", "unpaired_turns"]),
         ("", None, ["no_pair"]),
     ],
-)  # fmt: skip
+)
 def test_the_first_pair_of_a_conversation(text, first, problems):
     assert parse_conversation(text) == ([pair(*first)] if first else [], problems)
 
@@ -182,9 +185,12 @@ def test_a_resumed_run_must_have_the_same_flags(tmp_path):
 
     usual, everything, backward = contract(), contract("--guanaco_turns", "all"), contract("--backward", "True")
     assert [line.split(":")[0] for line in changes(usual, everything, "fixed")] == [
-        "the data (--data_path)", "--guanaco_turns"
-    ]  # fmt: skip
+        "the data (--data_path)",
+        "--guanaco_turns",
+    ]
     assert [line.split(":")[0] for line in changes(usual, backward, "fixed")] == [
-        "the data (--data_path)", "--prompt_template", "--backward"
-    ]  # fmt: skip
+        "the data (--data_path)",
+        "--prompt_template",
+        "--backward",
+    ]
     assert not changes(usual, contract(), "fixed")

@@ -76,8 +76,13 @@ def test_the_split_of_the_command_line_is_what_is_trained_on(tmp_path):
 
 def test_seed_tasks_give_a_row_per_instance(tmp_path):
     path = tmp_path / "seeds.jsonl"
-    task = {"id": "seed_task_0", "name": "n", "instruction": "Do.", "is_classification": False,
-            "instances": [{"input": "", "output": "a"}, {"input": "x", "output": "b"}]}  # fmt: skip
+    task = {
+        "id": "seed_task_0",
+        "name": "n",
+        "instruction": "Do.",
+        "is_classification": False,
+        "instances": [{"input": "", "output": "a"}, {"input": "x", "output": "b"}],
+    }
     path.write_text(json.dumps(task))
     assert load_rows(str(path)) == [
         {"instruction": "Do.", "input": "", "output": "a"},

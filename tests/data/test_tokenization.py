@@ -218,8 +218,10 @@ def test_merged_boundary_is_noticed():
 def test_collator_masks_by_length_where_pad_is_eos():
     tokenizer = golden_tokenizer("llama")
     tokenizer.pad_token = tokenizer.eos_token
-    rows = [dict(input_ids=torch.tensor([5, 6, 2]), labels=torch.tensor([-100, 6, 2])),
-            dict(input_ids=torch.tensor([7]), labels=torch.tensor([7]))]  # fmt: skip
+    rows = [
+        dict(input_ids=torch.tensor([5, 6, 2]), labels=torch.tensor([-100, 6, 2])),
+        dict(input_ids=torch.tensor([7]), labels=torch.tensor([7])),
+    ]
     batch = DataCollatorForSupervisedDataset(tokenizer)(rows)
     assert batch["input_ids"].tolist() == [[5, 6, 2], [7, 2, 2]]
     assert batch["labels"].tolist() == [[-100, 6, 2], [7, -100, -100]]

@@ -172,8 +172,16 @@ def test_slow_files_say_what_tokenizer_json_says(tiny, tmp_path, architecture):
 @pytest.mark.parametrize("flags", [{}, {"lora_r": 2, "lora_target_modules": "q_proj"}], ids=["full", "lora"])
 def test_a_run_saves_them_with_every_model(tiny, tmp_path, flags):
     out = tmp_path / "out"
-    run = dict(model_name_or_path=tiny("llama"), data_path=write_rows(tmp_path / "rows.json", 8), output_dir=out,
-               max_steps=2, save_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True)  # fmt: skip
+    run = dict(
+        model_name_or_path=tiny("llama"),
+        data_path=write_rows(tmp_path / "rows.json", 8),
+        output_dir=out,
+        max_steps=2,
+        save_steps=1,
+        per_device_train_batch_size=2,
+        report_to="none",
+        use_cpu=True,
+    )
     train({**run, **flags})
     for folder in (out, out / "checkpoint-1"):
         assert (folder / "tokenizer.model").read_bytes() == (Path(tiny("llama")) / "tokenizer.model").read_bytes()
@@ -277,8 +285,16 @@ def test_the_2023_code_reads_what_we_write_and_opens_folders_as_we_do(tiny, tmp_
     rows, trained = write_rows(tmp_path / "rows.json", 8), []
     for name, flags in dict(llama={}, opt={}, gpt2={}, lora=dict(lora_r=2, lora_target_modules="q_proj")).items():
         base = tiny("llama" if name == "lora" else name)
-        run = dict(model_name_or_path=base, data_path=rows, output_dir=tmp_path / name, max_steps=1, use_cpu=True,
-                   per_device_train_batch_size=2, save_strategy="no", report_to="none")  # fmt: skip
+        run = dict(
+            model_name_or_path=base,
+            data_path=rows,
+            output_dir=tmp_path / name,
+            max_steps=1,
+            use_cpu=True,
+            per_device_train_batch_size=2,
+            save_strategy="no",
+            report_to="none",
+        )
         train({**run, **flags})
         trained.append(str(tmp_path / name))
     merge_lora(trained[-1], str(tmp_path / "merged"))
@@ -287,8 +303,13 @@ def test_the_2023_code_reads_what_we_write_and_opens_folders_as_we_do(tiny, tmp_
     job = dict(folders=[*trained, *map(str, unstated)], trained=trained, rows=rows, texts=TEXTS)
     (tmp_path / "job.json").write_text(json.dumps(job))
     environment = {**os.environ, "PYTHONPATH": CODE_2023, "OPENAI_API_KEY": "none", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([PYTHON_2023, "-c", READ_IN_2023, str(tmp_path / "job.json")], cwd=ROOT.parent,
-                            env=environment, capture_output=True, text=True)  # fmt: skip
+    result = subprocess.run(
+        [PYTHON_2023, "-c", READ_IN_2023, str(tmp_path / "job.json")],
+        cwd=ROOT.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     for folder, (special, ids, *batch) in json.loads(result.stdout.splitlines()[-1]).items():
         tokenizer = open_tokenizer(folder)

@@ -128,8 +128,13 @@ def test_a_rater_that_tells_nothing_apart_is_named():
     assert "hardly" not in Curation([*alike, other, other], "r").told(4)
     with pytest.raises(UsageError, match="--ratings_path r, row 1: has no score and ratings"):
         Curation([alike[0], pair()], "r")
-    for score, told in (("4", "is str '4', expected a number"), (7, "is 7, expected 1 to 5"), (True, "is bool True"),
-                        (0.5, "is 0.5, expected 1"), (float("nan"), "is nan, expected 1 to 5")):  # fmt: skip
+    for score, told in (
+        ("4", "is str '4', expected a number"),
+        (7, "is 7, expected 1 to 5"),
+        (True, "is bool True"),
+        (0.5, "is 0.5, expected 1"),
+        (float("nan"), "is nan, expected 1 to 5"),
+    ):
         with pytest.raises(UsageError, match=f"--ratings_path r, row 1: its score {told}"):
             Curation([alike[0], alike[0] | {"score": score}], "r")
     with pytest.raises(UsageError, match="--ratings_path r: has no rows"):

@@ -73,8 +73,16 @@ def test_regen_json_is_that_of_2023(tmp_path):
     expected = json.loads((GOLDEN / "generate" / "regen.json").read_text())
     with CompletionServer(answer=lambda prompt, body: next(answers)) as server:
         seeds = GOLDEN / "generate" / "seed_tasks.jsonl"
-        generate_instruction_following_data(str(tmp_path), str(seeds), len(expected), "tiny", request_batch_size=1,
-                                            num_cpus=1, base_url=server.url, api="completions")  # fmt: skip
+        generate_instruction_following_data(
+            str(tmp_path),
+            str(seeds),
+            len(expected),
+            "tiny",
+            request_batch_size=1,
+            num_cpus=1,
+            base_url=server.url,
+            api="completions",
+        )
     rows = json.loads((tmp_path / "regen.json").read_text())
     assert [list(row) for row in rows] == [list(row) for row in expected], "keys and their order"
     for row, wanted in zip(rows, expected):
@@ -169,9 +177,28 @@ def test_the_servers_bill_stays_below_the_limit(tmp_path):
 
     with CompletionServer(answer=answer, delay=0.05) as server:
         server.faults = lambda request: TRUNCATED if draw.random() < 0.3 else None
-        command = [sys.executable, "-m", "generate_instruction", "generate_instruction_following_data", "--output_dir",
-                   str(tmp_path), "--num_instructions_to_generate", "5000", "--model_name", "tiny", "--num_cpus", "1",
-                   "--base_url", server.url, "--price_in", "1", "--price_out", "20", "--max_cost", "1"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "generate_instruction",
+            "generate_instruction_following_data",
+            "--output_dir",
+            str(tmp_path),
+            "--num_instructions_to_generate",
+            "5000",
+            "--model_name",
+            "tiny",
+            "--num_cpus",
+            "1",
+            "--base_url",
+            server.url,
+            "--price_in",
+            "1",
+            "--price_out",
+            "20",
+            "--max_cost",
+            "1",
+        ]
         for kind in (signal.SIGKILL, signal.SIGINT):
             asked = len(server.requests)
             process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -282,8 +309,13 @@ def test_an_edited_regen_json_is_taken_as_it_is(tmp_path):
 def test_a_second_process_is_refused(tmp_path):
     code = "import sys; from alpaca.completions.journal import Journal\n"
     code += "j = Journal(sys.argv[1]); print('ok', flush=True); input()"
-    holder = subprocess.Popen([sys.executable, "-c", code, tmp_path / "generation_journal.jsonl"], cwd=ROOT, text=True,
-                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "generation_journal.jsonl"],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     assert holder.stdout.readline() == "ok\n"
     with CompletionServer(answer=tasks) as server:
         with pytest.raises(UsageError, match="--output_dir .*another process is working in this folder"):
@@ -295,14 +327,33 @@ def test_a_second_process_is_refused(tmp_path):
 
 def kill_and_rerun(folder, server, draw, kills):
     """SIGKILL at random moments, then to the end. Every prompt that reached the journal is asked once."""
-    command = [sys.executable, "-m", "generate_instruction", "generate_instruction_following_data",
-               "--output_dir", folder, "--num_instructions_to_generate", "400", "--model_name", "tiny",
-               "--api", "completions", "--base_url", server.url, "--seed", "1", "--num_cpus", "1",
-               "--concurrency", "6"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "generate_instruction",
+        "generate_instruction_following_data",
+        "--output_dir",
+        folder,
+        "--num_instructions_to_generate",
+        "400",
+        "--model_name",
+        "tiny",
+        "--api",
+        "completions",
+        "--base_url",
+        server.url,
+        "--seed",
+        "1",
+        "--num_cpus",
+        "1",
+        "--concurrency",
+        "6",
+    ]
     killed = 0
     for _ in range(kills):
-        process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL)  # fmt: skip
+        process = subprocess.Popen(
+            [str(word) for word in command], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         before = len(server.requests)
         deadline = time.time() + 30
         while len(server.requests) == before and process.poll() is None and time.time() < deadline:
@@ -337,9 +388,20 @@ def test_dozens_of_kills(tmp_path):
 
 def test_ctrl_c_keeps_what_was_answered(tmp_path):
     with CompletionServer(answer=tasks, delay=0.05) as server:
-        command = [sys.executable, "-m", "generate_instruction", "generate_instruction_following_data", "--output_dir",
-                   str(tmp_path), "--num_instructions_to_generate", "5000", "--model_name", "tiny",
-                   "--base_url", server.url]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "generate_instruction",
+            "generate_instruction_following_data",
+            "--output_dir",
+            str(tmp_path),
+            "--num_instructions_to_generate",
+            "5000",
+            "--model_name",
+            "tiny",
+            "--base_url",
+            server.url,
+        ]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         while len(server.requests) < 12 and process.poll() is None:
             time.sleep(0.02)
@@ -395,9 +457,14 @@ def test_answers_that_never_arrived_count_as_paid(tmp_path, monkeypatch):
         assert report(tmp_path)["cost_dollars"] == pytest.approx(lost + answered, abs=1e-6)
 
 
-@pytest.mark.parametrize("fault,message", [
-    (BAD_KEY, "OPENAI_API_KEY"), (QUOTA, "quota"), (NO_MODEL, "tiny"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fault,message",
+    [
+        (BAD_KEY, "OPENAI_API_KEY"),
+        (QUOTA, "quota"),
+        (NO_MODEL, "tiny"),
+    ],
+)
 def test_what_no_retry_mends_ends_the_run_at_once(tmp_path, fault, message):
     with CompletionServer(answer=tasks) as server:
         generate(tmp_path, server, 20)
@@ -501,8 +568,9 @@ def test_rows_without_an_answer_are_said_and_asked_again(tmp_path, monkeypatch):
         server.faults = lambda request: Fault(500) if "Say 7." in request.prompt else None
         with pytest.raises(UsageError, match=r"1 of 30 rows have no answer \(rows 7\).*The first: .*answered 500"):
             generate_responses(*paths, "tiny", server.url, "chat")
-        generate_responses(str(tmp_path / "rows.json"), str(tmp_path / "b.json"), "tiny", server.url, "chat",
-                           drop_failed=True)  # fmt: skip
+        generate_responses(
+            str(tmp_path / "rows.json"), str(tmp_path / "b.json"), "tiny", server.url, "chat", drop_failed=True
+        )
         assert [row["instruction"] for row in json.loads((tmp_path / "b.json").read_text())].count("Say 7.") == 0
         server.faults = None
         asked = len(server.requests)

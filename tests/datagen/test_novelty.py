@@ -226,9 +226,7 @@ def test_stable_ties_change_nothing_but_the_order(run_2023):
 def test_nothing_known():
     novelty_filter = NoveltyFilter([])
     assert novelty_filter.filter([]) == [] and len(novelty_filter) == 0
-    assert novelty_filter.filter(["", "Name a bird.", "name a BIRD"]) == [
-        ({}, 0.0), ({"": 0.0}, 0.0), None
-    ]  # fmt: skip
+    assert novelty_filter.filter(["", "Name a bird.", "name a BIRD"]) == [({}, 0.0), ({"": 0.0}, 0.0), None]
 
 
 def test_a_text_known_twice_is_listed_once():

@@ -95,10 +95,23 @@ def test_sentences(text, verb, noun):
 
 def test_base_forms():
     plurals = {
-        "cities": "city", "boxes": "box", "wolves": "wolf", "movies": "movie", "people": "person",
-        "class": "class", "bus": "bus", "series": "series", "physics": "physics", "lyrics": "lyric", "ads": "ad",
-        "heroes": "hero", "analyses": "analysis", "shoes": "shoe", "essays": "essay", "half-lives": "half-life",
-    }  # fmt: skip
+        "cities": "city",
+        "boxes": "box",
+        "wolves": "wolf",
+        "movies": "movie",
+        "people": "person",
+        "class": "class",
+        "bus": "bus",
+        "series": "series",
+        "physics": "physics",
+        "lyrics": "lyric",
+        "ads": "ad",
+        "heroes": "hero",
+        "analyses": "analysis",
+        "shoes": "shoe",
+        "essays": "essay",
+        "half-lives": "half-life",
+    }
     assert {noun: singular(noun) for noun in plurals} == plurals
     verbs = {"Re-write": "rewrite", "categorise": "categorize", "analyse": "analyze", "exercise": None, "ready": None}
     assert {verb: verb_base(verb) for verb in verbs} == verbs

@@ -100,7 +100,7 @@ CHAT = {
     "escaped": answer(noinput="\\<noinput>"),
     "in words": answer(noinput="No input required."),
     "lower case": answer("{n}. instruction: {instruction}\n{n}. input: {input}\n{n}. output: {output}\n"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", CHAT)
@@ -156,8 +156,26 @@ def test_an_empty_output_is_no_task_for_the_robust_parser():
 
 def test_no_text_breaks_the_parsers():
     """Whatever a model says: pieces of the format in any order, hundreds of times."""
-    pieces = ["4. Instruction:", "5. Instruction:", "4. Input:", "4. Output:", "###", "\n", "```", "<noinput>", " ",
-              "**", "Name a colour of the sea.", "é", "\r\n", "4.", "Input:", "Output:", "# ", "20."]  # fmt: skip
+    pieces = [
+        "4. Instruction:",
+        "5. Instruction:",
+        "4. Input:",
+        "4. Output:",
+        "###",
+        "\n",
+        "```",
+        "<noinput>",
+        " ",
+        "**",
+        "Name a colour of the sea.",
+        "é",
+        "\r\n",
+        "4.",
+        "Input:",
+        "Output:",
+        "# ",
+        "20.",
+    ]
     draw = random.Random(0)
     for _ in range(500):
         text = "".join(draw.choices(pieces, k=draw.randrange(1, 25)))

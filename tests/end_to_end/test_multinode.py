@@ -15,8 +15,17 @@ pytestmark = pytest.mark.slow
 def nodes(commands, env=None):
     """Run one launcher per command at the same time; [(exit code, stdout, stderr)]."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
-    started = [subprocess.Popen([str(word) for word in command], cwd=ROOT, env=env, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE) for command in commands]  # fmt: skip
+    started = [
+        subprocess.Popen(
+            [str(word) for word in command],
+            cwd=ROOT,
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for command in commands
+    ]
     return [(process, *process.communicate(timeout=300)) for process in started]
 
 
@@ -28,8 +37,15 @@ def launcher_of_a_node(port):
 
 
 def test_two_launchers_train_as_one_process_does(tiny, tmp_path):
-    flags = dict(model_name_or_path=tiny("llama"), data_path=write_rows(tmp_path / "rows.json", 22), max_steps=6,
-                 per_device_train_batch_size=2, learning_rate=1e-3, save_steps=3, logging_steps=1)  # fmt: skip
+    flags = dict(
+        model_name_or_path=tiny("llama"),
+        data_path=write_rows(tmp_path / "rows.json", 22),
+        max_steps=6,
+        per_device_train_batch_size=2,
+        learning_rate=1e-3,
+        save_steps=3,
+        logging_steps=1,
+    )
     train({**flags, "gradient_accumulation_steps": 2, "output_dir": tmp_path / "one"})
     shared = {**flags, "output_dir": tmp_path / "two", "fsdp": "full_shard auto_wrap"}
     command = [*launcher_of_a_node(free_port()), *(f"--{name}={value}" for name, value in shared.items())]
@@ -72,7 +88,7 @@ def test_what_the_ranks_disagree_about_is_named(monkeypatch, other_seen, other_r
         return {"fixed": {"the data (--data_path)": f"{rows} rows"}, "free": {}, "tokens": ""}
 
     seen = {"checkpoint": "out/checkpoint-4", "finished": None}
-    monkeypatch.setattr(resume, "gather_from_all_ranks", lambda mine: [mine, (other_seen, of(other_rows))])
+    monkeypatch.setattr(resume, "all_gather_object", lambda mine: [mine, (other_seen, of(other_rows))])
     with pytest.raises(UsageError) as refused:
         resume._check_that_all_agree(Namespace(output_dir="out"), of(8), seen)
     assert message in str(refused.value)
@@ -93,8 +109,13 @@ def test_the_slurm_script_shards_inside_a_node_and_replicates_over_nodes(tiny, t
         file.chmod(0o755)
     data, model = write_rows(tmp_path / "rows.json", 140), tiny("llama")
     path = f"{bin_folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    slurm = dict(SLURM_NNODES="2", SLURM_GPUS_ON_NODE="2", SLURM_JOB_ID=str(free_port()), SLURM_JOB_NODELIST="n[0-1]",
-                 SLURM_SUBMIT_DIR=str(ROOT))  # fmt: skip
+    slurm = dict(
+        SLURM_NNODES="2",
+        SLURM_GPUS_ON_NODE="2",
+        SLURM_JOB_ID=str(free_port()),
+        SLURM_JOB_NODELIST="n[0-1]",
+        SLURM_SUBMIT_DIR=str(ROOT),
+    )
     env = dict(PATH=path, MODEL=model, DATA=data, OUTPUT=str(tmp_path / "two"), **slurm)
     both = ["--max_steps=2", "--save_steps=1", "--bf16=False", "--learning_rate=1e-3"]
     output = run(["bash", "recipes/llama_7b_2x8.slurm", *both], env=env).stdout

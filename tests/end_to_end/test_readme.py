@@ -27,10 +27,17 @@ ELSEWHERE = {
 }
 # A phrase of a block: what is replaced in it; <server> and <port> by the server and a port of the test.
 RUN = {
-    "LlamaDecoderLayer": {"<your_random_port>": "<port>", "<your_output_dir>": "output/llama_tuned",
-                          "<your_path_to_hf_converted_llama_ckpt_and_tokenizer>": "base"},
-    "recipes/llama_7b.sh": {"<folder or hub id>": "base", "tatsu-lab/alpaca": "alpaca_data.json", "NPROC=8": "NPROC=2",
-                            "recipes/": "PORT=<port> recipes/"},
+    "LlamaDecoderLayer": {
+        "<your_random_port>": "<port>",
+        "<your_output_dir>": "output/llama_tuned",
+        "<your_path_to_hf_converted_llama_ckpt_and_tokenizer>": "base",
+    },
+    "recipes/llama_7b.sh": {
+        "<folder or hub id>": "base",
+        "tatsu-lab/alpaca": "alpaca_data.json",
+        "NPROC=8": "NPROC=2",
+        "recipes/": "PORT=<port> recipes/",
+    },
     "inspect_data": {"<model>": "base"},
     "scripts.check_packing": {"<model>": "base"},
     "make_tiny_model": {"--nproc_per_node=2": "--nproc_per_node=2 --master_port=<port>"},
@@ -39,9 +46,13 @@ RUN = {
     "generate --model output/alpaca-7b --interactive": {},
     "evaluate alpaca_eval": {"<model>": "judge"},
     "evaluate backward": {"output/backward": "output/tiny_tuned"},
-    "weight_diff.py verify": {"<base>": "base", "<your_model>": "output/alpaca-7b", "<diff>": "output/diff",
-                              "<recovered>": "output/recovered"},
-}  # fmt: skip
+    "weight_diff.py verify": {
+        "<base>": "base",
+        "<your_model>": "output/alpaca-7b",
+        "<diff>": "output/diff",
+        "<recovered>": "output/recovered",
+    },
+}
 
 
 def phrase(block: str) -> str:
@@ -60,16 +71,32 @@ def answer(prompt: str, body: dict) -> str:
 @pytest.fixture
 def newcomer(tmp_path):
     """A folder like a clone, in which the README's own files are at hand."""
-    for path in ("alpaca", "configs", "recipes", "scripts", "constraints.txt", "prompt.txt", "seed_tasks.jsonl",
-                 "train.py", "generate_instruction.py", "weight_diff.py", "utils.py"):  # fmt: skip
+    for path in (
+        "alpaca",
+        "configs",
+        "recipes",
+        "scripts",
+        "constraints.txt",
+        "prompt.txt",
+        "seed_tasks.jsonl",
+        "train.py",
+        "generate_instruction.py",
+        "weight_diff.py",
+        "utils.py",
+    ):
         (tmp_path / path).symlink_to(ROOT / path)
     make_tiny_model(tmp_path / "base", hidden_size=32)
     rows = json.loads(Path(write_rows(tmp_path / "alpaca_data.json", 40)).read_text())
     for name in ("rows.json", "alpaca_eval.json", "held_out.json"):
         (tmp_path / name).write_text(json.dumps(rows[:20]))
-    (tmp_path / "theirs.json").write_text(json.dumps(  # an input is written below its instruction there
-        [{"instruction": "\n\n".join(filter(None, (row["instruction"], row["input"]))), "output": "No."}
-         for row in rows[:20]]))  # fmt: skip
+    (tmp_path / "theirs.json").write_text(
+        json.dumps(  # an input is written below its instruction there
+            [
+                {"instruction": "\n\n".join(filter(None, (row["instruction"], row["input"]))), "output": "No."}
+                for row in rows[:20]
+            ]
+        )
+    )
     return tmp_path
 
 

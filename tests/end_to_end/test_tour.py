@@ -17,8 +17,9 @@ BESIDE = Path(sys.prefix) / "evaluation"  # where make installs lm-eval
 @pytest.mark.slow
 def test_tour(tmp_path):
     path = os.pathsep.join(filter(None, [str(BESIDE), os.environ.get("PYTHONPATH")]))
-    told = run([sys.executable, "-m", "scripts.tour", "--folder", tmp_path / "tour"], env={"PYTHONPATH": path},
-               timeout=900).stdout  # fmt: skip
+    told = run(
+        [sys.executable, "-m", "scripts.tour", "--folder", tmp_path / "tour"], env={"PYTHONPATH": path}, timeout=900
+    ).stdout
     rows = json.loads((tmp_path / "tour" / "alpaca_data.json").read_text())
     seeds = (tmp_path / "tour" / "seed_tasks.jsonl").read_text()
     assert len(rows) >= tour.TASKS and not any(json.dumps(row["instruction"])[1:-1] in seeds for row in rows)

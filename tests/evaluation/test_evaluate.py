@@ -88,9 +88,17 @@ def test_a_judge_is_asked_nothing_twice(files):
 
 def test_a_row_counts_only_with_all_its_verdicts():
     """With one of two orders unread, or left out by --drop_failed, the place would decide."""
-    verdicts = [(0, "outputs", 2.0), (0, "reference", 2.0), (1, "outputs", 2.0), (1, "reference", None),
-                (2, "outputs", None), (2, "reference", 2.0), (3, "outputs", 2.0), (4, "outputs", 1.0),
-                (4, "reference", 1.5)]  # fmt: skip
+    verdicts = [
+        (0, "outputs", 2.0),
+        (0, "reference", 2.0),
+        (1, "outputs", 2.0),
+        (1, "reference", None),
+        (2, "outputs", None),
+        (2, "reference", 2.0),
+        (3, "outputs", 2.0),
+        (4, "outputs", 1.0),
+        (4, "reference", 1.5),
+    ]
     result = judging.tally([dict(zip(("row", "first", "preference"), verdict)) for verdict in verdicts], 6, 2)
     assert [result[name] for name in ("rows", "rows_counted", "wins", "losses")] == [6, 2, 1, 1]
     assert (result["win_rate"], result["orders_agree"]) == pytest.approx((62.5, 50))
@@ -112,17 +120,29 @@ def test_one_order_is_drawn_for_each_row():
 @pytest.mark.parametrize(
     "text, preference",
     [
-        ("Verdict: 1", 2.0), ("reasons\n- verdict: **2** ", 1.0), ("Verdict: Tie.", 1.5), ("Verdict: 1 or 2", None),
-        ("", None), ("Verdict: 1\nbut on reflection\nVerdict: 2", 1.0), ("The verdict: 1 wins", None),
-        ("Final verdict: 1", 2.0), ("My **verdict**: 2", 1.0), ("Verdict: Answer 1", 2.0), ("Verdict: answer_2.", 1.0),
-        ("Verdict: -1", None), ("Verdict: −1", None), ("- Verdict - 1", 2.0), ("**Verdict:**\n\n1", 2.0),
-        ("Verdict: 1\nSo the first is better.", 2.0), ("Verdict: 1\nVerdict: 1\n---", 2.0),
+        ("Verdict: 1", 2.0),
+        ("reasons\n- verdict: **2** ", 1.0),
+        ("Verdict: Tie.", 1.5),
+        ("Verdict: 1 or 2", None),
+        ("", None),
+        ("Verdict: 1\nbut on reflection\nVerdict: 2", 1.0),
+        ("The verdict: 1 wins", None),
+        ("Final verdict: 1", 2.0),
+        ("My **verdict**: 2", 1.0),
+        ("Verdict: Answer 1", 2.0),
+        ("Verdict: answer_2.", 1.0),
+        ("Verdict: -1", None),
+        ("Verdict: −1", None),
+        ("- Verdict - 1", 2.0),
+        ("**Verdict:**\n\n1", 2.0),
+        ("Verdict: 1\nSo the first is better.", 2.0),
+        ("Verdict: 1\nVerdict: 1\n---", 2.0),
         ("Verdict: 1\nor rather\nVerdict: 2\nwould be fair.", None),
         ("It is one of these:\nVerdict: 1\nVerdict: 2\n\nVerdict: tie", None),
         ("It is one of these:\nVerdict: 1\nVerdict: 2\nVerdict: tie\nNow, the first answer is", None),
         ("One of these:\nVerdict: 1\nVerdict: 2\nVerdict: tie\nThe first is better.\nVerdict: 1", 2.0),
     ],
-)  # fmt: skip
+)
 def test_verdicts(text, preference):
     assert judging.read_preference(text, judging.OURS) == preference
     mirrored = None if preference is None else 3 - preference
@@ -131,9 +151,13 @@ def test_verdicts(text, preference):
 
 @pytest.mark.parametrize(
     "text, preference",
-    [("It is true.\nVerdict: 1", 2.0), ("Verdict: 1\nSo the first is", None), ("I could say\nVerdict: tie\nbut", None),
-     ("Verdict: 1\nbut on reflection\nVerdict: 2", None)],
-)  # fmt: skip
+    [
+        ("It is true.\nVerdict: 1", 2.0),
+        ("Verdict: 1\nSo the first is", None),
+        ("I could say\nVerdict: tie\nbut", None),
+        ("Verdict: 1\nbut on reflection\nVerdict: 2", None),
+    ],
+)
 def test_a_verdict_of_an_answer_that_was_cut(text, preference):
     assert judging.read_preference(text, judging.OURS, cut=True) == preference
 
@@ -143,10 +167,17 @@ def test_a_verdict_of_an_answer_that_was_cut(text, preference):
 
 @pytest.mark.slow
 def test_answers_in_the_format_of_alpaca_eval(tiny, tmp_path, capsys):
-    rows = [{"instruction": "Name three oceans.", "output": "of another model", "dataset": "koala"},
-            {"instruction": "Add.", "input": "1 + 1", "output": ""}]  # fmt: skip
-    flags = dict(model=tiny("llama"), data_path=save(tmp_path / "rows.json", rows), max_new_tokens=12,
-                 output_path=str(tmp_path / "ours.json"), generator="mine")  # fmt: skip
+    rows = [
+        {"instruction": "Name three oceans.", "output": "of another model", "dataset": "koala"},
+        {"instruction": "Add.", "input": "1 + 1", "output": ""},
+    ]
+    flags = dict(
+        model=tiny("llama"),
+        data_path=save(tmp_path / "rows.json", rows),
+        max_new_tokens=12,
+        output_path=str(tmp_path / "ours.json"),
+        generator="mine",
+    )
     evaluate.alpaca_eval(**flags)
     first = read(flags["output_path"])
     assert [list(row) for row in first] == [["instruction", "output", "generator"]] * 2
@@ -170,9 +201,12 @@ def installed(monkeypatch):
         pytest.skip(f"lm-eval and sacrebleu are not installed, nor in {BESIDE}")
 
 
-PRED = [("a", "Name oceans", "Name oceans"),  # shorter than BLEU's four words
-        ("b", "List a rainbow's colours", "Listing the colour of rainbows"),
-        ("c", "", "Write down the colours of a rainbow."), ("d", "What is this?", "你好")]  # fmt: skip
+PRED = [
+    ("a", "Name oceans", "Name oceans"),  # shorter than BLEU's four words
+    ("b", "List a rainbow's colours", "Listing the colour of rainbows"),
+    ("c", "", "Write down the colours of a rainbow."),
+    ("d", "What is this?", "你好"),
+]
 
 
 def test_overlap_is_that_of_sacrebleu_and_rouge_score(tmp_path, installed, capsys):
@@ -243,8 +277,20 @@ def test_a_missing_library_is_said_with_its_command(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_generate_asks_a_backward_model_with_outputs(tiny, tmp_path):
     rows = [{"instruction": "Add.", "input": "1 + 1", "output": "2"}]
-    generate.main(["--model", tiny("llama"), "--data_path", save(tmp_path / "rows.json", rows), "--backward", "True",
-                   "--max_new_tokens", "3", "--output_path", str(tmp_path / "pred.json")])  # fmt: skip
+    generate.main(
+        [
+            "--model",
+            tiny("llama"),
+            "--data_path",
+            save(tmp_path / "rows.json", rows),
+            "--backward",
+            "True",
+            "--max_new_tokens",
+            "3",
+            "--output_path",
+            str(tmp_path / "pred.json"),
+        ]
+    )
     (row,) = read(tmp_path / "pred.json")
     assert (row["instruction"], row["reference"]) == ("2", "Add.\n\n1 + 1") and row["output"] != "2"
 
@@ -292,13 +338,24 @@ def tasks(tmp_path, installed, monkeypatch):
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # asks pip and others, two seconds
     folder = tmp_path / "tasks"
     folder.mkdir()
-    rows = [{"question": f"{n} and one?", "choices": [f"it is {n + 1}", f"it is {n}", "it is none"], "answer": n % 3,
-             "labels": [1, 0, 1]} for n in range(12)]  # fmt: skip
+    rows = [
+        {
+            "question": f"{n} and one?",
+            "choices": [f"it is {n + 1}", f"it is {n}", "it is none"],
+            "answer": n % 3,
+            "labels": [1, 0, 1],
+        }
+        for n in range(12)
+    ]
     for name, count in (("train", 12), ("large", 9), ("small", 2)):
         save(folder / f"{name}.json", rows[:count])
     norm = ", {metric: acc_norm, aggregation: mean, higher_is_better: true}"
-    for name, data, target, more in (("small_arc", "large", "answer", norm), ("small_one", "large", "answer", ""),
-                                     ("small_two", "small", "answer", ""), ("small_mc2", "small", 0, "")):  # fmt: skip
+    for name, data, target, more in (
+        ("small_arc", "large", "answer", norm),
+        ("small_one", "large", "answer", ""),
+        ("small_two", "small", "answer", ""),
+        ("small_mc2", "small", 0, ""),
+    ):
         text = TASK.format(name=name, folder=folder, data=data, target=target, more=more)
         text += "process_results: !function mc2.mass\n" if name == "small_mc2" else ""
         (folder / f"{name}.yaml").write_text(text)
@@ -325,8 +382,10 @@ def mass_of_true_choices(model, tokenizer, rows):
 def test_what_the_answers_of_a_model_depend_on(tmp_path, monkeypatch):
     """Where it lies however that is spelt, and its files that count: of an adapter its base's too."""
     settings = json.dumps({"base_model_name_or_path": str(tmp_path / "base")})
-    files = {"base": {"model.safetensors": "1", "config.json": "{}", "tokenizer.json": "{}"},
-             "lora": {"adapter_model.safetensors": "2", "adapter_config.json": settings}}  # fmt: skip
+    files = {
+        "base": {"model.safetensors": "1", "config.json": "{}", "tokenizer.json": "{}"},
+        "lora": {"adapter_model.safetensors": "2", "adapter_config.json": settings},
+    }
     for folder, texts in files.items():
         (tmp_path / folder).mkdir()
         for name, text in texts.items():
@@ -335,13 +394,22 @@ def test_what_the_answers_of_a_model_depend_on(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     known = weights_of(model="lora/")
     assert known == weights_of(model="lora", base=None) == weights_of(model="~/lora") and "base" not in known
-    assert set(known) == {"model", "weights of model", "settings of model", "weights of model's base",
-                          "settings of model's base", "tokenizer of model's base"}  # fmt: skip
+    assert set(known) == {
+        "model",
+        "weights of model",
+        "settings of model",
+        "weights of model's base",
+        "settings of model's base",
+        "tokenizer of model's base",
+    }
     assert weights_of(judge="gpt2", base="~/base/")["base"] == str(tmp_path / "base")
     assert weights_of(judge="gpt2") == {"judge": "gpt2"}
-    changes = [("base", "model.safetensors", "weights of model's base"),
-               ("base", "tokenizer.json", "tokenizer of model's base"),
-               ("lora", "adapter_config.json", "settings of model"), ("lora", "notes.json", None)]  # fmt: skip
+    changes = [
+        ("base", "model.safetensors", "weights of model's base"),
+        ("base", "tokenizer.json", "tokenizer of model's base"),
+        ("lora", "adapter_config.json", "settings of model"),
+        ("lora", "notes.json", None),
+    ]
     for folder, name, what in changes:
         before = weights_of(model="lora")
         (tmp_path / folder / name).write_text(files[folder].get(name, "") + " ")
@@ -386,8 +454,9 @@ def test_harness(tiny, tasks, tmp_path, capsys):
     with pytest.raises(UsageError, match="small_arc.json was made with other arguments .limit None"):
         evaluate.harness(**flags, output_dir=str(out), limit=1)
 
-    evaluate.harness(**flags, output_dir=str(tmp_path / "try"), limit=1, tasks="small_mc2,small_mc2, ",
-                     add_bos_token=False)  # fmt: skip
+    evaluate.harness(
+        **flags, output_dir=str(tmp_path / "try"), limit=1, tasks="small_mc2,small_mc2, ", add_bos_token=False
+    )
     told, tried = capsys.readouterr().out, read(tmp_path / "try" / "small_mc2.json")
     assert "Of the first 1 examples" in told and "begin without the BOS token" in told and "| – | – | – |" in told
     assert tried["samples"] == 1 and tried["value"] != pytest.approx(mc2["value"])
@@ -400,9 +469,13 @@ def test_harness(tiny, tasks, tmp_path, capsys):
     told = capsys.readouterr().out
     assert f"torch 1.0 or {arc_torch}" in told and "not all of them were measured alike; torch differ" in told
 
-    for name, old, new, of in (("small_arc.yaml", "Q: ", "Question: ", "arc"), ("mc2.py", "== 1", "== 0", "arc"),
-                               ("small_two.yaml", "Q: ", "Question: ", "mmlu"), ("large.json", "one?", "1?", "arc"),
-                               ("small.yaml", "_arc, num_fewshot: 3", "_arc, num_fewshot: 2", "arc")):  # fmt: skip
+    for name, old, new, of in (
+        ("small_arc.yaml", "Q: ", "Question: ", "arc"),
+        ("mc2.py", "== 1", "== 0", "arc"),
+        ("small_two.yaml", "Q: ", "Question: ", "mmlu"),
+        ("large.json", "one?", "1?", "arc"),
+        ("small.yaml", "_arc, num_fewshot: 3", "_arc, num_fewshot: 2", "arc"),
+    ):
         text = (tasks / name).read_text()
         assert old in text
         (tasks / name).write_text(text.replace(old, new))
@@ -454,7 +527,7 @@ def test_the_shipped_group_is_that_of_the_cards(installed, monkeypatch):
     import lm_eval.tasks
     from lm_eval.tasks import TaskManager
 
-    from alpaca.evaluation.harness_tasks import definition_of, find_group, load_tasks, rehearse
+    from alpaca.evaluation.harness_tasks import definition_of, dry_run_metrics, find_group, load_tasks
 
     own = Path(lm_eval.tasks.__file__).parent
     folders = [own / name for name in ("arc", "hellaswag", "mmlu/default", "truthfulqa")]  # of 14,000 files
@@ -462,9 +535,19 @@ def test_the_shipped_group_is_that_of_the_cards(installed, monkeypatch):
     def manager(include_path, include_defaults=True):
         return TaskManager(include_path=[include_path, *folders * include_defaults], include_defaults=False)
 
-    row = {"question": "q", "subject": "s", "activity_label": "a", "ctx_a": "a", "ctx_b": "b", "endings": ["x", "y"],
-           "label": "1", "answer": 1, "answerKey": "A", "mc1_targets": {"choices": ["a"], "labels": [1]},
-           "mc2_targets": {"choices": ["a", "b"], "labels": [1, 0]}}  # fmt: skip
+    row = {
+        "question": "q",
+        "subject": "s",
+        "activity_label": "a",
+        "ctx_a": "a",
+        "ctx_b": "b",
+        "endings": ["x", "y"],
+        "label": "1",
+        "answer": 1,
+        "answerKey": "A",
+        "mc1_targets": {"choices": ["a"], "labels": [1]},
+        "mc2_targets": {"choices": ["a", "b"], "labels": [1, 0]},
+    }
 
     def load_dataset(path, **_):
         choices = ["a", "b", "c", "d"] if path == "cais/mmlu" else {"text": ["x", "y"], "label": ["A", "B"]}
@@ -479,10 +562,14 @@ def test_the_shipped_group_is_that_of_the_cards(installed, monkeypatch):
     found = {}
     for member in members:
         loaded = load_tasks(manager, member)
-        rehearse("open_llm_v1_4", member, loaded)
+        dry_run_metrics("open_llm_v1_4", member, loaded)
         assert definition_of(manager, member, evaluate.GROUPS) is None, "the harness's own, of its version"
         for task in loaded.values():
             settings = (len(loaded), task.config.num_fewshot, task.config.fewshot_split, member.metric)
             assert found.setdefault(member.column, settings) == settings
-    assert found == {"ARC": (1, 25, "train", "acc_norm"), "HellaSwag": (1, 10, "train", "acc_norm"),
-                     "MMLU": (57, 5, "dev", "acc"), "TruthfulQA": (1, 0, None, "acc")}  # fmt: skip
+    assert found == {
+        "ARC": (1, 25, "train", "acc_norm"),
+        "HellaSwag": (1, 10, "train", "acc_norm"),
+        "MMLU": (57, 5, "dev", "acc"),
+        "TruthfulQA": (1, 0, None, "acc"),
+    }

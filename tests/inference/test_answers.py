@@ -102,8 +102,10 @@ def test_an_adapter_on_its_base_is_what_peft_trained(tiny, tmp_path, architectur
 def test_the_base_of_an_adapter_may_have_moved(tiny, adapter, tmp_path):
     moved = shutil.copytree(adapter, tmp_path / "adapter")
     config = json.loads((moved / "adapter_config.json").read_text())
-    for name, told in ((str(tmp_path / "gone"), f"is a LoRA adapter of '{tmp_path / 'gone'}', which is not here; give"),
-                       (None, "is a LoRA adapter that names no base model; give --base")):  # fmt: skip
+    for name, told in (
+        (str(tmp_path / "gone"), f"is a LoRA adapter of '{tmp_path / 'gone'}', which is not here; give"),
+        (None, "is a LoRA adapter that names no base model; give --base"),
+    ):
         (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
         with pytest.raises(UsageError, match=told):
             LocalModel(moved, base_flag="--base")

@@ -33,7 +33,7 @@ from alpaca.common.errors import UsageError
 from alpaca.completions.api import RequestFailed, Sampling
 from alpaca.data.prompts import PROMPT_DICT, format_prompt
 from alpaca.inference.client import Client, is_openai, server_url
-from alpaca.inference.server_errors import NoAnswer, seconds_to_wait
+from alpaca.inference.server_errors import NoResponse, seconds_to_wait
 from scripts.quickstart import free_port
 
 FEW = Sampling(max_tokens=100)
@@ -90,8 +90,16 @@ def test_every_option_reaches_the_server():
         got = ask(server, sampling=sampling)
     body = server.requests[0].body
     assert got.text == "a b " and body.pop("prompt")
-    assert body == {"model": "tiny", "max_tokens": 9, "temperature": 0.0, "top_p": 0.5, "stop": ["\n20", "20."],
-                    "seed": 0, "logit_bias": {"50256": -100.0}, "presence_penalty": 0.5}  # fmt: skip
+    assert body == {
+        "model": "tiny",
+        "max_tokens": 9,
+        "temperature": 0.0,
+        "top_p": 0.5,
+        "stop": ["\n20", "20."],
+        "seed": 0,
+        "logit_bias": {"50256": -100.0},
+        "presence_penalty": 0.5,
+    }
     assert isinstance(body["logit_bias"]["50256"], float), "transformers serve answers 500 to an int"
 
 
@@ -125,10 +133,22 @@ def test_length_and_missing_usage():
 
 @pytest.mark.parametrize(
     "fault",
-    [Fault(500), Fault(503, body=b"<html>busy</html>"), Fault(408), Fault(409), Fault(429), DROP, TRUNCATED, SHORT,
-     EMPTY,     Fault(200, body=b"[]"), Fault(200, body={"error": {"message": "overloaded"}}), Fault(200, body=b"")],
+    [
+        Fault(500),
+        Fault(503, body=b"<html>busy</html>"),
+        Fault(408),
+        Fault(409),
+        Fault(429),
+        DROP,
+        TRUNCATED,
+        SHORT,
+        EMPTY,
+        Fault(200, body=b"[]"),
+        Fault(200, body={"error": {"message": "overloaded"}}),
+        Fault(200, body=b""),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_passing_faults_are_asked_again(fault):
     with CompletionServer(script=[fault, fault]) as server:
         assert ask(server).text == echo("Say it.", {})
@@ -136,7 +156,7 @@ def test_passing_faults_are_asked_again(fault):
         server.script = [fault] * 9
         with pytest.raises(RequestFailed, match="Gave up after 3 attempts") as raised:
             ask(server, max_retries=2)
-        assert isinstance(raised.value, NoAnswer) == (fault in (DROP, SHORT)), "only then may the server be gone"
+        assert isinstance(raised.value, NoResponse) == (fault in (DROP, SHORT)), "only then may the server be gone"
     assert server.url in str(raised.value) and len(server.requests) == 6
 
 
@@ -188,13 +208,19 @@ def test_pauses_double_and_differ(monkeypatch):
         (Fault(404, {"message": 'model "x" not found, try pulling it', "type": "not_found_error"}), "offers: tiny"),
         (Fault(404, body={"detail": "Not Found"}), "--base_url .* /v1"),
         (openai_error(404, None, "This is a chat model, not supported in the v1/completions endpoint."), "--api chat"),
-        (openai_error(400, "unsupported_value", "Unsupported value: 'temperature' does not support 0.2", "temperature"),
-         "--temperature 0.2"),
-        (openai_error(400, "unsupported_parameter", "Unsupported parameter: 'stop' is not supported", "stop"),
-         r"--stop \['END'\]"),
+        (
+            openai_error(
+                400, "unsupported_value", "Unsupported value: 'temperature' does not support 0.2", "temperature"
+            ),
+            "--temperature 0.2",
+        ),
+        (
+            openai_error(400, "unsupported_parameter", "Unsupported parameter: 'stop' is not supported", "stop"),
+            r"--stop \['END'\]",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
-)  # fmt: skip
+)
 def test_what_concerns_all_requests_ends_the_run_at_once(fault, words):
     with CompletionServer(script=[fault], models=("tiny", "small")) as server:
         with pytest.raises(UsageError, match=words):

@@ -24,7 +24,7 @@ from conftest import ROOT, run
 from alpaca.common.errors import UsageError
 from alpaca.completions.api import Sampling
 from alpaca.data.prompts import PROMPT_DICT, format_prompt
-from alpaca.inference.demo import Answering, Voice
+from alpaca.inference.demo import DemoEngine, DemoModel
 from alpaca.inference.local_model import LocalModel
 from scripts import demo, quickstart
 from scripts.make_tiny_model import make_tiny_model
@@ -65,9 +65,9 @@ class Scripted:
             self.running -= 1
 
 
-def answering(*models, concurrency=8, max_characters=100) -> Answering:
-    voices = [Voice(f"model {number}", model, PROMPT_DICT) for number, model in enumerate(models)]
-    return Answering(voices, concurrency, max_characters)
+def answering(*models, concurrency=8, max_characters=100) -> DemoEngine:
+    voices = [DemoModel(f"model {number}", model, PROMPT_DICT) for number, model in enumerate(models)]
+    return DemoEngine(voices, concurrency, max_characters)
 
 
 async def until(answers, right) -> list:
@@ -150,7 +150,7 @@ def test_what_goes_wrong_is_said_on_the_page(instruction, error, told):
 
 
 def test_new_tokens_are_those_that_the_context_has_left():
-    voice = Voice("name", Scripted(), PROMPT_DICT)
+    voice = DemoModel("name", Scripted(), PROMPT_DICT)
     assert voice.fitting("word " * 50, GREEDY).max_tokens == 10
     assert voice.fitting("word " * 10, GREEDY).max_tokens == 40
 
@@ -197,7 +197,7 @@ def adapter(tiny, tmp_path_factory):
     return str(folder)
 
 
-def voices(**flags) -> list[Voice]:
+def voices(**flags) -> list[DemoModel]:
     return demo.load_voices(demo.DemoArguments(**flags))
 
 
@@ -234,7 +234,7 @@ def test_which_models_answer_with_which_prompts(tiny, adapter, tmp_path):
 
 
 @contextmanager
-def served(page: Answering):
+def served(page: DemoEngine):
     """Its address, in this process."""
     blocks, port = demo.build_page(page), quickstart.free_port()
     demo.launch(blocks, "127.0.0.1", port)
@@ -400,10 +400,14 @@ def command(folder, *flags):
                     break
                 time.sleep(0.1)
             assert process.poll() is None, log.read_text()
-            yield f"http://127.0.0.1:{port}", log.read_text, lambda: sum(
-                int(ticks) / os.sysconf("SC_CLK_TCK") for ticks in Path(f"/proc/{process.pid}/stat").read_text()
-                .rpartition(")")[2].split()[11:13]
-            )  # fmt: skip
+            yield (
+                f"http://127.0.0.1:{port}",
+                log.read_text,
+                lambda: sum(
+                    int(ticks) / os.sysconf("SC_CLK_TCK")
+                    for ticks in Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+                ),
+            )
             process.send_signal(signal.SIGINT)
             assert process.wait(30) == 0
         finally:
@@ -502,8 +506,10 @@ def test_side_by_side(browser, tiny, adapter, tmp_path):
         page.ask("Name two oceans.")
         page.wait(lambda: page.ended("Ended") and page.ended("Ended", 1))
         prompt = format_prompt({"instruction": "Name two oceans."})
-        expected = [voice.model.generate([prompt], Sampling(30, 0.0))[0].text
-                    for voice in voices(model=adapter, base=tiny("llama"))]  # fmt: skip
+        expected = [
+            voice.model.generate([prompt], Sampling(30, 0.0))[0].text
+            for voice in voices(model=adapter, base=tiny("llama"))
+        ]
         assert [page.answer(0), page.answer(1)] == expected and expected[0] != expected[1]
         assert "adapter" in page.tab.inner_text("#answer_0") and "llama" in page.tab.inner_text("#answer_1")
         page.close()

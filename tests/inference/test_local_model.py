@@ -10,11 +10,19 @@ import torch
 
 from alpaca.common.errors import UsageError
 from alpaca.completions.api import ContextOverflow, RequestFailed, Sampling
-from alpaca.inference.local_model import Draw, LocalModel
+from alpaca.inference.local_model import LocalModel, SeededTopPSampler
 from alpaca.models.device import best_dtype
 
-PROMPTS = ["Give three tips.", "1.", "Write a long story about a " + "very " * 30 + "old dog.", "What is the capital?",
-           "2 + 2 =", "Below is an instruction.", "é早🙂", "List the days of the week."]  # fmt: skip
+PROMPTS = [
+    "Give three tips.",
+    "1.",
+    "Write a long story about a " + "very " * 30 + "old dog.",
+    "What is the capital?",
+    "2 + 2 =",
+    "Below is an instruction.",
+    "é早🙂",
+    "List the days of the week.",
+]
 pytestmark = pytest.mark.slow  # a model in every test
 
 GREEDY = Sampling(max_tokens=12, temperature=0.0)
@@ -63,7 +71,7 @@ def test_draws_follow_temperature_and_top_p():
     logits = torch.tensor([0.0, 1.0, 2.0, 3.0])
 
     def frequencies(temperature, top_p, n=4000):
-        draw = Draw(temperature, top_p, range(n), "cpu")
+        draw = SeededTopPSampler(temperature, top_p, range(n), "cpu")
         counts = Counter(draw(None, logits.repeat(n, 1)).argmax(-1).tolist())
         return torch.tensor([counts[token] / n for token in range(4)])
 

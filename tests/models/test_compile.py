@@ -50,14 +50,27 @@ def watched(tiny, tmp_path):
 
     def run(backend, **flags) -> Watch:
         torch._dynamo.reset()
-        args = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, max_steps=5, report_to="none",
-                                 per_device_train_batch_size=4, gradient_accumulation_steps=2, save_strategy="no",
-                                 torch_compile=backend is not None, **flags)  # fmt: skip
+        args = TrainingArguments(
+            output_dir=str(tmp_path / "out"),
+            use_cpu=True,
+            max_steps=5,
+            report_to="none",
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            save_strategy="no",
+            torch_compile=backend is not None,
+            **flags,
+        )
         args.torch_compile_backend = backend
         model = AutoModelForCausalLM.from_pretrained(tiny("llama"), dtype=torch.float32)
         names, watch = model.state_dict().keys(), Watch(backend)
-        trainer = AlpacaTrainer(model=model, args=args, train_dataset=dataset, callbacks=[watch],
-                                data_collator=DataCollatorForSupervisedDataset(tokenizer))  # fmt: skip
+        trainer = AlpacaTrainer(
+            model=model,
+            args=args,
+            train_dataset=dataset,
+            callbacks=[watch],
+            data_collator=DataCollatorForSupervisedDataset(tokenizer),
+        )
         trainer.train()
         assert model.state_dict().keys() == names
         return watch

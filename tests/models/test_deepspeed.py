@@ -19,8 +19,17 @@ from alpaca.models.deepspeed import Zero3, complete_config
 
 CONFIG = ROOT / "configs" / "default_offload_opt_param.json"
 BESIDE = Path(sys.prefix) / "deepspeed"  # where make installs it
-FLAGS = dict(per_device_train_batch_size=2, learning_rate=1e-3, num_train_epochs=1, logging_steps=1, max_grad_norm=0.5,
-             weight_decay=0.01, save_strategy="steps", save_steps=2, save_total_limit=9)  # fmt: skip
+FLAGS = dict(
+    per_device_train_batch_size=2,
+    learning_rate=1e-3,
+    num_train_epochs=1,
+    logging_steps=1,
+    max_grad_norm=0.5,
+    weight_decay=0.01,
+    save_strategy="steps",
+    save_steps=2,
+    save_total_limit=9,
+)
 
 installed = pytest.mark.skipif(
     find_spec("deepspeed") is None and not BESIDE.is_dir(), reason=f"DeepSpeed is not installed, nor in {BESIDE}"
@@ -152,8 +161,12 @@ def test_bfloat16_rounds_neither_what_is_read_nor_what_is_saved(tiny, tmp_path):
     model.resize_token_embeddings(len(tokenizer) + 7, mean_resizing=False)
     for part in (model.half(), tokenizer):
         part.save_pretrained(tmp_path / "base")
-    flags = dict(model_name_or_path=tmp_path / "base", data_path=write_rows(tmp_path / "rows.json", 11), max_steps=1,
-                 learning_rate=0)  # fmt: skip
+    flags = dict(
+        model_name_or_path=tmp_path / "base",
+        data_path=write_rows(tmp_path / "rows.json", 11),
+        max_steps=1,
+        learning_rate=0,
+    )
     with_deepspeed(output_dir=tmp_path / "out", gradient_accumulation_steps=3, bf16=True, **flags)
     here(output_dir=tmp_path / "float32", gradient_accumulation_steps=6, **flags)
     loss, exact = (history(tmp_path / run)[0]["loss"] for run in ("out", "float32"))
@@ -183,15 +196,28 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights(tiny, tmp_path):
     }
     (tmp_path / "own.json").write_text(json.dumps(json.loads(CONFIG.read_text()) | own))
     out = tmp_path / "out"
-    stopped = with_deepspeed(model_name_or_path=poisoned(tmp_path / "model", tiny("llama"), float("nan")), check=False,
-                             data_path=tmp_path / "rows.json", output_dir=out, deepspeed=tmp_path / "own.json",
-                             gradient_accumulation_steps=2, train_sampling_strategy="sequential", pad_token="<unk>",
-                             save_steps=1)  # fmt: skip
+    stopped = with_deepspeed(
+        model_name_or_path=poisoned(tmp_path / "model", tiny("llama"), float("nan")),
+        check=False,
+        data_path=tmp_path / "rows.json",
+        output_dir=out,
+        deepspeed=tmp_path / "own.json",
+        gradient_accumulation_steps=2,
+        train_sampling_strategy="sequential",
+        pad_token="<unk>",
+        save_steps=1,
+    )
     assert "note: --lr_scheduler_type linear -> WarmupDecayLR, the scheduler of --deepspeed" in stopped.stdout
     assert stopped.stderr.count("step 2: the loss is not finite. Rows where it is not: 13.") == 1
     saved = weights(out / "checkpoint-1")["model.embed_tokens.weight"]
     assert int(torch.isnan(saved).any(1).sum()) == 1, "only the row that was poisoned from the start"
     wrong = {**json.loads(CONFIG.read_text()), "train_batch_size": 64}
-    refused = with_deepspeed(1, check=False, deepspeed=json.dumps(wrong), model_name_or_path="none", data_path="none",
-                             output_dir=tmp_path / "none")  # fmt: skip
+    refused = with_deepspeed(
+        1,
+        check=False,
+        deepspeed=json.dumps(wrong),
+        model_name_or_path="none",
+        data_path="none",
+        output_dir=tmp_path / "none",
+    )
     assert "train_batch_size=64, but the flags say train_batch_size (calculated)=2" in refused.stderr

@@ -10,8 +10,15 @@ from conftest import fork, history, largest_difference, launcher, run, train, wr
 
 pytestmark = pytest.mark.slow
 
-FLAGS = dict(per_device_train_batch_size=2, learning_rate=1e-3, num_train_epochs=2, logging_steps=1, save_strategy="no",
-             max_grad_norm=0.5, weight_decay=0.01)  # fmt: skip
+FLAGS = dict(
+    per_device_train_batch_size=2,
+    learning_rate=1e-3,
+    num_train_epochs=2,
+    logging_steps=1,
+    save_strategy="no",
+    max_grad_norm=0.5,
+    weight_decay=0.01,
+)
 
 
 def probe(tmp_path, real=False, **flags):
@@ -25,8 +32,12 @@ def probe(tmp_path, real=False, **flags):
 
 @pytest.mark.parametrize("architecture", ["llama", "opt"])
 def test_parameters_are_dtensor_shards(tiny, tmp_path, architecture):
-    reports = probe(tmp_path, model_name_or_path=tiny(architecture), fsdp="full_shard auto_wrap",
-                    data_path=write_rows(tmp_path / "rows.json", 8))  # fmt: skip
+    reports = probe(
+        tmp_path,
+        model_name_or_path=tiny(architecture),
+        fsdp="full_shard auto_wrap",
+        data_path=write_rows(tmp_path / "rows.json", 8),
+    )
     assert [report["rank"] for report in reports] == [0, 1]
     for report in reports:
         assert report["dtensors"] == report["parameters"] == report["in_optimizer"] > 0
@@ -46,8 +57,9 @@ def test_arithmetic_in_bf16_reduction_in_float32_and_offload_reach_fsdp(tiny, tm
 def test_checkpointing_that_forgets_dropout_masks_is_refused(tiny, tmp_path):
     flags = dict(data_path=write_rows(tmp_path / "rows.json", 8), fsdp="full_shard auto_wrap", max_steps=1, **FLAGS)
     config = '{"activation_checkpointing": true}'
-    refused = train(dict(model_name_or_path=tiny("opt"), output_dir=tmp_path / "a", fsdp_config=config, **flags), 2,
-                    check=False)  # fmt: skip
+    refused = train(
+        dict(model_name_or_path=tiny("opt"), output_dir=tmp_path / "a", fsdp_config=config, **flags), 2, check=False
+    )
     assert refused.returncode != 0 and "wrong gradients with dropout (dropout=0.1)" in refused.stderr
 
 
@@ -56,13 +68,28 @@ def test_no_rank_but_the_first_holds_a_full_copy(tiny, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(tiny("llama"))
-    config.update(dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8,
-                       num_key_value_heads=8, head_dim=128))  # fmt: skip
+    config.update(
+        dict(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=8,
+            head_dim=128,
+        )
+    )
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "model")
     for file in ("tokenizer.model", "tokenizer_config.json"):
         (tmp_path / "model" / file).write_bytes(open(f"{tiny('llama')}/{file}", "rb").read())
-    reports = probe(tmp_path, real=True, model_name_or_path=tmp_path / "model", fsdp="full_shard auto_wrap",
-                    batching="padded", save_strategy="no", data_path=write_rows(tmp_path / "rows.json", 4))  # fmt: skip
+    reports = probe(
+        tmp_path,
+        real=True,
+        model_name_or_path=tmp_path / "model",
+        fsdp="full_shard auto_wrap",
+        batching="padded",
+        save_strategy="no",
+        data_path=write_rows(tmp_path / "rows.json", 4),
+    )
     whole = reports[0]["full"] * 4
     assert whole > 380e6
     rank_0, rank_1 = (report["grew"] / whole for report in reports)

@@ -28,8 +28,18 @@ def train_here(tmp_path, **flags):
 
 def flags_for(tmp_path, **flags):
     data = write_rows(tmp_path / "rows.json", 36)
-    common = dict(data_path=data, lora_r=4, learning_rate=1e-2, num_train_epochs=1, per_device_train_batch_size=8,
-                  logging_steps=1, report_to="none", save_strategy="no", cache_dir=tmp_path, use_cpu=True)  # fmt: skip
+    common = dict(
+        data_path=data,
+        lora_r=4,
+        learning_rate=1e-2,
+        num_train_epochs=1,
+        per_device_train_batch_size=8,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        cache_dir=tmp_path,
+        use_cpu=True,
+    )
     return {**common, **flags, "output_dir": tmp_path / flags["output_dir"]}
 
 
@@ -47,8 +57,14 @@ def test_sharded_packed_and_resumed_equals_alone_and_padded(tiny, tmp_path):
     """36 rows, 8 a step: in five steps, the last of 4 rows. The sharded run saves after the third."""
     base = dict(model_name_or_path=tiny("llama"))
     alone = train_here(tmp_path, output_dir="alone", batching="padded", **base)
-    sharded = dict(base, output_dir="sharded", fsdp="full_shard auto_wrap", per_device_train_batch_size=4,
-                   save_strategy="steps", save_steps=3)  # fmt: skip
+    sharded = dict(
+        base,
+        output_dir="sharded",
+        fsdp="full_shard auto_wrap",
+        per_device_train_batch_size=4,
+        save_strategy="steps",
+        save_steps=3,
+    )
     log = train(flags_for(tmp_path, **sharded), processes=2).stdout
     assert "packs that share what rows begin with" in log
     folder = tmp_path / "sharded"
@@ -73,9 +89,12 @@ def test_sharded_packed_and_resumed_equals_alone_and_padded(tiny, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture, flags",
-    [("gpt2", dict(load_in_8bit=True, lora_target_modules="c_attn", pad_token="!")), ("llama", dict(load_in_4bit=True)),
-     ("gpt2", dict(load_in_4bit=True, bf16=True, lora_dropout=0.05))],
-)  # fmt: skip
+    [
+        ("gpt2", dict(load_in_8bit=True, lora_target_modules="c_attn", pad_token="!")),
+        ("llama", dict(load_in_4bit=True)),
+        ("gpt2", dict(load_in_4bit=True, bf16=True, lora_dropout=0.05)),
+    ],
+)
 def test_a_quantized_base_is_trained_and_loads(tmp_path, architecture, flags):
     """As the README says how. bitsandbytes quantizes blocks of 64 weights."""
     from peft import PeftModel
@@ -83,8 +102,11 @@ def test_a_quantized_base_is_trained_and_loads(tmp_path, architecture, flags):
 
     name = make_tiny_model(tmp_path / "base", architecture, hidden_size=64)
     saved = train_here(tmp_path, output_dir="out", model_name_or_path=name, **flags)
-    kind = dict(load_in_8bit=True) if "load_in_8bit" in flags else dict(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)  # fmt: skip
+    kind = (
+        dict(load_in_8bit=True)
+        if "load_in_8bit" in flags
+        else dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    )
     base = AutoModelForCausalLM.from_pretrained(name, quantization_config=BitsAndBytesConfig(**kind), device_map="cpu")
     model = PeftModel.from_pretrained(base, tmp_path / "out")
     quantized = {type(module).__name__ for module in base.modules()} & {"Linear8bitLt", "Linear4bit"}
@@ -128,8 +150,12 @@ def test_no_new_token_by_default(tiny, tmp_path, capsys):
     from alpaca.models.load import load_tokenizer
     from train import make_supervised_data_module, parse_flags
 
-    words = [f"--data_path={write_rows(tmp_path / 'rows.json', 8)}", f"--output_dir={tmp_path / 'out'}", "--use_cpu",
-             f"--cache_dir={tmp_path}"]  # fmt: skip
+    words = [
+        f"--data_path={write_rows(tmp_path / 'rows.json', 8)}",
+        f"--output_dir={tmp_path / 'out'}",
+        "--use_cpu",
+        f"--cache_dir={tmp_path}",
+    ]
     for architecture, pad in (("llama", "<unk>"), ("gpt2", "<|endoftext|>"), ("opt", "<pad>")):
         name = tiny(architecture)
         model_args, data_args, _, args = parse_flags([f"--model_name_or_path={name}", *words, "--lora_r=8"])
@@ -211,12 +237,12 @@ def test_target_modules(tiny):
 
 
 def test_an_adapter_is_no_base(tiny, tmp_path):
-    from alpaca.training.preflight import refuse_no_model
+    from alpaca.training.preflight import check_is_model
 
     model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
     add_lora(model, LoraArguments(lora_r=2), [], seed=0).save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="is a LoRA adapter, not a checkpoint; .*scripts.merge_lora --adapter"):
-        refuse_no_model(str(tmp_path))
+        check_is_model(str(tmp_path))
 
 
 # ---- memory and speed ----

@@ -68,16 +68,28 @@ def old_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=Fa
     return per_sequence(query, key, value, cu_seq_q, max_q, scale).transpose(0, 1)
 
 
-def new_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1),
-               enable_gqa=False):  # fmt: skip
+def new_varlen(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
     assert window_size == (-1, 0) and cu_seq_q is cu_seq_k and max_q == max_k
     assert enable_gqa or query.shape[1] == key.shape[1]
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     return per_sequence(query, key, value, cu_seq_q, max_q, scale).transpose(0, 1)
 
 
-def flash(module, query, key, value, attention_mask, dropout, scaling, cu_seq_lens_q, cu_seq_lens_k, max_length_q,
-          max_length_k):  # fmt: skip
+def flash(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout,
+    scaling,
+    cu_seq_lens_q,
+    cu_seq_lens_k,
+    max_length_q,
+    max_length_k,
+):
     assert attention_mask is None and module.config._attn_implementation == "flash" and module.is_causal
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     output = per_sequence(*(x[0].transpose(0, 1) for x in (query, key, value)), cu_seq_lens_q, max_length_q, scaling)
@@ -154,13 +166,16 @@ def test_dropout_keeps_the_mean(route):
     torch.testing.assert_close(output.mean(2), dense(*states, layout, 0.5).mean(2), atol=0.15, rtol=0)
 
 
-@pytest.mark.parametrize("dtype, dropout, kernel, expected", [
-    (torch.bfloat16, 0.0, None, "_varlen"),
-    (torch.float16, 0.1, None, "_padded"),
-    (torch.float32, 0.0, None, "_padded"),
-    (torch.float32, 0.0, "flash_attention_2", "_padded"),
-    (torch.bfloat16, 0.1, "flash_attention_2", "_named_kernel"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "dtype, dropout, kernel, expected",
+    [
+        (torch.bfloat16, 0.0, None, "_varlen"),
+        (torch.float16, 0.1, None, "_padded"),
+        (torch.float32, 0.0, None, "_padded"),
+        (torch.float32, 0.0, "flash_attention_2", "_padded"),
+        (torch.bfloat16, 0.1, "flash_attention_2", "_named_kernel"),
+    ],
+)
 def test_routes_on_a_gpu(dtype, dropout, kernel, expected, monkeypatch):
     for name in ("_varlen", "_padded", "_named_kernel", "_row_by_row"):
         monkeypatch.setattr(attention, name, lambda *given, name=name: name)
@@ -177,9 +192,15 @@ def test_routes_on_a_gpu(dtype, dropout, kernel, expected, monkeypatch):
         assert packed_attention(None, query, query, query, None, dropout, pack=pack)[0] == "_row_by_row"
 
 
-@pytest.mark.parametrize("capability, size, expected", [
-    ((8, 0), 128, True), ((7, 0), 128, False), ((9, 0), 100, False), ((9, 0), 512, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "capability, size, expected",
+    [
+        ((8, 0), 128, True),
+        ((7, 0), 128, False),
+        ((9, 0), 100, False),
+        ((9, 0), 512, False),
+    ],
+)
 def test_varlen_is_left_where_its_kernel_would_fail(capability, size, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     with FakeTensorMode():
@@ -200,8 +221,14 @@ def test_what_is_not_implemented_is_refused():
     states, _ = inputs(10)
     pack, module = PackLayout.of((3,), (4, 3), (0, 0)), SimpleNamespace(is_causal=True)
     packed_attention(module, *states, None, pack=pack, sliding_window=7, softcap=None, use_cache=False)
-    for name, value in (("softcap", 5.0), ("s_aux", torch.ones(2)), ("position_bias", torch.ones(1)),
-                        ("sliding_window", 6), ("is_causal", False), ("output_attentions", True)):  # fmt: skip
+    for name, value in (
+        ("softcap", 5.0),
+        ("s_aux", torch.ones(2)),
+        ("position_bias", torch.ones(1)),
+        ("sliding_window", 6),
+        ("is_causal", False),
+        ("output_attentions", True),
+    ):
         with pytest.raises(NotImplementedError, match=name):
             packed_attention(module, *states, None, pack=pack, **{name: value})
     with pytest.raises(NotImplementedError, match="attention_mask"):

@@ -11,8 +11,15 @@ from alpaca.packing.packing import measure_rows
 from alpaca.packing.sampler import StepSampler
 from train import DataCollatorForSupervisedDataset, SupervisedDataset
 
-ONE_STEP = dict(optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0, max_steps=1,
-                save_strategy="no", logging_steps=1)  # fmt: skip
+ONE_STEP = dict(
+    optim="sgd",
+    learning_rate=0.5,
+    lr_scheduler_type="constant",
+    max_grad_norm=0,
+    max_steps=1,
+    save_strategy="no",
+    logging_steps=1,
+)
 
 
 def plain_torch_step(
@@ -59,8 +66,15 @@ def assert_close(output_dir, expected):
 def test_gradient_of_a_step(tiny, tmp_path, normalization, processes):
     """17 rows in micro-batches of 4: one has 1 row, and of 2 ranks the second has no third one."""
     data, output = write_rows(tmp_path / "rows.json", 17), tmp_path / "out"
-    flags = dict(model_name_or_path=tiny("llama"), data_path=data, output_dir=output, loss_normalization=normalization,
-                 per_device_train_batch_size=4, gradient_accumulation_steps=8, **ONE_STEP)  # fmt: skip
+    flags = dict(
+        model_name_or_path=tiny("llama"),
+        data_path=data,
+        output_dir=output,
+        loss_normalization=normalization,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=8,
+        **ONE_STEP,
+    )
     if processes:  # several packs on each rank, whose gradients are held: there is memory enough for a tiny model
         flags |= dict(fsdp="full_shard auto_wrap", max_tokens_per_pack=150)
     train(flags, processes)
@@ -105,10 +119,24 @@ def test_the_loss_of_half_precision_logits_is_computed_in_float32():
 @pytest.mark.parametrize("option", [dict(prompt_boundary="split"), dict(label_smoothing_factor=0.1)])
 def test_gradient_with_options(tiny, tmp_path, option):
     data, output = write_rows(tmp_path / "rows.json", 8), tmp_path / "out"
-    train(dict(model_name_or_path=tiny("llama"), data_path=data, output_dir=output, per_device_train_batch_size=4,
-               gradient_accumulation_steps=2, **ONE_STEP, **option))  # fmt: skip
+    train(
+        dict(
+            model_name_or_path=tiny("llama"),
+            data_path=data,
+            output_dir=output,
+            per_device_train_batch_size=4,
+            gradient_accumulation_steps=2,
+            **ONE_STEP,
+            **option,
+        )
+    )
     expected, _ = plain_torch_step(
-        tiny("llama"), data, "token", 8, 4, option.get("label_smoothing_factor", 0.0),
+        tiny("llama"),
+        data,
+        "token",
+        8,
+        4,
+        option.get("label_smoothing_factor", 0.0),
         option.get("prompt_boundary", "stanford"),
-    )  # fmt: skip
+    )
     assert_close(output, expected)

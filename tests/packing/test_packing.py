@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from alpaca.data.tokenization import IGNORE_INDEX
 from alpaca.packing import attention
-from alpaca.packing.check import choose_packing
-from alpaca.packing.packing import MicroBatch, MicroBatches, find_prefixes, measure_rows, plan_packing
+from alpaca.packing.check import select_packing
+from alpaca.packing.packing import MicroBatch, PackedBatchDataset, find_prefixes, measure_rows, plan_packing
 from alpaca.packing.sampler import StepSampler, _longest_first, plan_packs
 from train import DataCollatorForSupervisedDataset, SupervisedDataset, TrainingArguments, parse_flags
 
@@ -71,7 +71,7 @@ def test_share_prefix_false_packs_every_row_in_full():
     model, rows = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config)), random_rows(40, seed=0)
     for words, shares in (([], True), (["--share_prefix", "False"], False), (["--no_share_prefix"], False)):
         args = parse_flags(["--data_path", "x.json", "--use_cpu", *words])[-1]
-        assert bool(choose_packing(model, args, rows, measure_rows(rows)).prefixes) is shares
+        assert bool(select_packing(model, args, rows, measure_rows(rows)).prefixes) is shares
 
 
 @pytest.mark.parametrize("normalization", ["token", "microbatch"])
@@ -83,8 +83,12 @@ def test_each_step_has_the_rows_and_weights_of_the_padded_one(world_size, normal
     sizes = measure_rows(rows)
 
     def epochs(packing):
-        samplers = [StepSampler(sizes, 2, 8 // world_size, world_size, rank, seed=5, normalization=normalization,
-                                packing=packing) for rank in range(world_size)]  # fmt: skip
+        samplers = [
+            StepSampler(
+                sizes, 2, 8 // world_size, world_size, rank, seed=5, normalization=normalization, packing=packing
+            )
+            for rank in range(world_size)
+        ]
         for epoch in range(3):
             for sampler in samplers:
                 sampler.set_epoch(epoch)
@@ -110,7 +114,7 @@ def test_totals_are_those_of_the_batches():
     sizes = measure_rows(rows)
     for packing in (None, plan_packing(rows, sizes, 150, True)):
         samplers = [StepSampler(sizes, 4, 2, 2, rank, seed=1, packing=packing) for rank in range(2)]
-        batches = [MicroBatches(rows, COLLATE, packing)[b] for s in samplers for slot in s for b in slot]
+        batches = [PackedBatchDataset(rows, COLLATE, packing)[b] for s in samplers for slot in s for b in slot]
         steps = {id(batch["step"]): batch["step"] for batch in batches}
         assert sum(step.computed for step in steps.values()) // 2 == sum(b["input_ids"].numel() for b in batches)
         assert sum(step.tokens for step in steps.values()) // 2 == sum(len(row["labels"]) for row in rows)
@@ -135,8 +139,10 @@ def test_prefixes_are_the_templates_and_end_before_what_predicts_the_first_targe
     for row, prefix in zip(rows, prefix_of):
         begins = [i for i, ids in enumerate(prefixes) if row["input_ids"][: len(ids)].tolist() == ids.tolist()]
         assert begins == ([prefix] if prefix >= 0 else [])
-    same = [dict(input_ids=torch.arange(1, 9), labels=torch.tensor([IGNORE_INDEX] * first + [*range(first + 1, 9)]))
-            for first in (3, 5, 5, 5)]  # fmt: skip
+    same = [
+        dict(input_ids=torch.arange(1, 9), labels=torch.tensor([IGNORE_INDEX] * first + [*range(first + 1, 9)]))
+        for first in (3, 5, 5, 5)
+    ]
     (prefix,), prefix_of = find_prefixes(same, measure_rows(same))
     assert len(prefix) == 4 and prefix_of.tolist() == [-1, 0, 0, 0], "the row of 3 predicts from its position 2"
     assert find_prefixes(random_rows(50, 1, share=False), measure_rows(random_rows(50, 1, share=False)))[0] == []
@@ -147,7 +153,7 @@ def test_a_pack_holds_each_row_behind_its_prefix():
     sizes = measure_rows(rows)
     packing = plan_packing(rows, sizes, 4096, True)
     chosen = [row for row in range(40) if sizes.num_targets[row]][:12]
-    batch = MicroBatches(rows, COLLATE, packing)[MicroBatch(chosen, [row + 1.0 for row in chosen], True, None)]
+    batch = PackedBatchDataset(rows, COLLATE, packing)[MicroBatch(chosen, [row + 1.0 for row in chosen], True, None)]
     layout, ids = batch["pack"], batch["input_ids"][0]
     assert ids.shape == batch["position_ids"][0].shape and layout.tokens == len(ids) == packing.tokens(chosen)
     starts = np.cumsum([0, *layout.prefix_lengths, *layout.row_lengths])
@@ -157,7 +163,7 @@ def test_a_pack_holds_each_row_behind_its_prefix():
         shared = packing.prefixes[packing.prefix_of[row]] if packing.prefix_of[row] >= 0 else ids[:0]
         assert torch.equal(torch.cat([shared, ids[start:end]]), rows[row]["input_ids"])
         assert batch["position_ids"][0, start:end].tolist() == list(range(len(shared), len(rows[row]["labels"])))
-        for keep, target, weight in zip(batch["keep"], batch["targets"], batch["weights"]):
+        for keep, target, weight in zip(batch["target_positions"], batch["targets"], batch["weights"]):
             if start <= keep < end:
                 position = int(keep - start) + len(shared) + 1
                 assert rows[row]["labels"][position] == target and weight == row + 1
@@ -168,8 +174,8 @@ def test_a_pack_holds_each_row_behind_its_prefix():
 
 def test_a_rank_without_rows_gets_one_token_without_a_target():
     for packing in (None, plan_packing(random_rows(9, 1), measure_rows(random_rows(9, 1)), 99, True)):
-        batch = MicroBatches(random_rows(9, 1), COLLATE, packing)[MicroBatch([], [], packing is not None, None)]
-        assert batch["input_ids"].shape == (1, 1) and len(batch["keep"]) == len(batch["weights"]) == 0
+        batch = PackedBatchDataset(random_rows(9, 1), COLLATE, packing)[MicroBatch([], [], packing is not None, None)]
+        assert batch["input_ids"].shape == (1, 1) and len(batch["target_positions"]) == len(batch["weights"]) == 0
 
 
 # ---- gradients ----
@@ -189,8 +195,9 @@ def tiny_model(tiny, kind: str):
 
 
 def sampler_of(rows, world_size, normalization, packing):
-    return StepSampler(measure_rows(rows), 3, 8 // world_size, world_size, seed=1, normalization=normalization,
-                       packing=packing)  # fmt: skip
+    return StepSampler(
+        measure_rows(rows), 3, 8 // world_size, world_size, seed=1, normalization=normalization, packing=packing
+    )
 
 
 @pytest.fixture(scope="session")
@@ -213,7 +220,7 @@ def test_the_gradient_is_that_of_padded_rows(tiny, real_rows, kind):
 
     model, architecture = tiny_model(tiny, kind)
     dataset = real_rows(architecture)
-    rows, sizes = MicroBatches(dataset, COLLATE), measure_rows(dataset)
+    rows, sizes = PackedBatchDataset(dataset, COLLATE), measure_rows(dataset)
 
     def gradient(world_size, normalization, packing, bf16=False):
         rows.packing = packing
@@ -242,9 +249,16 @@ def test_the_gradient_is_that_of_padded_rows(tiny, real_rows, kind):
 
 @pytest.mark.slow
 def test_two_epochs_end_with_the_same_weights(tiny, tmp_path):
-    flags = dict(model_name_or_path=tiny("llama"), data_path=write_rows(tmp_path / "rows.json", 21),
-                 num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=4, learning_rate=1e-3,
-                 logging_steps=1, save_strategy="no")  # fmt: skip
+    flags = dict(
+        model_name_or_path=tiny("llama"),
+        data_path=write_rows(tmp_path / "rows.json", 21),
+        num_train_epochs=2,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+        learning_rate=1e-3,
+        logging_steps=1,
+        save_strategy="no",
+    )
     for name, more in {"padded": dict(batching="padded"), "packed": dict(max_tokens_per_pack=150)}.items():
         train({**flags, **more, "output_dir": tmp_path / name})
     assert largest_difference(tmp_path / "padded", tmp_path / "packed") < 1e-5
@@ -263,8 +277,16 @@ def trainer_for(tiny, real_rows, tmp_path, kind="llama", **flags):
     from alpaca.training.trainer import AlpacaTrainer
 
     model, architecture = tiny_model(tiny, kind)
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1, report_to="none", save_strategy="no",
-                             per_device_train_batch_size=4, gradient_accumulation_steps=2, **flags)  # fmt: skip
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        max_steps=1,
+        report_to="none",
+        save_strategy="no",
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        **flags,
+    )
     return AlpacaTrainer(model=model, args=args, train_dataset=real_rows(architecture), data_collator=COLLATE)
 
 
@@ -318,8 +340,16 @@ def test_models_whose_rows_cannot_be_packed_are_padded(tiny, real_rows, tmp_path
     ):
         losses = []
         for batching in ("packed", "padded"):
-            args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, max_steps=1, report_to="none", seed=1,
-                                     save_strategy="no", per_device_train_batch_size=4, batching=batching)  # fmt: skip
+            args = TrainingArguments(
+                output_dir=str(tmp_path),
+                use_cpu=True,
+                max_steps=1,
+                report_to="none",
+                seed=1,
+                save_strategy="no",
+                per_device_train_batch_size=4,
+                batching=batching,
+            )
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config)
             trainer = AlpacaTrainer(model=model, args=args, train_dataset=dataset, data_collator=COLLATE)
@@ -347,8 +377,16 @@ def test_measuring_the_matrix_rate_draws_nothing_from_the_run():
 def test_verify_tells_exact_from_wrong(tiny, tmp_path, capsys, monkeypatch):
     from scripts.check_packing import main
 
-    words = ["--model_name_or_path", tiny("llama"), "--data_path", write_rows(tmp_path / "rows.json", 12),
-             "--num_rows", "8", "--cache_dir", str(tmp_path)]  # fmt: skip
+    words = [
+        "--model_name_or_path",
+        tiny("llama"),
+        "--data_path",
+        write_rows(tmp_path / "rows.json", 12),
+        "--num_rows",
+        "8",
+        "--cache_dir",
+        str(tmp_path),
+    ]
     assert main(words) == 0
     said = capsys.readouterr().out
     assert said.count("equal up to rounding") == 4 and "verdict: packed rows train as padded ones" in said

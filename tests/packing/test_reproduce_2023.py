@@ -22,15 +22,30 @@ from train import parse_flags
 
 CURVES = GOLDEN / "curves"
 CURVE = json.loads((CURVES / "curves.json").read_text())
-FLAGS = dict(learning_rate=1e-3, weight_decay=0.0, warmup_ratio=0.03, lr_scheduler_type="cosine", logging_steps=1,
-             evaluation_strategy="no", save_strategy="no")  # fmt: skip
+FLAGS = dict(
+    learning_rate=1e-3,
+    weight_decay=0.0,
+    warmup_ratio=0.03,
+    lr_scheduler_type="cosine",
+    logging_steps=1,
+    evaluation_strategy="no",
+    save_strategy="no",
+)
 
 
 def flags_of(name: str, **more) -> dict:
     golden = CURVE[name]
     taken = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs")
-    return dict(model_name_or_path=CURVES / golden["model"], data_path=CURVES / "rows.json", reproduce_2023=True,
-                **FLAGS, **{flag: golden[flag] for flag in taken}) | more  # fmt: skip
+    return (
+        dict(
+            model_name_or_path=CURVES / golden["model"],
+            data_path=CURVES / "rows.json",
+            reproduce_2023=True,
+            **FLAGS,
+            **{flag: golden[flag] for flag in taken},
+        )
+        | more
+    )
 
 
 # ---- the golden curves ----
@@ -72,8 +87,9 @@ def test_golden_rows(name):
     """In the order in which each rank's data set was asked for them."""
     golden = CURVE[name]
     for rank, expected in enumerate(golden["rows_of_rank"]):
-        sampler = sampler_2023(90, golden["per_device_train_batch_size"], golden["gradient_accumulation_steps"],
-                               golden["processes"], rank)  # fmt: skip
+        sampler = sampler_2023(
+            90, golden["per_device_train_batch_size"], golden["gradient_accumulation_steps"], golden["processes"], rank
+        )
         rows = [row for step in run_of(sampler, len(golden["loss"])) for batch in step for row in batch]
         assert rows == expected[: len(rows)]
         assert len(expected) - len(rows) < 4, "2023's loader had at most begun the next micro-batch"
@@ -82,8 +98,15 @@ def test_golden_rows(name):
 @pytest.mark.slow
 def test_lora_has_the_rows_too(tmp_path):
     """Its matrices begin at zero, and so does the warmup: the first two losses are those of full training."""
-    train(dict(output_dir=tmp_path / "out", **flags_of("llama_1"), lora_r=4, lora_target_modules="q_proj",
-               add_missing_tokens=True))  # fmt: skip
+    train(
+        dict(
+            output_dir=tmp_path / "out",
+            **flags_of("llama_1"),
+            lora_r=4,
+            lora_target_modules="q_proj",
+            add_missing_tokens=True,
+        )
+    )
     losses = [step["loss"] for step in history(tmp_path / "out")]
     assert len(losses) == 10 and losses[:2] == pytest.approx(CURVE["llama_1"]["loss"][:2], abs=1e-5)
 
@@ -99,8 +122,9 @@ def sizes(num_rows: int) -> RowSizes:
 
 def sampler_2023(num_rows, batch_size, accumulation, world_size=1, rank=0, seed=42, data_seed=None, **options):
     seed = sampler_seed(seed, data_seed, world_size)
-    return StepSampler2023(sizes(num_rows), batch_size, accumulation=accumulation, world_size=world_size, rank=rank,
-                           seed=seed, **options)  # fmt: skip
+    return StepSampler2023(
+        sizes(num_rows), batch_size, accumulation=accumulation, world_size=world_size, rank=rank, seed=seed, **options
+    )
 
 
 def run_of(sampler: StepSampler2023, steps: int) -> list[list[list[int]]]:
@@ -174,11 +198,14 @@ def test_the_loss_is_the_sum_of_the_means_divided_by_the_accumulation(num_rows, 
     packing = None
     if packed:
         of_rows = sizes(num_rows)
-        rows = [dict(input_ids=torch.arange(20), labels=torch.tensor([-100] * int(20 - n) + [1] * int(n)))
-                for n in of_rows.num_targets]  # fmt: skip
+        rows = [
+            dict(input_ids=torch.arange(20), labels=torch.tensor([-100] * int(20 - n) + [1] * int(n)))
+            for n in of_rows.num_targets
+        ]
         packing = plan_packing(rows, measure_rows(rows), 64, share_prefix=True)
-    samplers = [sampler_2023(num_rows, 3, accumulation, world_size, rank, packing=packing)
-                for rank in range(world_size)]  # fmt: skip
+    samplers = [
+        sampler_2023(num_rows, 3, accumulation, world_size, rank, packing=packing) for rank in range(world_size)
+    ]
     targets, repeated = samplers[0].sizes.num_targets, 0
     for epoch in range(4):
         for sampler in samplers:
@@ -232,8 +259,9 @@ def test_the_length_of_a_run():
 
 
 def test_disk_for_the_checkpoints_of_epochs_that_have_no_equal_number_of_steps():
-    args, steps, per_epoch = counted(26, per_device_train_batch_size=2, gradient_accumulation_steps=4,
-                                     num_train_epochs=8, save_strategy="epoch")  # fmt: skip
+    args, steps, per_epoch = counted(
+        26, per_device_train_batch_size=2, gradient_accumulation_steps=4, num_train_epochs=8, save_strategy="epoch"
+    )
     assert checkpoints_to_come(args, steps, per_epoch, done=0) == len(EPOCH_EVENTS)
 
 
@@ -256,8 +284,15 @@ def checkpoints(folder) -> list[int]:
 
 @pytest.mark.slow
 def test_epoch_events_fall_where_an_epoch_of_rows_ends(few_rows, tmp_path):
-    flags = dict(SMALL, model_name_or_path=CURVES / "opt", data_path=few_rows, eval_data_path=few_rows,
-                 num_train_epochs=8, evaluation_strategy="epoch", save_strategy="epoch")  # fmt: skip
+    flags = dict(
+        SMALL,
+        model_name_or_path=CURVES / "opt",
+        data_path=few_rows,
+        eval_data_path=few_rows,
+        num_train_epochs=8,
+        evaluation_strategy="epoch",
+        save_strategy="epoch",
+    )
     train(dict(output_dir=tmp_path, **flags))
     assert checkpoints(tmp_path) == EPOCH_EVENTS
     log = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
@@ -272,8 +307,15 @@ def test_epoch_events_fall_where_an_epoch_of_rows_ends(few_rows, tmp_path):
 @pytest.mark.parametrize("processes, accumulation", [(0, 4), (2, 3)])
 def test_resuming_continues_the_undisturbed_run(few_rows, tmp_path, processes, accumulation):
     """From the middle of an epoch, and from its end, whose last micro-batches the next step needs (2023 lost them)."""
-    flags = dict(SMALL, model_name_or_path=CURVES / "opt", data_path=few_rows, max_steps=8, save_strategy="steps",
-                 save_steps=1, gradient_accumulation_steps=accumulation)  # fmt: skip
+    flags = dict(
+        SMALL,
+        model_name_or_path=CURVES / "opt",
+        data_path=few_rows,
+        max_steps=8,
+        save_strategy="steps",
+        save_steps=1,
+        gradient_accumulation_steps=accumulation,
+    )
     train(dict(output_dir=tmp_path / "whole", **flags), processes)
     assert checkpoints(tmp_path / "whole") == list(range(1, 9))
     micro_batches = 13 if processes == 0 else 7
@@ -284,15 +326,23 @@ def test_resuming_continues_the_undisturbed_run(few_rows, tmp_path, processes, a
         train(dict(output_dir=out, resume_from_checkpoint=True, **flags), processes)
         assert largest_difference(out, tmp_path / "whole") == 0
         kept = ("step", "epoch", "loss", "learning_rate")
-        found, expected = ([{key: entry[key] for key in kept} for entry in history(folder)]
-                           for folder in (out, tmp_path / "whole"))  # fmt: skip
+        found, expected = (
+            [{key: entry[key] for key in kept} for entry in history(folder)] for folder in (out, tmp_path / "whole")
+        )
         assert found == expected
 
 
 @pytest.mark.slow
 def test_a_run_of_2023_is_not_continued_as_another(few_rows, tmp_path):
-    flags = dict(SMALL, model_name_or_path=CURVES / "llama", data_path=few_rows, output_dir=tmp_path / "out",
-                 max_steps=2, save_strategy="steps", save_steps=1)  # fmt: skip
+    flags = dict(
+        SMALL,
+        model_name_or_path=CURVES / "llama",
+        data_path=few_rows,
+        output_dir=tmp_path / "out",
+        max_steps=2,
+        save_strategy="steps",
+        save_steps=1,
+    )
     assert "2 optimizer steps, rows and steps as in 2023" in train(flags).stdout
     flags |= dict(max_steps=3, resume_from_checkpoint=True)
     other = train(flags | dict(reproduce_2023=False, loss_normalization="microbatch"), check=False)
@@ -378,30 +428,55 @@ PYTHON_2023, CODE_2023 = os.environ.get("ALPACA_2023_PYTHON"), os.environ.get("A
         ("llama", 91, 3, dict(per_device_train_batch_size=3, num_train_epochs=3)),
         ("opt", 91, 2, dict(per_device_train_batch_size=3, num_train_epochs=2.5, data_seed=7)),
         ("opt", 91, 1, dict(per_device_train_batch_size=4, max_steps=17, data_seed=7, save_strategy="epoch")),
-        ("llama", 91, 1, dict(per_device_train_batch_size=4, num_train_epochs=3, dataloader_drop_last=True, seed=1,
-                              weight_decay=0.1)),
+        (
+            "llama",
+            91,
+            1,
+            dict(
+                per_device_train_batch_size=4, num_train_epochs=3, dataloader_drop_last=True, seed=1, weight_decay=0.1
+            ),
+        ),
         ("llama", 11, 1, dict(per_device_train_batch_size=4, num_train_epochs=4)),  # an epoch of 3 micro-batches
     ],
-)  # fmt: skip
+)
 def test_beside_the_code_of_2023(tmp_path, model, num_rows, processes, flags):
     """Losses to the 4 digits that it logged, the learning rates of the next step that it logged beside them, final
     weights, and where it saved."""
-    flags = dict(FLAGS, gradient_accumulation_steps=4, model_name_or_path=CURVES / model,
-                 data_path=tmp_path / "rows.json", report_to="none", **flags)  # fmt: skip
+    flags = dict(
+        FLAGS,
+        gradient_accumulation_steps=4,
+        model_name_or_path=CURVES / model,
+        data_path=tmp_path / "rows.json",
+        report_to="none",
+        **flags,
+    )
     rows = json.loads((CURVES / "rows.json").read_text())
     (tmp_path / "rows.json").write_text(json.dumps((rows + rows)[:num_rows]))
     words = [f"--{name}={value}" for name, value in flags.items()]
     launch = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
     theirs, ours = tmp_path / "theirs", tmp_path / "ours"
-    run([PYTHON_2023, *launch * (processes > 1), Path(CODE_2023) / "train.py", *words, f"--output_dir={theirs}",
-         "--no_cuda=True", "--xpu_backend=gloo"], cwd=CODE_2023)  # fmt: skip
+    run(
+        [
+            PYTHON_2023,
+            *launch * (processes > 1),
+            Path(CODE_2023) / "train.py",
+            *words,
+            f"--output_dir={theirs}",
+            "--no_cuda=True",
+            "--xpu_backend=gloo",
+        ],
+        cwd=CODE_2023,
+    )
     train(dict(output_dir=ours, reproduce_2023=True, **flags), processes if processes > 1 else 0)
     expected, found = history(theirs), history(ours)
     losses = [np.array([step["loss"] for step in steps]) for steps in (expected, found)]
     assert len(expected) == len(found)
     saved, final = torch.load(theirs / "pytorch_model.bin", weights_only=True), weights(ours)
-    apart = {name: ((tensor - saved[name]).norm() / saved[name].norm()).item() for name, tensor in final.items()
-             if "k_proj.bias" not in name}  # fmt: skip
+    apart = {
+        name: ((tensor - saved[name]).norm() / saved[name].norm()).item()
+        for name, tensor in final.items()
+        if "k_proj.bias" not in name
+    }
     loss_apart = np.abs(losses[0] - losses[1]).max()
     print(f"{len(found)} steps: losses {loss_apart:.1e} apart, weights {max(apart.values()):.1e} of their norm")
     assert loss_apart < 5.2e-5

@@ -90,9 +90,18 @@ def test_the_trainer_reshuffles_each_epoch_and_resumes_in_the_middle(tiny, tmp_p
     from train import TrainingArguments
 
     def rows_of_a_run(output_dir, **kwargs):
-        args = TrainingArguments(output_dir=str(output_dir), use_cpu=True, num_train_epochs=3, save_steps=4, seed=7,
-                                 per_device_train_batch_size=2, gradient_accumulation_steps=1, report_to="none",
-                                 logging_steps=100, batching="padded")  # fmt: skip
+        args = TrainingArguments(
+            output_dir=str(output_dir),
+            use_cpu=True,
+            num_train_epochs=3,
+            save_steps=4,
+            seed=7,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=1,
+            report_to="none",
+            logging_steps=100,
+            batching="padded",
+        )
         collator = RecordingCollator()
         model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
         AlpacaTrainer(model=model, args=args, train_dataset=OneTokenRows(), data_collator=collator).train(**kwargs)

@@ -23,8 +23,14 @@ import threading
 import time
 import traceback
 
-PRELOADED = ("train", "matplotlib.pyplot", "sentencepiece.sentencepiece_model_pb2", "torch.distributed.checkpoint",
-             "transformers.models.llama.modeling_llama", "transformers.models.opt.modeling_opt")  # fmt: skip
+PRELOADED = (
+    "train",
+    "matplotlib.pyplot",
+    "sentencepiece.sentencepiece_model_pb2",
+    "torch.distributed.checkpoint",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.opt.modeling_opt",
+)
 
 
 def serve() -> None:

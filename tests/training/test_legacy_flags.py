@@ -41,8 +41,10 @@ def test_translations(old, new):
 def test_every_translation_is_noted_once():
     _, notes = translated("--evaluation_strategy", "no", "--warmup_ratio", "0.03", "--save_safetensors", "False")
     assert [note.split(" -> ")[0] for note in notes] == [
-        "--evaluation_strategy no", "--warmup_ratio 0.03", "--save_safetensors False"
-    ]  # fmt: skip
+        "--evaluation_strategy no",
+        "--warmup_ratio 0.03",
+        "--save_safetensors False",
+    ]
     assert translated("--eval_strategy", "no", "--bf16", "True", "--fsdp_config", "x.json", "--fsdp")[1] == []
 
 
@@ -113,8 +115,12 @@ def test_a_configuration_from_python_may_have_the_prefix_of_2023(monkeypatch):
 
     for name in ("ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS"):
         monkeypatch.setenv(name, "")
-    args = Namespace(fsdp=True, fsdp_config={"fsdp_transformer_layer_cls_to_wrap": "A"}, load_best_model_at_end=False,
-                     save_only_model=False)  # fmt: skip
+    args = Namespace(
+        fsdp=True,
+        fsdp_config={"fsdp_transformer_layer_cls_to_wrap": "A"},
+        load_best_model_at_end=False,
+        save_only_model=False,
+    )
     configure_fsdp(args)
     assert args.fsdp_config["transformer_layer_cls_to_wrap"] == "A"
 
@@ -124,8 +130,9 @@ def test_offload_reaches_the_process_group(monkeypatch):
 
     for name in ("ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS"):
         monkeypatch.setenv(name, "")
-    args = Namespace(fsdp="True", fsdp_config='{"cpu_offload": true}', load_best_model_at_end=False,
-                     save_only_model=False)  # fmt: skip
+    args = Namespace(
+        fsdp="True", fsdp_config='{"cpu_offload": true}', load_best_model_at_end=False, save_only_model=False
+    )
     configure_fsdp(args)
     import os
 
@@ -214,29 +221,77 @@ def test_on_a_cpu(monkeypatch):
 
 def test_readme_command_parses_here(tmp_path):
     model, data, _, training = parse_flags(
-        ["--model_name_or_path", "x", "--data_path", "./alpaca_data.json", "--bf16", "True", "--output_dir",
-         str(tmp_path), "--num_train_epochs", "3", "--per_device_train_batch_size", "4",
-         "--per_device_eval_batch_size", "4", "--gradient_accumulation_steps", "8", "--evaluation_strategy", "no",
-         "--save_strategy", "steps", "--save_steps", "2000", "--save_total_limit", "1", "--learning_rate", "2e-5",
-         "--weight_decay", "0.", "--warmup_ratio", "0.03", "--lr_scheduler_type", "cosine", "--logging_steps", "1",
-         "--fsdp", "full_shard auto_wrap", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer",
-         "--tf32", "True"]
-    )  # fmt: skip
+        [
+            "--model_name_or_path",
+            "x",
+            "--data_path",
+            "./alpaca_data.json",
+            "--bf16",
+            "True",
+            "--output_dir",
+            str(tmp_path),
+            "--num_train_epochs",
+            "3",
+            "--per_device_train_batch_size",
+            "4",
+            "--per_device_eval_batch_size",
+            "4",
+            "--gradient_accumulation_steps",
+            "8",
+            "--evaluation_strategy",
+            "no",
+            "--save_strategy",
+            "steps",
+            "--save_steps",
+            "2000",
+            "--save_total_limit",
+            "1",
+            "--learning_rate",
+            "2e-5",
+            "--weight_decay",
+            "0.",
+            "--warmup_ratio",
+            "0.03",
+            "--lr_scheduler_type",
+            "cosine",
+            "--logging_steps",
+            "1",
+            "--fsdp",
+            "full_shard auto_wrap",
+            "--fsdp_transformer_layer_cls_to_wrap",
+            "LlamaDecoderLayer",
+            "--tf32",
+            "True",
+        ]
+    )
     assert training.get_warmup_steps(1000) == 30 and training.save_total_limit == 1 and training.bf16
     assert (training.optim, training.model_max_length, model.model_name_or_path) == ("adamw_torch_fused", 512, "x")
     assert data.data_path == "./alpaca_data.json"
 
 
 def test_flags_without_effect_are_accepted_noted_and_left_at_their_defaults(capsys):
-    words = ["--do_train", "--do_eval=False", "--bf16_full_eval=True", "--no_remove_unused_columns", "--label_names",
-             "labels", "more", "--include_for_metrics=loss", "--logging_nan_inf_filter", "True"]  # fmt: skip
+    words = [
+        "--do_train",
+        "--do_eval=False",
+        "--bf16_full_eval=True",
+        "--no_remove_unused_columns",
+        "--label_names",
+        "labels",
+        "more",
+        "--include_for_metrics=loss",
+        "--logging_nan_inf_filter",
+        "True",
+    ]
     training = parse_flags(["--data_path", "x.json", "--use_cpu", *words])[-1]
     noted = [line.split(": ", 1)[1].split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert noted == [
-        "--logging_nan_inf_filter True -> dropped", "--do_train True -> without effect",
-        "--bf16_full_eval True -> without effect", "--include_for_metrics loss -> without effect",
-        "--remove_unused_columns False -> without effect", "--label_names labels more -> without effect",
-    ]  # fmt: skip
+        "--logging_nan_inf_filter True -> dropped",
+        "--do_train True -> without effect",
+        "--bf16_full_eval True -> without effect",
+        "--include_for_metrics loss -> without effect",
+        "--remove_unused_columns False -> without effect",
+        "--label_names labels more -> without effect",
+    ]
     assert not (training.do_train or training.bf16_full_eval or training.label_names or training.include_for_metrics)
     assert training.remove_unused_columns and not training.logging_nan_inf_filter
 

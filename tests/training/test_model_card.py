@@ -49,8 +49,9 @@ def finished(tiny, tmp_path):
         model = model or torch.nn.Module()
         if not hasattr(model, "config"):
             model.config = SimpleNamespace()
-        trainer = SimpleNamespace(args=args, state=state, model=model, train_dataset=dataset, started_at=0,
-                                  processing_class=tokenizer)  # fmt: skip
+        trainer = SimpleNamespace(
+            args=args, state=state, model=model, train_dataset=dataset, started_at=0, processing_class=tokenizer
+        )
         return trainer, {name: value for group in others for name, value in vars(group).items()}
 
     return make
@@ -65,14 +66,26 @@ def row_of(card: str, name: str) -> str:
 
 
 def test_the_run_as_it_was(finished):
-    trainer, flags = finished(learning_rate="3e-4", bf16=True, warmup_ratio=0.5, lr_scheduler_type="cosine",
-                              gradient_accumulation_steps=2, seed=5)  # fmt: skip
+    trainer, flags = finished(
+        learning_rate="3e-4",
+        bf16=True,
+        warmup_ratio=0.5,
+        lr_scheduler_type="cosine",
+        gradient_accumulation_steps=2,
+        seed=5,
+    )
     card = model_card(trainer, flags)
     told = {
         name: row_of(card, name) for name in ("Learning rate", "Schedule", "Epochs", "Arithmetic", "Seed", "Batches")
     }
-    assert told == {"Learning rate": "0.0003", "Schedule": "cosine, warmup steps: 2", "Epochs": "6.4", "Seed": "5",
-                    "Arithmetic": "bfloat16", "Batches": "packed, attention confined to each row"}  # fmt: skip
+    assert told == {
+        "Learning rate": "0.0003",
+        "Schedule": "cosine, warmup steps: 2",
+        "Epochs": "6.4",
+        "Seed": "5",
+        "Arithmetic": "bfloat16",
+        "Batches": "packed, attention confined to each row",
+    }
     assert row_of(card, "Global batch") == "16 rows: 8 per device x 2 accumulated x 1 process"
     assert (
         row_of(card, "First loss logged") == "4.0000 (step 2)" and row_of(card, "Last loss logged") == "3.0000 (step 4)"
@@ -100,8 +113,9 @@ def test_names_fingerprints_and_licences_but_no_path(finished, tmp_path, tiny):
     assert "base model: not stated; data: not stated" in content
     for path in (tmp_path, Path(tiny("llama")).parent, Path.home(), ROOT):
         assert str(path) not in content
-    of_hub = ModelCard(model_card(trainer, {**flags, "model_name_or_path": "huggyllama/llama-7b",
-                                            "data_path": "tatsu-lab/alpaca"}))  # fmt: skip
+    of_hub = ModelCard(
+        model_card(trainer, {**flags, "model_name_or_path": "huggyllama/llama-7b", "data_path": "tatsu-lab/alpaca"})
+    )
     assert (of_hub.data.base_model, of_hub.data.datasets) == ("huggyllama/llama-7b", ["tatsu-lab/alpaca"])
     assert "data: CC BY-NC 4.0" in of_hub.text and "Split: `train`" in of_hub.text
 
@@ -150,10 +164,17 @@ def test_an_adapter_is_loaded_onto_its_base(finished, tmp_path, bits):
     quantization = {"quantization_config": BitsAndBytesConfig(**options)} if bits else {}
     base = AutoModelForCausalLM.from_pretrained(wide, **quantization)
     torch.manual_seed(0)
-    model = get_peft_model(base, LoraConfig(
-        task_type="CAUSAL_LM", r=4, lora_alpha=16, lora_dropout=0.05, target_modules=["v_proj", "q_proj"],
-        init_lora_weights=False,
-    ))  # fmt: skip
+    model = get_peft_model(
+        base,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=4,
+            lora_alpha=16,
+            lora_dropout=0.05,
+            target_modules=["v_proj", "q_proj"],
+            init_lora_weights=False,
+        ),
+    )
     trainer, flags = finished(model, model_name_or_path=wide)
     out = Path(trainer.args.output_dir)
     model.save_pretrained(out)
@@ -185,8 +206,14 @@ def test_saving_an_adapter_leaves_a_readme_of_the_users_own_alone(finished, tiny
     """peft would rewrite it."""
     stand_in, flags = finished()
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny("llama")), LoraConfig(task_type="CAUSAL_LM"))
-    trainer = AlpacaTrainer(model=model, args=stand_in.args, train_dataset=stand_in.train_dataset, flags=flags,
-                            processing_class=stand_in.processing_class, data_collator=list)  # fmt: skip
+    trainer = AlpacaTrainer(
+        model=model,
+        args=stand_in.args,
+        train_dataset=stand_in.train_dataset,
+        flags=flags,
+        processing_class=stand_in.processing_class,
+        data_collator=list,
+    )
     out = Path(stand_in.args.output_dir)
     out.mkdir(exist_ok=True)
     (out / "README.md").write_text("# Mine\n")
@@ -209,10 +236,13 @@ def test_a_readme_of_the_users_own_stays(finished, capsys):
     for written, ours in (
         ("# What I did\n", False),
         (f"---\nlicense: mit\n---\n{MARKER}\n", True),
-        ("<!-- This model card has been generated automatically according to the information the Trainer had access to"
-         "-->\n", True),
+        (
+            "<!-- This model card has been generated automatically according to the information the Trainer had access "
+            "to-->\n",
+            True,
+        ),
         ("---\nlibrary_name: peft\n---\n\n# Model Card for Model ID\n\n<!-- Provide a quick summary -->\n", True),
-    ):  # fmt: skip
+    ):
         path.parent.mkdir(exist_ok=True)
         path.write_text(written)
         write_model_card(trainer, flags)

@@ -11,9 +11,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = pytest.mark.slow
 
-FLAGS = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3, num_train_epochs=1,
-             logging_steps=1, save_strategy="steps", save_steps=1, save_total_limit=1, pad_token="<unk>",
-             train_sampling_strategy="sequential")  # fmt: skip
+FLAGS = dict(
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    learning_rate=1e-3,
+    num_train_epochs=1,
+    logging_steps=1,
+    save_strategy="steps",
+    save_steps=1,
+    save_total_limit=1,
+    pad_token="<unk>",
+    train_sampling_strategy="sequential",
+)
 
 
 @pytest.mark.parametrize("processes, fsdp", [(0, ""), (2, "full_shard auto_wrap")])
@@ -45,7 +54,7 @@ def test_rows_of_a_loss_that_is_not_finite_are_named(tiny, tmp_path, processes, 
 def test_a_gradient_that_is_not_finite_stops_too(tiny, tmp_path):
     """With losses that are finite."""
     from alpaca.common.errors import UsageError
-    from alpaca.training.nonfinite import BlackBox
+    from alpaca.training.nonfinite import NonFiniteGuard
 
     class Args:
         fp16, world_size, process_index, output_dir = False, 1, 0, str(tmp_path)
@@ -57,7 +66,7 @@ def test_a_gradient_that_is_not_finite_stops_too(tiny, tmp_path):
         report = SimpleNamespace(numbers=[0, 2, 2, 5])  # of the file
 
     dataset = Rows(dict(input_ids=torch.tensor([5, 6, 7])) for _ in range(4))
-    box = BlackBox(dataset, AutoTokenizer.from_pretrained(tiny("llama")))
+    box = NonFiniteGuard(dataset, AutoTokenizer.from_pretrained(tiny("llama")))
     box.begin_step([[(3, 2), (1, 1)]])
     box.losses, box.target_losses = [torch.tensor(1.0)], [torch.ones(3)]
     box.grad_norm = torch.tensor(2.0)
@@ -93,10 +102,21 @@ def test_one_synchronisation_a_step(tiny, tmp_path, monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, name, counted)
     tokenizer = AutoTokenizer.from_pretrained(tiny("llama"), model_max_length=512, pad_token="<unk>")
-    args = TrainingArguments(output_dir=str(tmp_path / "out"), use_cpu=True, max_steps=4, logging_steps=1,
-                             report_to="none", save_strategy="no", per_device_train_batch_size=2,
-                             gradient_accumulation_steps=4)  # fmt: skip
-    Counting(model=AutoModelForCausalLM.from_pretrained(tiny("llama")), args=args, processing_class=tokenizer,
-             train_dataset=SupervisedDataset(write_rows(tmp_path / "rows.json", 32), tokenizer),
-             data_collator=DataCollatorForSupervisedDataset(tokenizer)).train()  # fmt: skip
+    args = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        use_cpu=True,
+        max_steps=4,
+        logging_steps=1,
+        report_to="none",
+        save_strategy="no",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )
+    Counting(
+        model=AutoModelForCausalLM.from_pretrained(tiny("llama")),
+        args=args,
+        processing_class=tokenizer,
+        train_dataset=SupervisedDataset(write_rows(tmp_path / "rows.json", 32), tokenizer),
+        data_collator=DataCollatorForSupervisedDataset(tokenizer),
+    ).train()
     assert [after - before for before, after in zip(at_step, at_step[1:])] == [1, 1, 1], reads

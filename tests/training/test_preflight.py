@@ -87,11 +87,12 @@ def test_counts_on_real_rows(file, name, tmp_path):
             "merged_boundary": whole[: len(prompt)] != prompt,
             "empty_answer": row["output"].strip() == "",
             "control_text": any(token in text for token in tokenizer.all_special_tokens for text in row.values()),
-            "template_text": any(h in text for h in ("### Instruction:", "### Input:", "### Response:")
-                                 for text in row.values()),
+            "template_text": any(
+                h in text for h in ("### Instruction:", "### Input:", "### Response:") for text in row.values()
+            ),
             "duplicate": row in earlier,
             "repeated_prompt": bool(same_prompt) and row not in earlier,
-        }  # fmt: skip
+        }
         for problem, found in conditions.items():
             expected[problem] += [i] * found
     assert report.problems == expected
@@ -177,10 +178,13 @@ def test_memory_by_hand():
     packed = memory.memory(SEVEN, replace(ON_FOUR, tokens=4096))
     chunk = 12 * 2**24
     assert packed == {
-        "weights": 7e9, "gradients": 7e9, "optimizer": 14e9, "whole gradients": 0,
+        "weights": 7e9,
+        "gradients": 7e9,
+        "optimizer": 14e9,
+        "whole gradients": 0,
         "gathered": 2 * (0.6e9 + 0.4e9) + (2 + 4) * 0.6e9,
         "activations": 4096 * 6e6 + 2048 * 32_000 * (2 + 2) + chunk,
-    }  # fmt: skip
+    }
     padded = memory.memory(SEVEN, replace(PADDED, tokens=4096))
     assert padded["activations"] == packed["activations"] + 4096 * 32_000 * (2 + 2)
     recomputed = memory.memory(SEVEN, replace(ON_FOUR, tokens=4096, checkpointing=True))
@@ -355,8 +359,13 @@ def test_the_decision_reaches_the_flags_of_the_trainer(tiny, tmp_path, monkeypat
     from alpaca.training.preflight import check_before_loading
     from train import make_supervised_data_module, parse_flags
 
-    words = [f"--model_name_or_path={tiny('llama')}", f"--data_path={write_rows(tmp_path / 'rows.json', 8)}",
-             f"--output_dir={tmp_path / 'out'}", f"--cache_dir={tmp_path}", "--use_cpu"]  # fmt: skip
+    words = [
+        f"--model_name_or_path={tiny('llama')}",
+        f"--data_path={write_rows(tmp_path / 'rows.json', 8)}",
+        f"--output_dir={tmp_path / 'out'}",
+        f"--cache_dir={tmp_path}",
+        "--use_cpu",
+    ]
     decided = {}
     for flag in ("", "--gradient_checkpointing", "--gradient_checkpointing=False"):
         model_args, data_args, lora_args, args = parse_flags(words + [flag] * bool(flag))
@@ -415,16 +424,27 @@ def test_a_run_goes_on_with_what_was_decided_for_it(tmp_path):
         ("best", 10, None, 0, 5),
         ("best", 10, 1, 0, 3),  # the best one stays as well
     ],
-)  # fmt: skip
+)
 def test_how_many_checkpoints_stand_at_once(strategy, save_steps, limit, done, expected):
-    args = Namespace(save_strategy=strategy, save_steps=save_steps, save_total_limit=limit, eval_steps=20,
-                     load_best_model_at_end=False)  # fmt: skip
+    args = Namespace(
+        save_strategy=strategy,
+        save_steps=save_steps,
+        save_total_limit=limit,
+        eval_steps=20,
+        load_best_model_at_end=False,
+    )
     assert preflight.checkpoints_to_come(args, steps=100, per_epoch=25, done=done) == expected
 
 
 def test_too_small_a_disk_is_refused_before_training(tmp_path, capsys):
-    args = Namespace(output_dir=str(tmp_path / "new" / "out"), save_only_model=False, save_dtype="bfloat16", fsdp=None,
-                     optim="adamw_torch_fused", deepspeed=None)  # fmt: skip
+    args = Namespace(
+        output_dir=str(tmp_path / "new" / "out"),
+        save_only_model=False,
+        save_dtype="bfloat16",
+        fsdp=None,
+        optim="adamw_torch_fused",
+        deepspeed=None,
+    )
     preflight.check_room(args, trained=1_000_000, checkpoints=2)
     assert (
         "disk, forecast: 2 x 12.0 MB for checkpoints + 2.0 MB for the final model = 26.0 MB" in capsys.readouterr().out
@@ -439,9 +459,15 @@ def test_too_small_a_disk_is_refused_before_training(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_disk_that_fills_in_the_middle_of_a_save_loses_nothing(tiny, tmp_path):
     """`ulimit -f` stands in for the full disk: the system refuses to write on. The optimizer is twice the weights."""
-    flags = dict(model_name_or_path=tiny("llama"), data_path=write_rows(tmp_path / "rows.json", 24), save_steps=4,
-                 output_dir=tmp_path / "out", max_steps=12, save_total_limit=1,
-                 per_device_train_batch_size=2)  # fmt: skip
+    flags = dict(
+        model_name_or_path=tiny("llama"),
+        data_path=write_rows(tmp_path / "rows.json", 24),
+        save_steps=4,
+        output_dir=tmp_path / "out",
+        max_steps=12,
+        save_total_limit=1,
+        per_device_train_batch_size=2,
+    )
     words = [f"--{name}={value}" for name, value in flags.items()]
     train({**flags, "max_steps": 4})
     (tmp_path / "out" / "alpaca_run.json").unlink()
@@ -473,7 +499,7 @@ def test_two_runs_in_one_folder_are_refused(tiny, tmp_path):
 
 
 def test_the_final_model_waits_for_room(capsys):
-    from alpaca.training.checkpoint import write_patiently
+    from alpaca.training.checkpoint import retry_while_disk_full
 
     tries = []
 
@@ -482,9 +508,9 @@ def test_the_final_model_waits_for_room(capsys):
         if len(tries) < 3:
             raise OSError(28, "No space left on device")
 
-    write_patiently(write, "out", pause=0)
+    retry_while_disk_full(write, "out", pause=0)
     assert len(tries) == 3 and capsys.readouterr().out.count("make room, it is tried again") == 2
     with pytest.raises(UsageError, match="cannot be written to out: .*No space left on device"):
-        write_patiently(lambda: exec("raise OSError(28, 'No space left on device')"), "out", tries=2, pause=0)
+        retry_while_disk_full(lambda: exec("raise OSError(28, 'No space left on device')"), "out", tries=2, pause=0)
     with pytest.raises(ValueError, match="another"):
-        write_patiently(lambda: exec("raise ValueError('another')"), "out", pause=0)
+        retry_while_disk_full(lambda: exec("raise ValueError('another')"), "out", pause=0)

@@ -12,11 +12,19 @@ import time
 import pytest
 from conftest import ROOT, fork, history, largest_difference, launcher, run, train, write_rows
 
-from alpaca.training.checkpoint import defects
+from alpaca.training.checkpoint import find_problems
 from alpaca.weights.provenance import MANIFEST, RECORD
 
-SMALL = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=1e-3, num_train_epochs=3,
-             logging_steps=1, save_strategy="steps", save_steps=4, save_total_limit=1)  # fmt: skip
+SMALL = dict(
+    per_device_train_batch_size=2,
+    gradient_accumulation_steps=2,
+    learning_rate=1e-3,
+    num_train_epochs=3,
+    logging_steps=1,
+    save_strategy="steps",
+    save_steps=4,
+    save_total_limit=1,
+)
 FSDP = "full_shard auto_wrap"
 
 
@@ -65,7 +73,7 @@ def test_killed_while_saving(undisturbed, tmp_path, where, left):
     words = [f"--{name}={value}" for name, value in dict(output_dir=tmp_path / "out", **flags).items()]
     killed = fork("tests/support/killed.py", words, check=False, env={"KILL": f"{where}:0"})
     assert killed.returncode == -signal.SIGKILL
-    assert [name for name in checkpoints(tmp_path / "out") if not defects(tmp_path / "out" / name)][-1] == (
+    assert [name for name in checkpoints(tmp_path / "out") if not find_problems(tmp_path / "out" / name)][-1] == (
         f"checkpoint-{left}"
     )
     assert not json.loads((tmp_path / "out" / RECORD).read_text())["finished"]
@@ -79,8 +87,9 @@ def test_two_sharded_ranks_one_killed_while_saving(tiny, tmp_path):
     flags = flags_for(tiny("opt"), tmp_path, fsdp=FSDP, gradient_accumulation_steps=1)
     train(dict(output_dir=tmp_path / "whole", **flags), 2)
     words = [f"--{name}={value}" for name, value in dict(output_dir=tmp_path / "out", **flags).items()]
-    killed = run([*launcher(2), "tests/support/killed.py", *words], check=False,
-                 env={"KILL": "optimizer:1", "PYTHONPATH": "."})  # fmt: skip
+    killed = run(
+        [*launcher(2), "tests/support/killed.py", *words], check=False, env={"KILL": "optimizer:1", "PYTHONPATH": "."}
+    )
     assert killed.returncode != 0 and "Signal 9" in killed.stderr
     assert checkpoints(tmp_path / "out") == ["checkpoint-4"]
     assert list((tmp_path / "out").glob("saving-checkpoint-8/*"))
@@ -101,8 +110,13 @@ def test_killed_at_random_moments(tiny, tmp_path, processes, trials):
     print(f"undisturbed: {took:.1f} s")
     for trial in range(trials):
         out = tmp_path / f"out-{trial}"
-        command = [*launcher(processes), "train.py", f"--output_dir={out}", "--resume_from_checkpoint=True",
-                   *(f"--{name}={value}" for name, value in flags.items())]  # fmt: skip
+        command = [
+            *launcher(processes),
+            "train.py",
+            f"--output_dir={out}",
+            "--resume_from_checkpoint=True",
+            *(f"--{name}={value}" for name, value in flags.items()),
+        ]
         for kill in range(2):
             moment = kill_once(command, out, took, chance, at_a_save=chance.random() < 0.5)
             print(f"trial {trial}.{kill}: killed {moment}; {checkpoints(out)}", flush=True)
@@ -114,8 +128,14 @@ def test_killed_at_random_moments(tiny, tmp_path, processes, trials):
 def kill_once(command, out, took, chance, at_a_save) -> str:
     """Start `command` and kill it; says when."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as for the undisturbed run: threads decide the order of sums
-    process = subprocess.Popen([str(word) for word in command], cwd=ROOT, stdout=subprocess.DEVNULL, env=env,
-                               stderr=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        env=env,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     start, seen = time.time(), {path.name for path in out.glob("*")}
     wait = chance.uniform(0.4, 1.0) * took
     while process.poll() is None and time.time() - start < wait:
@@ -194,7 +214,7 @@ CHANGED = {
     "weight decay": (dict(weight_decay=0.1), "--weight_decay: 0.0 then, 0.1 now"),
     "order": (dict(train_sampling_strategy="sequential"), "--train_sampling_strategy: random then, sequential now"),
     "last step": (dict(dataloader_drop_last=True), "--dataloader_drop_last: False then, True now"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -318,8 +338,11 @@ def test_what_is_in_the_output_folder_is_not_overwritten(stopped, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(stopped[1]["model_name_or_path"], model)
     args.output_dir = str(model)
-    for asked, message in ((None, "already holds a run"), ("True", "holds a model but no checkpoint"),
-                           (str(checkpoint), "already holds a run")):  # fmt: skip
+    for asked, message in (
+        (None, "already holds a run"),
+        ("True", "holds a model but no checkpoint"),
+        (str(checkpoint), "already holds a run"),
+    ):
         args.resume_from_checkpoint = asked
         with pytest.raises(UsageError, match=message):
             find_checkpoint(args)
@@ -342,14 +365,14 @@ def test_a_run_that_is_told_to_stop_is_not_finished(tiny, tmp_path):
     rest = process.communicate(timeout=60)[0]
     assert "of 3000; --resume_from_checkpoint True continues" in rest and "saved to" not in rest
     (stopped_at,) = checkpoints(tmp_path / "out")
-    assert not defects(tmp_path / "out" / stopped_at) and not (tmp_path / "out" / "config.json").exists()
+    assert not find_problems(tmp_path / "out" / stopped_at) and not (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.slow
 def test_a_checkpoint_without_optimizer_cannot_be_continued(tiny, tmp_path):
     flags = flags_for(tiny("llama"), tmp_path, max_steps=4, save_only_model=True)
     train(dict(output_dir=tmp_path / "out", **flags))
-    assert defects(tmp_path / "out" / "checkpoint-4") == ["no optimizer: it was saved with --save_only_model"]
+    assert find_problems(tmp_path / "out" / "checkpoint-4") == ["no optimizer: it was saved with --save_only_model"]
 
 
 @pytest.mark.slow
@@ -385,7 +408,6 @@ def test_a_finished_run_started_again_says_so(tiny, tmp_path, capsys):
         (dict(resume_from_checkpoint=True, max_steps=2), "--max_steps): 4 then, 2 now"),
         (dict(resume_from_checkpoint=True, max_steps=6, label_smoothing_factor=0.1), "smoothing"),
     ):
-        # fmt: skip
         with pytest.raises(UsageError, match="already holds a finished run, and this one is another") as refused:
             start(**changed)
         assert named in str(refused.value)

@@ -442,9 +442,14 @@ def make_neox(folder):
     from scripts.make_tiny_model import own_text
 
     config = AutoConfig.for_model(
-        "gpt_neox", vocab_size=616, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        "gpt_neox",
+        vocab_size=616,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
         max_position_embeddings=256,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer, special = ByteLevelBPETokenizer(), ["<|endoftext|>", "<|padding|>"]
@@ -506,8 +511,13 @@ def test_slow_tokenizer_files_come_from_the_base(case, tiny, tmp_path, capsys):
     make(base, tuned, tmp_path / "diff", method="float")
     names, slow = {path.name for path in (tmp_path / "diff").iterdir()}, SLOW[case.partition("_")[0]]
     added = {"added_tokens.json"} if case != "opt" else set()
-    assert names == slow | added | {"pytorch_model.bin", "config.json", "generation_config.json",
-                                    "special_tokens_map.json", "tokenizer_config.json"}  # fmt: skip
+    assert names == slow | added | {
+        "pytorch_model.bin",
+        "config.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+    }
     config = json.loads((tmp_path / "diff" / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == ("LlamaTokenizer" if "llama" in case else "GPT2Tokenizer")
     assert config["add_bos_token"] == (case != "gpt2") and config["add_eos_token"] is False
@@ -613,8 +623,18 @@ def test_2023_recovers_what_we_write(case, tiny, tmp_path):
     make(base, tuned, folder / "diff", method="float", max_shard_size="50KB")
     recover(base, folder / "diff", folder / "ours")
     old = {"cwd": OLD_CODE, "env": {"PYTHONPATH": "", "HF_HOME": str(tmp_path / "hf")}}
-    run([OLD_PYTHON, "weight_diff.py", "recover", f"--path_raw={base}", f"--path_diff={folder / 'diff'}",
-         f"--path_tuned={folder / 'theirs'}", "--check_integrity_naively=False"], **old)  # fmt: skip
+    run(
+        [
+            OLD_PYTHON,
+            "weight_diff.py",
+            "recover",
+            f"--path_raw={base}",
+            f"--path_diff={folder / 'diff'}",
+            f"--path_tuned={folder / 'theirs'}",
+            "--check_integrity_naively=False",
+        ],
+        **old,
+    )
     ours, theirs = state_of(folder / "ours"), state_of(folder / "theirs")
     masks = {name for name in theirs if name not in ours}
     assert ours.keys() <= theirs.keys() and all(theirs[name].dtype == torch.bool for name in masks)
@@ -623,7 +643,16 @@ def test_2023_recovers_what_we_write(case, tiny, tmp_path):
     ids = json.loads(answer.stdout.splitlines()[-1])
     assert all(found == ids[0] for found in ids[:3]) and all(found == ids[3] for found in ids[3:])
     if not masks:  # its make_diff fails on those of GPT-2 and GPT-NeoX
-        run([OLD_PYTHON, "weight_diff.py", "make_diff", f"--path_raw={base}", f"--path_tuned={folder / 'theirs'}",
-             f"--path_diff={folder / 'their_diff'}"], **old)  # fmt: skip
+        run(
+            [
+                OLD_PYTHON,
+                "weight_diff.py",
+                "make_diff",
+                f"--path_raw={base}",
+                f"--path_tuned={folder / 'theirs'}",
+                f"--path_diff={folder / 'their_diff'}",
+            ],
+            **old,
+        )
         make(base, folder / "theirs", folder / "our_diff", method="float")
         assert_same(folder / "our_diff", state_of(folder / "their_diff"))

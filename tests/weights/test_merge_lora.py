@@ -67,8 +67,11 @@ def test_as_peft_merges(tiny, tmp_path, case, monkeypatch):
     torch.testing.assert_close(model.state_dict(), by_peft.state_dict(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("trained", [dict(target_modules=["c_attn", "lm_head"]), dict(target_modules=["wte"]),
-                                     dict(**GPT2, modules_to_save=["wte"])], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "trained",
+    [dict(target_modules=["c_attn", "lm_head"]), dict(target_modules=["wte"]), dict(**GPT2, modules_to_save=["wte"])],
+    ids=str,
+)
 def test_tied_embeddings_trained_apart_become_two(tiny, tmp_path, trained):
     """peft's merge would change both, or leave the trained one out of the saved model."""
     adapter = make_adapter(tiny("gpt2"), tmp_path / "adapter", **trained)
@@ -88,9 +91,10 @@ def test_a_16_bit_base_keeps_its_dtype_and_every_bit_that_is_not_touched(tiny, t
     adapter = make_adapter(tiny("llama"), tmp_path / "adapter", **LLAMA)
     merge_lora(str(adapter), str(tmp_path / "merged"), base=str(base), max_shard_size="50KB")
     exact, touched = merged_by_peft(base, adapter, torch.float64).state_dict(), ("q_proj", "k_proj", "down_proj")
-    assert_same(tmp_path / "merged", {
-        name: exact[name].to(dtype) if name.split(".")[-2] in touched else tensor for name, tensor in state.items()
-    })  # fmt: skip
+    assert_same(
+        tmp_path / "merged",
+        {name: exact[name].to(dtype) if name.split(".")[-2] in touched else tensor for name, tensor in state.items()},
+    )
     assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 1
     merge_lora(str(adapter), str(tmp_path / "wide"), base=str(base), dtype="float32")
     assert_same(tmp_path / "wide", {name: exact[name].float() for name in state})
@@ -174,9 +178,19 @@ def test_every_setting_of_peft_is_decided():
     """What a new peft can say is refused when it is used; here somebody should look whether it has an effect."""
     known = {*merging.MERGED, *merging.WITHOUT_EFFECT}
     refused = {
-        "use_dora", "use_qalora", "use_bdlora", "lora_bias", "layer_replication", "target_parameters", "kasa_config",
-        "alora_invocation_tokens", "arrow_config", "monteclora_config", "velora_config", "megatron_config",
-    }  # fmt: skip
+        "use_dora",
+        "use_qalora",
+        "use_bdlora",
+        "lora_bias",
+        "layer_replication",
+        "target_parameters",
+        "kasa_config",
+        "alora_invocation_tokens",
+        "arrow_config",
+        "monteclora_config",
+        "velora_config",
+        "megatron_config",
+    }
     assert {setting.name for setting in dataclasses.fields(LoraConfig)} <= known | refused
     assert not known & refused
 
@@ -185,8 +199,10 @@ def test_another_base_is_named_with_both_shapes(adapter, tiny, tmp_path):
     from scripts.make_tiny_model import make_tiny_model
 
     wide = make_tiny_model(tmp_path / "wide", "llama", hidden_size=64)
-    for base, told in ((wide, "is [64, 192] float32 there, and the adapter was trained on [32, 96]"),
-                       (tiny("gpt2"), "is not in the base, and [32, 96] in the adapter")):  # fmt: skip
+    for base, told in (
+        (wide, "is [64, 192] float32 there, and the adapter was trained on [32, 96]"),
+        (tiny("gpt2"), "is not in the base, and [32, 96] in the adapter"),
+    ):
         with pytest.raises(UsageError) as error:
             merge_lora(str(adapter), str(tmp_path / "merged"), base=str(base))
         first = "model.layers.0.mlp.down_proj.weight"

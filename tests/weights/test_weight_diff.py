@@ -589,8 +589,17 @@ def test_a_kill_leaves_all_or_nothing(tmp_path):
         (tmp_path / name / "config.json").write_text("{}" if name == "base" else '{"model_type": "llama"}')
         save_file({n: t + change for n, t in state.items()}, tmp_path / name / "model.safetensors")
     make(tmp_path / "base", tmp_path / "tuned", tmp_path / "diff")
-    command = [sys.executable, "weight_diff.py", "recover", "--path_raw", tmp_path / "base", "--path_diff",
-               tmp_path / "diff", "--path_tuned", tmp_path / "result"]  # fmt: skip
+    command = [
+        sys.executable,
+        "weight_diff.py",
+        "recover",
+        "--path_raw",
+        tmp_path / "base",
+        "--path_diff",
+        tmp_path / "diff",
+        "--path_tuned",
+        tmp_path / "result",
+    ]
     draw, finished, interrupted = random.Random(3), 0, 0
     for _ in range(20):
         interrupted += (tmp_path / "result.incomplete").exists()
@@ -610,18 +619,21 @@ def test_importing_weight_diff_loads_neither_train_nor_openai():
     assert not {"train", "openai", "transformers"} & loaded_by("import weight_diff")
 
 
-@pytest.mark.parametrize("words,message", [
-    (["recovr"], "unknown task 'recovr', did you mean recover?; expected one of: make_diff, recover, verify"),
-    (["recover", "--path_rwa", "a"], "unknown flag --path_rwa, did you mean --path_raw?"),
-    (["recover", "--path_raw", "a"], "recover needs --path_diff"),
-    (["recover", "--path_raw", "a", "--path_diff", "b", "--test_inference", "perhaps"], "expected True or False"),
-    (["recover", "--path_raw=a", "--path_diff=b", "--dtype", "int4"], "--dtype int4: expected one of float32, "),
-    (["recover", "a", "b", "-c", "perhaps"], "--check_integrity_naively perhaps: expected True or False"),
-    (["recover", "a", "b", "--path_tuned"], "--path_tuned: needs a value"),
-    (["recover", "a", "b", "--max_shard_size", "5 potatoes"], "--max_shard_size 5 potatoes: expected a size"),
-    (["make_diff", "a", "b", "c", "--method", "zip"], "--method zip: expected one of exact, float"),
-    (["make_diff", "a", "b", "c", "d", "e", "f", "g", "h"], "expected a flag such as --path_raw, got 'h'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["recovr"], "unknown task 'recovr', did you mean recover?; expected one of: make_diff, recover, verify"),
+        (["recover", "--path_rwa", "a"], "unknown flag --path_rwa, did you mean --path_raw?"),
+        (["recover", "--path_raw", "a"], "recover needs --path_diff"),
+        (["recover", "--path_raw", "a", "--path_diff", "b", "--test_inference", "perhaps"], "expected True or False"),
+        (["recover", "--path_raw=a", "--path_diff=b", "--dtype", "int4"], "--dtype int4: expected one of float32, "),
+        (["recover", "a", "b", "-c", "perhaps"], "--check_integrity_naively perhaps: expected True or False"),
+        (["recover", "a", "b", "--path_tuned"], "--path_tuned: needs a value"),
+        (["recover", "a", "b", "--max_shard_size", "5 potatoes"], "--max_shard_size 5 potatoes: expected a size"),
+        (["make_diff", "a", "b", "c", "--method", "zip"], "--method zip: expected one of exact, float"),
+        (["make_diff", "a", "b", "c", "d", "e", "f", "g", "h"], "expected a flag such as --path_raw, got 'h'"),
+    ],
+)
 def test_a_misspelt_word_fails_before_work(monkeypatch, words, message):
     monkeypatch.setattr(sys, "argv", ["weight_diff.py", *words])
     with pytest.raises(UsageError) as error:
@@ -652,15 +664,35 @@ def test_flags_as_fire_reads_them(llama, tmp_path, monkeypatch, capsys):
 @pytest.mark.slow
 def test_a_model_of_train_py_from_opt(tiny, tmp_path):
     """The story of the README: train, publish, recover, verify, ask."""
-    train({"model_name_or_path": tiny("opt"), "data_path": write_rows(tmp_path / "rows.json", 8),
-           "output_dir": tmp_path / "tuned", "num_train_epochs": 1, "report_to": "none"})  # fmt: skip
+    train(
+        {
+            "model_name_or_path": tiny("opt"),
+            "data_path": write_rows(tmp_path / "rows.json", 8),
+            "output_dir": tmp_path / "tuned",
+            "num_train_epochs": 1,
+            "report_to": "none",
+        }
+    )
     command = [sys.executable, "weight_diff.py"]
     raw, tuned, diff, result = (f"--path_{name}" for name in ("raw", "tuned", "diff", "tuned"))
     made = run([*command, "make_diff", raw, tiny("opt"), tuned, tmp_path / "tuned", diff, tmp_path / "diff"])
     digest = made.stdout.split("digest of the manifest, to be published beside it: ")[1].split()[0]
     assert not {"alpaca_run.json", "trainer_state.json"} & {path.name for path in (tmp_path / "diff").iterdir()}
-    told = run([*command, "recover", raw, tiny("opt"), diff, tmp_path / "diff", result, tmp_path / "result",
-                "--digest", digest, "--test_inference"])  # fmt: skip
+    told = run(
+        [
+            *command,
+            "recover",
+            raw,
+            tiny("opt"),
+            diff,
+            tmp_path / "diff",
+            result,
+            tmp_path / "result",
+            "--digest",
+            digest,
+            "--test_inference",
+        ]
+    )
     assert "Completion: " in told.stdout and "proved: " in told.stdout
     assert_same(tmp_path / "result", state_of(tmp_path / "tuned"))
     wrong = run([*command, "recover", raw, tmp_path / "tuned", diff, tmp_path / "diff"], check=False)
