@@ -166,11 +166,6 @@ def description(prompts: Sequence[str], options: GenerateArguments) -> dict[str,
     return how | {"prompts": digest(prompts)}
 
 
-if __name__ == "__main__":
-    with reported("scripts.generate"):
-        main()
-
-
 def chat(model: "LocalModel", templates: Mapping[str, str], sampling: Sampling, seed_of: Callable[[int], int]) -> None:
     """Answer until there is nothing more to answer. On a terminal the questions are asked for, through a pipe only
     answers are printed."""
@@ -251,3 +246,8 @@ def _stopped_by_ctrl_c() -> Iterator[threading.Event]:
         yield stopped
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+if __name__ == "__main__":
+    with reported("scripts.generate"):
+        main()

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import fire
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import UsageError, names_flags
 
 SYNONYMS = {  # what other trainers call a flag -> ours; a command has the first or a later one
     **dict.fromkeys(("lr", "learn_rate"), ("learning_rate",)),
@@ -77,14 +77,9 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 # ---- commands that are functions ----
 
 
-def run(
-    program: str,
-    tasks: Mapping[str, Callable[..., None]],
-    argv: Sequence[str] | None = None,
-    aliases: Mapping[str, str] | None = None,
-) -> None:
+def run(program: str, tasks: Mapping[str, Callable[..., None]], argv: Sequence[str] | None = None) -> None:
     """Call one of `tasks` with the flags of the command line. A parameter of a task is a flag; one without a default is
-    required. A task with **parameters gets all other flags in them, as text. `aliases`: former name of a flag -> name.
+    required. A task with **parameters gets all other flags in them, as text.
 
     Raises:
         UsageError: before the task is called; the message names the word of the command line.
@@ -100,7 +95,7 @@ def run(
         close = closest(words[0], tasks)
         hint = f"; did you mean {close}?" if close else ""
         raise UsageError(f"unknown task {words[0]!r}{hint}; expected one of: {', '.join(tasks)}")
-    _run(f"{program} {words[0]}", tasks[words[0]], words[1:], aliases or {})
+    _run(f"{program} {words[0]}", tasks[words[0]], words[1:])
 
 
 def call(
@@ -108,31 +103,29 @@ def call(
     function: Callable[..., None],
     argv: Sequence[str] | None = None,
     description: str | None = None,
-    aliases: Mapping[str, str] | None = None,
 ) -> None:
     """As `run`, for a command that is one function. `description`: what --help says before the flags."""
     words = list(sys.argv[1:] if argv is None else argv)
     if asks_for_help(words):
         print(help_of(program, function, description))
         return
-    _run(program, function, words, aliases or {})
+    _run(program, function, words)
 
 
-def _run(program: str, function: Callable[..., None], words: Sequence[str], aliases: Mapping[str, str]) -> None:
-    values = read(program, function, words, aliases)
-    fire.Fire(lambda: function(**values), command=[], name=program, serialize=lambda result: None)
+def _run(program: str, function: Callable[..., None], words: Sequence[str]) -> None:
+    values, command = read(program, function, words), names_flags(function)
+    fire.Fire(lambda: command(**values), command=[], name=program, serialize=lambda result: None)
 
 
-def read(
-    program: str, function: Callable[..., None], words: Sequence[str], aliases: Mapping[str, str]
-) -> dict[str, Any]:
+def read(program: str, function: Callable[..., None], words: Sequence[str]) -> dict[str, Any]:
     """Return the values of the flags in `words` by the names of the parameters of `function`."""
     signature = inspect.signature(function).parameters
     parameters = {name: p for name, p in signature.items() if p.kind is not p.VAR_KEYWORD}
     given, unnamed = _split(words, list(parameters))
-    for old in [name for name in given if name not in parameters and aliases.get(name) in parameters]:
-        given[aliases[old]] = given.pop(old)
-        print(f"flag: --{old} -> --{aliases[old]}", flush=True)
+    renamed = getattr(function, "_renamed", {})
+    for old in renamed.keys() & given.keys():
+        print(f"flag: --{old} -> --{renamed[old]}", flush=True)
+    given = _today(given, renamed)
     others = {name: text if text is not None else "True" for name, text in given.items() if name not in parameters}
     if others and len(parameters) == len(signature):
         raise unknown_flag(next(iter(others)), parameters, program)

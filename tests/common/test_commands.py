@@ -128,7 +128,7 @@ seen: list = []
 )
 def test_a_function_gets_its_flags(words, expected, capsys):
     seen.clear()
-    commands.call("example", example, words, aliases={"title": "name"})
+    commands.call("example", commands.task(title="name")(example), words)
     assert seen == [expected]
     assert capsys.readouterr().out == ("flag: --title -> --name\n" if "--title" in words else "")
 
