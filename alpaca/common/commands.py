@@ -9,7 +9,9 @@ flag that it does not know, and would make a tuple of a path with a comma.
 """
 
 import argparse
+import dataclasses
 import difflib
+import functools
 import inspect
 import re
 import sys
@@ -136,6 +138,62 @@ def read(program: str, function: Callable[..., None], words: Sequence[str]) -> d
     if missing := [f"--{p.name}" for p in parameters.values() if p.default is p.empty and p.name not in given]:
         raise UsageError(f"{program} needs {', '.join(missing)}")
     return others | {n: _value(n, text, parameters[n].annotation) for n, text in given.items() if n in parameters}
+
+
+def task(**renamed: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator of a task. A parameter whose default is an instance of a dataclass becomes its fields: flags
+    for `run`, and keywords for Python. The docstring of the dataclass explains them below its "Args:".
+
+    Args:
+        renamed: older names of flags, and what each is called today; they stay accepted.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function)
+        groups = {p.name: p.default for p in signature.parameters.values() if dataclasses.is_dataclass(p.default)}
+        signature = signature.replace(parameters=[p for own in signature.parameters.values() for p in _spread(own)])
+
+        @functools.wraps(function)
+        def call(*args: Any, **named: Any) -> None:
+            values = signature.bind(*args, **_today(named, renamed)).arguments
+            for name, default in groups.items():
+                given = {field.name for field in dataclasses.fields(default)} & values.keys()
+                values[name] = dataclasses.replace(default, **{field: values.pop(field) for field in given})
+            return function(**values)
+
+        call.__signature__ = signature
+        call._renamed = renamed
+        call.__doc__ = functools.reduce(_explain, groups.values(), inspect.getdoc(function) or "")
+        return call
+
+    return decorate
+
+
+def _spread(parameter: inspect.Parameter) -> list[inspect.Parameter]:
+    """The fields of a dataclass as parameters; any other parameter as it is."""
+    default = parameter.default
+    if not dataclasses.is_dataclass(default):
+        return [parameter]
+    fields = dataclasses.fields(default)
+    return [parameter.replace(name=f.name, default=getattr(default, f.name), annotation=f.type) for f in fields]
+
+
+def _explain(text: str, flags: Any) -> str:
+    """`text`, whose "Args:" go on with those of a dataclass."""
+    own, gap, rest = text.partition("Args:\n")[2].partition("\n\n")
+    return text.replace(own, f"{own}\n" + inspect.getdoc(type(flags)).partition("Args:\n")[2], 1)
+
+
+def _today(given: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Flags by the names that they have today.
+
+    Raises:
+        UsageError: a flag is given by both of its names.
+    """
+    for old in renamed.keys() & given.keys():
+        if renamed[old] in given:
+            raise UsageError(f"--{old} is an older name of --{renamed[old]}; give only one of them")
+    return {renamed.get(name, name): value for name, value in given.items()}
 
 
 def asks_for_help(words: Sequence[str]) -> bool:
