@@ -11,12 +11,8 @@ from typing import Any
 
 import transformers
 
+from alpaca.common.commands import flag as flag
 from alpaca.common.errors import UsageError
-
-
-def flag(default: Any, text: str, **metadata: Any) -> Any:
-    """A field of a dataclass of flags; `metadata` as HfArgumentParser takes it."""
-    return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
 
 def enum_value(option: Any) -> str:

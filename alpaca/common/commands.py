@@ -19,6 +19,11 @@ import fire
 from alpaca.common.errors import UsageError, names_flags
 
 
+def flag(default: Any, text: str, **metadata: Any) -> Any:
+    """A field of a dataclass of flags; `metadata` as HfArgumentParser takes it."""
+    return dataclasses.field(default=default, metadata={"help": text, **metadata})
+
+
 def run(program: str, tasks: Mapping[str, Callable[..., None]], argv: Sequence[str] | None = None) -> None:
     """Call one of `tasks` with the flags of the command line. A parameter of a task is a flag; one without a default is
     required. A task with **parameters gets all other flags in them, as text.
@@ -57,7 +62,7 @@ def read(task: Callable[..., None], words: Sequence[str]) -> dict[str, Any]:
 
 def task(**renamed: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator of a task. A parameter whose default is an instance of a dataclass becomes its fields: flags
-    for `run`, and keywords for Python. The docstring of the dataclass explains them below its "Args:".
+    for `run`, and keywords for Python.
 
     Args:
         renamed: older names of flags, and what each is called today; they stay accepted.
@@ -74,7 +79,7 @@ def task(**renamed: str) -> Callable[[Callable[..., None]], Callable[..., None]]
             for name, default in groups.items():
                 given = {field.name for field in dataclasses.fields(default)} & values.keys()
                 values[name] = dataclasses.replace(default, **{field: values.pop(field) for field in given})
-            return function(**values)
+            return names_flags(function)(**values)
 
         call.__signature__ = signature
         call._renamed = renamed
@@ -94,9 +99,10 @@ def _spread(parameter: inspect.Parameter) -> list[inspect.Parameter]:
 
 
 def _explain(text: str, flags: Any) -> str:
-    """`text`, whose "Args:" go on with those of a dataclass."""
-    own, gap, rest = text.partition("Args:\n")[2].partition("\n\n")
-    return text.replace(own, f"{own}\n" + inspect.getdoc(type(flags)).partition("Args:\n")[2], 1)
+    """`text`, whose "Args:" go on with the fields of a dataclass."""
+    own = text.partition("Args:\n")[2].partition("\n\n")[0]
+    fields = [f"    {field.name}: {field.metadata['help']}" for field in dataclasses.fields(flags)]
+    return text.replace(own, "\n".join([own, *fields]), 1)
 
 
 def _today(given: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:

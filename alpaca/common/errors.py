@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,8 +33,18 @@ class InputError(UsageError):
         self.message, self.about = message, str(about)
 
 
+class ParameterError(UsageError):
+    """A mistake in values of `parameters`, which the message names as Python does. The command that has flags of these
+    names writes them as flags (`names_flags`)."""
+
+    def __init__(self, message: str, *parameters: str):
+        super().__init__(message)
+        self.parameters = parameters
+
+
 def names_flags(command: Callable) -> Callable:
-    """Make `command` put the flag before the message of an InputError that is about the flag's value.
+    """Make `command` name its flags in messages: before that of an InputError the flag whose value it is about, in that
+    of a ParameterError each parameter that is a flag.
 
     The flags of a command are its parameters, and the fields of parameters that are dataclasses.
     """
@@ -46,6 +57,12 @@ def names_flags(command: Callable) -> Callable:
             bound = inspect.signature(command).bind(*values, **flags)
             bound.apply_defaults()
             _name_flag(error, _flags_of(bound.arguments))
+            raise
+        except ParameterError as error:
+            flags = {field for value in (*values, *flags.values()) for field in getattr(value, "__dict__", ())}
+            flags |= inspect.signature(command).parameters.keys()
+            for name in flags.intersection(error.parameters):
+                error.args = (re.sub(rf"(?<!-)\b{name}\b", f"--{name}", str(error)),)
             raise
 
     return with_flags

@@ -154,14 +154,13 @@ class Curation:
             "histogram": histogram(self.scores),
         }
 
-    def told(self, threshold: float) -> str:
+    def summary(self, threshold: float) -> str:
         """Counts, the histogram, and what is suspicious about them."""
         total, read = self.ratings.total(), self.ratings["read"]
         problems = ", ".join(f"{name} {count:,}" for name, count in self.ratings.items() if name != "read")
-        lines = [
-            f"{len(self.rows):,} pairs, {total:,} ratings, {read:,} of them readable"
-            + f" ({problems})" * bool(problems)
-        ]
+        lines = [f"{len(self.rows):,} pairs, {total:,} ratings, {read:,} of them readable"]
+        if problems:
+            lines[0] += f" ({problems})"
         if self.unread:
             lines.append(
                 f"{len(self.unread):,} pairs have no score and are not chosen (rows {format_first(self.unread)})"
@@ -171,7 +170,7 @@ class Curation:
             bar = "#" * -(-40 * count // max(1, *counts.values()))
             lines.append(f"  {score} | {bar} {count:,} ({count / max(len(self.scores), 1):.1%})")
         if read < 0.8 * total:
-            lines.append("warning: many ratings cannot be read; a stronger rater, or a higher --max_tokens, may help")
+            lines.append("warning: many ratings cannot be read; a stronger rater, or longer answers, may help")
         if flat := undecided(self.scores):
             lines.append(
                 f"warning: {flat[1]:,} of {len(self.scores):,} pairs score {flat[0]:g}: this rater hardly "
@@ -219,5 +218,5 @@ def mixed(seed_rows: Sequence[Row], augmented: Sequence[Row], tags: bool, seed: 
             rows.append({"instruction": instruction, "input": input, "output": output, "source": source})
     random.Random(seed).shuffle(rows)
     counts = Counter(row["source"] for row in rows)
-    told = f"{counts['seed']:,} seed rows, {counts['augmented']:,} augmented rows"
-    return rows, told + "".join(f", {count:,} {what} dropped" for what, count in dropped.items())
+    summary = f"{counts['seed']:,} seed rows, {counts['augmented']:,} augmented rows"
+    return rows, summary + "".join(f", {count:,} {what} dropped" for what, count in dropped.items())

@@ -6,6 +6,7 @@ answers after it from the journal. A regen.json that no line knows (of 2023, or 
 """
 
 import hashlib
+import itertools
 import json
 import random
 import time
@@ -16,6 +17,7 @@ from typing import Any
 
 from alpaca.common.errors import UsageError
 from alpaca.common.files import atomic_write
+from alpaca.completions.api import Request
 from alpaca.completions.journal import Journal
 from alpaca.datagen.novelty import NoveltyFilter
 from alpaca.datagen.self_instruct import Item, encode_prompt, parse
@@ -77,7 +79,12 @@ class Generation:
 
     # ---- requests ----
 
-    def prompt_of(self, index: int) -> str:
+    def requests(self) -> Iterator[Request]:
+        """All requests from the next one on, without an end. One is made when it is taken."""
+        for index in itertools.count(self.next):
+            yield Request(self._prompt_of(index), index)
+
+    def _prompt_of(self, index: int) -> str:
         """The prompt of request `index`: of the seed and, with generated tasks, of those kept of the requests up to
         `index` - LAG, however many requests are on their way."""
         draw = random.Random(f"{self.seed} {index}")
@@ -126,7 +133,7 @@ class Generation:
             self.save()
         if self.useless >= USELESS:
             raise UsageError(
-                f"the last {self.useless} answers gave no new task ({self.told()}); look at them in "
+                f"the last {self.useless} answers gave no new task ({self.summary()}); look at them in "
                 f"{self.journal.path}: does the model follow the prompt, does --parser fit it?"
             )
 
@@ -135,7 +142,7 @@ class Generation:
             return []
         return parse(entry["text"], entry["finish_reason"], entry["examples"], entry["parser"])
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """ "1,234 tasks proposed, 1,000 kept; rejected: 200 too similar, 34 malformed" """
         rejected = [(reason.removeprefix("rejected: "), n) for reason, n in self.counts.most_common() if ": " in reason]
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected) or "none"
