@@ -56,7 +56,7 @@ def test_its_fields_are_keywords_for_python_too():
     "words, message",
     [
         (["a", "--temperature", "hot"], "--temperature hot: expected a number"),
-        (["a", "--top", "1"], "unknown flag --top, did you mean --top_p"),
+        (["a", "--top", "1"], "unknown flag --top; did you mean --top_p"),
         (["a", "--temp=1", "--temperature=1"], "--temp is an older name of --temperature"),
     ],
 )

@@ -317,7 +317,7 @@ def test_the_backward_model_is_that_of_the_recipe(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("step", "flags", "message"),
     [
-        ("augment", {"min_char": 3}, "unknown flag --min_char, did you mean --min_chars"),
+        ("augment", {"min_char": 3}, "unknown flag --min_char; did you mean --min_chars"),
         ("augment", {"data_path": "x.txt"}, "--data_path x.txt: no such file"),
         ("augment", {"top_p": 0}, "--top_p 0.0: expected more than 0"),
         ("augment", {"api": "auto"}, "--api auto: expected completions, or chat"),

@@ -624,5 +624,5 @@ def test_importing_generate_instruction_is_light():
 def test_a_misspelt_flag_fails_before_work(monkeypatch):
     words = ["generate_instruction", "generate_instruction_following_data", "--outputdir", "x"]
     monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(UsageError, match="unknown flag --outputdir, did you mean --output_dir?"):
+    with pytest.raises(UsageError, match="unknown flag --outputdir; did you mean --output_dir?"):
         generate_instruction.main()
