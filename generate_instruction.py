@@ -234,6 +234,7 @@ def generate_responses(
 # ---- from regen.json to a data file ----
 
 
+@commands.task()
 def export(
     regen_path: str = "./regen.json",
     output_path: str = "./alpaca_data.json",

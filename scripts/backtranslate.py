@@ -312,6 +312,7 @@ def _rate(
 # ---- mix ----
 
 
+@commands.task()
 def mix(
     seed_path: str,
     output_path: str,

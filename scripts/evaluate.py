@@ -39,6 +39,7 @@ NO_BUDGET, ANY_BACKEND, OF_VERDICTS = BudgetFlags(), BackendFlags(), SamplingFla
 # ---- harness: multiple choice ----
 
 
+@commands.task()
 def harness(
     model: str,
     output_dir: str,

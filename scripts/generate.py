@@ -111,12 +111,9 @@ def opened(options: GenerateArguments) -> tuple["LocalModel", Mapping[str, str]]
         options.model,
         options.batch_size,
         device=options.device,
-        batch_size_flag="--batch_size",
         base=options.base,
         load_in_4bit=options.load_in_4bit,
         load_in_8bit=options.load_in_8bit,
-        flag="--model",
-        base_flag="--base",
     )
     return model, templates or model.templates
 
@@ -171,7 +168,7 @@ def chat(model: "LocalModel", templates: Mapping[str, str], sampling: Sampling, 
     on_terminal = sys.stdin.isatty()
     if on_terminal:
         _edit_lines()
-        print(f"{model.told} on {model.device}\n{HELP}", flush=True)
+        print(f"{model.summary} on {model.device}\n{HELP}", flush=True)
     number = 0
     while (row := _ask(on_terminal)) is not None:
         _answer(model, format_prompt(row, templates), replace(sampling, seed=seed_of(seed, number)))

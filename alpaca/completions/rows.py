@@ -79,7 +79,7 @@ class BatchCompletion:
         """In the order of the rows; says which have no answer, or one that was cut."""
         unanswered = _rows(sorted(entry["index"] for entry in failed), requests)
         if failed and not self.drop_failed:
-            leave_out = ", or leave them out: drop_failed" if self.drop_failed is False else ""
+            leave_out = ", or leave them out: {drop_failed}" if self.drop_failed is False else ""
             raise ParameterError(
                 f"{len(failed)} of {len(requests)} {self.unit} have no answer (rows {format_first(unanswered)}); the "
                 f"others are in the journal. Run again to ask for these{leave_out}. The first: {failed[0]['error']}",

@@ -93,7 +93,7 @@ class RequestRunner:
         """Raise ParameterError if the limit of cost has left less than `total` done."""
         if self.stopped_by_cost and done < total:
             raise ParameterError(
-                f"max_cost {self.budget.max_cost}: stopped with {done} of {total}, ${self.budget.cost:.4f} spent; "
+                f"{{max_cost}} {self.budget.max_cost}: stopped with {done} of {total}, ${self.budget.cost:.4f} spent; "
                 "another request could exceed the limit. Run again with a higher one to go on",
                 "max_cost",
             )

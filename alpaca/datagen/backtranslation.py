@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alpaca.common.errors import UsageError, format_first
+from alpaca.common.errors import InputError, format_first
 from alpaca.data.prompts import PROMPT_DICT, instruction_and_input
 from alpaca.data.rows import Row
 
@@ -111,26 +111,16 @@ class Curation:
     """Rated rows: what they score, and which to choose.
 
     Raises:
-        UsageError: there are none, or a row is not one of `rated_row`'s, by its number.
+        InputError: there are none, or a row is not one of `rated_row`'s, by its number.
     """
 
     def __init__(self, rows: Sequence[Row], path: str):
         self.rows, self.path = rows, path
         if not rows:
-            raise UsageError(f"--ratings_path {path}: has no rows; expected curate's file")
+            raise InputError(f"{path}: has no rows; expected curate's file", path)
         for number, row in enumerate(rows):
-            if not isinstance(row, Mapping) or not isinstance(row.get("ratings"), list) or "score" not in row:
-                raise UsageError(
-                    f"--ratings_path {path}, row {number}: has no score and ratings; expected curate's file"
-                )
-            score = row["score"]
-            if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
-                raise UsageError(
-                    f"--ratings_path {path}, row {number}: its score is {type(score).__name__} {score!r}, "
-                    "expected a number from 1 to 5, or null"
-                )
-            if score is not None and not 1 <= score <= 5:
-                raise UsageError(f"--ratings_path {path}, row {number}: its score is {score}, expected 1 to 5, or null")
+            if problem := _fault(row):
+                raise InputError(f"{path}, row {number}: {problem}", path)
         self.scores = [row["score"] for row in rows if row["score"] is not None]
         self.unread = [number for number, row in enumerate(rows) if row["score"] is None]
         self.ratings = Counter("read" if not isinstance(r, str) else r for row in rows for r in row["ratings"])
@@ -174,9 +164,21 @@ class Curation:
         if flat := undecided(self.scores):
             lines.append(
                 f"warning: {flat[1]:,} of {len(self.scores):,} pairs score {flat[0]:g}: this rater hardly "
-                "tells them apart; take another one, or average several --ratings"
+                "tells them apart; take another one, or average several ratings"
             )
         return "\n".join([*lines, f"{len(self.chosen(threshold)):,} pairs score {threshold:g} or more"])
+
+
+def _fault(row: Any) -> str | None:
+    """Return why a row is not one of `rated_row`'s."""
+    if not isinstance(row, Mapping) or not isinstance(row.get("ratings"), list) or "score" not in row:
+        return "has no score and ratings; expected curate's file"
+    score = row["score"]
+    if score is None:
+        return None
+    if isinstance(score, bool) or not isinstance(score, (int, float)):
+        return f"its score is {type(score).__name__} {score!r}, expected a number from 1 to 5, or null"
+    return None if 1 <= score <= 5 else f"its score is {score}, expected 1 to 5, or null"
 
 
 def histogram(scores: Sequence[float]) -> dict[str, int]:

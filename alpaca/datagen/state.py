@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import InputError, ParameterError
 from alpaca.common.files import atomic_write
 from alpaca.completions.api import Request
 from alpaca.completions.journal import Journal
@@ -132,9 +132,10 @@ class Generation:
         if time.monotonic() - self.saved_at > max(SAVE_EVERY, 20 * self.saving_took):
             self.save()
         if self.useless >= USELESS:
-            raise UsageError(
+            raise ParameterError(
                 f"the last {self.useless} answers gave no new task ({self.summary()}); look at them in "
-                f"{self.journal.path}: does the model follow the prompt, does --parser fit it?"
+                f"{self.journal.path}: does the model follow the prompt, does {{parser}} fit it?",
+                "parser",
             )
 
     def _parse(self, entry: dict[str, Any]) -> list[Item]:
@@ -155,7 +156,7 @@ class Generation:
         yield "\n]" if self.rows else "[]"
 
     def save(self) -> None:
-        """Write regen.json. The journal is told first: a kill between leaves a regen.json that an older line knows."""
+        """Write regen.json, after its line in the journal: a kill between leaves one that an older line knows."""
         begin = time.monotonic()
         digest = hashlib.sha256()
         for piece in self._regen():
@@ -175,9 +176,10 @@ class Generation:
             with atomic_write(self.output_dir / REGEN) as file:
                 file.writelines(self._regen())
         except OSError as error:
-            raise UsageError(
-                f"--output_dir {self.output_dir}: {REGEN} cannot be written ({error.strerror}); nothing "
-                "is lost, every answer is in the journal"
+            raise InputError(
+                f"{self.output_dir}: {REGEN} cannot be written ({error.strerror}); nothing is lost, every answer is in "
+                "the journal",
+                self.output_dir,
             ) from error
         self.saved_at = time.monotonic()
         self.saving_took = self.saved_at - begin
@@ -201,7 +203,5 @@ def _read_regen(path: Path) -> tuple[list[dict[str, Any]], str | None]:
             if not all(isinstance(row[name], str) for name in ("instruction", "input", "output")):
                 raise ValueError(f"row {number}: instruction, input and output must be texts")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(
-            f"--output_dir: {path} is not a list of tasks ({error!r}); move it away to begin anew"
-        ) from error
+        raise InputError(f"{path} is not a list of tasks ({error!r}); move it away to begin anew", path) from error
     return rows, hashlib.sha256(content).hexdigest()

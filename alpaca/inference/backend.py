@@ -31,7 +31,7 @@ class BackendFlags:
     def check(self) -> None:
         """Raise UsageError for a value that no model takes."""
         if self.api not in ("auto", "chat", "completions"):
-            raise ParameterError(f"api {self.api}: expected auto, chat or completions", "api")
+            raise ParameterError(f"{{api}} {self.api}: expected auto, chat or completions", "api")
         check_numbers(batch_size=self.batch_size, concurrency=self.at_once)
 
     @property
@@ -57,7 +57,7 @@ def open_backend(model: str, flags: BackendFlags, chat: bool = True) -> Model:
         for name in ("base", "load_in_8bit", "load_in_4bit"):
             if getattr(flags, name):
                 server = flags.base_url or "OPENAI_BASE_URL, or OpenAI"
-                raise ParameterError(f"{name} is for the model of a folder; {model} is a server's ({server})", name)
+                raise ParameterError(f"{{{name}}} is for the model of a folder; {model} is a server's ({server})", name)
         return Client(model, flags.base_url, flags.api)
     from alpaca.inference.local_model import LocalModel
 
@@ -72,7 +72,7 @@ def open_backend(model: str, flags: BackendFlags, chat: bool = True) -> Model:
         load_in_4bit=flags.load_in_4bit,
     )
     if flags.api == "chat" and opened.api != "chat":
-        raise ParameterError(f"api chat: the tokenizer of {model} has no chat template; omit api", "api")
+        raise ParameterError(f"{{api}} chat: the tokenizer of {model} has no chat template; omit {{api}}", "api")
     return opened
 
 
@@ -145,7 +145,7 @@ class PromptSet:
             return format_prompt({"instruction": question}, self.around)
         if self.templates is not None:
             raise ParameterError(
-                "prompt_template is for completions, and this server chats: add api completions",
+                "{prompt_template} is for completions, and this server chats: add {api} completions",
                 "prompt_template",
                 "api",
             )

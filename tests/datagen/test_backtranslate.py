@@ -126,7 +126,7 @@ def test_a_rater_that_tells_nothing_apart_is_named():
     alike, other = [rated_row(pair(), ["Score: 4"])] * 9, rated_row(pair(), ["Score: 5"])
     assert "9 of 10 pairs score 4: this rater hardly" in Curation([*alike, other], "r").summary(4)
     assert "hardly" not in Curation([*alike, other, other], "r").summary(4)
-    with pytest.raises(UsageError, match="--ratings_path r, row 1: has no score and ratings"):
+    with pytest.raises(UsageError, match="r, row 1: has no score and ratings"):
         Curation([alike[0], pair()], "r")
     for score, told in (
         ("4", "is str '4', expected a number"),
@@ -135,9 +135,9 @@ def test_a_rater_that_tells_nothing_apart_is_named():
         (0.5, "is 0.5, expected 1"),
         (float("nan"), "is nan, expected 1 to 5"),
     ):
-        with pytest.raises(UsageError, match=f"--ratings_path r, row 1: its score {told}"):
+        with pytest.raises(UsageError, match=f"r, row 1: its score {told}"):
             Curation([alike[0], alike[0] | {"score": score}], "r")
-    with pytest.raises(UsageError, match="--ratings_path r: has no rows"):
+    with pytest.raises(UsageError, match="r: has no rows"):
         Curation([], "r")
 
 
@@ -149,14 +149,14 @@ def test_texts_of_every_kind_of_file(tmp_path):
     assert load_texts(str(tmp_path / "a.txt")) == ["One\nmore line.", "Two."]
     rows = write(tmp_path / "rows.jsonl", [{"text": " a "}, {"instruction": "i", "output": "b", "text": "i b"}])
     assert load_texts(str(rows)) == ["a", "b"], "the text of Alpaca's rows repeats their prompt"
-    with pytest.raises(UsageError, match=r"row 0: no field 'body'; the row has \['text'\]; --text_field"):
+    with pytest.raises(UsageError, match=r"row 0: no field 'body'; the row has \['text'\]; choose one"):
         load_texts(str(rows), text_field="body")
     with pytest.raises(UsageError, match="row 1: 'text' must be text, got int 3"):
         load_texts(str(write(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": 3}])))
     with pytest.raises(UsageError, match="row 0: 'text' holds '.ud83d' at character 2"):
         load_texts(str(write(tmp_path / "rows.jsonl", [{"text": "a \ud83d"}])))
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(UsageError, match="--text_field body: a .txt file has no fields"):
+    with pytest.raises(UsageError, match="text_field body: a .txt file has no fields"):
         load_texts(str(tmp_path / "a.txt"), text_field="body")
 
 
@@ -170,7 +170,7 @@ def test_what_is_left_out_and_why():
     assert kept == [0, 6] and left_out["not_english"] == [4]
     assert share_of_english_words(PROSE) > 0.3 > 0.05 > share_of_english_words(german)
     assert Filters(1, 10, 1.0).choose(["ABC", "Abc", "0 1", "早上好"])[0] == [0, 2, 3]
-    with pytest.raises(UsageError, match="--min_chars 9, --max_chars 8"):
+    with pytest.raises(UsageError, match="min_chars 9, max_chars 8"):
         Filters(9, 8)
 
 
