@@ -115,14 +115,14 @@ def load_voices(options: DemoArguments) -> list[DemoModel]:
     if whole and options.base and options.compare:
         raise UsageError(f"--base {options.base}: {options.model} is a whole model; leave --base or --compare away")
     how = {"load_in_8bit": options.load_in_8bit, "load_in_4bit": options.load_in_4bit}
-    tuned = LocalModel(options.model, base=None if whole else options.base, flag="--model", base_flag="--base", **how)
+    tuned = LocalModel(options.model, base=None if whole else options.base, **how)
     voices = [DemoModel(options.model, tuned, tuned.templates)]
     if options.compare:
-        other = LocalModel(options.compare, flag="--compare", **how)
+        other = LocalModel(options.compare, **how)
         voices.append(DemoModel(options.compare, other, other.templates))
     elif options.base:
         shared = is_adapter(options.model) and not options.load_in_8bit
-        base = tuned.without_adapter() if shared else LocalModel(options.base, flag="--base", **how)
+        base = tuned.without_adapter() if shared else LocalModel(options.base, **how)
         voices.append(DemoModel(options.base, base, tuned.templates))
     names = [Path(voice.name).resolve().name for voice in voices]
     override = load_prompt_template(options.prompt_template) if options.prompt_template else None

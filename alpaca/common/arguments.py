@@ -11,12 +11,8 @@ from typing import Any
 import transformers
 
 from alpaca.common.commands import HelpFormatter, unknown_flag
-from alpaca.common.errors import UsageError
-
-
-def flag(default: Any, text: str, **metadata: Any) -> Any:
-    """A field of a dataclass of flags; `metadata` as HfArgumentParser takes it."""
-    return dataclasses.field(default=default, metadata={"help": text, **metadata})
+from alpaca.common.commands import flag as flag
+from alpaca.common.errors import UsageError, names_flags
 
 
 def enum_value(option: Any) -> str:
@@ -86,7 +82,7 @@ def parse(
         parsed = parser.parse_dict(vars(namespace))
         for group in parsed:
             if hasattr(group, "check"):  # of what a command needs, and a dataclass made in Python may get later
-                group.check()
+                names_flags(type(group).check)(group)
         return parsed, notes
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error

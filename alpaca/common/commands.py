@@ -79,6 +79,11 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 # ---- commands that are functions ----
 
 
+def flag(default: Any, text: str, **metadata: Any) -> Any:
+    """A field of a dataclass of flags; `metadata` as HfArgumentParser takes it."""
+    return dataclasses.field(default=default, metadata={"help": text, **metadata})
+
+
 def run(program: str, tasks: Mapping[str, Callable[..., None]], argv: Sequence[str] | None = None) -> None:
     """Call one of `tasks` with the flags of the command line. A parameter of a task is a flag; one without a default is
     required. A task with **parameters gets all other flags in them, as text.
@@ -142,7 +147,7 @@ def read(program: str, function: Callable[..., None], words: Sequence[str]) -> d
 
 def task(**renamed: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Return a decorator of a task. A parameter whose default is an instance of a dataclass becomes its fields: flags
-    for `run`, and keywords for Python. The docstring of the dataclass explains them below its "Args:".
+    for `run`, and keywords for Python.
 
     Args:
         renamed: older names of flags, and what each is called today; they stay accepted.
@@ -159,10 +164,10 @@ def task(**renamed: str) -> Callable[[Callable[..., None]], Callable[..., None]]
             for name, default in groups.items():
                 given = {field.name for field in dataclasses.fields(default)} & values.keys()
                 values[name] = dataclasses.replace(default, **{field: values.pop(field) for field in given})
-            return function(**values)
+            return names_flags(function)(**values)
 
         call.__signature__ = signature
-        call._renamed = renamed
+        call._renamed = function._renamed = renamed
         call.__doc__ = functools.reduce(_explain, groups.values(), inspect.getdoc(function) or "")
         return call
 
@@ -179,9 +184,10 @@ def _spread(parameter: inspect.Parameter) -> list[inspect.Parameter]:
 
 
 def _explain(text: str, flags: Any) -> str:
-    """`text`, whose "Args:" go on with those of a dataclass."""
-    own, gap, rest = text.partition("Args:\n")[2].partition("\n\n")
-    return text.replace(own, f"{own}\n" + inspect.getdoc(type(flags)).partition("Args:\n")[2], 1)
+    """`text`, whose "Args:" go on with the fields of a dataclass."""
+    own = text.partition("Args:\n")[2].partition("\n\n")[0]
+    fields = [f"    {field.name}: {field.metadata['help']}" for field in dataclasses.fields(flags)]
+    return text.replace(own, "\n".join([own, *fields]), 1)
 
 
 def _today(given: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import pytest
 from conftest import fork, run, train, write_rows
 
 import train as train_module
-from alpaca.common.errors import InputError, UsageError, names_flags
+from alpaca.common import commands
+from alpaca.common.errors import InputError, ParameterError, UsageError, names_flags
 
 
 def mistake(tmp_path, tiny, **changed):
@@ -222,4 +223,27 @@ def test_the_flag_is_named_once_that_of_the_outermost_command():
     for model, message in (("llama", "--model llama: no such folder"), ("other", "--path here: no such folder")):
         with pytest.raises(UsageError) as error:
             outer(model, "here")
+        assert str(error.value) == message
+
+
+def test_a_parameter_is_named_as_the_flag_that_the_command_has():
+    def check(size: int) -> None:
+        raise ParameterError(f"{{size}} {size}: expected {{count}} or more", "size", "count")
+
+    @names_flags
+    def command(options: Options) -> None:
+        check(options.size)
+
+    @commands.task(count="number")
+    def task(size: int, number: int = 1) -> None:
+        check(size)
+
+    for call, message in (
+        (lambda: check(3), "size 3: expected count or more"),
+        (lambda: command(Options()), "--size 3: expected count or more"),
+        (lambda: task(3), "--size 3: expected --number or more"),
+        (lambda: commands.run("p", {"task": task}, ["task", "3"]), "--size 3: expected --number or more"),
+    ):
+        with pytest.raises(UsageError) as error:
+            call()
         assert str(error.value) == message

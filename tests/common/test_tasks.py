@@ -10,15 +10,8 @@ from alpaca.common.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """How to draw.
-
-    Args:
-        temperature: how wildly.
-        top_p: how widely.
-    """
-
-    temperature: float | None = 0.7
-    top_p: float = 1.0
+    temperature: float | None = commands.flag(0.7, "How wildly.")
+    top_p: float = commands.flag(1.0, "How widely.")
 
 
 NARROW = Drawing(top_p=0.9)
@@ -74,4 +67,5 @@ def test_they_are_checked_before_the_task_is_called(words, message):
 
 def test_the_help_explains_them():
     entries = draw.__doc__.partition("Args:\n")[2].partition("\n\nRaises:")[0].split("\n")
-    assert [entry.strip().partition(":")[0] for entry in entries] == ["path", "count", "temperature", "top_p"]
+    explained = ["path: what to draw.", "count: how often.", "temperature: How wildly.", "top_p: How widely."]
+    assert [entry.strip() for entry in entries] == explained

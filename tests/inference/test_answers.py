@@ -108,7 +108,7 @@ def test_the_base_of_an_adapter_may_have_moved(tiny, adapter, tmp_path):
     ):
         (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
         with pytest.raises(UsageError, match=told):
-            LocalModel(moved, base_flag="--base")
+            LocalModel(moved)
         with pytest.raises(UsageError, match=r"first: python -m scripts.merge_lora --adapter .*adapter --base <base>"):
             LocalModel(moved)  # of a command that takes no base
     opened, other = LocalModel(moved, base=tiny("llama")), LocalModel(adapter)
@@ -162,7 +162,7 @@ def test_a_diff_and_its_base_are_the_tuned_model(tiny, tuned, capsys):
         ("model", tiny("llama"), "is a whole model, which needs no base; leave it away"),
     ):
         with pytest.raises(UsageError, match=message):
-            LocalModel(tuned / folder, base=base, base_flag="--base")
+            LocalModel(tuned / folder, base=base)
 
 
 def test_quantized_bases(tiny, tmp_path, monkeypatch, caplog):
