@@ -38,20 +38,12 @@ from alpaca.data.tokenization import IGNORE_INDEX, Ragged, cached_tokens, cut, e
 from alpaca.data.tokenizer import SPECIAL_TOKENS, control_tokens, identity, to_save
 from alpaca.models import deepspeed, fsdp
 from alpaca.models.embeddings import resize_embeddings
-from alpaca.models.load import base_slow_files, load_config, load_tokenizer, make_model
+from alpaca.models.load import base_slow_files, load_tokenizer, make_model
 from alpaca.models.lora import LoraArguments, check_lora
 from alpaca.training import legacy_flags
 from alpaca.training.checkpoint import find_checkpoint
-from alpaca.training.preflight import check_before_loading, check_combinations, check_evaluation, check_is_model
-from alpaca.training.resume import (
-    check_contract,
-    check_not_finished,
-    describe_run,
-    keep_decisions,
-    mark_finished,
-    mark_started,
-    note_decisions,
-)
+from alpaca.training.preflight import check_combinations, check_evaluation, check_is_model, prepare_run
+from alpaca.training.resume import mark_finished, mark_started
 from alpaca.training.trainer import AlpacaTrainer
 
 TOKENS_VERSION = 2  # raise it when `preprocess` changes, so that no old cache is read
@@ -118,7 +110,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     max_tokens_per_pack: str = flag(
         "auto",
-        "Tokens that a pack has at most (a longer row makes its own); auto: as many as the memory forecast allows.",
+        "Tokens that a pack has at most (a longer row makes its own); auto: as many as the memory estimate allows.",
     )
     share_prefix: bool = flag(
         True, "Compute the template's beginning, which rows of a pack have in common, once per pack."
@@ -126,15 +118,12 @@ class TrainingArguments(transformers.TrainingArguments):
     gradient_checkpointing: bool | None = flag(
         None,
         "Compute activations again in the backward pass: slower, far less memory. By default only where the memory "
-        "forecast asks for it.",
+        "estimate asks for it.",
         nargs="?",
         const=True,
     )
     hold_gradients: bool | None = flag(
-        None,
-        "Under FSDP: reduce gradients once a step, not after every pack. By default if the memory forecast has room.",
-        nargs="?",
-        const=True,
+        None, "Under FSDP, reduce gradients once a step and not after every pack.", nargs="?", const=True
     )
     save_dtype: str = flag(
         "float32",
@@ -168,7 +157,7 @@ class TrainingArguments(transformers.TrainingArguments):
         recompute = self.activation_checkpointing = self.gradient_checkpointing if new_name is None else new_name
         super().__post_init__()
         self.gradient_checkpointing = recompute  # None, which transformers makes False: check_before_loading decides
-        self.logging_nan_inf_filter = False  # it would wait for the device in every step; the black box looks anyway
+        self.logging_nan_inf_filter = False  # it would wait for the device in every step; NonFiniteGuard looks anyway
         if self.fsdp and (policy := fsdp.mixed_precision_policy(self.mixed_precision)):
             self.fsdp_plugin_args["mixed_precision_policy"] = policy
         if self.deepspeed:
@@ -185,7 +174,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Lor
         "train.py",
         translate=legacy_flags.translate_legacy_flags,
         adapt=legacy_flags.adapt,
-        hidden=legacy_flags.HIDDEN,
+        hidden={*legacy_flags.HIDDEN, "hold_gradients"},  # the memory estimate decides it
     )
     check_lora(lora_args, training_args)
     if model_args.add_missing_tokens is None:
@@ -348,36 +337,28 @@ def train(argv: Sequence[str] | None = None) -> None:
     check_is_model(model_args.model_name_or_path)
     tokenizer, num_new_tokens = load_tokenizer(model_args, training_args)
     data_module = make_supervised_data_module(tokenizer, data_args, training_args.cache_dir)
-    for dataset in filter(None, (data_module["train_dataset"], data_module["eval_dataset"])):
-        print_rank0(str(dataset.report), training_args.process_index)
-
     set_chat_template(tokenizer, data_module["train_dataset"].templates, training_args.process_index)
-    keep_decisions(training_args, checkpoint)
-    contract = describe_run(training_args, model_args, data_args, lora_args, data_module["train_dataset"], tokenizer)
-    if check_not_finished(training_args, contract, checkpoint):
+    run = prepare_run(model_args, data_args, lora_args, training_args, tokenizer, data_module, checkpoint)
+    if run is None:
         return shutdown()
-    check_contract(training_args, contract, checkpoint)
 
-    config = load_config(model_args, training_args, None if lora_args else checkpoint)
-    check_before_loading(training_args, config, data_module, checkpoint, lora_args)
-    note_decisions(training_args, contract)
     model = make_model(model_args, training_args, lora_args, tokenizer, num_new_tokens, checkpoint)
     trainer = AlpacaTrainer(
         model=model,
         processing_class=to_save(tokenizer),
         args=training_args,
-        contract=contract,
+        run_fingerprint=run,
         flags={**vars(model_args), **vars(data_args)},
         slow_files=base_slow_files(tokenizer, training_args),
         **data_module,
     )
-    mark_started(training_args, contract)
+    mark_started(training_args, run)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.was_stopped_early():
         return shutdown()
     trainer.save_final_model(getattr(torch, training_args.save_dtype))
     trainer.create_model_card()
-    mark_finished(training_args, contract)
+    mark_finished(training_args, run)
     print_rank0(f"saved to {training_args.output_dir}", training_args.process_index)
     shutdown()
 

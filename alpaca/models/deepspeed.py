@@ -110,7 +110,7 @@ def check_agreement(args: "TrainingArguments") -> None:
 
 @dataclass(frozen=True)
 class Zero3:
-    """What a memory forecast must know of the configuration."""
+    """What a memory estimate must know of the configuration."""
 
     live: int  # parameters that a rank may keep whole
     optimizer_on_cpu: bool
@@ -124,7 +124,7 @@ class Zero3:
 
 
 def described(args: "TrainingArguments") -> dict[str, Any]:
-    """For the contract of a run: DeepSpeed continues only what it has saved itself, with as many ranks."""
+    """Return its part of the run fingerprint. DeepSpeed continues only what it has saved itself, with as many ranks."""
     if not args.deepspeed:
         return {"--deepspeed": None}
     return {

@@ -14,7 +14,7 @@ from alpaca.common.distributed import print_rank0
 from alpaca.common.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
+    from accelerate import Accelerator
     from accelerate.parallelism_config import ParallelismConfig
     from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
@@ -200,10 +200,18 @@ def full_state_dict(
 # ---- an optimizer saved by FSDP, continued without, and the other way round ----
 
 
+def save_sharded_optimizer(
+    accelerator: "Accelerator", model: nn.Module, optimizer: "torch.optim.Optimizer", folder: str
+) -> None:
+    """Save the optimizer in shards, every rank its own. Collective."""
+    from accelerate.utils import save_fsdp_optimizer
+
+    save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, folder)
+
+
 def load_resharded_optimizer(model: "PreTrainedModel", optimizer: "torch.optim.Optimizer", folder: str) -> None:
     """Fill `optimizer` from a checkpoint that was saved in shards and is now needed whole, or saved whole and now
     needed in shards. Parameters are matched by name. Collective under torch.distributed."""
-    import torch
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,

@@ -14,10 +14,10 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -134,8 +134,12 @@ def named_kernel(config: "PreTrainedConfig") -> str | None:
 
 
 @contextmanager
-def packed_attention_enabled(config: "PreTrainedConfig") -> Iterator[None]:
-    """Models of `config` attend within the rows of a pack meanwhile, and need `pack` in their forward."""
+def packed_attention_enabled(config: "PreTrainedConfig", batch: Mapping[str, Any]) -> Iterator[None]:
+    """If `batch` is a pack, let models of `config` attend within its rows; if it is padded, do nothing if it is padded.
+    The backward pass belongs inside: layers with gradient checkpointing run again there."""
+    if "pack" not in batch:
+        yield
+        return
     register()
     chosen, config._attn_implementation = config._attn_implementation, NAME
     try:

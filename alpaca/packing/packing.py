@@ -138,6 +138,10 @@ class PackedBatchDataset(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def inputs(self, batch: "MicroBatch") -> Batch:
+        """Return what a model computes of a micro-batch, without the numbers of its rows and the totals of its step."""
+        return {name: value for name, value in self[batch].items() if name not in ("rows", "step")}
+
     def __getitem__(self, batch: "MicroBatch") -> Batch:
         rows = [self.dataset[row] for row in batch.rows]
         padded = self.collate(rows) if not (batch.packed and rows) else {}

@@ -185,8 +185,13 @@ class Steps2023:
         return bisect_left(range(steps * self.accumulation), steps, key=self.taken)
 
     def of_epoch(self, epoch: int) -> range:
-        """The steps, numbered from 0 through the run, that are taken in an epoch."""
+        """Return the steps, numbered from 0 through the run, that are taken in an epoch."""
         return range(self.taken(epoch * self.micro_batches), self.taken((epoch + 1) * self.micro_batches))
+
+    def position(self, steps: int) -> tuple[int, int]:
+        """Return the epoch of the step that follows the first `steps`, and how many steps of it are done."""
+        epoch = (self.end(steps + 1) - 1) // self.micro_batches
+        return epoch, steps - self.of_epoch(epoch).start
 
 
 class StepSampler2023(StepSampler):

@@ -120,7 +120,7 @@ def find_problems(folder: Path) -> list[str]:
 
 
 @contextmanager
-def atomic_checkpoint_dir(output: Path, step: int, contract: dict[str, Any], rank: int) -> Iterator[str]:
+def atomic_checkpoint_dir(output: Path, step: int, run_fingerprint: dict[str, Any], rank: int) -> Iterator[str]:
     """The folder to write a checkpoint into; it becomes checkpoint-`step` when all ranks have left the block.
 
     Raises:
@@ -135,7 +135,7 @@ def atomic_checkpoint_dir(output: Path, step: int, contract: dict[str, Any], ran
         yield str(folder)
         barrier()
         if rank == 0:
-            _write_manifest(folder, step, contract)
+            _write_manifest(folder, step, run_fingerprint)
             _rename(folder, output / f"checkpoint-{step}")
     except BaseException as error:  # safetensors, torch, and CheckpointException, which is no Exception
         if not is_about_space(error):
@@ -159,7 +159,7 @@ def _clear_leftovers(output: Path) -> None:
             shutil.rmtree(leftover)
 
 
-def _write_manifest(folder: Path, step: int, contract: dict[str, Any]) -> None:
+def _write_manifest(folder: Path, step: int, run_fingerprint: dict[str, Any]) -> None:
     files = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         descriptor = os.open(file, os.O_RDONLY)
@@ -167,7 +167,7 @@ def _write_manifest(folder: Path, step: int, contract: dict[str, Any]) -> None:
         os.close(descriptor)
         files[str(file.relative_to(folder))] = file.stat().st_size
     with atomic_write(folder / MANIFEST) as file:
-        json.dump({"step": step, "contract": contract, "files": files}, file, indent=1)
+        json.dump({"step": step, "contract": run_fingerprint, "files": files}, file, indent=1)
 
 
 def _rename(folder: Path, target: Path) -> None:

@@ -15,7 +15,7 @@ Memory is the sum of
     activations          what the forward pass of the largest micro-batch keeps for the backward pass, counted on fake
                          tensors (shapes without memory), and its logits with their gradient and the loss's float32
 
-and 1 GB for CUDA itself. 1 GB is 10^9 bytes. It is a forecast: an allocator that fragments takes more, so what is
+and 1 GB for CUDA itself. 1 GB is 10^9 bytes. It is an estimate: an allocator that fragments takes more, so what is
 decided here leaves room for a tenth more of the last two, which come and go with every pack.
 """
 
@@ -85,7 +85,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rows:
-    """What the forecast must know of the data, in tokens."""
+    """What the estimate must know of the data, in tokens."""
 
     longest: int
     share: float  # of the tokens that are targets
@@ -94,7 +94,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Decision:
-    """What training takes over from the forecast."""
+    """What training takes over from the estimate."""
 
     max_tokens_per_pack: int  # at least the longest row; 0 if padded
     gradient_checkpointing: bool
@@ -323,7 +323,7 @@ def available_memory(device: torch.device) -> tuple[float, float]:
     return (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host), host
 
 
-def forecast_memory(
+def estimate_memory(
     args: "TrainingArguments", config: "PreTrainedConfig", rows: Rows, lora: LoraArguments | None = None
 ) -> tuple[Model | None, Decision]:
     """Decide what the flags leave open, and print what a process will take, whether that is there, and which flags to
@@ -335,7 +335,7 @@ def forecast_memory(
         model = measure(config, rows.longest, plan.half, autocast=not plan.sharded, **frozen)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {first_line(error):.100}"
-        print_rank0(f"memory and disk: no forecast, this model does not run on fake tensors ({reason})", 0)
+        print_rank0(f"memory and disk: no estimate, this model does not run on fake tensors ({reason})", 0)
         tokens = max(budget or CPU_PACK_TOKENS, rows.longest)
         return None, Decision(tokens if plan.packed else 0, bool(plan.checkpointing), hold_gradients=False)
     available, host = available_memory(args.device)
@@ -347,7 +347,7 @@ def forecast_memory(
         whole_gradients=decision.hold_gradients,
         checkpointing=decision.gradient_checkpointing,
     )
-    _say_forecast(model, chosen, rows, available, host)
+    _print_estimate(model, chosen, rows, available, host)
     if chosen.checkpointing and plan.checkpointing is None:
         least = pack_sizes(plan, rows, budget)[-1] if plan.packed else plan.tokens
         size = total(memory(model, replace(plan, tokens=least)))
@@ -358,13 +358,13 @@ def forecast_memory(
     return model, decision
 
 
-def _say_forecast(model: Model, plan: Plan, rows: Rows, available: float, host: float) -> None:
+def _print_estimate(model: Model, plan: Plan, rows: Rows, available: float, host: float) -> None:
     parts = memory(model, plan)
     size = total(parts)
     described = " + ".join(f"{name} {format_bytes(part)}" for name, part in parts.items() if name != "host" and part)
     batch = f"packs of at most {plan.tokens}" if plan.packed else f"{plan.rows} rows of {rows.longest}"
     unit = f"per {'GPU' if plan.on_gpu else 'process'} ({batch} tokens)"
-    print_rank0(f"memory {unit}, forecast: {described} = {format_bytes(size)}, available {format_bytes(available)}", 0)
+    print_rank0(f"memory {unit}, estimate: {described} = {format_bytes(size)}, available {format_bytes(available)}", 0)
     if size > available:
         fits = what_fits(model, plan, rows, available)
         print_rank0(f"  does not fit; {'this would: ' + fits if fits else 'take more GPUs, or a smaller model'}", 0)

@@ -72,6 +72,26 @@ class SpeedMeter:
         }
 
 
+class LossTracker:
+    """The losses of the steps since the last log line, and the gradient norm of the last step."""
+
+    def __init__(self):
+        self.losses: list[float] = []
+        self.grad_norm: float | None = None
+
+    def add(self, loss: float, grad_norm: float | None) -> None:
+        self.losses.append(loss)
+        self.grad_norm = grad_norm
+
+    def read(self) -> tuple[float, dict[str, float]]:
+        """Return the sum of the losses since the last call, and what is logged: their mean, and the gradient norm."""
+        losses, self.losses = self.losses, []
+        logs = {"loss": sum(losses) / len(losses)}
+        if self.grad_norm is not None:
+            logs["grad_norm"] = self.grad_norm
+        return sum(losses), logs
+
+
 def flops_per_token(model: nn.Module) -> int:
     """Two for every parameter that a token is multiplied with (all but the input embedding, unless it is the output's
     too), two for the gradient of its input, and two for its own."""
