@@ -14,7 +14,7 @@ from typing import Any, get_args
 
 import fire
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import UsageError, names_flags
 
 
 def run(program: str, tasks: Mapping[str, Callable[..., None]], argv: Sequence[str] | None = None) -> None:
@@ -31,7 +31,7 @@ def run(program: str, tasks: Mapping[str, Callable[..., None]], argv: Sequence[s
     elif words[0] not in tasks:
         raise UsageError(f"unknown task {words[0]!r}{_closest(words[0], tasks)}; expected one of: {', '.join(tasks)}")
     else:
-        tasks[words[0]](**read(tasks[words[0]], words))
+        names_flags(tasks[words[0]])(**read(tasks[words[0]], words))
 
 
 def read(task: Callable[..., None], words: Sequence[str]) -> dict[str, Any]:

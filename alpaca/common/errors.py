@@ -1,19 +1,78 @@
 """How a user's mistake is reported: one message that says what was got, what was expected and how to fix it."""
 
 import atexit
+import dataclasses
+import functools
+import inspect
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from alpaca.common.distributed import die_with_launcher
 
 
 class UsageError(ValueError):
     """A mistake of the user's: shown as one message, without a traceback."""
+
+
+class InputError(UsageError):
+    """A mistake in `about`: a file, a folder, a hub id or another text that the user gave.
+
+    Library code names no flag. The command that was given `about`, or a folder that holds it, names its flag
+    (`names_flags`).
+    """
+
+    def __init__(self, message: str, about: str | Path):
+        super().__init__(message)
+        self.message, self.about = message, str(about)
+
+
+def names_flags(command: Callable) -> Callable:
+    """Make `command` put the flag before the message of an InputError that is about the flag's value.
+
+    The flags of a command are its parameters, and the fields of parameters that are dataclasses.
+    """
+
+    @functools.wraps(command)
+    def with_flags(*values: Any, **flags: Any) -> Any:
+        try:
+            return command(*values, **flags)
+        except InputError as error:
+            bound = inspect.signature(command).bind(*values, **flags)
+            bound.apply_defaults()
+            _name_flag(error, _flags_of(bound.arguments))
+            raise
+
+    return with_flags
+
+
+def _flags_of(arguments: dict[str, Any]) -> dict[str, str]:
+    """Return {name: value} of the flags that are texts, those in dataclasses and in **parameters too."""
+    flags: dict[str, str] = {}
+    for name, value in arguments.items():
+        if dataclasses.is_dataclass(value):
+            flags |= _flags_of(vars(value))
+        elif isinstance(value, dict):
+            flags |= _flags_of(value)
+        elif isinstance(value, str | Path):
+            flags[name] = str(value)
+    return flags
+
+
+def _name_flag(error: InputError, flags: dict[str, str]) -> None:
+    """Put the flag before the message: "--path_raw llama: …", or "--path_raw: llama/config.json …"."""
+    about = os.path.abspath(os.path.expanduser(error.about))
+    for name, value in flags.items():
+        path = os.path.abspath(os.path.expanduser(value))
+        if about == path or (value and about.startswith(path + os.sep)):
+            begins = error.message.startswith((f"{value}:", f"{value} ", f"{path}:", f"{path} "))
+            error.args = (f"--{name}{'' if begins else ':'} {error.message}",)
+            return
 
 
 class MalformedJSON(UsageError, json.JSONDecodeError):

@@ -1,5 +1,6 @@
 """What a user gets wrong ends in one clear message and a non-zero exit, and nothing is overwritten."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -9,7 +10,7 @@ import pytest
 from conftest import fork, run, train, write_rows
 
 import train as train_module
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import InputError, UsageError, names_flags
 
 
 def mistake(tmp_path, tiny, **changed):
@@ -177,3 +178,47 @@ def test_a_rank_whose_launcher_died_while_it_was_importing_ends(launcher):
     elif result.stdout:
         assert int(result.stdout.split()[0]) != 1
         pytest.skip("orphans go to a process here that is none of alpaca.common.distributed.REAPERS")
+
+
+@dataclasses.dataclass
+class Options:
+    model: str = "default"
+    size: int = 3
+
+
+@pytest.mark.parametrize(
+    "about, message",
+    [
+        ("llama", "--path_raw llama: no such folder"),
+        ("llama/model.bin", "--path_raw: llama/model.bin: no such folder"),
+        (os.path.abspath("llama"), f"--path_raw {os.path.abspath('llama')}: no such folder"),
+        ("llama2", "llama2: no such folder"),
+        ("default", "--model default: no such folder"),
+        ("rest", "--rest rest: no such folder"),
+        ("more", "--others more: no such folder"),
+        ("3", "3: no such folder"),
+    ],
+)
+def test_the_command_names_the_flag_of_what_is_wrong(about, message):
+    @names_flags
+    def command(path_raw: str, options: Options, rest: str = "rest", **more: str) -> None:
+        raise InputError(f"{about}: no such folder", about)
+
+    with pytest.raises(UsageError) as error:
+        command("llama", Options(), others="more")
+    assert str(error.value) == message
+
+
+def test_the_flag_is_named_once_that_of_the_outermost_command():
+    @names_flags
+    def command(path_raw: str) -> None:
+        raise InputError(f"{path_raw}: no such folder", path_raw)
+
+    @names_flags
+    def outer(model: str, path: str) -> None:
+        command(model if model != "other" else path)
+
+    for model, message in (("llama", "--model llama: no such folder"), ("other", "--path here: no such folder")):
+        with pytest.raises(UsageError) as error:
+            outer(model, "here")
+        assert str(error.value) == message
