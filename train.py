@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca.common.arguments import flag, parse
 from alpaca.common.distributed import hide_progress_bars, print_rank0, shutdown
-from alpaca.common.errors import UsageError, reported
+from alpaca.common.errors import UsageError, names_flags, reported
 from alpaca.common.files import fingerprint
 from alpaca.data.chat_template import set_chat_template
 from alpaca.data.prompts import PROMPT_DICT, format_prompt, load_prompt_template
@@ -328,7 +328,14 @@ def smart_tokenizer_and_embedding_resize(
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv` (default: this process's)."""
-    model_args, data_args, lora_args, training_args = parse_flags(sys.argv[1:] if argv is None else argv)
+    run(*parse_flags(sys.argv[1:] if argv is None else argv))
+
+
+@names_flags
+def run(
+    model_args: ModelArguments, data_args: DataArguments, lora_args: LoraArguments, training_args: TrainingArguments
+) -> None:
+    """Train as the flags say."""
     hide_progress_bars(training_args)
     transformers.set_seed(training_args.seed)
     check_evaluation(training_args, data_args.eval_data_path)
@@ -338,8 +345,8 @@ def train(argv: Sequence[str] | None = None) -> None:
     tokenizer, num_new_tokens = load_tokenizer(model_args, training_args)
     data_module = make_supervised_data_module(tokenizer, data_args, training_args.cache_dir)
     set_chat_template(tokenizer, data_module["train_dataset"].templates, training_args.process_index)
-    run = prepare_run(model_args, data_args, lora_args, training_args, tokenizer, data_module, checkpoint)
-    if run is None:
+    run_fingerprint = prepare_run(model_args, data_args, lora_args, training_args, tokenizer, data_module, checkpoint)
+    if run_fingerprint is None:
         return shutdown()
 
     model = make_model(model_args, training_args, lora_args, tokenizer, num_new_tokens, checkpoint)
@@ -347,18 +354,18 @@ def train(argv: Sequence[str] | None = None) -> None:
         model=model,
         processing_class=to_save(tokenizer),
         args=training_args,
-        run_fingerprint=run,
+        run_fingerprint=run_fingerprint,
         flags={**vars(model_args), **vars(data_args)},
         slow_files=base_slow_files(tokenizer, training_args),
         **data_module,
     )
-    mark_started(training_args, run)
+    mark_started(training_args, run_fingerprint)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.was_stopped_early():
         return shutdown()
     trainer.save_final_model(getattr(torch, training_args.save_dtype))
     trainer.create_model_card()
-    mark_finished(training_args, run)
+    mark_finished(training_args, run_fingerprint)
     print_rank0(f"saved to {training_args.output_dir}", training_args.process_index)
     shutdown()
 

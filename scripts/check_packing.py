@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
-from alpaca.common.errors import reported
+from alpaca.common.errors import names_flags, reported
 from alpaca.models.embeddings import resize_embeddings
 from alpaca.models.load import load_model, load_tokenizer
 from alpaca.packing.check import compare_step
@@ -48,10 +48,15 @@ class VerifyArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the comparison for the command line `argv`; returns the exit code."""
+    """Print the comparison for the command line `argv`. Return the exit code."""
     classes = (ModelArguments, DataArguments, VerifyArguments)
     argv = sys.argv[1:] if argv is None else argv
-    (model_args, data_args, options), _ = arguments.parse(argv, classes, __doc__, program="scripts.check_packing")
+    flags, _ = arguments.parse(argv, classes, __doc__, program="scripts.check_packing")
+    return check_packing(*flags)
+
+
+@names_flags
+def check_packing(model_args: ModelArguments, data_args: DataArguments, options: VerifyArguments) -> int:
     check_is_model(model_args.model_name_or_path)
     tokenizer, new_tokens = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)

@@ -22,7 +22,7 @@ from alpaca.completions.api import Sampling
 from alpaca.completions.budget import budget_of, estimate
 from alpaca.completions.rows import BatchCompletion, write_rows
 from alpaca.data.prompts import instruction_and_input
-from alpaca.data.rows import load_named, load_rows, partners
+from alpaca.data.rows import load_rows, partners
 from alpaca.evaluation.bleu_rouge import ROUGE, overlap, worst
 from alpaca.evaluation.harness import HarnessRun
 from alpaca.evaluation.judge import PROMPT, judge_prompt, read_preference, tally
@@ -274,11 +274,12 @@ def _verdict(entry: dict[str, Any], first: str) -> dict[str, Any]:
 
 def _pairs(outputs: str, reference: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of `outputs`, and for each the one of `reference` with the same instruction."""
-    ours, others = load_named(outputs, "--outputs"), load_named(reference, "--reference")
+    ours, others = load_rows(outputs), load_rows(reference)
     places = partners(
         list(map(instruction_and_input, ours)),
         list(map(instruction_and_input, others)),
-        f"--reference {reference}: has no answer",
+        f"{reference}: has no answer",
+        reference,
     )
     if len(others) > len(ours):
         print(f"note: {len(others) - len(ours)} rows of {reference} have no answer in {outputs}", flush=True)
@@ -339,7 +340,7 @@ def backward(
     refuse_overwriting_input(output_path, "--output_path", pred=pred, reference=reference)
     if show_worst < 0:
         raise UsageError(f"--show_worst {show_worst}: expected a number of rows, 0 or more")
-    rows = load_named(pred, "--pred")
+    rows = load_rows(pred)
     true = _true_instructions(rows, pred, reference)
     scores = overlap([row["output"] for row in rows], true, bleu_tokenizer)
     lines = [
@@ -373,11 +374,12 @@ def backward(
 
 def _true_instructions(rows: list[dict[str, Any]], pred: str, reference: str | None) -> list[str]:
     if reference is not None:
-        known = load_named(reference, "--reference")
+        known = load_rows(reference)
         places = partners(
             [row["instruction"] for row in rows],
             [row["output"] for row in known],
-            f"--reference {reference}: has no row whose output is the text asked with",
+            f"{reference}: has no row whose output is the text asked with",
+            reference,
         )
         return [instruction_and_input(known[place]) for place in places]
     without = [number for number, row in enumerate(rows) if not isinstance(row.get("reference"), str)]

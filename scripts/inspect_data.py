@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
-from alpaca.common.errors import UsageError, reported
+from alpaca.common.errors import UsageError, names_flags, reported
 from alpaca.data.report import PROBLEMS
 from alpaca.data.tokenization import IGNORE_INDEX
 from alpaca.models.load import load_tokenizer
@@ -44,10 +44,15 @@ class InspectArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report and the rows of the command line `argv`; returns the exit code."""
+    """Print the report and the rows of the command line `argv`. Return the exit code."""
     classes = (ModelArguments, DataArguments, InspectArguments)
     argv = sys.argv[1:] if argv is None else argv
-    (model_args, data_args, options), _ = arguments.parse(argv, classes, __doc__, program="scripts.inspect_data")
+    flags, _ = arguments.parse(argv, classes, __doc__, program="scripts.inspect_data")
+    return inspect_data(*flags)
+
+
+@names_flags
+def inspect_data(model_args: ModelArguments, data_args: DataArguments, options: InspectArguments) -> int:
     check_is_model(model_args.model_name_or_path)
     tokenizer, _ = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)
@@ -63,11 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show_rows(dataset: SupervisedDataset, tokenizer: PreTrainedTokenizerBase, options: InspectArguments) -> None:
-    """The rows asked for, by their number in the file, every token with its label."""
+    """Print the rows asked for, by their number in the file, every token with its label."""
     numbers, places, problems = list(options.rows), dataset.report.numbers, dataset.report.problems
     last = max(places + problems["no_pair"])
     if wrong := [number for number in numbers if not 0 <= number <= last]:
-        raise UsageError(f"--rows {wrong[0]}: the data has rows 0 to {last}")
+        raise UsageError(f"--rows {wrong[0]}: the data has {f'rows 0 to {last}' if last else 'row 0 only'}")
     if options.problem:
         numbers += list(dict.fromkeys(problems[options.problem]))[: options.limit]
     colored = options.color == "always" or (
@@ -87,12 +92,12 @@ def show_row(
 ) -> None:
     ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
     learned = sum(label != IGNORE_INDEX for label in labels)
-    print(f"\n{name}: {len(ids)} tokens, {learned} to learn" + f" | {problems}" * bool(problems))
+    print(f"\n{name}: {len(ids)} tokens, {learned} to learn" + (f" | {problems}" if problems else ""))
     print(colored_row(ids, labels, tokenizer) if colored else plain_row(ids, labels, tokenizer))
 
 
 def pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The vocabulary's own spelling, which shows spaces and bytes: "▁The", "<0x0A>"."""
+    """Return the tokens in the vocabulary's own spelling, which shows spaces and bytes: "▁The", "<0x0A>"."""
     return tokenizer.convert_ids_to_tokens(list(ids))
 
 
@@ -100,7 +105,7 @@ def colored_row(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrained
     control = set(tokenizer.all_special_ids)
     parts = []
     for id, label, piece in zip(ids, labels, pieces(ids, tokenizer)):
-        color = (DIM if label == IGNORE_INDEX else GREEN) + REVERSED * (id in control)
+        color = (DIM if label == IGNORE_INDEX else GREEN) + (REVERSED if id in control else "")
         parts.append(f"{color}{piece}{RESET}")
     return " ".join(parts)
 

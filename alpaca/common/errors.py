@@ -67,10 +67,12 @@ def _flags_of(arguments: dict[str, Any]) -> dict[str, str]:
 def _name_flag(error: InputError, flags: dict[str, str]) -> None:
     """Put the flag before the message: "--path_raw llama: …", or "--path_raw: llama/config.json …"."""
     about = os.path.abspath(os.path.expanduser(error.about))
-    for name, value in flags.items():
+    for name, value in sorted(flags.items(), key=lambda flag: -len(os.path.abspath(flag[1]))):  # the closest folder
         path = os.path.abspath(os.path.expanduser(value))
         if about == path or (value and about.startswith(path + os.sep)):
-            begins = error.message.startswith((f"{value}:", f"{value} ", f"{path}:", f"{path} "))
+            begins = error.message.startswith(
+                (f"{value}:", f"{value} ", f"{value},", f"{path}:", f"{path} ", f"{path},")
+            )
             error.args = (f"--{name}{'' if begins else ':'} {error.message}",)
             return
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import InputError, UsageError
 from alpaca.data.rows import check_text, raw_rows, read_text
 
 # Words that hardly any English text of some sentences goes without, and that other languages do not have
@@ -33,7 +33,7 @@ def load_texts(data_path: str, split: str = "train", text_field: str | None = No
     path = Path(data_path)
     if path.suffix.lower() == ".txt":
         if not path.is_file():
-            raise UsageError(f"--data_path {data_path}: no such file (looked in {path.parent.resolve()})")
+            raise InputError(f"{data_path}: no such file (looked in {path.parent.resolve()})", data_path)
         if text_field is not None:
             raise UsageError(f"--text_field {text_field}: a .txt file has no fields")
         return [text.strip() for text in re.split(r"\n[ \t\r]*\n", read_text(path)) if text.strip()]
@@ -41,16 +41,18 @@ def load_texts(data_path: str, split: str = "train", text_field: str | None = No
 
 
 def _text_of(row: Any, number: int, data_path: str, text_field: str | None) -> str:
-    where = f"--data_path {data_path}, row {number}"
+    where = f"{data_path}, row {number}"
     if not isinstance(row, Mapping):
-        raise UsageError(f"{where}: expected an object with a text, got {type(row).__name__}")
+        raise InputError(f"{where}: expected an object with a text, got {type(row).__name__}", data_path)
     field = text_field or ("output" if "output" in row else "text")
     if field not in row:
         fields = sorted(map(str, row))
-        raise UsageError(f"{where}: no field {field!r}; the row has {fields}; --text_field names the one to take")
+        text = f"{where}: no field {field!r}; the row has {fields}; --text_field names the one to take"
+        raise InputError(text, data_path)
     if not isinstance(row[field], str):
-        raise UsageError(f"{where}: {field!r} must be text, got {type(row[field]).__name__} {row[field]!r:.60}")
-    check_text(row[field], f"{where}: {field!r}")
+        got = f"{type(row[field]).__name__} {row[field]!r:.60}"
+        raise InputError(f"{where}: {field!r} must be text, got {got}", data_path)
+    check_text(row[field], f"{where}: {field!r}", data_path)
     return row[field].strip()
 
 

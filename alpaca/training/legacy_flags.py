@@ -184,7 +184,7 @@ def adapt_to_hardware(flags: Namespace) -> list[str]:
             )
     if flags.fsdp and (not launched or (flags.use_cpu and world_size == 1)):
         flags.fsdp = None
-        notes.append("--fsdp -> off: one process has nobody to shard with; start with torchrun --nproc_per_node=N")
+        notes.append("--fsdp -> off: FSDP needs at least two processes; start with torchrun --nproc_per_node=N")
     return notes
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpaca.common.distributed import all_gather_object, print_rank0
-from alpaca.common.errors import UsageError, format_bytes
+from alpaca.common.errors import InputError, UsageError, format_bytes
 from alpaca.common.files import free_bytes, lock
 from alpaca.models import deepspeed
 from alpaca.models.load import load_config
@@ -247,8 +247,8 @@ def check_room(args: "TrainingArguments", trained: int, checkpoints: int) -> Non
 
 
 def check_is_model(name: str) -> None:
-    """Raise UsageError where a model is expected and `name` is the folder of an adapter or a weight diff."""
+    """Raise InputError where a model is expected and `name` is the folder of an adapter or a weight diff."""
     folder = Path(name)
     adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
     if adapter or is_exact_diff(folder):
-        raise UsageError(f"--model_name_or_path {name}: {describe_folder(folder)}")
+        raise InputError(f"{name}: {describe_folder(folder)}", name)
