@@ -165,7 +165,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, LoraArguments, TrainingArguments]:
-    """The dataclasses from a command line of 2023 or of today; see alpaca/training/legacy_flags.py."""
+    """Return the dataclasses of a command line of 2023 or of today; see alpaca/training/legacy_flags.py."""
     classes = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
     (model_args, data_args, lora_args, training_args), notes = parse(
         argv,
@@ -265,7 +265,7 @@ class SupervisedDataset(Dataset):
 
 @dataclass
 class DataCollatorForSupervisedDataset:
-    """Pads rows on the right to the longest:
+    """Pad rows on the right to the longest:
 
         input_ids       [[5, 6, 7], [8]]  ->  [[5, 6, 7], [8, pad, pad]]
         labels          [[-, 6, 7], [8]]  ->  [[-, 6, 7], [8, -, -]]         - is IGNORE_INDEX
@@ -293,7 +293,7 @@ class DataCollatorForSupervisedDataset:
 def make_supervised_data_module(
     tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, cache_dir: str | None = None
 ) -> dict[str, Any]:
-    """train_dataset, eval_dataset (None without --eval_data_path) and data_collator, as the Trainer takes them.
+    """Return train_dataset, eval_dataset (None without --eval_data_path) and data_collator, as the Trainer takes them.
     `data_args` may be any object with a data_path; what else it lacks is as by default."""
     data_args = DataArguments(
         **{field.name: getattr(data_args, field.name, field.default) for field in fields(DataArguments)}
@@ -363,7 +363,7 @@ def run(
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.was_stopped_early():
         return shutdown()
-    trainer.save_final_model(getattr(torch, training_args.save_dtype))
+    trainer.save_final_model()
     trainer.create_model_card()
     mark_finished(training_args, run_fingerprint)
     print_rank0(f"saved to {training_args.output_dir}", training_args.process_index)

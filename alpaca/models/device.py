@@ -29,7 +29,8 @@ def quantizing_flag(load_in_8bit: bool, load_in_4bit: bool) -> str | None:
 
 
 def bitsandbytes_config(name: str, dtype: torch.dtype) -> "BitsAndBytesConfig":
-    """LLM.int8 (arXiv 2208.07339), or NF4 with quantized scales as in QLoRA (arXiv 2305.14314).
+    """Return the configuration of LLM.int8 (arXiv 2208.07339), or of NF4 with quantized scales as in QLoRA (arXiv
+    2305.14314).
 
     name: load_in_8bit or load_in_4bit; dtype: of the arithmetic with weights of 4 bits.
     """

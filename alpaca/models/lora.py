@@ -24,7 +24,7 @@ DEFAULTS = {"lora_alpha": 16, "lora_dropout": 0.0, "lora_target_modules": [ALL_L
 
 @dataclass
 class LoraArguments:
-    """Under the names that TRL and peft's examples have for them."""
+    """The flags of LoRA, by the names that TRL and peft's examples have for them."""
 
     _argument_group_name = "LoRA"
     lora_r: int | None = flag(None, "Train LoRA matrices of this rank instead of all weights, e.g. 8.")
@@ -57,12 +57,12 @@ class LoraArguments:
         quantizing_flag(self.load_in_8bit, self.load_in_4bit)  # raises
 
     def __bool__(self) -> bool:
-        """Whether LoRA is asked for."""
+        """Return whether LoRA is asked for."""
         return self.lora_r is not None
 
     @property
     def quantized(self) -> str | None:
-        """The flag that quantizes the base."""
+        """Return the flag that quantizes the base."""
         return quantizing_flag(self.load_in_8bit, self.load_in_4bit)
 
 
@@ -78,8 +78,8 @@ def check_lora(lora: LoraArguments, args: "TrainingArguments") -> None:
 
 
 def base_dtype(args: "TrainingArguments", config: "PreTrainedConfig") -> torch.dtype:
-    """Of the frozen weights: that of the arithmetic, or else the checkpoint's; float16 without --fp16 is float32, as
-    its sums would overflow."""
+    """Return the dtype of the frozen weights: that of the arithmetic, or else the checkpoint's; float16 without --fp16
+    is float32, as its sums would overflow."""
     stored = config.get_text_config().dtype or torch.float32
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
     without_flag = torch.float32 if stored == torch.float16 else stored
@@ -87,7 +87,7 @@ def base_dtype(args: "TrainingArguments", config: "PreTrainedConfig") -> torch.d
 
 
 def quantization(lora: LoraArguments, args: "TrainingArguments", dtype: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` has to be told for a quantized base. Every process holds all of it."""
+    """Return the options of `from_pretrained` for a quantized base. Every process holds all of it."""
     if not lora.quantized:
         return {}
     return {"quantization_config": bitsandbytes_config(lora.quantized, dtype), "device_map": {"": args.device}}
@@ -96,8 +96,8 @@ def quantization(lora: LoraArguments, args: "TrainingArguments", dtype: torch.dt
 def add_lora(
     model: "PreTrainedModel", lora: LoraArguments, new_tokens: list[int], seed: int, checkpoint: str | None = None
 ) -> "PeftModel":
-    """`model` frozen, with LoRA matrices: drawn from `seed`, or read from `checkpoint`. The rows of `new_tokens` (ids)
-    in the embeddings are trained too.
+    """Return `model` frozen, with LoRA matrices: drawn from `seed`, or read from `checkpoint`. The rows of `new_tokens`
+    (ids) in the embeddings are trained too.
 
     Raises:
         UsageError: a target module is not there, or is no layer that LoRA can be added to.
@@ -136,8 +136,8 @@ def _lora_config(model: "PreTrainedModel", lora: LoraArguments, new_tokens: list
 
 
 def _targets(model: "PreTrainedModel", names: list[str], layers: dict[str, nn.Module]) -> list[str]:
-    """Names of layers, as peft takes them and as they stand in the saved config. peft itself ignores a name that is
-    nowhere, if another one is somewhere."""
+    """Return the names of layers, as peft takes them and as they stand in the saved config. peft itself ignores a name
+    that is nowhere, if another one is somewhere."""
     if names == [ALL_LINEAR]:
         last = model.get_output_embeddings()
         short = {path.rpartition(".")[2] for path, layer in layers.items() if layer is not last}
@@ -154,7 +154,7 @@ def _targets(model: "PreTrainedModel", names: list[str], layers: dict[str, nn.Mo
 
 
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """What LoRA can be added to, by path."""
+    """Return the layers that LoRA can be added to, by path."""
     from transformers.pytorch_utils import Conv1D
 
     kinds = (nn.Linear, Conv1D)
@@ -162,7 +162,7 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _rows_to_train(model: "PreTrainedModel", new_tokens: list[int]) -> dict[str, list[int]] | None:
-    """peft's trainable_token_indices: the same rows of input and output embeddings."""
+    """Return peft's trainable_token_indices: the same rows of input and output embeddings."""
     if not new_tokens:
         return None
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())

@@ -160,8 +160,8 @@ def measure(
 
 
 def bytes_of_base(model: "PreTrainedModel", parameters: int, lora: LoraArguments, dtype: torch.dtype) -> float:
-    """Of the frozen weights. bitsandbytes quantizes linear layers, not the last one of the model: NF4 has 4 bits and,
-    for 64 of them, a scale of 8 bits."""
+    """Return the bytes of the frozen weights. bitsandbytes quantizes linear layers, not the last one of the model: NF4
+    has 4 bits and, for 64 of them, a scale of 8 bits."""
     last = model.get_output_embeddings()
     layers = [layer for layer in lora_layers(model).values() if layer is not last] if lora.quantized else []
     quantized = sum(layer.weight.numel() for layer in layers)
@@ -169,7 +169,8 @@ def bytes_of_base(model: "PreTrainedModel", parameters: int, lora: LoraArguments
 
 
 def memory(model: Model, plan: Plan) -> dict[str, float]:
-    """Bytes per process and part, on the device that does the arithmetic. `host`: on the CPU, under offload."""
+    """Return the bytes per process and part, on the device that does the arithmetic. `host`: on the CPU, under
+    offload."""
     shards = plan.group if plan.sharded else 1
     static = {
         "weights": model.weight_bytes,
@@ -203,8 +204,9 @@ def memory(model: Model, plan: Plan) -> dict[str, float]:
 
 
 def _logits(model: Model, plan: Plan) -> float:
-    """Bytes of the targets' logits, their gradient and three float32 temporaries of a chunk; padded batches have the
-    logits of all positions and their gradient besides. accelerate makes what leaves a model under autocast float32."""
+    """Return the bytes of the targets' logits, their gradient and three float32 temporaries of a chunk; padded batches
+    have the logits of all positions and their gradient besides. accelerate makes what leaves a model under autocast
+    float32."""
     item, targets = 2 if plan.half and plan.sharded else 4, plan.share * plan.tokens
     positions = targets + (0 if plan.packed else plan.tokens)
     return 2 * item * model.vocabulary * positions + 3 * 4 * min(CHUNK["cuda"], model.vocabulary * targets)
@@ -215,15 +217,15 @@ def total(parts: dict[str, float]) -> float:
 
 
 def pack_sizes(plan: Plan, rows: Rows, budget: int | None = None) -> list[int]:
-    """Tokens of a pack to choose from, the largest first: the user's `budget`, or PACK_TOKENS; never less than the
-    longest row, nor more than a step has."""
+    """Return the tokens of a pack to choose from, the largest first: the user's `budget`, or PACK_TOKENS; never less
+    than the longest row, nor more than a step has."""
     sizes = [budget] if budget else [size if plan.on_gpu else min(size, CPU_PACK_TOKENS) for size in PACK_TOKENS]
     return sorted({max(min(size, rows.step), rows.longest) for size in sizes}, reverse=True)
 
 
 def decide(model: Model, plan: Plan, rows: Rows, available: float, budget: int | None = None) -> Decision:
-    """The largest packs that fit into `available` bytes. Where nothing fits, and the user has not said otherwise, with
-    gradient checkpointing; where nothing fits with it either, the smallest packs without it."""
+    """Return the largest packs that fit into `available` bytes. Where nothing fits, and the user has not said
+    otherwise, with gradient checkpointing; where nothing fits with it either, the smallest packs without it."""
 
     def fits(way: Plan) -> bool:
         parts = memory(model, way)
@@ -244,8 +246,8 @@ def decide(model: Model, plan: Plan, rows: Rows, available: float, budget: int |
 
 
 def what_fits(model: Model, plan: Plan, rows: Rows, available: float) -> str | None:
-    """The first change of flags, from the cheapest in time to the dearest, with which the run fits into `available`
-    bytes; None where none does."""
+    """Return the first change of flags, from the cheapest in time to the dearest, with which the run fits into
+    `available` bytes; None where none does."""
     ways = [("", plan)]
     if not plan.sharded and plan.world_size > 1:
         ways.append(('--fsdp "full_shard auto_wrap"', replace(plan, sharded=True)))
@@ -267,7 +269,7 @@ def what_fits(model: Model, plan: Plan, rows: Rows, available: float) -> str | N
 
 
 def _smaller(plan: Plan, rows: Rows) -> list[tuple[str, int]]:
-    """(flags, tokens of a micro-batch) of the same steps in smaller pieces, the largest first."""
+    """Return (flags, tokens of a micro-batch) of the same steps in smaller pieces, the largest first."""
     if plan.packed:
         return [(f" --max_tokens_per_pack {size}", size) for size in pack_sizes(plan, rows) if size < plan.tokens]
     parts = [2**k for k in range(1, plan.rows.bit_length()) if plan.rows % 2**k == 0]
@@ -276,7 +278,7 @@ def _smaller(plan: Plan, rows: Rows) -> list[tuple[str, int]]:
 
 
 def rows_of(lengths: Sequence[int], num_targets: int, rows_per_step: int, world_size: int) -> Rows:
-    """`lengths`: tokens of each row of the data set. The ranks share the tokens of a step evenly."""
+    """Return what the estimate must know of rows of `lengths` tokens. The ranks share the tokens of a step evenly."""
     sizes = torch.tensor(lengths, dtype=torch.float64)
     drawn = min(rows_per_step, len(lengths))
     spread = math.sqrt(drawn * (1 - drawn / len(lengths))) * sizes.std(correction=0).item()
@@ -307,7 +309,7 @@ def plan_of(args: "TrainingArguments", rows: Rows) -> Plan:
 
 
 def optimizer_bytes(args: "TrainingArguments") -> float:
-    """A parameter's, of the state that --optim keeps."""
+    """Return the bytes a parameter of the state that --optim keeps."""
     return next((size for key, size in OPTIMIZER_BYTES.items() if key in enum_value(args.optim)), 8)
 
 
@@ -316,7 +318,7 @@ def local_world_size() -> int:
 
 
 def available_memory(device: torch.device) -> tuple[float, float]:
-    """(bytes for this process on `device`, bytes of CPU memory for it)."""
+    """Return (bytes for this process on `device`, bytes of CPU memory for it)."""
     import psutil
 
     host = psutil.virtual_memory().available / local_world_size()

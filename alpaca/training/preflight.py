@@ -130,7 +130,7 @@ def check_before_loading(
     checkpoint: str | None,
     lora: LoraArguments,
 ) -> memory.Decision:
-    """Everything that can be known before the model is read: steps, room on the disk, memory. Collective: rank 0
+    """Check what can be known before the model is read: steps, room on the disk, memory. Collective: rank 0
     decides for all what the flags leave to the memory, and `args` are set to it.
 
     Raises:
@@ -166,8 +166,8 @@ def check_before_loading(
 
 
 def plan_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, float]:
-    """(optimizer steps of the run, of an epoch), as the Trainer will count them. Says them, and warns where the run is
-    shorter than --save_steps, so that only its end is saved."""
+    """Return, and print, (optimizer steps of the run, of an epoch), as the Trainer will count them. Print a note where
+    the run is shorter than --save_steps, so that only its end is saved."""
     each, (steps, per_epoch) = rows_per_step(args), count_steps(args, num_rows)
     if per_epoch == 0:
         least = f"step of {each}"
@@ -202,7 +202,7 @@ def check_lengths(config: "PreTrainedConfig", data_module: Mapping[str, Any]) ->
 
 
 def checkpoint_sizes(args: "TrainingArguments", trained: int) -> tuple[float, float]:
-    """(bytes of a checkpoint, of what is saved at the end) for `trained` parameters: float32 weights and, unless
+    """Return (bytes of a checkpoint, of what is saved at the end) for `trained` parameters: float32 weights and, unless
     --save_only_model, the optimizer."""
     masters = 4 * bool(args.deepspeed)  # it saves them with the optimizer
     optimizer = 0 if args.save_only_model else optimizer_bytes(args) + masters
@@ -210,8 +210,8 @@ def checkpoint_sizes(args: "TrainingArguments", trained: int) -> tuple[float, fl
 
 
 def checkpoints_to_come(args: "TrainingArguments", steps: int, per_epoch: float, done: int) -> int:
-    """How many more checkpoints than now will stand on the disk at the worst moment of a run that continues after
-    `done` steps: the old one goes when the new one is whole, and the best one stays."""
+    """Return how many more checkpoints than now will stand on the disk at the worst moment of a run that continues
+    after `done` steps: the old one goes when the new one is whole, and the best one stays."""
     every = {"steps": args.save_steps, "epoch": per_epoch, "best": args.eval_steps}.get(args.save_strategy)
     if not every:
         return 0
@@ -228,7 +228,7 @@ def checkpoints_to_come(args: "TrainingArguments", steps: int, per_epoch: float,
 
 
 def check_room(args: "TrainingArguments", trained: int, checkpoints: int) -> None:
-    """Say how much disk the run will take.
+    """Print how much disk the run will take.
 
     Raises:
         UsageError: less is free.

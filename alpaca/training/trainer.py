@@ -95,9 +95,8 @@ class AlpacaTrainer(Trainer):
         self.nonfinite_guard = NonFiniteGuard(self.train_dataset, self.processing_class, self.losses)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.add_callback(self.nonfinite_guard)
-        self.add_callback(ConsoleCallback)
-        self.add_callback(SaveOnlyWhenAsked)
+        for callback in (self.nonfinite_guard, ConsoleCallback, SaveOnlyWhenAsked):
+            self.add_callback(callback)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         self.speed = SpeedMeter(self.model, self.args.device, dtype, self.args.world_size)
         self.pack_kernel = named_kernel(self.model.config)
@@ -339,9 +338,10 @@ class AlpacaTrainer(Trainer):
             print_rank0(f"stopped at {at}; --resume_from_checkpoint True continues", self.args.process_index)
         return stopped
 
-    def save_final_model(self, dtype: torch.dtype) -> None:
-        """Write the trained model to `output_dir` in `dtype`, then trainer_state.json. Last act: the float32 weights
-        are cast in place."""
+    def save_final_model(self) -> None:
+        """Write the trained model to `output_dir` in `save_dtype`, then trainer_state.json. Last act: the float32
+        weights are cast in place."""
+        dtype = getattr(torch, self.args.save_dtype)
         cast = dtype != torch.float32 and not self.is_deepspeed_enabled
         for module in self.model.modules() if cast else ():
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):  # not LoRA's base

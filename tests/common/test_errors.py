@@ -46,7 +46,7 @@ BAD_FLAGS = {
     "length zero": (dict(model_max_length="0"), "--model_max_length 0"),
     "too short to learn": (dict(model_max_length="8"), "no row has an answer left to learn"),
     "longer than the model": (dict(model_max_length="4000", data_path="long"), "2048 positions"),
-    "pad token": (dict(pad_token="nope"), "--pad_token 'nope'"),
+    "pad token": (dict(pad_token="nope"), "--pad_token nope: is not a token of "),
     "template file": (dict(prompt_template="/nowhere.json"), "--prompt_template /nowhere.json"),
     "resume from a wrong folder": (
         dict(resume_from_checkpoint="/tmp"),
