@@ -56,14 +56,19 @@ DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = SPE
 @dataclass
 class ModelArguments:
     _argument_group_name = "model"
-    model_name_or_path: str | None = flag("facebook/opt-125m", "A local folder or hub id: weights and tokenizer.")
-    attn_implementation: str | None = flag(None, "eager, sdpa, flash_attention_2, ...; by default the model's choice.")
+    model_name_or_path: str | None = flag(
+        "facebook/opt-125m", "Folder or hub id of the model to train, with its tokenizer."
+    )
+    attn_implementation: str | None = flag(
+        None, "Attention implementation: eager, sdpa, flash_attention_2, ...; omit it for the model's own choice."
+    )
     pad_token: str | None = flag(
         None,
-        "An existing token to pad with, in place of the tokenizer's pad token, or of adding [PAD] where it has none.",
+        "Pad with this existing token, in place of the tokenizer's pad token, or of adding [PAD] where it has none.",
     )
     add_missing_tokens: bool | None = flag(
-        None, "Add the pad, eos, bos and unk tokens that are missing; by default as in 2023, but not with --lora_r."
+        None,
+        "Add the pad, eos, bos and unk tokens that are missing. By default it does, as in 2023, but not with --lora_r.",
     )
 
 
@@ -76,8 +81,10 @@ class DataArguments:
         "the datasets library, or a hub id.",
     )
     eval_data_path: str | None = flag(None, "Rows to evaluate on when --eval_strategy is steps or epoch.")
-    data_split: str = flag("train", "Split of a hub dataset or a datasets folder, e.g. train or train[:1000].")
-    prompt_template: str | None = flag(None, "JSON with prompt_input and prompt_no_input; else Alpaca's two prompts.")
+    data_split: str = flag("train", "Split of a hub dataset or a datasets folder, such as train or train[:1000].")
+    prompt_template: str | None = flag(
+        None, "JSON file with prompt_input and prompt_no_input; omit it for Alpaca's two prompts."
+    )
     prompt_boundary: str = flag(
         "stanford",
         "stanford: prompt and answer are tokenized as one text; an answer whose first character merges with the "
@@ -85,9 +92,11 @@ class DataArguments:
         choices=["stanford", "split"],
     )
     guanaco_turns: str = flag(
-        "first", "Of a conversation: its first pair, or all, each with what came before.", choices=["first", "all"]
+        "first",
+        "Pairs of a conversation that become rows: the first, or all, each with what came before.",
+        choices=["first", "all"],
     )
-    backward: bool = flag(False, "Learn the instruction (and input) from the output, with a prompt for that.")
+    backward: bool = flag(False, "Learn the instruction, with its input, from the output, with a prompt for that.")
 
     def check(self) -> None:
         """Raise UsageError without rows to train on; called for a command line."""
@@ -100,7 +109,7 @@ class DataArguments:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     _argument_group_name = "training (ours first, then every flag of transformers.TrainingArguments)"
-    cache_dir: str | None = flag(None, "Where downloads and tokenized data are kept.")
+    cache_dir: str | None = flag(None, "Folder for downloads and tokenized data.")
     model_max_length: int = flag(512, "Maximum sequence length in tokens. Longer rows are cut on the right.")
     batching: str = flag(
         "packed",
@@ -110,7 +119,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     max_tokens_per_pack: str = flag(
         "auto",
-        "Tokens that a pack has at most (a longer row makes its own); auto: as many as the memory estimate allows.",
+        "Most tokens of a pack; a longer row makes its own. auto takes as many as the memory estimate allows.",
     )
     share_prefix: bool = flag(
         True, "Compute the template's beginning, which rows of a pack have in common, once per pack."
@@ -127,7 +136,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     save_dtype: str = flag(
         "float32",
-        "Of the final model. bfloat16 halves it, right before publishing. Checkpoints stay float32.",
+        "Dtype of the final model. bfloat16 halves it, right before publishing. Checkpoints stay float32.",
         choices=["float32", "bfloat16", "float16"],
     )
     loss_normalization: str | None = flag(
@@ -249,11 +258,8 @@ class SupervisedDataset(Dataset):
         tokens = cached_tokens(key, lambda: preprocess(sources, targets, tokenizer, prompt_boundary), cache_dir)
         self.input_ids, self.labels = tokens["input_ids"], tokens["labels"]  # lists of (length,) int64 tensors
         self.lengths, self.num_targets = tokens["lengths"], tokens["num_targets"]  # (rows,) int64 arrays
-        self.data_fingerprint, self.templates, self.template_fingerprint = (
-            data.fingerprint(),
-            templates,
-            fingerprint(templates),
-        )
+        self.templates = templates
+        self.data_fingerprint, self.template_fingerprint = data.fingerprint(), fingerprint(templates)
         self.report = report(data_path, tokens, text_problems(rows, templates, control_tokens(tokenizer)), data)
 
     def __len__(self) -> int:

@@ -38,13 +38,15 @@ class VerifyArguments:
     _argument_group_name = "comparison"
     num_rows: int = flag(32, "Rows of the step.")
     per_device_train_batch_size: int = flag(4, "Rows of a padded micro-batch.")
-    max_tokens_per_pack: int = flag(4096, "Tokens that a pack has at most.")
+    max_tokens_per_pack: int = flag(4096, "Most tokens of a pack.")
     bf16: bool = flag(False, "Compare in bfloat16 arithmetic, weights in float32.")
-    seed: int = flag(42, "As for train.py: of the order of rows.")
-    model_max_length: int = flag(512, "As for train.py.")
-    cache_dir: str | None = flag(None, "As for train.py.")
+    seed: int = flag(42, "Seed of the order of rows, as in train.py.")
+    model_max_length: int = flag(512, "Maximum sequence length in tokens, as in train.py.")
+    cache_dir: str | None = flag(None, "Folder for downloads and tokenized data, as in train.py.")
 
-    fsdp, process_index, deepspeed, neftune_noise_alpha = None, 0, None, None  # what train.py's functions ask for
+    # What functions ask for that take train.py's TrainingArguments.
+    process_index = 0
+    fsdp = deepspeed = neftune_noise_alpha = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -27,7 +27,10 @@ from alpaca.models.load import load_tokenizer
 from alpaca.training.preflight import check_is_model
 from train import DataArguments, ModelArguments, SupervisedDataset, make_supervised_data_module
 
-DIM, GREEN, REVERSED, RESET = "\033[2m", "\033[32m", "\033[7m", "\033[0m"
+DIM = "\033[2m"
+GREEN = "\033[32m"
+REVERSED = "\033[7m"
+RESET = "\033[0m"
 
 
 @dataclass
@@ -36,9 +39,9 @@ class InspectArguments:
     rows: list[int] = field(default_factory=list, metadata={"help": "Numbers of rows to show, from 0."})
     problem: str | None = flag(None, "Show the first rows with this problem.", choices=[None, *PROBLEMS])
     limit: int = flag(5, "How many rows --problem shows.")
-    model_max_length: int = flag(512, "As for train.py.")
-    cache_dir: str | None = flag(None, "As for train.py.")
-    color: str = flag("auto", "When to colour.", choices=["auto", "always", "never"])
+    model_max_length: int = flag(512, "Maximum sequence length in tokens, as in train.py.")
+    cache_dir: str | None = flag(None, "Folder for downloads and tokenized data, as in train.py.")
+    color: str = flag("auto", "When to use colour.", choices=["auto", "always", "never"])
 
     process_index = 0  # what train.py's functions ask for
 
@@ -69,7 +72,8 @@ def inspect_data(model_args: ModelArguments, data_args: DataArguments, options: 
 
 def show_rows(dataset: SupervisedDataset, tokenizer: PreTrainedTokenizerBase, options: InspectArguments) -> None:
     """Print the rows asked for, by their number in the file, every token with its label."""
-    numbers, places, problems = list(options.rows), dataset.report.numbers, dataset.report.problems
+    numbers = list(options.rows)
+    places, problems = dataset.report.numbers, dataset.report.problems
     last = max(places + problems["no_pair"])
     if wrong := [number for number in numbers if not 0 <= number <= last]:
         raise UsageError(f"--rows {wrong[0]}: the data has {f'rows 0 to {last}' if last else 'row 0 only'}")

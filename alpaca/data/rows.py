@@ -73,7 +73,9 @@ def read_data(
             wrong type (row number).
     """
     read = raw_rows(data_path, split, cache_dir)
-    rows, numbers, problems = [], [], {}
+    rows: list[Row] = []
+    numbers: list[int] = []
+    problems: dict[str, list[int]] = {}
     for number, row in enumerate(read):
         parts, found = parse_conversation(row["text"], guanaco_turns) if is_conversation(row) else (_instances(row), [])
         for part in parts:

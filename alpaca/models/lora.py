@@ -27,13 +27,16 @@ class LoraArguments:
     """The flags of LoRA, by the names that TRL and peft's examples have for them."""
 
     _argument_group_name = "LoRA"
-    lora_r: int | None = flag(None, "Train LoRA matrices of this rank instead of all weights, e.g. 8.")
-    lora_alpha: int | None = flag(None, "Their product is scaled by lora_alpha / lora_r; by default lora_alpha is 16.")
+    lora_r: int | None = flag(None, "Train LoRA matrices of this rank, such as 8, instead of all weights.")
+    lora_alpha: int | None = flag(
+        None, "Scale of LoRA: the product of its matrices is multiplied by lora_alpha / lora_r. By default 16."
+    )
     lora_dropout: float | None = flag(
-        None, "Dropout of their inputs, by default 0; above 0 the template is computed for every row of a pack."
+        None, "Dropout of the inputs of LoRA, by default 0. Above 0 the template is computed for every row of a pack."
     )
     lora_target_modules: list[str] | None = flag(
-        None, "Names of the layers that get them, q_proj,v_proj say; by default all-linear, which leaves out lm_head."
+        None,
+        "Names of the layers that get LoRA, such as q_proj,v_proj. By default all-linear, which leaves out lm_head.",
     )
     load_in_8bit: bool = flag(False, "Quantize the frozen base to 8 bits (LLM.int8, bitsandbytes).")
     load_in_4bit: bool = flag(False, "Quantize the frozen base to 4 bits (NF4, bitsandbytes).")

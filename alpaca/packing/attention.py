@@ -193,7 +193,7 @@ def _check(
     if pack is None:
         raise UsageError(
             f"{type(module).__name__} is not told how rows are packed: the model does not pass keyword "
-            "arguments on to its attention. Use --batching padded."
+            "arguments on to its attention. Use padded batches."
         )
     refused = [
         name
@@ -207,7 +207,7 @@ def _check(
     if refused:
         raise NotImplementedError(
             f"attention within packs does not implement {', '.join(sorted(refused))}, which "
-            f"{type(module).__name__} uses. Use --batching padded."
+            f"{type(module).__name__} uses. Use padded batches."
         )
     if query.shape[0] != 1 or query.shape[2] != pack.tokens:
         raise ValueError(f"a pack of {pack.tokens} tokens is one sequence; got {query.shape[0]} of {query.shape[2]}")

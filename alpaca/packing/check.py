@@ -256,7 +256,8 @@ def step_gradient(
     model: "PreTrainedModel", rows: PackedBatchDataset, sampler: StepSampler, bf16: bool = False
 ) -> tuple[float, Gradient]:
     """Return loss and gradient of the first optimizer step of `sampler`, of all its ranks, without dropout."""
-    device, total, kernel = model.device, 0.0, named_kernel(model.config)
+    device, kernel = model.device, named_kernel(model.config)
+    total = 0.0
     model.eval()
     model.zero_grad()
     step = next(sampler.steps())

@@ -133,7 +133,9 @@ class PackedBatchDataset(Dataset):
 
     def __init__(self, dataset: Dataset, collate: Callable[[list[Any]], Batch], packing: Packing | None = None):
         """`collate` pads; it gets no rows at all where a rank has none left."""
-        self.dataset, self.collate, self.packing = dataset, collate, packing
+        self.dataset = dataset
+        self.collate = collate
+        self.packing = packing
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -58,8 +58,13 @@ class StepSampler(Sampler[list[MicroBatch]]):
     ):
         """`seed=None` keeps the rows in order; `drop_last` leaves out the step that has fewer rows; `normalization`:
         token, microbatch, or sum (every target counts 1); `packing=None` is padded."""
-        self.sizes, self.batch_size, self.accumulation, self.seed = sizes, batch_size, accumulation, seed
-        self.world_size, self.rank, self.normalization, self.packing = world_size, rank, normalization, packing
+        self.sizes = sizes
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.world_size, self.rank = world_size, rank
+        self.seed = seed
+        self.normalization = normalization
+        self.packing = packing
         self.rows_per_step = batch_size * accumulation * world_size
         num_rows = len(sizes.lengths)
         self.used_rows = num_rows - num_rows % self.rows_per_step if drop_last else num_rows

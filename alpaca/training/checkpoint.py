@@ -63,9 +63,10 @@ def _check_that_nothing_is_overwritten(args: "TrainingArguments", output: Path) 
         )
     unfinished = found and not (record and record["finished"])
     if (unfinished or (record is None and holds_a_model(output))) and not args.overwrite_output_dir:
+        move = "move its checkpoints away and " if found else ""
         raise UsageError(
             f"--output_dir {output} already holds a run; continue it with --resume_from_checkpoint True, choose "
-            f"another folder, or {'move its checkpoints away and ' * bool(found)}pass --overwrite_output_dir True"
+            f"another folder, or {move}pass --overwrite_output_dir True"
         )
 
 
@@ -234,8 +235,8 @@ def is_about_space(error: BaseException) -> bool:
 def _reason(error: BaseException) -> str:
     """Return the system's own words, where the libraries have passed them on."""
     lines = [line.strip() for part in _causes(error) for line in str(part).splitlines()]
-    told = [line for text in SPACE_ERRORS[:3] for line in lines if text in line.lower()]
-    return told[0] if told else "a file could not be written to its end"
+    about_space = [line for text in SPACE_ERRORS[:3] for line in lines if text in line.lower()]
+    return about_space[0] if about_space else "a file could not be written to its end"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -263,7 +263,8 @@ def what_fits(model: Model, plan: Plan, rows: Rows, available: float) -> str | N
             parts = memory(model, replace(way, tokens=tokens))
             if total(parts) <= available and (flags or smaller):
                 host = parts.get("host", 0)
-                where = format_bytes(total(parts)) + f" and {format_bytes(host)} of CPU memory a process" * (host > 0)
+                where = format_bytes(total(parts))
+                where += f" and {format_bytes(host)} of CPU memory a process" if host else ""
                 return f"{flags}{smaller}".strip() + f" (about {where})"
     return None
 

@@ -32,7 +32,8 @@ class SpeedMeter:
     """Count steps between log lines. All counts are known from the plan, so that nothing waits for the device."""
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, world_size: int):
-        self.device, self.dtype, self.world_size = device, dtype, world_size
+        self.device, self.dtype = device, dtype
+        self.world_size = world_size
         self.flops_per_token = flops_per_token(model)
         self.rate: float | None = None
         self._since: float | None = None

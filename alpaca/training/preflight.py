@@ -204,7 +204,7 @@ def check_lengths(config: "PreTrainedConfig", data_module: Mapping[str, Any]) ->
 def checkpoint_sizes(args: "TrainingArguments", trained: int) -> tuple[float, float]:
     """Return (bytes of a checkpoint, of what is saved at the end) for `trained` parameters: float32 weights and, unless
     --save_only_model, the optimizer."""
-    masters = 4 * bool(args.deepspeed)  # it saves them with the optimizer
+    masters = 4 if args.deepspeed else 0  # it saves them with the optimizer
     optimizer = 0 if args.save_only_model else optimizer_bytes(args) + masters
     return trained * (4 + optimizer), trained * (4 if args.save_dtype == "float32" else 2)
 

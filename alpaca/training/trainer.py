@@ -238,8 +238,7 @@ class AlpacaTrainer(Trainer):
         return nullcontext() if last else self.accelerator.no_sync(model)
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Return this micro-batch's share of the step's loss, times the number of ranks: gradients are averaged over
-        them."""
+        """Return this micro-batch's share of the step's loss, times the ranks over which gradients are averaged."""
         loss, of_targets = batch_loss(model, inputs, self.args.label_smoothing_factor, self.pack_kernel)
         self.nonfinite_guard.target_losses.append(of_targets)
         return loss * self.args.world_size
@@ -310,7 +309,8 @@ class AlpacaTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        args, state, output = self.args, self.state, Path(self.args.output_dir)
+        args, state = self.args, self.state
+        output = Path(args.output_dir)
         self.store_flos()
         if state.best_global_step:
             state.best_model_checkpoint = str(output / f"checkpoint-{state.best_global_step}")

@@ -42,6 +42,11 @@ BAD_FLAGS = {
     "warmup ratio": (dict(warmup_ratio="1.5"), "0 <= ratio < 1"),
     "no data": (dict(data_path=None), "--data_path is missing"),
     "missing data file": (dict(data_path="./alpaca_data.json"), "tatsu-lab/alpaca"),
+    "no such rows": (dict(data_path="./rows.jsonl"), "--data_path ./rows.jsonl: no such file"),
+    "no such rows to evaluate on": (
+        dict(eval_data_path="/nowhere.json", eval_strategy="steps"),
+        "--eval_data_path /nowhere.json: no such file",
+    ),
     "missing model": (dict(model_name_or_path="/nowhere/llama"), "--model_name_or_path /nowhere/llama"),
     "length zero": (dict(model_max_length="0"), "--model_max_length 0"),
     "too short to learn": (dict(model_max_length="8"), "no row has an answer left to learn"),
