@@ -109,6 +109,12 @@ def test_importing_train_starts_nothing():
     assert "openai" not in loaded_by("import train")
 
 
+def test_train_reads_as_a_table_of_contents():
+    functions = {node.name: node for node in ast.parse((ROOT / "train.py").read_text()).body if hasattr(node, "name")}
+    for name in ("train", "run"):
+        assert sum(isinstance(node, ast.Call) for node in ast.walk(functions[name])) <= 25
+
+
 def test_templates_are_written_once():
     found = [str(path.relative_to(ROOT)) for path in FILES if "appropriately completes the request" in path.read_text()]
     assert found == ["alpaca/data/prompts.py"]

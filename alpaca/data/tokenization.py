@@ -38,12 +38,12 @@ class Ragged(NamedTuple):
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """starts[0], starts[0] + 1, ... `lengths[0]` numbers, then those of starts[1], ..."""
+    """Return starts[0], starts[0] + 1, ... `lengths[0]` numbers, then those of starts[1], ..."""
     return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
 
 
 def take(table: Ragged, rows: np.ndarray) -> Ragged:
-    """The given rows of `table`, in that order and as often as they are named."""
+    """Return the given rows of `table`, in that order and as often as they are named."""
     starts, lengths = np.cumsum(table.lengths) - table.lengths, table.lengths[rows]
     return Ragged(table.ids[ranges(starts[rows], lengths)], lengths)
 
@@ -57,19 +57,19 @@ def ragged(rows: Iterable[Sequence[int]]) -> Ragged:
 
 
 def joined(first: Ragged, second: Ragged) -> Ragged:
-    """Row by row the ids of `first`, then those of `second`."""
+    """Return row by row the ids of `first`, then those of `second`."""
     ends = np.repeat(np.cumsum(first.lengths), second.lengths)
     return Ragged(np.insert(first.ids, ends, second.ids), first.lengths + second.lengths)
 
 
 def cut(rows: Ragged, limit: int) -> Ragged:
-    """The first `limit` ids of every row."""
+    """Return the first `limit` ids of every row."""
     lengths = np.minimum(rows.lengths, limit)
     return Ragged(rows.ids[ranges(np.cumsum(rows.lengths) - rows.lengths, lengths)], lengths)
 
 
 def starts_with(rows: Ragged, beginnings: Ragged) -> np.ndarray:
-    """(rows,) bool: whether a row begins with the ids of its beginning."""
+    """Return (rows,) bool: whether a row begins with the ids of its beginning."""
     common = np.minimum(rows.lengths, beginnings.lengths)
     row_starts, starts = (np.cumsum(x.lengths) - x.lengths for x in (rows, beginnings))
     differs = rows.ids[ranges(row_starts, common)] != beginnings.ids[ranges(starts, common)]
@@ -81,7 +81,7 @@ def starts_with(rows: Ragged, beginnings: Ragged) -> np.ndarray:
 def encode(
     prompts: Sequence[str], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase, apart: bool = False
 ) -> tuple[Ragged, Ragged]:
-    """Ids of each prompt, and of each prompt + answer: tokenized as one text or, `apart`, as two.
+    """Return the ids of each prompt, and of each prompt + answer: tokenized as one text or, `apart`, as two.
 
     As long as they come. Text such as "</s>" stays text: it never becomes the token. Special tokens that the tokenizer
     puts around a text (<s>) are there once.
@@ -119,7 +119,7 @@ def _progress(items: Iterable[T], number: int, unit: str) -> Iterable[T]:
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Any | None:
-    """The `tokenizers.Tokenizer` that gives what `tokenizer` gives; None where there is more to it than that."""
+    """Return the `tokenizers.Tokenizer` that gives what `tokenizer` gives; None where there is more to it than that."""
     kind = type(tokenizer)
     ours = isinstance(tokenizer, PreTrainedTokenizerFast)
     if not ours or any(
@@ -149,7 +149,7 @@ class WordEncoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> "WordEncoder | None":
-        """None for a tokenizer of another kind."""
+        """Return the encoder of `tokenizer`, or None for a tokenizer of another kind."""
         if (backend := _backend(tokenizer)) is None:
             return None
         state = json.loads(backend.to_str())
@@ -180,7 +180,7 @@ class WordEncoder:
     def encode(
         self, prompts: Sequence[str], answers: Sequence[str] | None = None, special: bool = True
     ) -> tuple[Ragged, Ragged]:
-        """Ids of each prompt and of each prompt + answer; `special`: with the special tokens in front."""
+        """Return the ids of each prompt and of each prompt + answer; `special`: with the special tokens in front."""
         numbers: dict[str, int] = defaultdict(itertools.count().__next__)  # of every distinct word
         number = numbers.__getitem__
         words = array("q"), array("q")  # of prompts and of rows
@@ -207,7 +207,7 @@ class WordEncoder:
 
     @staticmethod
     def _rows(table: Ragged, words: np.ndarray, counts: np.ndarray, before: list[int]) -> Ragged:
-        """Rows of `counts` words each, with the ids `before` in front."""
+        """Return rows of `counts` words each, with the ids `before` in front."""
         ids, lengths = take(table, words)
         ends = np.concatenate([[0], np.cumsum(lengths)])[np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)]
         rows = Ragged(ids, np.diff(ends))
@@ -218,7 +218,8 @@ class WordEncoder:
 
 
 def make_tokens(rows: Ragged, masked: np.ndarray, problems: dict[str, list[int]]) -> Tokens:
-    """Rows of ids whose first `masked` labels, one number per row, are IGNORE_INDEX; the other labels are the ids.
+    """Return rows of ids whose first `masked` labels, one number per row, are IGNORE_INDEX; the other labels are the
+    ids.
 
     Returns:
         input_ids, labels: lists of (length,) int64 tensors, views of one tensor each. lengths, masked, num_targets
@@ -238,7 +239,7 @@ def make_tokens(rows: Ragged, masked: np.ndarray, problems: dict[str, list[int]]
 
 
 def cached_tokens(key: str, build: Callable[[], Tokens], cache_dir: str | None = None) -> Tokens:
-    """`build()` once per machine and key; later runs, and the other local ranks, read the file.
+    """Return `build()`, which runs once per machine and key; later runs, and the other local ranks, read its file.
 
     The other ranks wait, however long it takes.
     """
@@ -260,7 +261,8 @@ def _cache_folder(cache_dir: str | None) -> Path:
 
 
 def _write(path: Path, tokens: Tokens) -> None:
-    """Labels equal the ids after a masked prefix, so its length is enough. Two bytes an id where they suffice."""
+    """Write tokens to a file. Labels equal the ids after a masked prefix, so its length is enough. An id takes two
+    bytes where they suffice."""
     ids = torch.cat(tokens["input_ids"]).numpy()
     ids = ids.astype(np.uint16 if ids.max() < 2**16 else np.int32)
     problems = {f"problem_{name}": np.array(rows, dtype=np.int64) for name, rows in tokens["problems"].items()}
@@ -272,7 +274,7 @@ def _write(path: Path, tokens: Tokens) -> None:
 
 
 def _read(path: Path) -> Tokens | None:
-    """None where there is no file, or one that cannot be read."""
+    """Return the tokens in a file, or None where there is no file, or one that cannot be read."""
     try:
         with np.load(path) as arrays:
             problems = {

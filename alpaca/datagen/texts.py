@@ -51,7 +51,7 @@ def _text_of(row: Any, number: int, data_path: str, text_field: str | None) -> s
     if not isinstance(row[field], str):
         kind = type(row[field]).__name__
         raise InputError(f"{where}: {field!r} must be text, got {kind} {row[field]!r:.60}", data_path)
-    check_text(row[field], f"{where}: {field!r}")
+    check_text(row[field], f"{where}: {field!r}", data_path)
     return row[field].strip()
 
 

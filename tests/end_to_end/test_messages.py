@@ -15,7 +15,7 @@ from alpaca.common.errors import UsageError
 
 INPUTS = (
     "path_raw path_tuned path_diff model base compare adapter data_path eval_data_path seed_path augmented_path "
-    "regen_path seed_tasks_path ratings_path prompt_path model_name_or_path prompt_template outputs reference pred"
+    "regen_path seed_tasks_path ratings_path prompt_path model_name_or_path prompt_template reference_path"
 ).split()
 OUTPUTS = "output_path output_dir".split()
 # What a command needs beside the path that is broken; {…} is a file or folder of the test.
@@ -24,7 +24,7 @@ GIVEN = {
     ("weight_diff", "recover"): "--path_raw={base} --path_diff={diff} --path_tuned={new}",
     ("weight_diff", "verify"): "--path_diff={diff} --path_tuned={tuned}",
     ("generate_instruction", "generate_instruction_following_data"): "--output_dir={new} --model_name={base}",
-    ("generate_instruction", "generate_responses"): "--data_path={rows} --output_path={new} --model_name={base}",
+    ("generate_instruction", "generate_responses"): "--data_path={rows} --output_path={new} --model={base}",
     ("generate_instruction", "export"): "--regen_path={rows} --output_path={new}",
     ("scripts.generate",): "--model={base} --data_path={rows} --output_path={new}",
     ("scripts.demo",): "--model={base}",
@@ -33,13 +33,16 @@ GIVEN = {
     ("scripts.check_packing",): "--model_name_or_path={base} --data_path={rows}",
     ("scripts.plot_diversity",): "--data_path={rows} --output={new}",
     ("scripts.evaluate", "alpaca_eval"): "--model={base} --data_path={rows} --output_path={new}",
-    ("scripts.evaluate", "win_rate"): "--outputs={rows} --reference={rows} --judge={base}",
-    ("scripts.evaluate", "backward"): "--pred={rows}",
-    ("scripts.backtranslate", "augment"): "--model_name={base} --data_path={rows} --output_path={new}",
-    ("scripts.backtranslate", "curate"): "--model_name={base} --data_path={pairs} --output_path={new}",
+    ("scripts.evaluate", "win_rate"): "--data_path={rows} --reference_path={rows} --judge={base}",
+    ("scripts.evaluate", "backward"): "--data_path={written}",
+    ("scripts.backtranslate", "augment"): "--model={base} --data_path={texts} --text_field=text --output_path={new}",
+    ("scripts.backtranslate", "curate"): "--model={base} --data_path={pairs} --output_path={new}",
     ("scripts.backtranslate", "mix"): "--seed_path={rows} --augmented_path={rows} --output_path={new}",
     ("train",): "--model_name_or_path={base} --data_path={rows} --output_dir={new} --use_cpu=True",
 }
+
+
+TEXT = "The kettle is on the stove, and the water in it is about to boil. " * 12
 
 
 def flags_of(name: str, *task: str) -> list[str]:
@@ -68,7 +71,7 @@ def files(tmp_path_factory, tiny):
     import weight_diff
 
     folder = tmp_path_factory.mktemp("files")
-    paths = {name: folder / name for name in ("base", "tuned", "diff", "adapter", "rows", "pairs")}
+    paths = {name: folder / name for name in ("base", "tuned", "diff", "adapter")}
     for name in ("base", "tuned"):
         shutil.copytree(tiny("llama"), paths[name])
     model = AutoModelForCausalLM.from_pretrained(paths["base"])
@@ -76,9 +79,9 @@ def files(tmp_path_factory, tiny):
     model.save_pretrained(paths["tuned"])
     weight_diff.make_diff(str(paths["base"]), str(paths["tuned"]), str(paths["diff"]))
     get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(paths["adapter"])
-    for name in ("rows", "pairs"):
-        paths[name] = paths[name].with_suffix(".json")
-        write_rows(paths[name], 4)
+    for name in ("rows", "pairs", "written", "texts"):
+        paths[name] = folder / f"{name}.json"
+        write_rows(paths[name], 4, reference="Count.", text=TEXT)
     return paths
 
 
