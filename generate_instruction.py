@@ -11,10 +11,13 @@
 server. Every answer is journaled before anything else: a rerun of the same command continues and pays nothing twice.
 """
 
+import asyncio
 import json
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +26,21 @@ from alpaca.common import commands
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, reported
 from alpaca.common.files import refuse_overwriting_input
-from alpaca.completions.api import Sampling
-from alpaca.completions.budget import Progress, budget_of, estimate
+from alpaca.completions.api import Request, Sampling, SamplingFlags
+from alpaca.completions.budget import BudgetFlags, Progress, estimate
 from alpaca.completions.journal import Journal
-from alpaca.completions.rows import BatchCompletion, write_rows
+from alpaca.completions.rows import BatchCompletion, write_answered, write_rows
 from alpaca.completions.runner import RequestRunner, answered_before
 from alpaca.data.prompts import format_prompt, instruction_and_input
 from alpaca.data.rows import load_rows
 from alpaca.datagen import self_instruct
 from alpaca.datagen.self_instruct import find_word_in_string, load_prompt, load_seed_tasks  # noqa: F401  the first: of 2023
-from alpaca.datagen.state import JOURNAL, REPORT, Generation
-from alpaca.inference.backend import ModelBackend, is_folder, open_backend
+from alpaca.datagen.state import JOURNAL, REGEN, REPORT, Generation
+from alpaca.inference.backend import BackendFlags, ModelBackend, open_backend
 
 ROOT = Path(__file__).resolve().parent
 STOP_OF_2023 = ("\n20", "20.", "20.")  # the list has 20 tasks
+NO_BUDGET, SAMPLING, FIVE_AT_ONCE = BudgetFlags(), SamplingFlags(), BackendFlags(batch_size=5)
 EXPECTED = 12  # tasks kept of an answer: an estimate for --dry_run only
 
 
@@ -53,6 +57,7 @@ def post_process_gpt3_response(num_prompt_instructions: int, response: dict[str,
     return self_instruct.rows_of_response(num_prompt_instructions, response)
 
 
+@commands.task(max_new_tokens="max_tokens")
 def generate_instruction_following_data(
     output_dir: str = "./",
     seed_tasks_path: str = "./seed_tasks.jsonl",
@@ -73,37 +78,30 @@ def generate_instruction_following_data(
     num_generated_in_prompt: int = 0,
     seed: int | None = None,
     stable_ties: bool = False,
-    price_in: float = 0.0,
-    price_out: float = 0.0,
-    max_cost: float | None = None,
-    dry_run: bool = False,
+    budget: BudgetFlags = NO_BUDGET,
 ) -> None:
     """Generate tasks until num_instructions_to_generate are kept, into regen.json; a rerun continues.
 
     Args:
-        output_dir: gets regen.json, generation_journal.jsonl (every answer) and generation_report.json.
+        output_dir: Gets regen.json, generation_journal.jsonl (every answer) and generation_report.json.
         seed_tasks_path: JSONL of tasks with instruction and instances, the source of examples.
-        num_instructions_to_generate: tasks to keep in all, those of earlier runs included.
-        model_name: a model of the server, or the folder of a model.
-        num_prompt_instructions: examples in a prompt.
-        request_batch_size: requests on their way at once; for a folder, prompts in a batch.
-        temperature: of sampling; None leaves it to the server.
-        top_p: of sampling; None leaves it to the server.
-        num_cpus: threads of the novelty filter.
-        prompt_path: the text above the examples; not given, prompt.txt.
-        base_url: of the server; not given, OPENAI_BASE_URL or OpenAI.
-        api: chat, completions or auto.
-        concurrency: requests on their way at once, if not request_batch_size.
+        num_instructions_to_generate: Tasks to keep in all, those of earlier runs included.
+        model_name: A model of the server, or the folder of a model.
+        num_prompt_instructions: Examples in a prompt.
+        request_batch_size: Requests to a server at a time; for a folder, prompts in a batch.
+        temperature: Sampling temperature; None leaves it to the server.
+        top_p: Sample from the likeliest tokens of this probability; None leaves it to the server.
+        num_cpus: Threads of the novelty filter.
+        prompt_path: The text above the examples; not given, prompt.txt.
+        base_url: Address of the server; not given, OPENAI_BASE_URL or OpenAI.
+        api: The endpoint: chat, completions or auto.
+        concurrency: Requests to a server at a time, if not request_batch_size.
         parser: original (2023's), robust, or auto: original for completion models, robust for chat.
-        max_tokens: of an answer.
+        max_tokens: Tokens of an answer, at most.
         logit_bias: JSON such as '{"50256": -100}', which 2023 sent; token ids of the model.
-        num_generated_in_prompt: of the examples, how many are tasks generated before (Alpaca: 0, self-instruct: 2).
-        seed: the same examples in the same order at any concurrency.
-        stable_ties: an order of equally similar instructions that does not depend on the CPU.
-        price_in: dollars per million prompt tokens.
-        price_out: dollars per million generated tokens.
-        max_cost: dollars that are never exceeded, earlier runs in output_dir included.
-        dry_run: print one prompt and an estimate of tokens and cost, ask nothing.
+        num_generated_in_prompt: Of the examples, how many are tasks generated before (Alpaca: 0, self-instruct: 2).
+        seed: Makes the examples and their order the same at any concurrency.
+        stable_ties: An order of equally similar instructions that does not depend on the CPU.
 
     Raises:
         UsageError: a bad flag, file, key, address or model, before anything is asked, or the limit of cost.
@@ -123,22 +121,16 @@ def generate_instruction_following_data(
         )
     if parser not in ("auto", *self_instruct.PARSERS):
         raise UsageError(f"--parser {parser}: expected auto, original or robust")
-    bias, budget = _read_bias(logit_bias), budget_of(price_in, price_out, max_cost)
-    if dry_run:
+    sampling = Sampling(max_tokens, temperature, top_p, logit_bias=_read_bias(logit_bias))
+    spent = budget.budget()
+    if budget.dry_run:
         draw = random.Random(f"{seed} 0")
         prompt = self_instruct.encode_prompt(draw.sample(seeds, num_prompt_instructions), head)
-        print(estimate([prompt], -(-num_instructions_to_generate // EXPECTED), max_tokens, budget))
+        print(estimate([prompt], -(-num_instructions_to_generate // EXPECTED), max_tokens, spent))
         return
 
-    concurrency = _at_once(model_name, base_url, request_batch_size, concurrency)
-    model = open_backend(model_name, base_url, api, request_batch_size)
-
-    def prepare(endpoint: str) -> tuple[Sampling, dict[str, Any]]:
-        chosen = parser if parser != "auto" else ("original" if endpoint == "completions" else "robust")
-        stop = STOP_OF_2023 if chosen == "original" else ()
-        sampling = Sampling(max_tokens, temperature, top_p, stop, logit_bias=bias)
-        return sampling, {"examples": num_prompt_instructions, "parser": chosen}
-
+    backend = BackendFlags(base_url, api, concurrency, request_batch_size)
+    model = open_backend(model_name, backend)
     with Journal(Path(output_dir) / JOURNAL) as journal:
         state = Generation(
             Path(output_dir),
@@ -152,128 +144,97 @@ def generate_instruction_following_data(
             stable_ties,
         )
         print(f"Loaded {len(seeds)} human-written seed instructions, {len(state.rows)} machine-generated instructions")
-        known = answered_before(journal, state.next, budget)
+        known = answered_before(journal, state.next, spent)
         journal.append({"kind": "run", "seed": state.seed, "model": model_name, "time": time.time()})
-        progress = Progress("tasks", num_instructions_to_generate, len(state.rows), budget)
+        runner = RequestRunner(model, journal, spent, backend.at_once, known)
+        asyncio.run(_generate(state, runner, sampling, parser, num_instructions_to_generate, model_name))
+    runner.refuse_stop_by_cost(len(state.rows), num_instructions_to_generate)
 
-        def take(entries: list[dict[str, Any]]) -> None:
-            state.take(entries)
-            progress.show(len(state.rows), asker.asked, getattr(model, "retries", 0))
 
-        asker = RequestRunner(
-            model,
-            prepare,
-            journal,
-            budget,
-            state.prompt_of,
-            lambda in_flight: state.wants(num_instructions_to_generate, in_flight),
-            take,
-            concurrency,
-            state.next,
-            known,
-        )
-        try:
-            asker.run()
-        finally:
-            progress.close()
-            state.save()
-            report = {
-                "model": model_name,
-                "seed": state.seed,
-                "rows": len(state.rows),
-                **state.counts,
-                **progress.report(),
-            }
-            utils.jdump(report, Path(output_dir) / REPORT)
-            print(f"{state.told()}\n{progress.told()}\n{len(state.rows)} tasks in {Path(output_dir) / 'regen.json'}")
-    asker.refuse_stop_by_cost(len(state.rows), num_instructions_to_generate)
+async def _generate(
+    state: Generation, runner: RequestRunner, sampling: Sampling, parser: str, target: int, model_name: str
+) -> None:
+    """Ask until `target` tasks are kept, and write what there is then, whatever ends it."""
+    progress = Progress("tasks", target, len(state.rows), runner.budget)
+    try:
+        async with runner:
+            if parser == "auto":
+                parser = "original" if runner.model.api == "completions" else "robust"
+            sampling = replace(sampling, stop=STOP_OF_2023 if parser == "original" else ())
+            about = {"examples": state.num_examples, "parser": parser}
+            more = partial(state.wants, target)
+            async for entries in runner.answers(state.requests(), sampling, more, **about):
+                await asyncio.to_thread(state.take, entries)
+                progress.show(len(state.rows), runner.asked, getattr(runner.model, "retries", 0))
+    finally:
+        progress.close()
+        state.save()
+        report = {
+            "model": model_name,
+            "seed": state.seed,
+            "rows": len(state.rows),
+            **state.counts,
+            **progress.report(),
+        }
+        utils.jdump(report, state.output_dir / REPORT)
+        print(f"{state.summary()}\n{progress.summary()}\n{len(state.rows)} tasks in {state.output_dir / REGEN}")
 
 
 # ---- answers of another model ----
 
 
+@commands.task(model_name="model", request_batch_size="batch_size", max_tokens="max_new_tokens")
 def generate_responses(
     data_path: str,
     output_path: str,
-    model_name: str,
-    base_url: str | None = None,
-    api: str = "auto",
-    concurrency: int | None = None,
-    request_batch_size: int = 5,
+    model: str,
+    backend: BackendFlags = FIVE_AT_ONCE,
     prompt: str = "auto",
-    temperature: float | None = 0.7,
-    top_p: float | None = 1.0,
-    max_tokens: int = 2048,
-    price_in: float = 0.0,
-    price_out: float = 0.0,
-    max_cost: float | None = None,
+    sampling: SamplingFlags = SAMPLING,
+    budget: BudgetFlags = NO_BUDGET,
     drop_failed: bool = False,
-    dry_run: bool = False,
 ) -> None:
     """Answer every instruction of a data file with another model; rows and their order stay, a rerun continues.
 
     Args:
-        data_path: an Alpaca file, anything that train.py takes.
-        output_path: the JSON to be written when all rows are answered; its journal lies beside it.
-        model_name: a model of the server, or the folder of a model.
-        base_url: of the server; not given, OPENAI_BASE_URL or OpenAI.
-        api: chat, completions or auto.
-        concurrency: requests on their way at once, if not request_batch_size.
-        request_batch_size: requests on their way at once; for a folder, prompts in a batch.
+        data_path: An Alpaca file, anything that train.py takes.
+        output_path: The JSON to be written when all rows are answered; its journal lies beside it.
+        model: A model of the server, or the folder of a model.
         prompt: plain (the instruction and its input), alpaca (the training prompt), or auto: plain for chat.
-        temperature: of sampling; None leaves it to the server.
-        top_p: of sampling; None leaves it to the server.
-        max_tokens: of an answer.
-        price_in: dollars per million prompt tokens.
-        price_out: dollars per million generated tokens.
-        max_cost: dollars that are never exceeded, earlier runs with this output_path included.
-        drop_failed: leave out rows that the model does not answer; else they are an error at the end.
-        dry_run: print one prompt and an estimate of tokens and cost, ask nothing.
+        drop_failed: Leave out rows that the model does not answer; else they are an error at the end.
 
     Raises:
         UsageError: a bad flag, file, key, address or model, the limit of cost, or rows without an answer.
     """
-    sampling = Sampling(max_tokens, temperature, top_p)
-    respondent = ModelBackend(
-        model_name,
-        sampling,
-        None,
-        base_url,
-        api,
-        request_batch_size,
-        batch_size_flag="--request_batch_size",
-        base_flag=None,
-    )
+    spent, answerer = budget.budget(), ModelBackend(model, sampling.sampling(), backend)
     refuse_overwriting_input(output_path, "--output_path", data_path=data_path)
     if prompt not in ("auto", "plain", "alpaca"):
         raise UsageError(f"--prompt {prompt}: expected auto, plain or alpaca")
-    rows, budget = load_rows(data_path), budget_of(price_in, price_out, max_cost)
+    rows = load_rows(data_path)
     plain = [instruction_and_input(row) for row in rows]
     prompts = plain if prompt == "plain" else [format_prompt(row) for row in rows]
-    if dry_run:
-        print(estimate(prompts, len(prompts), max_tokens, budget))
+    if budget.dry_run:
+        print(estimate(prompts, len(prompts), sampling.max_new_tokens, spent))
         return
 
-    concurrency = _at_once(model_name, base_url, request_batch_size, concurrency)
-    model = respondent.open()
-    if prompt != "plain" and (own := getattr(model, "templates", None)):  # a folder's
+    opened = answerer.open()
+    if prompt != "plain" and (own := getattr(opened, "templates", None)):  # a folder's
         prompts = [format_prompt(row, own) for row in rows]
 
-    def prepare(endpoint: str) -> tuple[Sampling, dict[str, Any]]:
-        nonlocal prompts
-        prompts = plain if prompt == "plain" or (prompt == "auto" and endpoint == "chat") else prompts
-        return sampling, {}
+    def requests() -> Iterator[Request]:
+        """Once the endpoint is known."""
+        asked = plain if prompt == "auto" and opened.api == "chat" else prompts
+        yield from answerer.requests(dict(enumerate(asked)))
 
-    how = respondent.how(rows=plain, prompts=prompts) | {"prompt": prompt}
-    prompt_of = lambda row: prompts[row]  # noqa: E731  prepare may change them
-    BatchCompletion(
-        rows, output_path, model, prepare, prompt_of, how, concurrency, budget, drop_failed=drop_failed
-    ).run()
+    how = answerer.how(rows=plain, prompts=prompts) | {"prompt": prompt}
+    answered = BatchCompletion(opened, answerer.sampling, output_path, how, backend.at_once, spent, drop_failed)
+    write_answered(output_path, rows, answered.answers(requests()))
 
 
 # ---- from regen.json to a data file ----
 
 
+@commands.task()
 def export(
     regen_path: str = "./regen.json",
     output_path: str = "./alpaca_data.json",
@@ -307,14 +268,6 @@ def export(
 
 
 # ---- what they share ----
-
-
-def _at_once(model_name: str, base_url: str | None, batch_size: int, concurrency: int | None) -> int:
-    """How many requests a model gets at once."""
-    if concurrency is not None and is_folder(model_name, base_url):
-        raise UsageError("a folder's model takes --request_batch_size, not --concurrency")
-    check_numbers(concurrency=concurrency if concurrency is not None else 1)
-    return concurrency or batch_size
 
 
 def _read_bias(text: str | None) -> dict[str, float] | None:

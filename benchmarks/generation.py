@@ -7,6 +7,7 @@ What is measured is the whole command, HTTP, parsing, novelty filter, journal an
 told at a quarter of the tasks and at all of them: what grows is the tasks that are kept.
 """
 
+import argparse
 import hashlib
 import json
 import multiprocessing
@@ -17,7 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from alpaca.common.commands import Parser
 from benchmarks.machine import ROOT, write_result
 from tests.support.completion_server import CompletionServer
 
@@ -75,7 +75,7 @@ def measure(tasks: int, url: str, ties: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", type=int, default=52000)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

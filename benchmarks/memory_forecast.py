@@ -7,6 +7,7 @@ A model of about 0.2 billion parameters is trained for two steps. Measured is th
 torch take themselves.
 """
 
+import argparse
 import json
 import os
 import re
@@ -15,7 +16,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from alpaca.common.commands import Parser
 from benchmarks.machine import ROOT, write_result
 from scripts.make_tiny_model import make_tiny_model
 from scripts.quickstart import free_port
@@ -65,7 +65,7 @@ def run(model: str, processes: int, flags: list[str], folder: Path) -> tuple[flo
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     results = {}

@@ -13,6 +13,7 @@ The whole run, from the seed tasks to `total` kept instructions, is run with our
 from its measured milliseconds: straight lines between pool sizes, below the smallest that one's.
 """
 
+import argparse
 import json
 import multiprocessing
 import random
@@ -24,7 +25,6 @@ from pathlib import Path
 import numpy as np
 from rouge_score import rouge_scorer
 
-from alpaca.common.commands import Parser
 from alpaca.datagen.novelty import NoveltyFilter, Similarity
 from benchmarks.machine import ROOT, write_result
 
@@ -144,7 +144,7 @@ def whole_run(total: int, rows: list[dict]) -> dict:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 52_000], help="pools of both sides")
     parser.add_argument("--ours_only", type=int, nargs="*", default=[200_000], help="pools of ours alone")
     parser.add_argument("--total", type=int, default=52_002, help="instructions kept in the whole run")

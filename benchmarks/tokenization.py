@@ -10,6 +10,7 @@ Times: `original` and `ours` from texts to ids and labels, `ours_cached` the sam
 the whole of SupervisedDataset, with reading, checking and reporting.
 """
 
+import argparse
 import copy
 import json
 import os
@@ -25,7 +26,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from alpaca.common.commands import Parser
 from alpaca.common.errors import reported
 from alpaca.data.prompts import format_prompt
 from alpaca.data.rows import load_rows
@@ -130,7 +130,7 @@ def make_tokenizer(kind: str, texts: list[str], folder: Path) -> PreTrainedToken
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", default="alpaca_data.json", help="Alpaca rows: a file or a hub id")
     parser.add_argument("--rows", type=int, default=52_002)
     parser.add_argument("--repeats", type=int, default=3)

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, Trainer, TrainerCallback
 
 import train
-from alpaca.common.commands import Parser
 from alpaca.common.errors import reported
 from alpaca.data.prompts import format_prompt
 from alpaca.data.rows import load_rows
@@ -284,7 +283,7 @@ def render_files(paths: list[Path]) -> str:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_path", default="alpaca_data.json", help="Alpaca rows: a file or a hub id")
     parser.add_argument("--rows", type=int, default=1000, help="how many of them")
     parser.add_argument("--section", choices=SECTIONS, help="cpu, or what to measure on a GPU (rivals)")

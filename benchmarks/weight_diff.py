@@ -8,6 +8,7 @@ with LLaMA's architecture: base of 32,000 tokens, tuned of 32,001. For scale: th
 copying the tuned file to the same disk, fsync included.
 """
 
+import argparse
 import hashlib
 import os
 import shutil
@@ -21,7 +22,6 @@ from pathlib import Path
 import torch
 import transformers
 
-from alpaca.common.commands import Parser
 from alpaca.weights.reader import as_bytes
 from alpaca.weights.writer import ShardWriter, Spec, plan_shards
 from benchmarks.machine import ROOT, write_result
@@ -152,7 +152,7 @@ def median(runs: list[dict[str, float]], what: str) -> float:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--without_2023", action="store_true", help="2B needs 19 GB of memory in 2023's way")

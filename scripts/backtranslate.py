@@ -2,8 +2,8 @@ r"""Instruction backtranslation (arXiv 2308.06259): texts become answers, a mode
 chooses the good pairs, and the next one is trained on these and the seed data.
 
     python -m scripts.backtranslate train_backward --data_path seed.json --model_name_or_path <base> --output_dir Myx
-    python -m scripts.backtranslate augment --data_path texts.jsonl --model_name Myx --output_path candidates.jsonl
-    python -m scripts.backtranslate curate --data_path candidates.jsonl --model_name M0 --output_path a5.json
+    python -m scripts.backtranslate augment --data_path texts.jsonl --model Myx --output_path candidates.jsonl
+    python -m scripts.backtranslate curate --data_path candidates.jsonl --model M0 --output_path a5.json
     python -m scripts.backtranslate mix --seed_path seed.json --augmented_path a5.json --output_path m1.json
 
 M0 is the base trained on seed.json, M1 on m1.json, both by train.py. Every answer of a model is journaled beside the
@@ -19,16 +19,16 @@ from pathlib import Path
 import utils
 from alpaca.common import commands
 from alpaca.common.commands import check_numbers
-from alpaca.common.errors import UsageError, format_first, reported
+from alpaca.common.errors import InputError, UsageError, format_first, reported
 from alpaca.common.files import refuse_overwriting_input
-from alpaca.completions.api import Model, Sampling
-from alpaca.completions.budget import Budget, budget_of, estimate
+from alpaca.completions.api import Model, SamplingFlags
+from alpaca.completions.budget import Budget, BudgetFlags, estimate
 from alpaca.completions.rows import BatchCompletion, write_rows
 from alpaca.data.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, load_prompt_template
 from alpaca.data.rows import Row, load_rows, raw_rows
 from alpaca.datagen.backtranslation import Curation, inference_templates, mixed, pairs_of, rated_row, rating_prompt
 from alpaca.datagen.texts import Filters, load_texts
-from alpaca.inference.backend import ModelBackend, PromptSet, fitting
+from alpaca.inference.backend import BackendFlags, ModelBackend, PromptSet, fitting
 
 TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 # Those of recipes/backtranslation_llama2_7b_lora.sh, which says what of them is published. A test compares the two.
@@ -55,6 +55,9 @@ BACKWARD_FLAGS = {
     "tf32": "True",
 }
 BACKWARD_BATCH = 32
+RENAMED = {"model_name": "model", "max_tokens": "max_new_tokens"}
+NO_BUDGET, ANY_BACKEND, SERVED_AS_TRAINED = BudgetFlags(), BackendFlags(), BackendFlags(api="completions")
+OF_INSTRUCTIONS, OF_RATINGS = SamplingFlags(0.7, 0.9, 256), SamplingFlags(0.7, 0.9, 512)  # the paper's
 
 
 # ---- train_backward ----
@@ -106,14 +109,12 @@ def _accumulation(rows: str, processes: int) -> str:
 # ---- augment ----
 
 
+@commands.task(**RENAMED)
 def augment(
     data_path: str,
     output_path: str,
-    model_name: str,
-    base: str | None = None,
-    base_url: str | None = None,
-    api: str = "completions",
-    batch_size: int = 8,
+    model: str,
+    backend: BackendFlags = SERVED_AS_TRAINED,
     text_field: str | None = None,
     data_split: str = "train",
     min_chars: int = 200,
@@ -121,58 +122,38 @@ def augment(
     max_capitals: float = 0.3,
     min_english: float = 0.0,
     prompt_template: str | None = None,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
-    max_tokens: int = 256,
+    sampling: SamplingFlags = OF_INSTRUCTIONS,
     seed: int = 42,
     keep_cut: bool = False,
     drop_failed: bool = False,
-    load_in_8bit: bool = False,
-    load_in_4bit: bool = False,
-    price_in: float = 0.0,
-    price_out: float = 0.0,
-    max_cost: float | None = None,
-    dry_run: bool = False,
+    budget: BudgetFlags = NO_BUDGET,
 ) -> None:
     """Write an instruction for every text that the filters keep: rows of instruction, output (the text) and source.
 
     source is the number of the text's row. What is left out is printed, and with all row numbers in
-    <output_path>.report.json.
+    <output_path>.report.json. A backward model that is served is asked at the completions endpoint; --api chat is for
+    a general model, which gets the same prompt. Temperature and top-p are the paper's.
 
     Args:
-        data_path: texts: JSON, JSONL, CSV, parquet with a field `text`, an Alpaca file (its outputs), or .txt with
+        data_path: Texts: JSON, JSONL, CSV, parquet with a field `text`, an Alpaca file (its outputs), or .txt with
             segments between empty lines.
         output_path: JSONL (or .json) of the pairs; its journal lies beside it.
-        model_name: the folder of a backward model or its adapter, or a model of the server.
-        base: the base model of an adapter, where it is not where it was in training.
-        base_url: of a server; not given, OPENAI_BASE_URL; without both model_name may be a folder.
-        api: completions, for a backward model that is served; chat, for a general model, which gets the same prompt.
-        batch_size: prompts in a batch, or requests on their way at once.
-        text_field: the field of a row that is the text; not given, output if there is one, else text.
-        data_split: of a hub dataset.
-        min_chars: shorter texts are left out.
-        max_chars: longer texts are left out.
-        max_capitals: texts with a larger share of capital letters are left out.
-        min_english: texts with a smaller share of common English words are left out. A heuristic, which drops lists,
+        model: The folder of a backward model or its adapter, or a model of the server.
+        text_field: The field of a row that is the text; not given, output if there is one, else text.
+        data_split: Split of a hub dataset.
+        min_chars: Shorter texts are left out.
+        max_chars: Longer texts are left out.
+        max_capitals: Texts with a larger share of capital letters are left out.
+        min_english: Texts with a smaller share of common English words are left out. A heuristic, which drops lists,
             tables and code too; 0 takes every language, 0.1 hardly any but English.
         prompt_template: JSON file with another prompt than that of the model's folder, or of train.py --backward.
-        temperature: of sampling; 0.7 in the paper.
-        top_p: of sampling; 0.9 in the paper.
-        max_tokens: of an instruction. Those that are cut there are left out, and counted.
-        seed: of sampling; every text has its own, drawn from this one.
-        keep_cut: keep instructions that were cut at max_tokens.
-        drop_failed: leave out texts that the model does not answer; else they are an error at the end.
-        load_in_8bit: quantize a folder's weights with bitsandbytes.
-        load_in_4bit: quantize a folder's weights with bitsandbytes.
-        price_in: dollars per million prompt tokens.
-        price_out: dollars per million generated tokens.
-        max_cost: dollars that are never exceeded, earlier runs with this output_path included.
-        dry_run: filter, print one prompt and an estimate of tokens and cost, ask nothing.
+        seed: Of sampling; every text has its own, drawn from this one.
+        keep_cut: Keep instructions that were cut at max_new_tokens; else they are left out, and counted.
+        drop_failed: Leave out texts that the model does not answer; else they are an error at the end.
     """
-    sampling, budget = Sampling(max_tokens, temperature, top_p), budget_of(price_in, price_out, max_cost)
-    respondent = ModelBackend(model_name, sampling, base, base_url, api, batch_size, load_in_8bit, load_in_4bit, seed)
-    if api not in ("completions", "chat"):
-        raise UsageError(f"--api {api}: expected completions, or chat")
+    spent, answerer = budget.budget(), ModelBackend(model, sampling.sampling(), backend, seed)
+    if backend.api == "auto":
+        raise UsageError("--api auto: expected completions, or chat")
     refuse_overwriting_input(output_path, "--output_path", data_path=data_path)
     filters = Filters(min_chars, max_chars, max_capitals, min_english)
     templates = load_prompt_template(prompt_template, backward=True)
@@ -180,47 +161,42 @@ def augment(
     kept, left_out = filters.choose(texts)
     print(f"{len(texts):,} texts in {data_path}, {len(kept):,} kept{_counts(left_out)}", flush=True)
     if not kept:
-        raise UsageError(f"--data_path {data_path}: the filters leave none of its {len(texts):,} texts")
-    if dry_run:
-        print(estimate([backward_prompt(texts[n], templates) for n in kept[:1000]], len(kept), max_tokens, budget))
+        raise InputError(f"{data_path}: the filters leave none of its {len(texts):,} texts", data_path)
+    if budget.dry_run:
+        prompts = [backward_prompt(texts[number], templates) for number in kept[:1000]]
+        print(estimate(prompts, len(kept), sampling.max_new_tokens, spent))
         return
 
-    model = respondent.open()
-    templates = templates if prompt_template else _backward_templates(model, model_name)
-    prompt_of = lambda number: backward_prompt(texts[number], templates)  # noqa: E731
-    asked = fitting(model, kept, prompt_of, sampling)
-    answers = BatchCompletion(
-        texts,
-        output_path,
-        model,
-        lambda endpoint: (sampling, {}),
-        prompt_of,
-        respondent.how(texts=map(prompt_of, asked)),
-        batch_size,
-        budget,
-        order=sorted(asked, key=lambda number: -len(texts[number])),
-        seed_of=respondent.seed_of,
-        drop_failed=drop_failed,
-    ).answers()
+    opened = answerer.open()
+    templates = templates if prompt_template else _backward_templates(opened, model)
+    prompts = {number: backward_prompt(texts[number], templates) for number in kept}
+    prompts = fitting(opened, prompts, answerer.sampling)
+    how = answerer.how(texts=prompts.values())
+    prompts = dict(sorted(prompts.items(), key=lambda item: -len(texts[item[0]])))
+    completion = BatchCompletion(opened, answerer.sampling, output_path, how, backend.at_once, spent, drop_failed)
+    answers = completion.answers(answerer.requests(prompts))
     rows, spoiled = pairs_of(texts, answers, keep_cut)
-    spoiled |= {"no_answer": sorted(set(asked) - set(answers)), "too_long_for_model": sorted(set(kept) - set(asked))}
+    spoiled |= {
+        "no_answer": sorted(set(prompts) - set(answers)),
+        "too_long_for_model": sorted(set(kept) - set(prompts)),
+    }
     left_out |= {name: numbers for name, numbers in spoiled.items() if numbers}
-    print(f"{len(asked):,} texts asked, {len(rows):,} instructions{_counts(spoiled)}")
-    counts = {"texts": len(texts), "asked": len(asked), "written": len(rows), "left_out": left_out}
-    utils.jdump({"model": model_name} | counts, f"{output_path}.report.json")
+    print(f"{len(prompts):,} texts asked, {len(rows):,} instructions{_counts(spoiled)}")
+    counts = {"texts": len(texts), "asked": len(prompts), "written": len(rows), "left_out": left_out}
+    utils.jdump({"model": model} | counts, f"{output_path}.report.json")
     write_rows(output_path, rows)
 
 
-def _backward_templates(model: Model, model_name: str) -> Mapping[str, str]:
+def _backward_templates(opened: Model, model: str) -> Mapping[str, str]:
     """Those in the model's folder; a model that has none is asked as train.py --backward trains."""
-    templates = getattr(model, "templates", PROMPT_DICT)
+    templates = getattr(opened, "templates", PROMPT_DICT)
     if templates is PROMPT_DICT:
         return BACKWARD_PROMPT_DICT
-    if model.api == "chat":
-        raise UsageError(f"--api chat: {model_name} was trained with a prompt of its own; leave --api away")
+    if opened.api == "chat":
+        raise UsageError(f"--api chat: {model} was trained with a prompt of its own; omit --api")
     if templates == PROMPT_DICT:
         raise UsageError(
-            f"--model_name {model_name}: was trained to answer instructions, not to write them; give a model of "
+            f"--model {model}: was trained to answer instructions, not to write them; give a model of "
             "train_backward, or as --prompt_template the prompt to ask this one with"
         )
     return templates
@@ -236,88 +212,65 @@ def _counts(numbers: Mapping[str, Sequence[int]]) -> str:
 # ---- curate ----
 
 
+@commands.task(**RENAMED)
 def curate(
     output_path: str,
     data_path: str | None = None,
-    model_name: str | None = None,
+    model: str | None = None,
     ratings_path: str | None = None,
     threshold: float = 4.5,
     ratings: int = 1,
-    base: str | None = None,
-    base_url: str | None = None,
-    api: str = "auto",
-    batch_size: int = 8,
+    backend: BackendFlags = ANY_BACKEND,
     prompt_template: str | None = None,
-    temperature: float = 0.7,
-    top_p: float = 0.9,
-    max_tokens: int = 512,
+    sampling: SamplingFlags = OF_RATINGS,
     seed: int = 42,
     drop_failed: bool = False,
-    load_in_8bit: bool = False,
-    load_in_4bit: bool = False,
-    price_in: float = 0.0,
-    price_out: float = 0.0,
-    max_cost: float | None = None,
-    dry_run: bool = False,
+    budget: BudgetFlags = NO_BUDGET,
 ) -> None:
     """Rate every pair from 1 to 5, and write those that reach the threshold.
 
     A pair without a readable rating is never chosen; it stays in the ratings with the score null, and its row number is
-    reported. Another threshold needs no model: --ratings_path and --threshold, without --data_path and --model_name.
-    <output_path>.report.json has counts, histogram and row numbers.
+    reported. Another threshold needs no model: --ratings_path and --threshold, without --data_path and --model.
+    <output_path>.report.json has counts, histogram and row numbers. Temperature and top-p are the paper's.
 
     Args:
         output_path: JSON of the chosen pairs, for mix and train.py.
-        data_path: pairs to rate, as augment wrote them, or any file that train.py takes.
-        model_name: the rater: the folder of a model or its adapter, or a model of the server.
+        data_path: Pairs to rate, as augment wrote them, or any file that train.py takes.
+        model: The rater: the folder of a model or its adapter, or a model of the server.
         ratings_path: JSONL of all pairs with their score, ratings and the rater's words; not given,
             <output_path>.ratings.jsonl. Its journal lies beside it.
-        threshold: lowest score to choose: 4.5 gives the paper's A5, 4 its A4.
-        ratings: of each pair, with different seeds; the score is the mean of those that can be read. A higher number
-            later asks only for the ratings that are missing.
-        base: the base model of an adapter, where it is not where it was in training.
-        base_url: of a server; not given, OPENAI_BASE_URL; without both model_name may be a folder.
-        api: completions, chat or auto. A chat model gets the question as it is, a completion model inside a prompt.
-        batch_size: prompts in a batch, or requests on their way at once.
-        prompt_template: JSON file with that prompt; not given, the one in the model's folder, or Alpaca's.
-        temperature: of sampling.
-        top_p: of sampling.
-        max_tokens: of a rating.
-        seed: of sampling; every rating has its own, drawn from this one.
-        drop_failed: leave pairs that the model does not answer without a score; else they are an error at the end.
-        load_in_8bit: quantize a folder's weights with bitsandbytes.
-        load_in_4bit: quantize a folder's weights with bitsandbytes.
-        price_in: dollars per million prompt tokens.
-        price_out: dollars per million generated tokens.
-        max_cost: dollars that are never exceeded, earlier runs with this ratings_path included.
-        dry_run: print one prompt and an estimate of tokens and cost, ask nothing.
+        threshold: Lowest score to choose: 4.5 gives the paper's A5, 4 its A4.
+        ratings: Ratings of each pair, with different seeds; the score is the mean of those that can be read. A higher
+            number later asks only for the ratings that are missing.
+        prompt_template: JSON file with the prompt of a completion model; not given, that of its folder, or Alpaca's.
+            A chat model gets the question as it is.
+        seed: Of sampling; every rating has its own, drawn from this one.
+        drop_failed: Leave pairs that the model does not answer without a score; else they are an error at the end.
     """
     if not 1 <= threshold <= 5:
         raise UsageError(f"--threshold {threshold}: expected 1 to 5, as scores are")
     check_numbers(ratings=ratings)
-    if (data_path is None) != (model_name is None) or (data_path is None and ratings_path is None):
-        raise UsageError(
-            "expected --data_path and --model_name to rate pairs, or --ratings_path to choose from ratings"
-        )
+    if (data_path is None) != (model is None) or (data_path is None and ratings_path is None):
+        raise UsageError("expected --data_path and --model to rate pairs, or --ratings_path to choose from ratings")
     ratings_path = ratings_path or f"{output_path}.ratings.jsonl"
     refuse_overwriting_input(output_path, "--output_path", data_path=data_path, ratings_path=ratings_path)
     refuse_overwriting_input(ratings_path, "--ratings_path", data_path=data_path)
     if data_path is None:
         curation = Curation(raw_rows(ratings_path), ratings_path)
     else:
-        sampling, budget = Sampling(max_tokens, temperature, top_p), budget_of(price_in, price_out, max_cost)
-        rater = ModelBackend(model_name, sampling, base, base_url, api, batch_size, load_in_8bit, load_in_4bit, seed)
-        if ratings > 1 and temperature == 0:
+        spent, rater = budget.budget(), ModelBackend(model, sampling.sampling(), backend, seed)
+        if ratings > 1 and sampling.temperature == 0:
             raise UsageError(f"--ratings {ratings}: at --temperature 0 they are all the same")
         templates = load_prompt_template(prompt_template) if prompt_template else None
         rows = load_rows(data_path)
-        if dry_run:
-            print(estimate([rating_prompt(row) for row in rows], ratings * len(rows), max_tokens, budget))
+        if budget.dry_run:
+            prompts = [rating_prompt(row) for row in rows]
+            print(estimate(prompts, ratings * len(rows), sampling.max_new_tokens, spent))
             return
-        rated = _rate(rows, rater, ratings, templates, ratings_path, budget, drop_failed)
+        rated = _rate(rows, rater, ratings, templates, ratings_path, spent, drop_failed)
         write_rows(ratings_path, rated)
         curation = Curation(rated, ratings_path)
-    print(curation.told(threshold))
+    print(curation.summary(threshold))
     utils.jdump(curation.report(threshold), f"{output_path}.report.json")
     write_rows(output_path, curation.chosen(threshold))
 
@@ -334,27 +287,17 @@ def _rate(
     """The rows with what the rater says of them. Rating k of row n is request k * len(rows) + n, so that more ratings
     come behind those that there are."""
     model, pairs = rater.open(chat=templates is None), len(rows)
-    rated = PromptSet([rating_prompt(row) for row in rows], model, rater.sampling, templates)
-    asked = fitting(model, range(pairs), rated.prompt_of, rater.sampling)
+    rated = PromptSet([rating_prompt(row) for row in rows], model, templates)
+    asked = fitting(model, {number: rated.prompt_of(number) for number in range(pairs)}, rater.sampling)
     if len(asked) < pairs:
         print(f"note: {pairs - len(asked):,} pairs are too long for the rater; they get no answer")
     by_length = sorted(asked, key=lambda number: -len(rated.questions[number]))
-    answers = BatchCompletion(
-        rows,
-        ratings_path,
-        model,
-        rated.prepare,
-        rated.prompt_of,
-        rater.how(pairs=rated.questions, prompt=sorted(rated.around.values())),
-        rater.batch_size,
-        budget,
-        order=[turn * pairs + number for turn in range(ratings) for number in by_length],
-        seed_of=rater.seed_of,
-        drop_failed=drop_failed,
-        number_of=lambda number: number % pairs,
-        unit="ratings",
-        path_flag="--ratings_path",
-    ).answers()
+    keys = [turn * pairs + number for turn in range(ratings) for number in by_length]
+    how = rater.how(pairs=rated.questions, prompt=sorted(rated.around.values()))
+    completion = BatchCompletion(
+        model, rater.sampling, ratings_path, how, rater.flags.at_once, budget, drop_failed, "ratings"
+    )
+    answers = completion.answers(rated.requests(keys, range(pairs), rater.seed))
     of_row = [[answers.get(turn * pairs + number) for turn in range(ratings)] for number in range(pairs)]
     return [
         rated_row(
@@ -369,6 +312,7 @@ def _rate(
 # ---- mix ----
 
 
+@commands.task()
 def mix(
     seed_path: str,
     output_path: str,
@@ -393,8 +337,8 @@ def mix(
     augmented = load_rows(augmented_path) if augmented_path else []
     if any("ratings" in row for row in augmented):
         raise UsageError(f"--augmented_path {augmented_path}: has all rated pairs; give curate's --output_path")
-    rows, told = mixed(load_rows(seed_path), augmented, tags, seed)
-    print(told)
+    rows, summary = mixed(load_rows(seed_path), augmented, tags, seed)
+    print(summary)
     write_rows(output_path, rows)
     if tags:
         utils.jdump(inference_templates(), f"{output_path}.prompt_template.json")

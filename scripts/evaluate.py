@@ -2,8 +2,8 @@
 
     python -m scripts.evaluate harness --model output/alpaca-7b --output_dir output/scores    # ARC, HellaSwag, MMLU …
     python -m scripts.evaluate alpaca_eval --model output/alpaca-7b --data_path alpaca_eval.json --output_path ours.json
-    python -m scripts.evaluate win_rate --outputs ours.json --reference theirs.json --judge gpt-4o    # our own judge
-    python -m scripts.evaluate backward --pred answers.json                     # BLEU, ROUGE of generated instructions
+    python -m scripts.evaluate win_rate --data_path ours.json --reference_path theirs.json --judge gpt-4o
+    python -m scripts.evaluate backward --data_path answers.json        # BLEU, ROUGE of generated instructions
 
 harness and backward need `pip install -c constraints.txt -r scripts/requirements.txt`.
 """
@@ -18,8 +18,8 @@ import utils
 from alpaca.common import commands
 from alpaca.common.errors import UsageError, format_first, reported
 from alpaca.common.files import refuse_overwriting_input, write_json
-from alpaca.completions.api import Sampling
-from alpaca.completions.budget import budget_of, estimate
+from alpaca.completions.api import SamplingFlags
+from alpaca.completions.budget import BudgetFlags, estimate
 from alpaca.completions.rows import BatchCompletion, write_rows
 from alpaca.data.prompts import instruction_and_input
 from alpaca.data.rows import load_rows, partners
@@ -27,15 +27,19 @@ from alpaca.evaluation.bleu_rouge import ROUGE, overlap, worst
 from alpaca.evaluation.harness import HarnessRun
 from alpaca.evaluation.judge import PROMPT, judge_prompt, read_preference, tally
 from alpaca.evaluation.judge import questions as judge_questions
-from alpaca.inference.backend import ModelBackend, PromptSet
-from scripts.generate import GenerateArguments, answer_file, opened
+from alpaca.inference.backend import BackendFlags, ModelBackend, PromptSet
+from scripts.generate import AnswerFlags, GenerateArguments, answer_file, opened
 
 OFFICIAL = "alpaca_eval --model_outputs {} --reference_outputs {} --annotators_config alpaca_eval_gpt4"
 GROUPS = Path(__file__).resolve().parent.parent / "configs" / "harness"
 
+OF_CLAUDE2_ALPACA = AnswerFlags(max_new_tokens=2048, temperature=0.7)
+NO_BUDGET, ANY_BACKEND, OF_VERDICTS = BudgetFlags(), BackendFlags(), SamplingFlags(0.0, 1.0, 512)
+
 # ---- harness: multiple choice ----
 
 
+@commands.task()
 def harness(
     model: str,
     output_dir: str,
@@ -91,66 +95,22 @@ def harness(
 # ---- alpaca_eval: answers for it ----
 
 
-def alpaca_eval(
-    model: str,
-    data_path: str,
-    output_path: str,
-    data_split: str = "train",
-    base: str | None = None,
-    generator: str | None = None,
-    prompt_template: str | None = None,
-    max_new_tokens: int = 2048,
-    temperature: float = 0.7,
-    top_p: float = 1.0,
-    seed: int = 42,
-    batch_size: int = 8,
-    drop_too_long: bool = False,
-    load_in_8bit: bool = False,
-    load_in_4bit: bool = False,
-    device: str | None = None,
-) -> None:
+@commands.task()
+def alpaca_eval(model: str, data_path: str, output_path: str, options: AnswerFlags = OF_CLAUDE2_ALPACA) -> None:
     """Answer the instructions of a file, in AlpacaEval's format; a rerun continues. The settings are claude2-alpaca's.
 
     Args:
-        model: folder or hub id of a model, an adapter or a diff.
-        data_path: rows with an instruction, such as AlpacaEval's 805; an input is written below its instruction.
+        model: Folder or hub id of a model, an adapter or a diff.
+        data_path: Rows with an instruction, such as AlpacaEval's 805; an input is written below its instruction.
         output_path: JSON of instruction, output and generator; the journal lies beside it.
-        data_split: of a hub dataset, or of a folder of the datasets library.
-        base: the base model of an adapter or a diff.
-        generator: name of the model; not given, that of its folder.
-        prompt_template: JSON file with other prompts than those that the model was trained with.
-        max_new_tokens: tokens of an answer, at most.
-        temperature: of sampling; 0 is greedy.
-        top_p: of sampling.
-        seed: of sampling, for each row apart.
-        batch_size: prompts in a batch.
-        drop_too_long: leave out rows whose prompt is too long for the model; else an error.
-        load_in_8bit: quantize the weights with bitsandbytes.
-        load_in_4bit: quantize the weights with bitsandbytes.
-        device: cuda or cpu; not given, the GPU if there is one.
 
     Raises:
         UsageError: as scripts.generate.
     """
-    options = GenerateArguments(
-        model=model,
-        base=base,
-        data_path=data_path,
-        output_path=output_path,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        batch_size=batch_size,
-        generator=generator,
-        drop_too_long=drop_too_long,
-        load_in_8bit=load_in_8bit,
-        load_in_4bit=load_in_4bit,
-        device=device,
-        prompt_template=prompt_template,
-    )
-    rows = [{"instruction": instruction_and_input(row)} for row in load_rows(data_path, data_split, answered=False)]
-    answer_file(rows, *opened(options), options)
+    asked = GenerateArguments(**vars(options), model=model, data_path=data_path, output_path=output_path)
+    asked.check()
+    rows = load_rows(data_path, asked.data_split, answered=False)
+    answer_file([{"instruction": instruction_and_input(row)} for row in rows], *opened(asked), asked)
     print(f"average length: {_average_length(utils.jload(output_path))} characters")
 
 
@@ -162,24 +122,18 @@ def _average_length(rows: list[dict[str, Any]]) -> int:
 # ---- win_rate: our own judge ----
 
 
+@commands.task(outputs="data_path", reference="reference_path", max_tokens="max_new_tokens")
 def win_rate(
-    outputs: str,
-    reference: str,
+    data_path: str,
+    reference_path: str,
     judge: str,
     output_path: str | None = None,
-    base_url: str | None = None,
-    api: str = "auto",
+    backend: BackendFlags = ANY_BACKEND,
     orders: str = "both",
     seed: int = 0,
-    concurrency: int = 8,
-    temperature: float | None = 0.0,
-    top_p: float | None = 1.0,
-    max_tokens: int = 512,
-    price_in: float = 0.0,
-    price_out: float = 0.0,
-    max_cost: float | None = None,
+    sampling: SamplingFlags = OF_VERDICTS,
     drop_failed: bool = False,
-    dry_run: bool = False,
+    budget: BudgetFlags = NO_BUDGET,
 ) -> None:
     """How often a judge prefers the answers of one file to those of another; a rerun continues and asks nothing twice.
 
@@ -187,81 +141,53 @@ def win_rate(
     command is printed.
 
     Args:
-        outputs: rows with instruction and output, as alpaca_eval writes them.
-        reference: the same instructions with the answers to compare with.
-        judge: a model of the server, or the folder of a model.
-        output_path: JSON of the result; not given, <outputs without .json>.win_rate.json. Beside it are the verdicts
+        data_path: Rows with instruction and output, as alpaca_eval writes them.
+        reference_path: The same instructions with the answers to compare with.
+        judge: A model of the server, or the folder of a model.
+        output_path: JSON of the result; not given, <data_path without .json>.win_rate.json. Beside it are the verdicts
             and their journal.
-        base_url: of the server; not given, OPENAI_BASE_URL or OpenAI.
-        api: chat, completions or auto.
         orders: both, or one, drawn for each row: half the requests, and the place counts.
-        seed: of the orders, if one.
-        concurrency: requests on their way at once; for a folder, prompts in a batch.
-        temperature: of the judge; None leaves it to the server.
-        top_p: of the judge; None leaves it to the server.
-        max_tokens: of a verdict and its reasons.
-        price_in: dollars per million prompt tokens.
-        price_out: dollars per million generated tokens.
-        max_cost: dollars that are never exceeded, earlier runs with this output_path included.
-        drop_failed: leave out rows that the judge does not answer; else they are an error at the end.
-        dry_run: print one prompt and an estimate of tokens and cost, ask nothing.
+        seed: Of the orders, if one.
+        drop_failed: Leave out rows that the judge does not answer; else they are an error at the end.
 
     Raises:
         UsageError: a bad flag, file, key, address or model, the limit of cost, or pairs without a verdict.
     """
-    sampling, budget = Sampling(max_tokens, temperature, top_p), budget_of(price_in, price_out, max_cost)
-    respondent = ModelBackend(
-        judge,
-        sampling,
-        base_url=base_url,
-        api=api,
-        batch_size=concurrency,
-        flag="--judge",
-        batch_size_flag="--concurrency",
-        base_flag=None,
-    )
+    spent, judging = budget.budget(), ModelBackend(judge, sampling.sampling(), backend, known_as="judge")
     if orders not in ("both", "one"):
         raise UsageError(f"--orders {orders}: expected both or one")
-    result_path = output_path or f"{outputs.removesuffix('.json')}.win_rate.json"
-    refuse_overwriting_input(result_path, "--output_path", outputs=outputs, reference=reference)
-    ours, others = _pairs(outputs, reference)
+    result_path = output_path or f"{data_path.removesuffix('.json')}.win_rate.json"
+    refuse_overwriting_input(result_path, "--output_path", data_path=data_path, reference_path=reference_path)
+    ours, others = _pairs(data_path, reference_path)
     asked = judge_questions(len(ours), orders, seed)
     questions = [_judge_prompt(ours[q["row"]], others[q["row"]], q["first"]) for q in asked]
-    if dry_run:
-        print(estimate(questions, len(questions), max_tokens, budget))
+    if budget.dry_run:
+        print(estimate(questions, len(questions), sampling.max_new_tokens, spent))
         return
 
-    model = respondent.open()
-    judged = PromptSet(questions, model, sampling)
-    answers = BatchCompletion(
-        asked,
-        result_path,
-        model,
-        judged.prepare,
-        judged.prompt_of,
-        respondent.how(questions=questions, prompts=sorted(judged.around.values())),
-        concurrency,
-        budget,
-        drop_failed=drop_failed,
-        number_of=lambda number: asked[number]["row"],
-        unit="questions",
-    ).answers()
+    model = judging.open()
+    judged = PromptSet(questions, model)
+    how = judging.how(questions=questions, prompts=sorted(judged.around.values()))
+    completion = BatchCompletion(
+        model, judging.sampling, result_path, how, backend.at_once, spent, drop_failed, "questions"
+    )
+    answers = completion.answers(judged.requests(range(len(asked)), [question["row"] for question in asked]))
     verdicts = [asked[number] | _verdict(entry, asked[number]["first"]) for number, entry in answers.items()]
     write_rows(f"{result_path.removesuffix('.json')}.verdicts.json", verdicts)
-    official = OFFICIAL.format(shlex.quote(outputs), shlex.quote(reference))
+    official = OFFICIAL.format(shlex.quote(data_path), shlex.quote(reference_path))
     result = {
         "what": "win rate by the judge of scripts.evaluate, in percent; not an AlpacaEval number",
         **tally(verdicts, len(ours), 2 if orders == "both" else 1),
         "judge": judge,
         "orders": orders,
-        "temperature": temperature,
+        "temperature": sampling.temperature,
         "prompt_sha256": hashlib.sha256(PROMPT.encode()).hexdigest(),
         "average_length": _average_length(ours),
         "reference_average_length": _average_length(others),
-        "cost_dollars": round(budget.cost, 6),
+        "cost_dollars": round(spent.cost, 6),
         "official_command": official,
     }
-    print(_told(result, verdicts), f"AlpacaEval's own, after pip install alpaca_eval:\n    {official}", sep="\n")
+    print(_summary(result, verdicts), f"AlpacaEval's own, after pip install alpaca_eval:\n    {official}", sep="\n")
     write_json(result_path, result, "--output_path")
     print(f"wrote {result_path}")
 
@@ -290,7 +216,7 @@ def _judge_prompt(ours: dict[str, Any], others: dict[str, Any], first: str) -> s
     return judge_prompt(instruction_and_input(ours), ours["output"], others["output"], first)
 
 
-def _told(result: dict[str, Any], verdicts: list[dict[str, Any]]) -> str:
+def _summary(result: dict[str, Any], verdicts: list[dict[str, Any]]) -> str:
     number = {
         name: "-" if value is None else f"{value:.2f}" if isinstance(value, float) else value
         for name, value in result.items()
@@ -316,9 +242,10 @@ def _told(result: dict[str, Any], verdicts: list[dict[str, Any]]) -> str:
 # ---- backward: generated instructions against the true ones ----
 
 
+@commands.task(pred="data_path", reference="reference_path")
 def backward(
-    pred: str,
-    reference: str | None = None,
+    data_path: str,
+    reference_path: str | None = None,
     output_path: str | None = None,
     show_worst: int = 10,
     bleu_tokenizer: str = "13a",
@@ -326,53 +253,55 @@ def backward(
     """BLEU and ROUGE-1, -2, -L of the instructions that a backward model has written, against the true ones.
 
     Args:
-        pred: what scripts.generate --backward wrote: `output` is the instruction generated for the text `instruction`,
-            `reference` the true one.
-        reference: a file that train.py takes, with outputs and their true instructions, where pred has no `reference`.
-        output_path: JSON for the scores, those of each row too; not given, <pred without .json>.scores.json.
-        show_worst: rows to print, those with the lowest ROUGE-L.
-        bleu_tokenizer: of sacrebleu: 13a, intl, zh, char ...
+        data_path: What scripts.generate --backward wrote: `output` is the instruction generated for the text
+            `instruction`, `reference` the true one.
+        reference_path: A file that train.py takes, with outputs and their true instructions, where data_path has no
+            `reference`.
+        output_path: JSON for the scores, those of each row too; not given, <data_path without .json>.scores.json.
+        show_worst: Rows to print, those with the lowest ROUGE-L.
+        bleu_tokenizer: Tokenizer of sacrebleu: 13a, intl, zh, char ...
 
     Raises:
         UsageError: a file is malformed, a text has no true instruction, or sacrebleu or rouge_score is missing.
     """
-    output_path = output_path or f"{pred.removesuffix('.json')}.scores.json"
-    refuse_overwriting_input(output_path, "--output_path", pred=pred, reference=reference)
+    output_path = output_path or f"{data_path.removesuffix('.json')}.scores.json"
+    refuse_overwriting_input(output_path, "--output_path", data_path=data_path, reference_path=reference_path)
     if show_worst < 0:
         raise UsageError(f"--show_worst {show_worst}: expected a number of rows, 0 or more")
-    rows = load_rows(pred)
-    true = _true_instructions(rows, pred, reference)
+    rows = load_rows(data_path)
+    true = _true_instructions(rows, data_path, reference_path)
     scores = overlap([row["output"] for row in rows], true, bleu_tokenizer)
-    lines = [
-        f"{len(rows)} rows    BLEU {scores['bleu']:.2f}    "
-        + "    ".join(f"{told} {scores[name]:.2f}" for name, told in ROUGE.items())
-    ]
-    lines += [scores["bleu_signature"], scores["rouge_settings"]]
-    lines.append(
-        "mean length: "
-        + ", ".join(
-            f"{scores[f'generated_{unit}']:.1f} {unit} generated, {scores[f'true_{unit}']:.1f} true"
-            for unit in ("words", "characters")
-        )
-    )
-    for told, name in (
-        ("generated instructions are empty", "empty"),
-        ("true instructions have no a-z or 0-9: their ROUGE is 0, whatever is generated", "not_latin"),
-    ):
-        if scores[name]:
-            lines.append(f"note: {len(scores[name])} {told} (rows {format_first(scores[name])})")
-    lines += [
-        _bad_row(number, scores["rows"][number], rows[number]["output"], true[number])
-        for number in worst(scores["rows"], show_worst)
-    ]
-    print("\n".join(lines))
+    print("\n".join(_report(scores, rows, true, show_worst)))
     for row, text, truth in zip(scores["rows"], rows, true):
         row |= {"generated": text["output"], "true": truth}
     write_json(output_path, scores, "--output_path")
     print(f"wrote {output_path}")
 
 
-def _true_instructions(rows: list[dict[str, Any]], pred: str, reference: str | None) -> list[str]:
+def _report(scores: dict[str, Any], rows: list[dict[str, Any]], true: list[str], show_worst: int) -> list[str]:
+    rouge = [f"{title} {scores[name]:.2f}" for name, title in ROUGE.items()]
+    lengths = [
+        f"{scores[f'generated_{unit}']:.1f} {unit} generated, {scores[f'true_{unit}']:.1f} true"
+        for unit in ("words", "characters")
+    ]
+    lines = [
+        "    ".join([f"{len(rows)} rows", f"BLEU {scores['bleu']:.2f}", *rouge]),
+        scores["bleu_signature"],
+        scores["rouge_settings"],
+        f"mean length: {', '.join(lengths)}",
+    ]
+    for name, problem in (
+        ("empty", "generated instructions are empty"),
+        ("not_latin", "true instructions have no a-z or 0-9: their ROUGE is 0, whatever is generated"),
+    ):
+        if scores[name]:
+            lines.append(f"note: {len(scores[name])} {problem} (rows {format_first(scores[name])})")
+    for number in worst(scores["rows"], show_worst):
+        lines.append(_bad_row(number, scores["rows"][number], rows[number]["output"], true[number]))
+    return lines
+
+
+def _true_instructions(rows: list[dict[str, Any]], data_path: str, reference: str | None) -> list[str]:
     if reference is not None:
         known = load_rows(reference)
         places = partners(
@@ -385,8 +314,9 @@ def _true_instructions(rows: list[dict[str, Any]], pred: str, reference: str | N
     without = [number for number, row in enumerate(rows) if not isinstance(row.get("reference"), str)]
     if without:
         raise UsageError(
-            f"--pred {pred}: {len(without)} of {len(rows)} rows have no `reference` (rows {format_first(without)}); "
-            "expected what scripts.generate --backward writes, or give the file with the true instructions: --reference"
+            f"--data_path {data_path}: {len(without)} of {len(rows)} rows have no `reference` (rows "
+            f"{format_first(without)}); expected what scripts.generate --backward writes, or give the file with the "
+            "true instructions: --reference_path"
         )
     return [row["reference"] for row in rows]
 

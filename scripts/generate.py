@@ -18,18 +18,18 @@ empty one; Ctrl-C stops an answer, exit or Ctrl-D leaves. What is piped into it 
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpaca.common import arguments
-from alpaca.common.arguments import flag
+from alpaca.common.commands import check_numbers, flag
 from alpaca.common.errors import UsageError, format_first, reported
 from alpaca.common.files import digest, refuse_overwriting_input
-from alpaca.completions.api import ContextOverflow, Sampling, check_sampling, seed_of
-from alpaca.completions.rows import BatchCompletion
+from alpaca.completions.api import ContextOverflow, Request, Sampling, SamplingFlags, seed_of
+from alpaca.completions.rows import BatchCompletion, write_answered
 from alpaca.data.prompts import format_prompt, instruction_and_input, load_prompt_template
 from alpaca.data.rows import Row, load_rows
 
@@ -43,20 +43,17 @@ HELP = (
 )
 
 
-@dataclass
-class GenerateArguments:
-    model: str | None = flag(None, "Folder or hub id: a model, a LoRA adapter or a diff.")
+@dataclass(frozen=True)
+class AnswerFlags:
+    """How a file is answered by the model of a folder: flags of scripts.evaluate alpaca_eval too."""
+
     base: str | None = flag(None, "The base model of an adapter or a diff.")
-    data_path: str | None = flag(None, "Rows to answer: any file that train.py takes.")
     data_split: str = flag("train", "Split of a hub dataset, such as eval or train[:100].")
-    output_path: str | None = flag(None, "JSON file for the answered rows.")
-    interactive: bool = flag(False, "Talk to the model at the terminal.")
-    backward: bool = flag(False, "Ask a backward model for the instructions of the file's outputs.")
     prompt_template: str | None = flag(None, "JSON file with other prompts than those that the model was trained with.")
     max_new_tokens: int = flag(512, "Tokens of an answer, at most.")
-    temperature: float = flag(0.0, "Of sampling; 0 is greedy.")
+    temperature: float = flag(0.0, "Sampling temperature; 0 is greedy.")
     top_p: float = flag(1.0, "Sample from the likeliest tokens of this probability.")
-    seed: int = flag(42, "Of sampling.")
+    seed: int = flag(42, "Seed of sampling, for each row apart.")
     batch_size: int = flag(8, "Prompts in a batch; the longest ones come first.")
     generator: str | None = flag(None, "Name of the model in the answered rows; by default that of its folder.")
     drop_too_long: bool = flag(False, "Leave out rows whose prompt is too long for the model; else an error.")
@@ -64,7 +61,20 @@ class GenerateArguments:
     load_in_4bit: bool = flag(False, "Quantize the weights with bitsandbytes.")
     device: str | None = flag(None, "cuda or cpu; by default the GPU if there is one.")
 
-    def __post_init__(self):
+    @property
+    def sampling(self) -> Sampling:
+        return SamplingFlags(self.temperature, self.top_p, self.max_new_tokens).sampling()
+
+
+@dataclass(frozen=True)
+class GenerateArguments(AnswerFlags):
+    model: str | None = flag(None, "Folder or hub id: a model, a LoRA adapter or a diff.")
+    data_path: str | None = flag(None, "Rows to answer: any file that train.py takes.")
+    output_path: str | None = flag(None, "JSON file for the answered rows.")
+    interactive: bool = flag(False, "Talk to the model at the terminal.")
+    backward: bool = flag(False, "Ask a backward model for the instructions of the file's outputs.")
+
+    def check(self) -> None:
         if not self.model:
             raise UsageError("--model is missing: the folder of a model, such as train.py's --output_dir, or a hub id")
         if self.interactive == bool(self.data_path or self.output_path):
@@ -73,17 +83,10 @@ class GenerateArguments:
             raise UsageError(f"--{'output' if self.data_path else 'data'}_path is missing")
         if self.interactive and self.backward:
             raise UsageError("--backward: is for the rows of a file; --interactive asks with what is typed anyway")
-        check_sampling(self.sampling, "--max_new_tokens")
+        check_numbers(batch_size=self.batch_size)
+        SamplingFlags(self.temperature, self.top_p, self.max_new_tokens).sampling()
         if self.output_path:
             refuse_overwriting_input(self.output_path, "--output_path", data_path=self.data_path)
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
-
-    def seed_of(self, number: int) -> int:
-        """The seed of an answer: equal prompts of two rows get two answers."""
-        return seed_of(self.seed, number)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = [{"instruction": row["output"], "reference": instruction_and_input(row)} for row in rows]
     model, templates = opened(options)
     if options.interactive:
-        chat(model, templates, options.sampling, options.seed_of)
+        chat(model, templates, options.sampling, options.seed)
     else:
         answer_file(rows, model, templates, options)
 
@@ -108,12 +111,9 @@ def opened(options: GenerateArguments) -> tuple["LocalModel", Mapping[str, str]]
         options.model,
         options.batch_size,
         device=options.device,
-        batch_size_flag="--batch_size",
         base=options.base,
         load_in_4bit=options.load_in_4bit,
         load_in_8bit=options.load_in_8bit,
-        flag="--model",
-        base_flag="--base",
     )
     return model, templates or model.templates
 
@@ -126,20 +126,14 @@ def answer_file(
     prompts = [format_prompt(row, templates) for row in rows]
     lengths = [model.prompt_tokens(prompt) for prompt in prompts]
     fits = rows_that_fit(lengths, model, options)
-    BatchCompletion(
-        rows,
-        options.output_path,
-        model,
-        lambda endpoint: (options.sampling, {}),
-        lambda row: prompts[row],
-        description([prompts[row] for row in fits], options),
-        options.batch_size,
-        order=sorted(fits, key=lambda row: -lengths[row]),
-        seed_of=options.seed_of,
-        more={"generator": options.generator or Path(options.model).resolve().name},
-        limit_flag="--max_new_tokens",
-        drop_flag=None,
-    ).run()
+    how = description([prompts[row] for row in fits], options)
+    by_length = sorted(fits, key=lambda row: -lengths[row])
+    requests = [Request(prompts[row], row, seed_of(options.seed, row)) for row in by_length]
+    completion = BatchCompletion(
+        model, options.sampling, options.output_path, how, options.batch_size, drop_failed=None
+    )
+    generator = options.generator or Path(options.model).resolve().name
+    write_answered(options.output_path, rows, completion.answers(requests), generator=generator)
 
 
 def rows_that_fit(lengths: Sequence[int], model: "LocalModel", options: GenerateArguments) -> list[int]:
@@ -147,13 +141,15 @@ def rows_that_fit(lengths: Sequence[int], model: "LocalModel", options: Generate
     fits = [row for row, length in enumerate(lengths) if model.fits(length, options.sampling)]
     if not (too_long := sorted(set(range(len(lengths))) - set(fits))):
         return fits
-    told = (
+    problem = (
         f"{len(too_long)} of {len(lengths)} rows have prompts that leave too little room for an answer in the "
         f"{model.context:,} tokens of the model's context (rows {format_first(too_long)})"
     )
     if not (options.drop_too_long and fits):
-        raise UsageError(f"--data_path {options.data_path}: {told}; shorten them, or leave them out: --drop_too_long")
-    print(f"note: {told}; they are left out", flush=True)
+        raise UsageError(
+            f"--data_path {options.data_path}: {problem}; shorten them, or leave them out: --drop_too_long"
+        )
+    print(f"note: {problem}; they are left out", flush=True)
     return fits
 
 
@@ -166,21 +162,16 @@ def description(prompts: Sequence[str], options: GenerateArguments) -> dict[str,
     return how | {"prompts": digest(prompts)}
 
 
-if __name__ == "__main__":
-    with reported("scripts.generate"):
-        main()
-
-
-def chat(model: "LocalModel", templates: Mapping[str, str], sampling: Sampling, seed_of: Callable[[int], int]) -> None:
+def chat(model: "LocalModel", templates: Mapping[str, str], sampling: Sampling, seed: int) -> None:
     """Answer until there is nothing more to answer. On a terminal the questions are asked for, through a pipe only
     answers are printed."""
     on_terminal = sys.stdin.isatty()
     if on_terminal:
         _edit_lines()
-        print(f"{model.told} on {model.device}\n{HELP}", flush=True)
+        print(f"{model.summary} on {model.device}\n{HELP}", flush=True)
     number = 0
     while (row := _ask(on_terminal)) is not None:
-        _answer(model, format_prompt(row, templates), replace(sampling, seed=seed_of(number)))
+        _answer(model, format_prompt(row, templates), replace(sampling, seed=seed_of(seed, number)))
         number += 1
 
 
@@ -208,19 +199,19 @@ def _ask(on_terminal: bool) -> Row | None:
 
 
 def _lines_of_input(on_terminal: bool) -> Iterator[str]:
-    told = "Input (an empty line ends it): "
+    prompt = "Input (an empty line ends it): "
     try:
-        while line := _line(told if on_terminal else ""):
+        while line := _line(prompt if on_terminal else ""):
             yield line
-            told = "... "
+            prompt = "... "
     except EOFError:
         if on_terminal:
             print()
 
 
-def _line(told: str) -> str:
-    """As input(), which writes `told` to standard error where standard output is no terminal."""
-    return input(told) if told else input()
+def _line(prompt: str) -> str:
+    """Return input(), which writes even an empty prompt to standard error where standard output is no terminal."""
+    return input(prompt) if prompt else input()
 
 
 def _answer(model: "LocalModel", prompt: str, sampling: Sampling) -> None:
@@ -251,3 +242,8 @@ def _stopped_by_ctrl_c() -> Iterator[threading.Event]:
         yield stopped
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+if __name__ == "__main__":
+    with reported("scripts.generate"):
+        main()

@@ -11,11 +11,12 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Literal
 
-from alpaca.common.commands import Parser
+from alpaca.common import commands
 
 ROOT = Path(__file__).resolve().parent.parent
-ARCHITECTURES = ("llama", "opt", "gpt2")
+Architecture = Literal["llama", "opt", "gpt2"]
 
 
 def own_text() -> list[str]:
@@ -124,17 +125,30 @@ def make_tiny_model(
     return output_dir
 
 
+def write(
+    output_dir: str,
+    architecture: Architecture = "llama",
+    hidden_size: int = 64,
+    num_hidden_layers: int = 2,
+    vocab_size: int = 1000,
+    seed: int = 0,
+) -> None:
+    """Write the model.
+
+    Args:
+        output_dir: folder to be written.
+        architecture: of the model.
+        hidden_size: width of the model.
+        num_hidden_layers: number of its layers.
+        vocab_size: of the tokenizer, at most; a small text gives fewer tokens.
+        seed: of the weights.
+    """
+    path = make_tiny_model(output_dir, architecture, hidden_size, num_hidden_layers, vocab_size, seed)
+    print(f"wrote a {architecture} model with random weights to {path}")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("--output_dir", required=True)
-    parser.add_argument("--architecture", choices=ARCHITECTURES, default="llama")
-    parser.add_argument("--hidden_size", type=int, default=64)
-    parser.add_argument("--num_hidden_layers", type=int, default=2)
-    parser.add_argument("--vocab_size", type=int, default=1000, help="at most; a small text gives fewer tokens")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    path = make_tiny_model(**vars(args))
-    print(f"wrote a {args.architecture} model with random weights to {path}")
+    commands.call("scripts.make_tiny_model", write, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,10 @@ does not touch keep every bit. Tokenizer and prompt template are the adapter's w
 
 import json
 import shutil
+from collections.abc import Sequence
+from typing import Literal
 
-from alpaca.common.commands import Parser
+from alpaca.common import commands
 from alpaca.common.errors import format_bytes, reported
 from alpaca.common.files import new_folder
 from alpaca.data.tokenizer import copy_slow_files
@@ -24,7 +26,7 @@ def merge_lora(
     adapter: str,
     output_dir: str,
     base: str | None = None,
-    dtype: str | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
 ) -> None:
@@ -34,7 +36,7 @@ def merge_lora(
         adapter: folder (or hub id) of a LoRA adapter in peft's format.
         output_dir: folder to be written; it is whole or not there.
         base: folder (or hub id) of the base model, if it is not where the adapter says.
-        dtype: float32, float16 or bfloat16 for all weights; not given, each tensor keeps that of the base.
+        dtype: of all weights; omit it and each tensor keeps that of the base.
         max_shard_size: largest size of one file.
         overwrite: replace output_dir if it is a checkpoint.
 
@@ -58,15 +60,8 @@ def merge_lora(
     print(f"wrote {output_dir}: {format_bytes(size)}", flush=True)
 
 
-def main() -> None:
-    parser = Parser(__doc__, "scripts.merge_lora")
-    parser.add_argument("--adapter", required=True, help="folder or hub id of the LoRA adapter")
-    parser.add_argument("--output_dir", required=True, help="folder to be written")
-    parser.add_argument("--base", help="folder or hub id of its base, if it is not where the adapter says")
-    parser.add_argument("--dtype", choices=FLOATS, help="of the weights; not given, the base's")
-    parser.add_argument("--max_shard_size", default="5GB", help="largest size of one file (5GB)")
-    parser.add_argument("--overwrite", action="store_true", help="replace output_dir if it is a checkpoint")
-    merge_lora(**vars(parser.parse_args()))
+def main(argv: Sequence[str] | None = None) -> None:
+    commands.call("scripts.merge_lora", merge_lora, argv, __doc__)
 
 
 if __name__ == "__main__":

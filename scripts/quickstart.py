@@ -14,9 +14,11 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from alpaca.common.commands import Parser
+from alpaca.common import commands
+from alpaca.common.errors import reported
 from alpaca.data.prompts import format_prompt
 from alpaca.data.rows import load_rows
 from scripts.make_tiny_model import ROOT, make_tiny_model
@@ -146,21 +148,22 @@ def fine_tune(changed: dict[str, str]) -> None:
     print(f"\nThe loss fell from {first:.2f} to {last:.2f}; the curve is {tuned / 'loss.png'}")
 
 
-def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("--folder", type=Path, default=ROOT / "quickstart")
-    parser.add_argument("--nproc_per_node", type=int, default=2)
-    parser.add_argument("--num_train_epochs", type=int, default=10)
-    args = parser.parse_args()
+def quickstart(folder: Path = ROOT / "quickstart", nproc_per_node: int = 2, num_train_epochs: int = 10) -> None:
+    """Run it.
 
-    folder = fresh_folder(args.folder.resolve())
+    Args:
+        folder: where everything is written; it is made anew.
+        nproc_per_node: processes of the training.
+        num_train_epochs: of the training; with fewer it learns nothing by heart.
+    """
+    folder = fresh_folder(folder.resolve())
     print(
         "1. A base model of 2 layers with random weights, its tokenizer trained on this repository's text", flush=True
     )
     make_tiny_model(folder / "base", hidden_size=256, num_hidden_layers=2)
 
     print("\n2. Fine-tuning it on the 175 seed tasks, parameters sharded over the processes", flush=True)
-    fine_tune(differences(folder, args.nproc_per_node, args.num_train_epochs))
+    fine_tune(differences(folder, nproc_per_node, num_train_epochs))
 
     print("\n3. Reloading the saved model with AutoModelForCausalLM and asking it what it was trained on\n", flush=True)
     rows = [
@@ -192,5 +195,11 @@ And then a real model, on one GPU or more:
     MODEL=<folder or hub id of LLaMA-7B> DATA=tatsu-lab/alpaca OUTPUT=output/alpaca-7b NPROC=4 recipes/llama_7b.sh
 """
 
+
+def main(argv: Sequence[str] | None = None) -> None:
+    commands.call("scripts.quickstart", quickstart, argv, __doc__)
+
+
 if __name__ == "__main__":
-    main()
+    with reported("scripts.quickstart"):
+        main()

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import utils
-from alpaca.common.commands import Parser
+from alpaca.common import commands
+from alpaca.common.errors import reported
 from alpaca.data.prompts import format_prompt, instruction_and_input
 from alpaca.data.rows import load_rows
 from alpaca.evaluation.bleu_rouge import INSTALL
@@ -225,15 +226,16 @@ def check(folder: Path) -> None:
         raise SystemExit("tour: the trained model is not better than its base; something is wrong")
 
 
-def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("--folder", type=Path, default=ROOT / "tour")
-    parser.add_argument("--nproc_per_node", type=int, default=2)
-    args = parser.parse_args()
+def tour(folder: Path = ROOT / "tour", nproc_per_node: int = 2) -> None:
+    """Run it.
 
+    Args:
+        folder: where everything is written; it is made anew.
+        nproc_per_node: processes of the training.
+    """
     if find_spec("lm_eval") is None:
         raise SystemExit(f"tour: lm-eval is not installed, which its last part needs: {INSTALL}")
-    folder = fresh_folder(args.folder.resolve(), "tour")
+    folder = fresh_folder(folder.resolve(), "tour")
     lines = (ROOT / "seed_tasks.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "seed_tasks.jsonl").write_text("".join(lines[:SEEDS]), encoding="utf-8")
     make_tiny_model(folder / "base", hidden_size=256, num_hidden_layers=2)
@@ -241,7 +243,7 @@ def main() -> None:
         print(f"1. Generating: {TASKS} tasks from {SEEDS} seeds, by the stand-in server", flush=True)
         rows = generate(folder, url)
         print("\n2. Training a base model of random weights on them, parameters sharded over the processes", flush=True)
-        changed = differences(folder, args.nproc_per_node, EPOCHS) | {"--data_path": str(folder / "alpaca_data.json")}
+        changed = differences(folder, nproc_per_node, EPOCHS) | {"--data_path": str(folder / "alpaca_data.json")}
         fine_tune(changed)
         print("\n3. Publishing it as its difference from the base model, and recovering it from there", flush=True)
         publish_and_recover(folder)
@@ -252,5 +254,10 @@ def main() -> None:
     check(folder)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    commands.call("scripts.tour", tour, argv, __doc__)
+
+
 if __name__ == "__main__":
-    main()
+    with reported("scripts.tour"):
+        main()

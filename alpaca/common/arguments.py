@@ -2,40 +2,22 @@
 name. What 2023 called otherwise is translated by the command that asks for it (alpaca/training/legacy_flags.py)."""
 
 import dataclasses
-import difflib
 import json
-from argparse import SUPPRESS, Action, ArgumentDefaultsHelpFormatter, Namespace, RawDescriptionHelpFormatter
-from collections.abc import Callable, Collection, Sequence
+from argparse import SUPPRESS, Namespace
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import transformers
 
-from alpaca.common.errors import UsageError
-
-
-def flag(default: Any, text: str, **metadata: Any) -> Any:
-    """A field of a dataclass of flags; `metadata` as HfArgumentParser takes it."""
-    return dataclasses.field(default=default, metadata={"help": text, **metadata})
+from alpaca.common.commands import HelpFormatter, unknown_flag
+from alpaca.common.commands import flag as flag
+from alpaca.common.errors import UsageError, names_flags
 
 
 def enum_value(option: Any) -> str:
     """The value of a flag that may be one of transformers' enums or a plain text."""
     return str(getattr(option, "value", option))
-
-
-class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
-    """The description keeps its line breaks; a flag is shown in one spelling, its default only where it has one, and
-    --no_x as "not --x"."""
-
-    def _format_action_invocation(self, action: Action) -> str:
-        values = "" if action.nargs == 0 else " " + self._format_args(action, "VALUE")
-        return (action.option_strings[-1] if action.dest == "help" else action.option_strings[0]) + values
-
-    def _get_help_string(self, action: Action) -> str | None:
-        if action.nargs == 0 and action.default is False:
-            return f"not --{action.dest}"
-        return action.help if action.default is None else super()._get_help_string(action)
 
 
 class FlagParser(transformers.HfArgumentParser):
@@ -73,6 +55,7 @@ def parse(
     translate: Callable[[list[str]], tuple[list[str], list[str]]] | None = None,
     adapt: Callable[[Namespace, FlagParser], list[str]] | None = None,
     hidden: Collection[str] = (),
+    aliases: Mapping[str, str] | None = None,
 ) -> tuple[tuple[Any, ...], list[str]]:
     """Return one instance per dataclass and the notes to print. Unknown flags are refused before anything loads.
 
@@ -80,13 +63,18 @@ def parse(
         translate: makes today's command line of an older one, with a note for each change.
         adapt: changes parsed flags in place before the dataclasses see them, with a note for each change.
         hidden: flags that --help does not show.
+        aliases: former name of a flag -> its name, with a note for each that is used.
 
     Raises:
         UsageError: the message names the flag, what was got and what is expected.
     """
     parser = FlagParser(dataclass_types, description, program, hidden)
-    words, notes = (translate or _as_it_is)(list(argv))
-    refuse_unknown_flags(words, parser.known())
+    words, notes = translate(list(argv)) if translate else (list(argv), [])
+    words, renamed = rename_flags(words, aliases or {})
+    notes += renamed
+    for name, _ in split_flags(words):
+        if name not in parser.known():
+            raise unknown_flag(name, parser.known(), program)
     namespace = parser.parse_args(words)
     if adapt:
         notes += adapt(namespace, parser)
@@ -94,14 +82,17 @@ def parse(
         parsed = parser.parse_dict(vars(namespace))
         for group in parsed:
             if hasattr(group, "check"):  # of what a command needs, and a dataclass made in Python may get later
-                group.check()
+                names_flags(type(group).check)(group)
         return parsed, notes
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error
 
 
-def _as_it_is(argv: list[str]) -> tuple[list[str], list[str]]:
-    return join_flags(split_flags(argv)), []
+def rename_flags(argv: list[str], aliases: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return the command line with --x-y as --x_y and former names replaced, and a note for each of those."""
+    flags = split_flags(argv)
+    notes = [f"--{name} -> --{aliases[name]}" for name, _ in flags if name in aliases]
+    return join_flags([(aliases.get(name, name), values) for name, values in flags]), notes
 
 
 def split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
@@ -137,12 +128,3 @@ def read_config(text: str, flag: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UsageError(f"{flag} {text}: expected a JSON object, got {type(config).__name__}")
     return config
-
-
-def refuse_unknown_flags(argv: list[str], known: list[str]) -> None:
-    """Raise UsageError for the first flag whose name is not in `known`, with the closest name that is."""
-    for name, _ in split_flags(argv):
-        if name not in known:
-            close = [flag for flag in known if flag.startswith(name)] or difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean --{close[0]}?" if close else "; --help lists all"
-            raise UsageError(f"unknown flag --{name}{hint}")

@@ -1,20 +1,87 @@
-"""`python program.py task --flag value …` with the words that fire took in 2023; fire still writes the help.
+"""The command line: help, unknown flags and what other programs call a flag, for every command; and commands that are
+functions, whose parameters are their flags.
 
-fire itself would run a task before it rejects a flag that it does not know, and make a tuple of a path with a comma.
-A command with a few flags and no task has a Parser.
+    python program.py task --flag value …        run("program.py", {"task": task})
+    python -m scripts.program --flag value …     call("scripts.program", function)
+
+Names and values are checked before any work, then fire runs the function. fire alone would run it before it rejects a
+flag that it does not know, and would make a tuple of a path with a comma.
 """
 
 import argparse
+import dataclasses
 import difflib
+import functools
 import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, get_args
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
 
 import fire
 
 from alpaca.common.errors import UsageError, names_flags
+
+SYNONYMS = {  # what other trainers call a flag -> ours; a command has the first or a later one
+    **dict.fromkeys(("lr", "learn_rate"), ("learning_rate",)),
+    **dict.fromkeys(("micro_batch_size", "train_batch_size", "bs"), ("per_device_train_batch_size", "batch_size")),
+    "batch_size": ("per_device_train_batch_size",),
+    **dict.fromkeys(("grad_accum", "grad_accum_steps", "accumulation_steps"), ("gradient_accumulation_steps",)),
+    **dict.fromkeys(("epochs", "num_epochs"), ("num_train_epochs",)),
+    **dict.fromkeys(("cutoff_len", "max_seq_length", "max_seq_len", "max_length"), ("model_max_length",)),
+    **dict.fromkeys(("base_model", "base_model_name"), ("model_name_or_path", "base", "path_raw", "model")),
+    **dict.fromkeys(("model_path", "model_name", "model"), ("model_name_or_path", "model", "model_name", "path_tuned")),
+    **dict.fromkeys(("dataset", "dataset_name", "train_file", "train_data", "data", "input_file"), ("data_path",)),
+    **dict.fromkeys(("val_file", "validation_file", "eval_file"), ("eval_data_path",)),
+    **dict.fromkeys(("out", "out_dir", "output"), ("output_dir", "output_path", "path_tuned", "path_diff")),
+    **dict.fromkeys(("lora_rank", "lora_dim", "rank"), ("lora_r",)),
+    **dict.fromkeys(("use_lora", "lora", "use_peft"), ("lora_r 8",)),
+    **dict.fromkeys(("qlora", "use_qlora", "load_4bit"), ("load_in_4bit True",)),
+    "load_8bit": ("load_in_8bit True",),
+    "target_modules": ("lora_target_modules",),
+    **dict.fromkeys(("flash_attn", "use_flash_attn"), ("attn_implementation flash_attention_2",)),
+    **dict.fromkeys(("max_tokens", "max_new_token", "max_gen_len"), ("max_new_tokens", "max_tokens")),
+    **dict.fromkeys(("num_workers", "parallel", "threads"), ("concurrency", "dataloader_num_workers")),
+    "api_base": ("base_url",),
+    "device": ("use_cpu True",),
+}
+ADVICE = {  # where no flag of ours does it
+    "val_set_size": "rows to evaluate on are a file of their own: --eval_data_path",
+    "wandb_project": "set the environment variable WANDB_PROJECT, with --report_to wandb",
+    **dict.fromkeys(("gpus", "num_gpus", "n_gpu", "nproc"), "start with torchrun --nproc_per_node=N"),
+}
+
+
+# ---- unknown flags ----
+
+
+def unknown_flag(name: str, known: Iterable[str], program: str) -> UsageError:
+    """Return the error for a flag that is not `known`: with what it is called here, else with the closest name."""
+    names = list(known)
+    for other in SYNONYMS.get(name, ()):
+        if other.split()[0] in names:
+            return UsageError(f"unknown flag --{name}; here it is --{other}")
+    if name in ADVICE:
+        return UsageError(f"unknown flag --{name}; {ADVICE[name]}")
+    if close := closest(name, names):
+        return UsageError(f"unknown flag --{name}; did you mean --{close}?")
+    return UsageError(f"unknown flag --{name}; {program} has no flag like it")
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the name that begins with `name`, or else one that is spelt nearly like it."""
+    names = list(known)
+    found = [other for other in names if other.startswith(name)] or difflib.get_close_matches(name, names, n=1)
+    return found[0] if found else None
+
+
+# ---- commands that are functions ----
+
+
+def flag(default: Any, text: str, **metadata: Any) -> Any:
+    """A field of a dataclass of flags; `metadata` as HfArgumentParser takes it."""
+    return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
 
 def run(program: str, tasks: Mapping[str, Callable[..., None]], argv: Sequence[str] | None = None) -> None:
@@ -25,31 +92,118 @@ def run(program: str, tasks: Mapping[str, Callable[..., None]], argv: Sequence[s
         UsageError: before the task is called; the message names the word of the command line.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if {"-h", "--help"} & set(words) or not words:
-        help = [*(word for word in words[:1] if word in tasks), "--help"]
-        fire.Fire(dict(tasks), command=help, name=program)
-    elif words[0] not in tasks:
-        raise UsageError(f"unknown task {words[0]!r}{_closest(words[0], tasks)}; expected one of: {', '.join(tasks)}")
-    else:
-        names_flags(tasks[words[0]])(**read(tasks[words[0]], words))
+    if asks_for_help(words) or not words:
+        if words and words[0] in tasks:
+            print(help_of(f"{program} {words[0]}", tasks[words[0]]))
+        else:
+            print(help_of_tasks(program, tasks))
+        return
+    if words[0] not in tasks:
+        close = closest(words[0], tasks)
+        hint = f"; did you mean {close}?" if close else ""
+        raise UsageError(f"unknown task {words[0]!r}{hint}; expected one of: {', '.join(tasks)}")
+    _run(f"{program} {words[0]}", tasks[words[0]], words[1:])
 
 
-def read(task: Callable[..., None], words: Sequence[str]) -> dict[str, Any]:
-    """The values of the flags in `words`, the first of which names the task."""
-    signature = inspect.signature(task).parameters
+def call(
+    program: str,
+    function: Callable[..., None],
+    argv: Sequence[str] | None = None,
+    description: str | None = None,
+) -> None:
+    """As `run`, for a command that is one function. `description`: what --help says before the flags."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if asks_for_help(words):
+        print(help_of(program, function, description))
+        return
+    _run(program, function, words)
+
+
+def _run(program: str, function: Callable[..., None], words: Sequence[str]) -> None:
+    values, command = read(program, function, words), names_flags(function)
+    fire.Fire(lambda: command(**values), command=[], name=program, serialize=lambda result: None)
+
+
+def read(program: str, function: Callable[..., None], words: Sequence[str]) -> dict[str, Any]:
+    """Return the values of the flags in `words` by the names of the parameters of `function`."""
+    signature = inspect.signature(function).parameters
     parameters = {name: p for name, p in signature.items() if p.kind is not p.VAR_KEYWORD}
-    given, unnamed = _split(words[1:], list(parameters))
+    given, unnamed = _split(words, list(parameters))
+    renamed = getattr(function, "_renamed", {})
+    for old in renamed.keys() & given.keys():
+        print(f"flag: --{old} -> --{renamed[old]}", flush=True)
+    given = _today(given, renamed)
     others = {name: text if text is not None else "True" for name, text in given.items() if name not in parameters}
-    for name in others:
-        if len(parameters) == len(signature):
-            raise UsageError(f"unknown flag --{name}{_closest(name, parameters, '--')}; {words[0]} --help lists all")
+    if others and len(parameters) == len(signature):
+        raise unknown_flag(next(iter(others)), parameters, program)
     free = [name for name in parameters if name not in given]
     if len(unnamed) > len(free) or {"-", "--"} & set(unnamed):
         raise UsageError(f"expected a flag such as --{next(iter(parameters))}, got {unnamed[-1]!r}")
     given |= dict(zip(free, unnamed))
     if missing := [f"--{p.name}" for p in parameters.values() if p.default is p.empty and p.name not in given]:
-        raise UsageError(f"{words[0]} needs {', '.join(missing)}; {words[0]} --help tells more")
+        raise UsageError(f"{program} needs {', '.join(missing)}")
     return others | {n: _value(n, text, parameters[n].annotation) for n, text in given.items() if n in parameters}
+
+
+def task(**renamed: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a decorator of a task. A parameter whose default is an instance of a dataclass becomes its fields: flags
+    for `run`, and keywords for Python.
+
+    Args:
+        renamed: older names of flags, and what each is called today; they stay accepted.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        signature = inspect.signature(function)
+        groups = {p.name: p.default for p in signature.parameters.values() if dataclasses.is_dataclass(p.default)}
+        signature = signature.replace(parameters=[p for own in signature.parameters.values() for p in _spread(own)])
+
+        @functools.wraps(function)
+        def call(*args: Any, **named: Any) -> None:
+            values = signature.bind(*args, **_today(named, renamed)).arguments
+            for name, default in groups.items():
+                given = {field.name for field in dataclasses.fields(default)} & values.keys()
+                values[name] = dataclasses.replace(default, **{field: values.pop(field) for field in given})
+            return names_flags(function)(**values)
+
+        call.__signature__ = signature
+        call._renamed = function._renamed = renamed
+        call.__doc__ = functools.reduce(_explain, groups.values(), inspect.getdoc(function) or "")
+        return call
+
+    return decorate
+
+
+def _spread(parameter: inspect.Parameter) -> list[inspect.Parameter]:
+    """The fields of a dataclass as parameters; any other parameter as it is."""
+    default = parameter.default
+    if not dataclasses.is_dataclass(default):
+        return [parameter]
+    fields = dataclasses.fields(default)
+    return [parameter.replace(name=f.name, default=getattr(default, f.name), annotation=f.type) for f in fields]
+
+
+def _explain(text: str, flags: Any) -> str:
+    """`text`, whose "Args:" go on with the fields of a dataclass."""
+    own = text.partition("Args:\n")[2].partition("\n\n")[0]
+    fields = [f"    {field.name}: {field.metadata['help']}" for field in dataclasses.fields(flags)]
+    return text.replace(own, "\n".join([own, *fields]), 1)
+
+
+def _today(given: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Flags by the names that they have today.
+
+    Raises:
+        UsageError: a flag is given by both of its names.
+    """
+    for old in renamed.keys() & given.keys():
+        if renamed[old] in given:
+            raise UsageError(f"--{old} is an older name of --{renamed[old]}; give only one of them")
+    return {renamed.get(name, name): value for name, value in given.items()}
+
+
+def asks_for_help(words: Sequence[str]) -> bool:
+    return bool({"-h", "--help"} & set(words))
 
 
 def _split(words: Sequence[str], known: list[str]) -> tuple[dict[str, str | None], list[str]]:
@@ -61,7 +215,7 @@ def _split(words: Sequence[str], known: list[str]) -> tuple[dict[str, str | None
         if match := re.match(r"--?([A-Za-z][\w-]*)(=?)(.*)", word, re.DOTALL):
             name = match[1].replace("-", "_")
             initials = [flag for flag in known if flag[0] == name] if len(name) == 1 else []
-            name = initials[0] if len(initials) == 1 else name  # -o, as the help shows it
+            name = initials[0] if len(initials) == 1 else name  # -o, as fire's help showed it
             if name not in known and name.removeprefix("no") in known and not match[2]:  # --nooverwrite
                 given[name[2:]], name = "False", None
             else:
@@ -74,14 +228,9 @@ def _split(words: Sequence[str], known: list[str]) -> tuple[dict[str, str | None
     return given, unnamed
 
 
-def _closest(name: str, known: Iterable[str], prefix: str = "") -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f", did you mean {prefix}{close[0]}?" if close else ""
-
-
 def _value(name: str, text: str | None, annotation: Any) -> Any:
-    """The text of a flag as its parameter's type; None: the flag stands alone."""
-    kinds = get_args(annotation) or (annotation,)
+    """Return the text of a flag as its parameter's type; None: the flag stands alone."""
+    kinds = kinds_of(annotation)
     if bool in kinds:
         words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
         if str(text if text is not None else True).lower() not in words:
@@ -91,29 +240,25 @@ def _value(name: str, text: str | None, annotation: Any) -> Any:
         raise UsageError(f"--{name}: needs a value")
     if type(None) in kinds and text == "None":
         return None
-    for kind in (int, float):
+    if (choices := choices_of(annotation)) and text not in choices:
+        raise UsageError(f"--{name} {text}: expected one of {', '.join(choices)}")
+    for kind, expected in ((int, "whole number"), (float, "number")):
         if kind in kinds:
             try:
                 return kind(text)
             except ValueError as error:
-                raise UsageError(f"--{name} {text}: expected a {'whole ' * (kind is int)}number") from error
-    return text
+                raise UsageError(f"--{name} {text}: expected a {expected}") from error
+    return Path(text) if Path in kinds else text
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, which guesses no abbreviated flag, and names one that it does not know before one that is missing."""
+def kinds_of(annotation: Any) -> tuple[Any, ...]:
+    """int | None -> (int, NoneType)"""
+    return (annotation,) if get_origin(annotation) is Literal else get_args(annotation) or (annotation,)
 
-    def __init__(self, description: str | None, program: str | None = None):
-        super().__init__(
-            program, description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
-        known = self._option_string_actions
-        for name in (word.partition("=")[0] for word in (sys.argv[1:] if args is None else args)):
-            if name.startswith("--") and name not in known:
-                self.error(f"unknown flag {name}{_closest(name, known)}")
-        return super().parse_args(args, namespace)
+def choices_of(annotation: Any) -> tuple[str, ...]:
+    """Literal["a", "b"] | None -> ("a", "b"); without a Literal nothing."""
+    return next((get_args(kind) for kind in kinds_of(annotation) if get_origin(kind) is Literal), ())
 
 
 def check_numbers(**flags: int) -> None:
@@ -121,3 +266,73 @@ def check_numbers(**flags: int) -> None:
     for name, value in flags.items():
         if value < 1:
             raise UsageError(f"--{name} {value}: expected at least 1")
+
+
+# ---- help ----
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description keeps its line breaks; a flag is shown in one spelling, its default only where it has one, and
+    --no_x as "not --x"."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.dest == "help":
+            return "-h, --help"
+        optional = isinstance(action.const, bool) and action.nargs == "?"
+        values = "" if action.nargs == 0 or optional else " " + self._format_args(action, "VALUE")
+        return action.option_strings[0] + values
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.nargs == 0 and action.default is False:
+            return f"Not --{action.dest}."
+        if action.default is None or action.default is False or action.dest == "help":
+            return action.help
+        return super()._get_help_string(action)
+
+
+def help_parser(program: str, description: str | None) -> argparse.ArgumentParser:
+    """Return a parser that only formats help."""
+    parser = argparse.ArgumentParser(
+        program, usage=f"{program} [flags]", description=description, formatter_class=HelpFormatter, add_help=False
+    )
+    parser.add_argument("-h", "--help", action="help", help="Show this page and end.")
+    return parser
+
+
+def help_of(program: str, function: Callable[..., None], description: str | None = None) -> str:
+    """Return the help of a command: the function's docstring, and its parameters as flags."""
+    doc = inspect.getdoc(function) or ""
+    sections = re.split(r"^(?=Args:|Raises:|Returns:)", doc, flags=re.MULTILINE)
+    texts = _argument_texts(next((section for section in sections if section.startswith("Args:")), ""))
+    parser = help_parser(program, description or sections[0].strip())
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            parser.epilog = texts.get(f"**{name}") or texts.get(name)
+            continue
+        default, text = parameter.default, texts.get(name, "")
+        if default is parameter.empty:
+            default, text = None, f"{text} Required.".strip()
+        options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": default}
+        if bool in kinds_of(parameter.annotation):
+            options |= dict(nargs="?", const=True)
+        elif choices := choices_of(parameter.annotation):
+            options["metavar"] = "{" + ",".join(choices) + "}"
+        parser.add_argument(f"--{name}", **options)
+    return parser.format_help().rstrip()
+
+
+def help_of_tasks(program: str, tasks: Mapping[str, Callable[..., None]]) -> str:
+    """Return the help of a program of several tasks: the first sentence of each."""
+    lines = [f"usage: {program} task [flags]", "", "tasks:"]
+    for name, task in tasks.items():
+        lines += [f"  {name}", f"      {(inspect.getdoc(task) or '').splitlines()[0]}"]
+    return "\n".join([*lines, "", f"{program} task --help shows the flags of a task."])
+
+
+def _argument_texts(section: str) -> dict[str, str]:
+    """Return {parameter: sentence} of an "Args:" section of a docstring."""
+    texts = {}
+    for match in re.finditer(r"^    (\*{0,2}\w+): (.*(?:\n {8,}.*)*)", section, re.MULTILINE):
+        text = " ".join(match[2].split())
+        texts[match[1]] = text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", ")")) else ".")
+    return texts

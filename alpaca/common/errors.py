@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,10 +32,29 @@ class InputError(UsageError):
         self.message, self.about = message, str(about)
 
 
-def names_flags(command: Callable) -> Callable:
-    """Make `command` put the flag before the message of an InputError that is about the flag's value.
+class ParameterError(UsageError):
+    """A mistake in values of `parameters`. Where the message names one, as in "{max_cost} 0: …", the name is written as
+    that of a flag by the command that has it (`names_flags`)."""
 
-    The flags of a command are its parameters, and the fields of parameters that are dataclasses.
+    def __init__(self, message: str, *parameters: str):
+        self.message = message
+        self.parameters = parameters
+        super().__init__(self.naming({}))
+
+    def naming(self, flags: Mapping[str, str]) -> str:
+        """Return the message with the names of `flags`, by their parameter."""
+        message = self.message
+        for name in self.parameters:
+            message = message.replace(f"{{{name}}}", flags.get(name, name))
+        return message
+
+
+def names_flags(command: Callable) -> Callable:
+    """Make `command` name its flags in messages: before that of an InputError the flag whose value it is about, in that
+    of a ParameterError each parameter that is a flag.
+
+    The flags of a command are its parameters, and the fields of parameters that are dataclasses; also by the older
+    names that `commands.task` was given.
     """
 
     @functools.wraps(command)
@@ -46,6 +65,12 @@ def names_flags(command: Callable) -> Callable:
             bound = inspect.signature(command).bind(*values, **flags)
             bound.apply_defaults()
             _name_flag(error, _flags_of(bound.arguments))
+            raise
+        except ParameterError as error:
+            groups = [vars(value) for value in (*values, *flags.values()) if dataclasses.is_dataclass(value)]
+            names = [*inspect.signature(command).parameters, *(field for group in groups for field in group)]
+            names = getattr(command, "_renamed", {}) | {name: name for name in names}
+            error.args = (error.naming({name: f"--{flag}" for name, flag in names.items()}),)
             raise
 
     return with_flags

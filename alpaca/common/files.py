@@ -5,12 +5,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from alpaca.common.errors import UsageError, format_bytes
+from alpaca.common.errors import InputError, UsageError, format_bytes
 
 MARKER = ".incomplete"  # in a folder that is being written
 ROOM = 10**8  # bytes on the disk for what stands beside the tensors: tokenizer, configuration, manifest
@@ -83,6 +83,18 @@ def check_writable(folder: str | Path, flag: str) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise UsageError(f"{flag} {folder}: cannot be written ({error.strerror})") from error
+
+
+def refuse_other_arguments(path: Path, before: Mapping[str, Any], now: Mapping[str, Any], output: str | Path) -> None:
+    """Raise InputError, about `output`, if the arguments that `path` was made with `before` are not those of `now`."""
+    now = json.loads(json.dumps(now))
+    if before != now:
+        names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
+        other = ", ".join(f"{name} {before.get(name)!r}" for name in names)
+        raise InputError(
+            f"{output}: {path.name} was made with other arguments ({other}); choose another output, or move it away",
+            output,
+        )
 
 
 def fingerprint_of_files(files: Iterable[Path]) -> str:

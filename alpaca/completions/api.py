@@ -4,9 +4,9 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from alpaca.common.commands import check_numbers
+from alpaca.common.commands import check_numbers, flag
 from alpaca.common.errors import UsageError
 
 MOST_CUTS = 12  # of max_tokens: 0.8^12 leaves 7% of it
@@ -24,6 +24,41 @@ class Sampling:
     seed: int | None = None
     logit_bias: Mapping[str, float] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)  # other fields of the request, sent as they are
+
+
+@dataclass(frozen=True)
+class SamplingFlags:
+    """How answers are sampled: flags of all commands that ask a model."""
+
+    temperature: float | None = flag(0.7, "Sampling temperature; 0 is greedy, None leaves it to the server.")
+    top_p: float | None = flag(
+        1.0, "Sample from the likeliest tokens of this probability; None leaves it to the server."
+    )
+    max_new_tokens: int = flag(2048, "Tokens of an answer, at most.")
+
+    def sampling(self) -> Sampling:
+        """Raise UsageError for a number that no model takes."""
+        check_numbers(max_new_tokens=self.max_new_tokens)
+        if self.temperature is not None and self.temperature < 0:
+            raise UsageError(f"--temperature {self.temperature}: expected 0 (greedy) or more")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"--top_p {self.top_p}: expected more than 0, 1 at most")
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p)
+
+
+class Request(NamedTuple):
+    """A prompt to complete.
+
+    Args:
+        key: what a journal calls the request; it is the request's own.
+        seed: of the answer; None leaves it to the Sampling.
+        row: of a file, for messages, where it is not the key.
+    """
+
+    prompt: str
+    key: int
+    seed: int | None = None
+    row: int | None = None
 
 
 @dataclass(frozen=True)
@@ -65,15 +100,6 @@ class ContextOverflow(RequestFailed):
     """Prompt and max_tokens together are longer than the model's context."""
 
 
-def seed_of(seed: int, number: int) -> int:
-    """The seed of a request: equal prompts get different answers, whatever is asked beside them."""
-    return random.Random(f"{seed} {number}").randrange(2**62)
-
-
-def check_sampling(sampling: Sampling, limit_flag: str = "--max_tokens") -> None:
-    """Raise UsageError for a number that no model takes. None, where a server may decide, is none."""
-    check_numbers(**{limit_flag[2:]: sampling.max_tokens})
-    if sampling.temperature is not None and sampling.temperature < 0:
-        raise UsageError(f"--temperature {sampling.temperature}: expected 0 (greedy) or more")
-    if sampling.top_p is not None and not 0 < sampling.top_p <= 1:
-        raise UsageError(f"--top_p {sampling.top_p}: expected more than 0, 1 at most")
+def seed_of(seed: int | None, number: int) -> int | None:
+    """Return the seed of a request: equal prompts get different answers, whatever is asked beside them."""
+    return None if seed is None else random.Random(f"{seed} {number}").randrange(2**62)

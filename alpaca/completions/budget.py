@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from alpaca.common.commands import flag
 from alpaca.common.errors import UsageError
 
 ENVELOPE = 256  # tokens that a chat template may add to a prompt, at most
@@ -43,6 +44,26 @@ class Budget:
         self.unanswered += entry.get("unanswered") or 0.0
 
 
+@dataclass(frozen=True)
+class BudgetFlags:
+    """What answers may cost: flags of all commands that ask a server."""
+
+    price_in: float = flag(0.0, "Dollars per million prompt tokens.")
+    price_out: float = flag(0.0, "Dollars per million generated tokens.")
+    max_cost: float | None = flag(
+        None, "Dollars that are never exceeded; what earlier runs into the same output have cost counts."
+    )
+    dry_run: bool = flag(False, "Print one prompt and an estimate of tokens and cost, and ask nothing.")
+
+    def budget(self) -> Budget:
+        """Raise UsageError for prices below 0 and a limit that is none."""
+        if min(self.price_in, self.price_out) < 0:
+            raise UsageError("--price_in, --price_out: expected dollars per million tokens, at least 0")
+        if self.max_cost is not None and not (self.max_cost > 0 and self.price_in + self.price_out > 0):
+            raise UsageError(f"--max_cost {self.max_cost}: expected dollars above 0, with --price_in and --price_out")
+        return Budget(self.price_in, self.price_out, self.max_cost)
+
+
 class Progress:
     """Counts things that are done (tasks kept, rows answered) and the requests behind them."""
 
@@ -69,7 +90,7 @@ class Progress:
         done = f"{(self.done - self.first) / seconds:.2f} {self.unit}/s"
         return f"{self.requests / seconds:.2f} requests/s, {done}{retries}{cost}"
 
-    def told(self) -> str:
+    def summary(self) -> str:
         tokens = f"{self.budget.prompt_tokens:,} prompt tokens and {self.budget.completion_tokens:,} generated tokens"
         return f"{self.requests:,} requests in this run, {self._rates()}; {tokens} in all"
 
@@ -93,17 +114,9 @@ def estimate(prompts: list[str], requests: int, max_tokens: int, budget: Budget)
     tokens = round(fmean(len(prompt.encode()) for prompt in prompts) / 4)
     likely = requests * (tokens * budget.price_in + max_tokens // 2 * budget.price_out) / 1e6
     most = requests * fmean(budget.max_cost_of(prompt, max_tokens) for prompt in prompts)
-    cost = f": about ${likely:.2f}, at most ${most:.2f}" if most else "; --price_in and --price_out give the cost"
+    cost = f": about ${likely:.2f}, at most ${most:.2f}" if most else "; without prices nothing is known of the cost"
     return (
         f"{prompts[0]}\n\n--- dry run: this is such a prompt; nothing was asked ---\n"
         f"about {requests:,} requests of about {tokens:,} prompt tokens "
         f"and {max_tokens // 2:,} generated ones (at most {max_tokens:,}){cost}"
     )
-
-
-def budget_of(price_in: float, price_out: float, max_cost: float | None) -> Budget:
-    if min(price_in, price_out) < 0:
-        raise UsageError("--price_in, --price_out: expected dollars per million tokens, at least 0")
-    if max_cost is not None and not (max_cost > 0 and price_in + price_out > 0):
-        raise UsageError(f"--max_cost {max_cost}: expected dollars above 0, with --price_in and --price_out")
-    return Budget(price_in, price_out, max_cost)

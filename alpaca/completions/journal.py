@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import InputError, UsageError
 from alpaca.common.files import lock
 
 
@@ -23,13 +23,16 @@ class Journal:
         UsageError: another process has it, it cannot be written, or a line of it is damaged.
     """
 
-    def __init__(self, path: str | Path, flag: str = "--output_dir"):
-        self.path, self.flag, self.writing = Path(path), flag, threading.Lock()
+    def __init__(self, path: str | Path, output: str | Path | None = None):
+        """output: the file or folder that the user named, for messages; not given, the journal's folder."""
+        self.path = Path(path)
+        self.output = output or self.path.parent
+        self.writing = threading.Lock()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "a+b", buffering=0)
         except OSError as error:
-            raise UsageError(f"{flag} {self.path.parent}: cannot be written ({error.strerror})") from error
+            raise InputError(f"{self.output}: cannot be written ({error.strerror})", self.output) from error
         self._lock()
         self._cut_torn_line()
 
@@ -42,9 +45,10 @@ class Journal:
     def _lock(self) -> None:
         if not lock(self.file.fileno(), self.path):
             self.file.close()
-            raise UsageError(
-                f"{self.flag} {self.path.parent}: another process is working in this folder; wait for it, stop it, or "
-                "choose another folder"
+            raise InputError(
+                f"{self.output}: another process is working in this folder; wait for it, stop it, or "
+                "choose another one",
+                self.output,
             )
 
     def _cut_torn_line(self) -> None:
@@ -88,7 +92,7 @@ class Journal:
                 os.fsync(self.file.fileno())
             except OSError as error:
                 self._forget(begin)
-                raise UsageError(f"{self.flag} {self.path.parent}: cannot be written ({error.strerror})") from error
+                raise InputError(f"{self.output}: cannot be written ({error.strerror})", self.output) from error
 
     def _forget(self, size: int) -> None:
         try:

@@ -1,164 +1,128 @@
 """The rows of a file answered by a model: every answer journaled, a rerun continues, the output in the file's order."""
 
+import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import UsageError, format_first
-from alpaca.common.files import atomic_write
-from alpaca.completions.api import Model, Sampling
+from alpaca.common.errors import InputError, ParameterError, format_first
+from alpaca.common.files import atomic_write, refuse_other_arguments
+from alpaca.completions.api import Model, Request, Sampling
 from alpaca.completions.budget import Budget, Progress
 from alpaca.completions.journal import Journal
-from alpaca.completions.runner import RequestRunner, answered_before
+from alpaca.completions.runner import Entry, RequestRunner, answered_before
 from alpaca.data.rows import Row
-
-Entry = dict[str, Any]  # of a journal
 
 
 @dataclass
 class BatchCompletion:
-    """What is answered by whom, into which file.
+    """A given number of requests, each to be answered once; the journal lies beside the file that is made of them.
 
     Args:
-        output_path: of the JSON that is written when all rows are answered; its journal lies beside it.
-        prepare: as for RequestRunner.
-        prompt_of: the prompt of a row, by its number.
+        output_path: of that file.
         how: everything that an answer depends on, by the words that a message uses; a rerun must have the same.
-        at_once: requests on their way at the same time.
-        order: numbers of the rows, in the order in which they are asked; those left out are left out of the output.
-        seed_of: as for RequestRunner, by the number of a row.
-        more: fields that every written row gets.
-        drop_failed: leave out rows without an answer; else they are an error at the end, which names drop_flag, where
-            the command has one.
-        limit_flag: what cuts an answer.
-        number_of: what messages call a row, by its number.
-        unit: what is counted; path_flag: that of output_path.
+        concurrency: requests in flight at the same time.
+        drop_failed: whether requests may stay without an answer; else they are an error at the end. None: an error,
+            and the command has no such flag.
+        unit: what is counted.
     """
 
-    rows: Sequence[Row]
-    output_path: str
     model: Model
-    prepare: Callable[[str], tuple[Sampling, dict[str, Any]]]
-    prompt_of: Callable[[int], str]
+    sampling: Sampling
+    output_path: str
     how: dict[str, Any]
     concurrency: int
     budget: Budget = field(default_factory=Budget)
-    order: Sequence[int] | None = None
-    seed_of: Callable[[int], int] | None = None
-    more: Mapping[str, Any] = field(default_factory=dict)
-    drop_failed: bool = False
-    drop_flag: str | None = "--drop_failed"
-    limit_flag: str = "--max_tokens"
-    number_of: Callable[[int], int] = int
+    drop_failed: bool | None = False
     unit: str = "rows"
-    path_flag: str = "--output_path"
 
-    def run(self) -> None:
-        """Ask for what is not in the journal, and write the output.
+    def answers(self, requests: Iterable[Request]) -> dict[int, Entry]:
+        """Ask for what is not in the journal. Return the journal's entries by the key of their request, in its order.
 
-        Raises:
-            UsageError: as `answers`; the output cannot be written.
-        """
-        texts = {number: entry["text"].strip() for number, entry in self.answers().items()}
-        self._note("answers are empty", [number for number, text in texts.items() if not text])
-        write_rows(self.output_path, [{**self.rows[n], "output": text, **self.more} for n, text in texts.items()])
-
-    def answers(self) -> dict[int, Entry]:
-        """Ask for what is not in the journal. Returns the journal's entries by the number of their row, in its order.
+        Args:
+            requests: taken when the model's endpoint is known.
 
         Raises:
-            UsageError: as RequestRunner.run; the journal has answers to another question; rows have no answer.
+            UsageError: as RequestRunner; the journal has answers to other requests; requests have no answer.
         """
-        with Journal(f"{self.output_path}.journal.jsonl", self.path_flag) as journal:
-            check_same_run(journal, self.how, self.path_flag)
+        with Journal(f"{self.output_path}.journal.jsonl", self.output_path) as journal:
+            check_same_run(journal, self.how, self.output_path)
             before = answered_before(journal, 0, self.budget)
             journal.append({"kind": "run", "how": self.how, "time": time.time()})
-            return self._checked(*self._ask(journal, before))
+            return asyncio.run(self._ask(journal, before, requests))
 
-    @property
-    def _order(self) -> Sequence[int]:
-        return self.order if self.order is not None else range(len(self.rows))
+    async def _ask(self, journal: Journal, before: dict[int, Entry], requests: Iterable[Request]) -> dict[int, Entry]:
+        async with RequestRunner(self.model, journal, self.budget, self.concurrency, overflows_count=False) as runner:
+            rows = {request.key: request for request in requests}
+            runner.known = {key: entry for key, entry in before.items() if key in rows and entry["kind"] == "answer"}
+            answers: dict[int, Entry] = {}
+            failed: list[Entry] = []
+            progress = Progress(self.unit, len(rows), len(runner.known), self.budget)
+            try:
+                async for ready in runner.answers(rows.values(), self.sampling):
+                    answers |= {entry["index"]: entry for entry in ready if entry["kind"] == "answer"}
+                    failed += [entry for entry in ready if entry["kind"] == "failed"]
+                    done = len(answers) + len(runner.known)
+                    progress.show(done, runner.asked, getattr(self.model, "retries", 0))
+            finally:
+                progress.close()
+                print(progress.summary())
+        runner.refuse_stop_by_cost(len(answers), len(rows))
+        return self._checked(answers, failed, rows)
 
-    def _ask(self, journal: Journal, before: dict[int, Entry]) -> tuple[dict[int, Entry], list[Entry]]:
-        """Answers by the number of their row, those of `before` too; and what failed."""
-        order = self._order
-        known = {place: before[row] for place, row in enumerate(order) if before.get(row, {}).get("kind") == "answer"}
-        answers: dict[int, Entry] = {}
-        failed: list[Entry] = []
-        progress = Progress(self.unit, len(order), len(known), self.budget)
-
-        def take(entries: list[Entry]) -> None:
-            answers.update({entry["index"]: entry for entry in entries if entry["kind"] == "answer"})
-            failed.extend(entry for entry in entries if entry["kind"] == "failed")
-            progress.show(len(answers) + len(asker.known), asker.asked, getattr(self.model, "retries", 0))
-
-        seed_of = self.seed_of and (lambda index: self.seed_of(order[index]))
-        asker = RequestRunner(
-            self.model,
-            self.prepare,
-            journal,
-            self.budget,
-            lambda index: self.prompt_of(order[index]),
-            lambda in_flight: asker.delivered + in_flight < len(order),
-            take,
-            self.concurrency,
-            known=known,
-            seed_of=seed_of,
-            journaled_as=order.__getitem__,
-            overflows_count=False,
-        )
-        try:
-            asker.run()
-        finally:
-            progress.close()
-            print(progress.told())
-        asker.refuse_stop_by_cost(len(answers), len(order))
-        return answers, failed
-
-    def _checked(self, answers: dict[int, Entry], failed: list[Entry]) -> dict[int, Entry]:
+    def _checked(
+        self, answers: dict[int, Entry], failed: list[Entry], requests: dict[int, Request]
+    ) -> dict[int, Entry]:
         """In the order of the rows; says which have no answer, or one that was cut."""
+        unanswered = _rows(sorted(entry["index"] for entry in failed), requests)
         if failed and not self.drop_failed:
-            rows = format_first(self._named(sorted(entry["index"] for entry in failed)))
-            leave_out = f", or leave them out: {self.drop_flag}" if self.drop_flag else ""
-            raise UsageError(
-                f"{len(failed)} of {len(self._order)} {self.unit} have no answer (rows {rows}); the others are in the "
-                f"journal. Run again to ask for these{leave_out}. The first: {failed[0]['error']}"
+            leave_out = ", or leave them out: {drop_failed}" if self.drop_failed is False else ""
+            raise ParameterError(
+                f"{len(failed)} of {len(requests)} {self.unit} have no answer (rows {format_first(unanswered)}); the "
+                f"others are in the journal. Run again to ask for these{leave_out}. The first: {failed[0]['error']}",
+                "drop_failed",
             )
-        self._note(f"{self.unit} have no answer and are left out", sorted(entry["index"] for entry in failed))
+        _note(f"{self.unit} have no answer and are left out", unanswered)
         answers = dict(sorted(answers.items()))
-        cut = [number for number, entry in answers.items() if entry["finish_reason"] == "length"]
-        self._note(f"answers were cut at {self.limit_flag}", cut)
+        cut = [key for key, entry in answers.items() if entry["finish_reason"] == "length"]
+        _note(f"answers were cut at {self.sampling.max_tokens:,} tokens", _rows(cut, requests))
         return answers
 
-    def _note(self, what: str, numbers: Sequence[int]) -> None:
-        if numbers:
-            print(f"note: {len(numbers)} {what}, rows {format_first(self._named(numbers))}")
 
-    def _named(self, numbers: Sequence[int]) -> list[int]:
-        return [self.number_of(number) for number in numbers]
+def _rows(keys: Sequence[int], requests: dict[int, Request]) -> list[int]:
+    return [key if requests[key].row is None else requests[key].row for key in keys]
 
 
-def check_same_run(journal: Journal, how: dict[str, Any], flag: str = "--output_path") -> None:
-    """Raise UsageError if the journal has answers to other rows, or of another model: a mixture is nobody's wish."""
-    how, begun = json.loads(json.dumps(how)), False
+def _note(what: str, rows: Sequence[int]) -> None:
+    if rows:
+        print(f"note: {len(rows)} {what}, rows {format_first(rows)}")
+
+
+def write_answered(path: str, rows: Sequence[Row], answers: dict[int, Entry], **more: Any) -> None:
+    """Write the rows that have an answer, by their number, with it as `output` and `more` fields."""
+    texts = {number: entry["text"].strip() for number, entry in answers.items()}
+    _note("answers are empty", [number for number, text in texts.items() if not text])
+    write_rows(path, [{**rows[number], "output": text, **more} for number, text in texts.items()])
+
+
+def check_same_run(journal: Journal, how: dict[str, Any], output_path: str) -> None:
+    """Raise InputError if the journal has answers to other requests, or of another model: nobody wants a mixture."""
+    begun = False
     for entry in journal:
         begun = begun or entry["kind"] == "run"
         if not begun:
-            raise UsageError(f"{flag}: {journal.path} begins with answers to nobody knows what; move it away")
-        if entry["kind"] == "run" and entry["how"] != how:
-            names = [name for name in {**entry["how"], **how} if entry["how"].get(name) != how.get(name)]
-            other = ", ".join(f"{name} {entry['how'].get(name)!r}" for name in names)
-            raise UsageError(
-                f"{flag}: {journal.path} has answers to another question ({other}); choose another "
-                f"{flag}, or move the journal away"
+            raise InputError(
+                f"{output_path}: {journal.path} has answers from an unknown run; move it away", output_path
             )
+        if entry["kind"] == "run":
+            refuse_other_arguments(journal.path, entry["how"], how, output_path)
 
 
 def write_rows(path: str | Path, rows: list[Row]) -> None:
-    """As a JSON list, or for a name that ends in .jsonl one object a line; whole or not at all."""
+    """Write a JSON list, or for a name that ends in .jsonl one object a line; whole or not at all."""
     try:
         with atomic_write(path) as file:
             if Path(path).suffix == ".jsonl":
@@ -166,5 +130,5 @@ def write_rows(path: str | Path, rows: list[Row]) -> None:
             else:
                 json.dump(rows, file, indent=4, default=str)
     except OSError as error:
-        raise UsageError(f"{path}: cannot be written ({error.strerror})") from error
+        raise InputError(f"{path}: cannot be written ({error.strerror})", path) from error
     print(f"{len(rows)} rows in {path}")

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alpaca.common.errors import UsageError, format_first
+from alpaca.common.errors import InputError, format_first
 from alpaca.data.prompts import PROMPT_DICT, instruction_and_input
 from alpaca.data.rows import Row
 
@@ -111,26 +111,16 @@ class Curation:
     """Rated rows: what they score, and which to choose.
 
     Raises:
-        UsageError: there are none, or a row is not one of `rated_row`'s, by its number.
+        InputError: there are none, or a row is not one of `rated_row`'s, by its number.
     """
 
     def __init__(self, rows: Sequence[Row], path: str):
         self.rows, self.path = rows, path
         if not rows:
-            raise UsageError(f"--ratings_path {path}: has no rows; expected curate's file")
+            raise InputError(f"{path}: has no rows; expected curate's file", path)
         for number, row in enumerate(rows):
-            if not isinstance(row, Mapping) or not isinstance(row.get("ratings"), list) or "score" not in row:
-                raise UsageError(
-                    f"--ratings_path {path}, row {number}: has no score and ratings; expected curate's file"
-                )
-            score = row["score"]
-            if score is not None and (isinstance(score, bool) or not isinstance(score, (int, float))):
-                raise UsageError(
-                    f"--ratings_path {path}, row {number}: its score is {type(score).__name__} {score!r}, "
-                    "expected a number from 1 to 5, or null"
-                )
-            if score is not None and not 1 <= score <= 5:
-                raise UsageError(f"--ratings_path {path}, row {number}: its score is {score}, expected 1 to 5, or null")
+            if problem := _fault(row):
+                raise InputError(f"{path}, row {number}: {problem}", path)
         self.scores = [row["score"] for row in rows if row["score"] is not None]
         self.unread = [number for number, row in enumerate(rows) if row["score"] is None]
         self.ratings = Counter("read" if not isinstance(r, str) else r for row in rows for r in row["ratings"])
@@ -154,14 +144,13 @@ class Curation:
             "histogram": histogram(self.scores),
         }
 
-    def told(self, threshold: float) -> str:
+    def summary(self, threshold: float) -> str:
         """Counts, the histogram, and what is suspicious about them."""
         total, read = self.ratings.total(), self.ratings["read"]
         problems = ", ".join(f"{name} {count:,}" for name, count in self.ratings.items() if name != "read")
-        lines = [
-            f"{len(self.rows):,} pairs, {total:,} ratings, {read:,} of them readable"
-            + f" ({problems})" * bool(problems)
-        ]
+        lines = [f"{len(self.rows):,} pairs, {total:,} ratings, {read:,} of them readable"]
+        if problems:
+            lines[0] += f" ({problems})"
         if self.unread:
             lines.append(
                 f"{len(self.unread):,} pairs have no score and are not chosen (rows {format_first(self.unread)})"
@@ -171,13 +160,25 @@ class Curation:
             bar = "#" * -(-40 * count // max(1, *counts.values()))
             lines.append(f"  {score} | {bar} {count:,} ({count / max(len(self.scores), 1):.1%})")
         if read < 0.8 * total:
-            lines.append("warning: many ratings cannot be read; a stronger rater, or a higher --max_tokens, may help")
+            lines.append("warning: many ratings cannot be read; a stronger rater, or longer answers, may help")
         if flat := undecided(self.scores):
             lines.append(
                 f"warning: {flat[1]:,} of {len(self.scores):,} pairs score {flat[0]:g}: this rater hardly "
-                "tells them apart; take another one, or average several --ratings"
+                "tells them apart; take another one, or average several ratings"
             )
         return "\n".join([*lines, f"{len(self.chosen(threshold)):,} pairs score {threshold:g} or more"])
+
+
+def _fault(row: Any) -> str | None:
+    """Return why a row is not one of `rated_row`'s."""
+    if not isinstance(row, Mapping) or not isinstance(row.get("ratings"), list) or "score" not in row:
+        return "has no score and ratings; expected curate's file"
+    score = row["score"]
+    if score is None:
+        return None
+    if isinstance(score, bool) or not isinstance(score, (int, float)):
+        return f"its score is {type(score).__name__} {score!r}, expected a number from 1 to 5, or null"
+    return None if 1 <= score <= 5 else f"its score is {score}, expected 1 to 5, or null"
 
 
 def histogram(scores: Sequence[float]) -> dict[str, int]:
@@ -219,5 +220,5 @@ def mixed(seed_rows: Sequence[Row], augmented: Sequence[Row], tags: bool, seed: 
             rows.append({"instruction": instruction, "input": input, "output": output, "source": source})
     random.Random(seed).shuffle(rows)
     counts = Counter(row["source"] for row in rows)
-    told = f"{counts['seed']:,} seed rows, {counts['augmented']:,} augmented rows"
-    return rows, told + "".join(f", {count:,} {what} dropped" for what, count in dropped.items())
+    summary = f"{counts['seed']:,} seed rows, {counts['augmented']:,} augmented rows"
+    return rows, summary + "".join(f", {count:,} {what} dropped" for what, count in dropped.items())

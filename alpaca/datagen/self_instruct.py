@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import InputError
 
 # Tasks that a model of text alone cannot do, and words that led to too many of one kind.
 BLACKLIST = (
@@ -57,7 +57,7 @@ def load_prompt(path: str | Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompt_path {path}: cannot be read ({error})") from error
+        raise InputError(f"{path}: cannot be read ({error})", path) from error
 
 
 def load_seed_tasks(path: str) -> list[dict[str, str]]:
@@ -70,7 +70,7 @@ def load_seed_tasks(path: str) -> list[dict[str, str]]:
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--seed_tasks_path {path}: cannot be read ({error})") from error
+        raise InputError(f"{path}: cannot be read ({error})", path) from error
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
@@ -80,9 +80,10 @@ def load_seed_tasks(path: str) -> list[dict[str, str]]:
                 if not all(isinstance(value, str) for value in row.values()):
                     raise TypeError("instruction, input and output must be texts")
             except (ValueError, KeyError, IndexError, TypeError) as error:
-                raise UsageError(
-                    f"--seed_tasks_path {path}, line {number}: is not a task ({error!r}); expected "
-                    '{"instruction": "…", "instances": [{"input": "…", "output": "…"}]}'
+                raise InputError(
+                    f"{path}, line {number}: is not a task ({error!r}); expected "
+                    '{"instruction": "…", "instances": [{"input": "…", "output": "…"}]}',
+                    path,
                 ) from error
             rows.append(row)
     return rows

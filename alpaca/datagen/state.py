@@ -6,6 +6,7 @@ answers after it from the journal. A regen.json that no line knows (of 2023, or 
 """
 
 import hashlib
+import itertools
 import json
 import random
 import time
@@ -14,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import InputError, ParameterError
 from alpaca.common.files import atomic_write
+from alpaca.completions.api import Request
 from alpaca.completions.journal import Journal
 from alpaca.datagen.novelty import NoveltyFilter
 from alpaca.datagen.self_instruct import Item, encode_prompt, parse
@@ -77,7 +79,12 @@ class Generation:
 
     # ---- requests ----
 
-    def prompt_of(self, index: int) -> str:
+    def requests(self) -> Iterator[Request]:
+        """All requests from the next one on, without an end. One is made when it is taken."""
+        for index in itertools.count(self.next):
+            yield Request(self._prompt_of(index), index)
+
+    def _prompt_of(self, index: int) -> str:
         """The prompt of request `index`: of the seed and, with generated tasks, of those kept of the requests up to
         `index` - LAG, however many requests are on their way."""
         draw = random.Random(f"{self.seed} {index}")
@@ -125,9 +132,10 @@ class Generation:
         if time.monotonic() - self.saved_at > max(SAVE_EVERY, 20 * self.saving_took):
             self.save()
         if self.useless >= USELESS:
-            raise UsageError(
-                f"the last {self.useless} answers gave no new task ({self.told()}); look at them in "
-                f"{self.journal.path}: does the model follow the prompt, does --parser fit it?"
+            raise ParameterError(
+                f"the last {self.useless} answers gave no new task ({self.summary()}); look at them in "
+                f"{self.journal.path}: does the model follow the prompt, does {{parser}} fit it?",
+                "parser",
             )
 
     def _parse(self, entry: dict[str, Any]) -> list[Item]:
@@ -135,7 +143,7 @@ class Generation:
             return []
         return parse(entry["text"], entry["finish_reason"], entry["examples"], entry["parser"])
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """ "1,234 tasks proposed, 1,000 kept; rejected: 200 too similar, 34 malformed" """
         rejected = [(reason.removeprefix("rejected: "), n) for reason, n in self.counts.most_common() if ": " in reason]
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected) or "none"
@@ -148,7 +156,7 @@ class Generation:
         yield "\n]" if self.rows else "[]"
 
     def save(self) -> None:
-        """Write regen.json. The journal is told first: a kill between leaves a regen.json that an older line knows."""
+        """Write regen.json, after its line in the journal: a kill between leaves one that an older line knows."""
         begin = time.monotonic()
         digest = hashlib.sha256()
         for piece in self._regen():
@@ -168,9 +176,10 @@ class Generation:
             with atomic_write(self.output_dir / REGEN) as file:
                 file.writelines(self._regen())
         except OSError as error:
-            raise UsageError(
-                f"--output_dir {self.output_dir}: {REGEN} cannot be written ({error.strerror}); nothing "
-                "is lost, every answer is in the journal"
+            raise InputError(
+                f"{self.output_dir}: {REGEN} cannot be written ({error.strerror}); nothing is lost, every answer is in "
+                "the journal",
+                self.output_dir,
             ) from error
         self.saved_at = time.monotonic()
         self.saving_took = self.saved_at - begin
@@ -194,7 +203,5 @@ def _read_regen(path: Path) -> tuple[list[dict[str, Any]], str | None]:
             if not all(isinstance(row[name], str) for name in ("instruction", "input", "output")):
                 raise ValueError(f"row {number}: instruction, input and output must be texts")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UsageError(
-            f"--output_dir: {path} is not a list of tasks ({error!r}); move it away to begin anew"
-        ) from error
+        raise InputError(f"{path} is not a list of tasks ({error!r}); move it away to begin anew", path) from error
     return rows, hashlib.sha256(content).hexdigest()

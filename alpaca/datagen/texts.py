@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import InputError, UsageError
+from alpaca.common.errors import InputError, ParameterError
 from alpaca.data.rows import check_text, raw_rows, read_text
 
 # Words that hardly any English text of some sentences goes without, and that other languages do not have
@@ -35,7 +35,7 @@ def load_texts(data_path: str, split: str = "train", text_field: str | None = No
         if not path.is_file():
             raise InputError(f"{data_path}: no such file (looked in {path.parent.resolve()})", data_path)
         if text_field is not None:
-            raise UsageError(f"--text_field {text_field}: a .txt file has no fields")
+            raise ParameterError(f"{{text_field}} {text_field}: a .txt file has no fields", "text_field")
         return [text.strip() for text in re.split(r"\n[ \t\r]*\n", read_text(path)) if text.strip()]
     return [_text_of(row, number, data_path, text_field) for number, row in enumerate(raw_rows(data_path, split))]
 
@@ -47,11 +47,10 @@ def _text_of(row: Any, number: int, data_path: str, text_field: str | None) -> s
     field = text_field or ("output" if "output" in row else "text")
     if field not in row:
         fields = sorted(map(str, row))
-        text = f"{where}: no field {field!r}; the row has {fields}; --text_field names the one to take"
-        raise InputError(text, data_path)
+        raise InputError(f"{where}: no field {field!r}; the row has {fields}; choose one of these", data_path)
     if not isinstance(row[field], str):
-        got = f"{type(row[field]).__name__} {row[field]!r:.60}"
-        raise InputError(f"{where}: {field!r} must be text, got {got}", data_path)
+        kind = type(row[field]).__name__
+        raise InputError(f"{where}: {field!r} must be text, got {kind} {row[field]!r:.60}", data_path)
     check_text(row[field], f"{where}: {field!r}", data_path)
     return row[field].strip()
 
@@ -70,12 +69,14 @@ class Filters:
 
     def __post_init__(self) -> None:
         if not 1 <= self.min_chars <= self.max_chars:
-            raise UsageError(
-                f"--min_chars {self.min_chars}, --max_chars {self.max_chars}: expected 1 or more, in order"
+            raise ParameterError(
+                f"{{min_chars}} {self.min_chars}, {{max_chars}} {self.max_chars}: expected 1 or more, in order",
+                "min_chars",
+                "max_chars",
             )
         for name in ("max_capitals", "min_english"):
             if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: expected a share from 0 to 1")
+                raise ParameterError(f"{{{name}}} {getattr(self, name)}: expected a share from 0 to 1", name)
 
     def choose(self, texts: Sequence[str]) -> tuple[list[int], dict[str, list[int]]]:
         """Numbers of the texts to keep, and those left out by reason. Of equal texts (but for case and space) the first

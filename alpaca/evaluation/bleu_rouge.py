@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import ParameterError, UsageError
 
 INSTALL = "pip install -c constraints.txt -r scripts/requirements.txt"
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
@@ -27,13 +27,16 @@ def overlap(generated: Sequence[str], true: Sequence[str], bleu_tokenizer: str =
     except ImportError as error:
         raise UsageError(f"BLEU and ROUGE need sacrebleu and rouge_score: {INSTALL} ({error})") from error
     if bleu_tokenizer not in BLEU.TOKENIZERS:
-        raise UsageError(f"--bleu_tokenizer {bleu_tokenizer}: expected one of {', '.join(BLEU.TOKENIZERS)}")
+        raise ParameterError(
+            f"{{bleu_tokenizer}} {bleu_tokenizer}: expected one of {', '.join(BLEU.TOKENIZERS)}", "bleu_tokenizer"
+        )
     try:
         corpus, single = BLEU(tokenize=bleu_tokenizer), BLEU(tokenize=bleu_tokenizer, effective_order=True)
     except (ImportError, RuntimeError, OSError) as error:  # some need a library, or download their model
-        raise UsageError(
-            f"--bleu_tokenizer {bleu_tokenizer}: cannot be had ({' '.join(str(error).split())}); 13a, intl, zh and "
-            "char need nothing"
+        raise ParameterError(
+            f"{{bleu_tokenizer}} {bleu_tokenizer}: cannot be had ({' '.join(str(error).split())}); 13a, intl, zh and "
+            "char need nothing",
+            "bleu_tokenizer",
         ) from error
     words = tokenizers.DefaultTokenizer(use_stemmer=True)
     scorer = rouge_scorer.RougeScorer(list(ROUGE), tokenizer=words)

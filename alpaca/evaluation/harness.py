@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from alpaca.common.errors import UsageError
-from alpaca.common.files import check_writable, write_json, write_text
+from alpaca.common.errors import InputError, ParameterError, UsageError
+from alpaca.common.files import check_writable, refuse_other_arguments, write_json, write_text
 from alpaca.evaluation.harness_tasks import TaskSpec, definition_of, dry_run_metrics, find_group, load_tasks
 
 if TYPE_CHECKING:
@@ -51,9 +51,9 @@ class HarnessRun:
 
     def __post_init__(self):
         if not re.fullmatch(r"[1-9]\d*|auto(:\d+)?", self.batch_size):
-            raise UsageError(f"--batch_size {self.batch_size}: expected a number, or auto")
+            raise ParameterError(f"{{batch_size}} {self.batch_size}: expected a number, or auto", "batch_size")
         if self.limit is not None and self.limit < 1:
-            raise UsageError(f"--limit {self.limit}: expected examples of a task, 1 or more")
+            raise ParameterError(f"{{limit}} {self.limit}: expected examples of a task, 1 or more", "limit")
 
     def run(self) -> str:
         """Evaluate what has no file in `output_dir` yet, and write the table. Returns the table.
@@ -85,9 +85,11 @@ class HarnessRun:
         known = {member.name: member for member in members}
         names = list(known) if self.tasks is None else list(dict.fromkeys(re.findall(r"[^\s,]+", self.tasks)))
         if not names:
-            raise UsageError(f"--tasks {self.tasks!r}: names no task; {self.group} has {', '.join(known)}")
+            message = f"{{tasks}} {self.tasks!r}: names no task; {self.group} has {', '.join(known)}"
+            raise ParameterError(message, "tasks")
         if unknown := [name for name in names if name not in known]:
-            raise UsageError(f"--tasks {self.tasks}: {unknown[0]!r} is not in {self.group}; it has {', '.join(known)}")
+            problem = f"{unknown[0]!r} is not in {self.group}; it has {', '.join(known)}"
+            raise InputError(f"{self.tasks}: {problem}", self.tasks)
         return [known[name] for name in names]
 
     def _how(self) -> dict[str, Any]:
@@ -108,21 +110,15 @@ class HarnessRun:
 
     def _finished(self, member: TaskSpec, how: dict[str, Any]) -> dict[str, Any] | None:
         """The result of an earlier run; an error if it was another one."""
-        path, how = self._path(member), json.loads(json.dumps(how))
+        path = self._path(member)
         if not path.is_file():
             return None
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
             before = result["how"]
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"--output_dir {self.output_dir}: {path.name} is no result of this command") from error
-        if before != how:
-            names = [name for name in {**how, **before} if before.get(name) != how.get(name)]
-            other = ", ".join(f"{name} {before.get(name)!r}" for name in names)
-            raise UsageError(
-                f"--output_dir {self.output_dir}: {path.name} was made with other arguments ({other}); choose another "
-                "folder, or move the file away"
-            )
+            raise InputError(f"{path}: is no result of this command", path) from error
+        refuse_other_arguments(path, before, how, self.output_dir)
         return result | {"column": member.column}
 
     # ---- the model and the tasks ----
@@ -149,7 +145,7 @@ class HarnessRun:
             add_bos_token=self.add_bos_token,
         )
         logger.setLevel(logging.NOTSET)
-        lm.set_cache_hook(FiniteCheck(f"--model {self.model}: in {opened.model.dtype} on {device}"))
+        lm.set_cache_hook(FiniteCheck(self.model, f"in {opened.model.dtype} on {device}"))
         return lm
 
     def _evaluate(
@@ -164,7 +160,8 @@ class HarnessRun:
                 lm, tasks=list(tasks.values()), limit=self.limit, log_samples=False, task_manager=manager
             )
         except torch.OutOfMemoryError as error:
-            raise UsageError(f"--batch_size {self.batch_size}: out of memory on {member.name}; give less") from error
+            message = f"{{batch_size}} {self.batch_size}: out of memory on {member.name}; give less"
+            raise ParameterError(message, "batch_size") from error
         leaves = {}
         for name in tasks:
             values = results["results"][name]
@@ -199,6 +196,9 @@ class HarnessRun:
         finished = [result for result in results if result is not None]
         average = fmean(result["value"] for result in finished) if len(finished) == len(results) else None
         measured = measured_with(finished)
+        settings = [f"limit {self.limit}", f"add_bos_token {self.add_bos_token}"]
+        settings += [name for name in ("load_in_8bit", "load_in_4bit") if getattr(self, name)]
+        versions_used = [f"{name} {' or '.join(found)}" for name, found in measured.items()]
         lines = [
             f"| | Average | {' | '.join(member.column for member in members)} |",
             "|---" * (len(members) + 2) + "|",
@@ -206,12 +206,8 @@ class HarnessRun:
             + " | ".join(_number(result and result["value"]) for result in results)
             + " |",
             "",
-            *map(_told, finished),
-            f"limit {self.limit}, add_bos_token {self.add_bos_token}"
-            + ", load_in_8bit" * self.load_in_8bit
-            + ", load_in_4bit" * self.load_in_4bit
-            + "; "
-            + ", ".join(f"{name} {' or '.join(found)}" for name, found in measured.items()),
+            *map(_line, finished),
+            f"{', '.join(settings)}; {', '.join(versions_used)}",
         ]
         if different := [name for name, found in measured.items() if len(found) > 1]:
             lines.append(f"note: not all of them were measured alike; {', '.join(different)} differ (see each file)")
@@ -269,12 +265,14 @@ def measured_with(results: list[dict[str, Any]]) -> dict[str, list[str]]:
     return {name: sorted(set(values)) for name, values in found.items()}
 
 
-def _told(result: dict[str, Any]) -> str:
+def _line(result: dict[str, Any]) -> str:
     shots = ", ".join(map(str, result["num_fewshot"]))
-    subjects = f" of {len(result['tasks'])} tasks ({result['weighted_by_size']:.2f} weighted by size)"
+    subjects = ""
+    if len(result["tasks"]) > 1:
+        subjects = f" of {len(result['tasks'])} tasks ({result['weighted_by_size']:.2f} weighted by size)"
     return (
         f"{result['column']}: {result['task']}, {shots}-shot, {result['metric']} {_number(result['value'])} "
-        f"± {_number(result['stderr'])}, {result['samples']:,} examples{subjects * (len(result['tasks']) > 1)}; "
+        f"± {_number(result['stderr'])}, {result['samples']:,} examples{subjects}; "
         f"contexts begin with{'' if result['contexts_begin_with_bos'] else 'out'} the BOS token"
     )
 
@@ -284,13 +282,15 @@ def _number(value: float | None) -> str:
 
 
 class FiniteCheck:
-    """Stands where the harness has its cache, which is told of every answer as it is computed. Among NaN the harness
+    """Stands where the harness has its cache, which sees every answer as it is computed. Among NaN the harness
     takes the first choice, and the score looks like any other."""
 
-    def __init__(self, where: str):
+    def __init__(self, model: str, where: str):
+        self.model = model
         self.where = where
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
         number = answer[0] if isinstance(answer, tuple) else answer
         if isinstance(number, float) and not math.isfinite(number):
-            raise UsageError(f"{self.where} the log-likelihood of a choice is {number}, expected a number; {CAUSES}")
+            problem = f"{self.where} the log-likelihood of a choice is {number}, expected a number; {CAUSES}"
+            raise InputError(f"{self.model}: {problem}", self.model)

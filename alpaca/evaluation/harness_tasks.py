@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpaca.common.errors import UsageError, first_line
+from alpaca.common.errors import InputError, UsageError, first_line
 from alpaca.common.files import fingerprint_of_files
 from alpaca.evaluation.bleu_rouge import INSTALL
 
@@ -37,11 +37,11 @@ def find_group(include_path: str, group: str) -> tuple["TaskManager", list[TaskS
     except ImportError as error:
         raise UsageError(f"the harness needs lm-eval: {INSTALL} ({error})") from error
     if not Path(include_path).is_dir():
-        raise UsageError(f"--include_path {include_path}: expected a folder with YAML files of the harness")
+        raise InputError(f"{include_path}: expected a folder with YAML files of the harness", include_path)
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if group not in manager.all_groups:
         found = ", ".join(manager.all_groups) or "none"
-        raise UsageError(f"--group {group}: no such group in --include_path {include_path}; groups there: {found}")
+        raise InputError(f"{group}: no such group in {include_path}; groups there: {found}", group)
     config = manager.task_index[group].cfg
     items = [{"task": item} if isinstance(item, str) else item for item in config.get("task") or []]
     names = [item.get("group") or item.get("task") for item in items]
@@ -51,11 +51,12 @@ def find_group(include_path: str, group: str) -> tuple["TaskManager", list[TaskS
     members = []
     for name, item in zip(names, items):
         if name not in manager.all_tasks:
-            raise UsageError(f"--group {group}: the harness knows no task {name!r}, nor does {include_path}")
+            raise InputError(f"{group}: the harness knows no task {name!r}, nor does {include_path}", group)
         if not {"column", "metric"} <= table.get(name, {}).keys():
-            raise UsageError(
-                f"--group {group}: its metadata.table says no column and metric for {name}, as in "
-                f"`{name}: {{column: {name}, metric: acc}}`"
+            raise InputError(
+                f"{group}: its metadata.table says no column and metric for {name}, as in "
+                f"`{name}: {{column: {name}, metric: acc}}`",
+                group,
             )
         settings = {key: value for key, value in item.items() if key not in ("task", "group")}
         kind = "group" if name in manager.all_groups else "task"  # a group under `task` would lose all tasks but one
@@ -137,4 +138,4 @@ def dry_run_metrics(group: str, member: TaskSpec, tasks: dict[str, "Task"]) -> N
     for name in tasks:
         known = [key.removesuffix(",none") for key in results[name] if key.endswith(",none") and "_stderr," not in key]
         if member.metric not in known:
-            raise UsageError(f"--group {group}: {name} has no metric {member.metric}; it has {', '.join(known)}")
+            raise InputError(f"{group}: {name} has no metric {member.metric}; it has {', '.join(known)}", group)

@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import ParameterError, UsageError
 from alpaca.completions.api import MOST_CUTS, Completion, ContextOverflow, Prompt, RequestFailed, Sampling, cut_at_stop
 from alpaca.inference.server_errors import (
     LONGEST_WAIT,
@@ -58,7 +58,7 @@ class Client:
         backoff: float = 0.5,
     ):
         if api not in ("auto", *PATHS):
-            raise UsageError(f"--api: expected auto, completions or chat, got {api!r}.")
+            raise ParameterError(f"{{api}}: expected auto, completions or chat, got {api!r}.", "api")
         self.model, self.api, self.max_retries, self.backoff = model, api, max_retries, backoff
         self.base_url = server_url(base_url)
         self.token_parameter = "max_tokens"
@@ -153,8 +153,10 @@ class Client:
         try:
             answer = await self._persist(ask, {}, self.base_url + "/models", retries=2)
         except NoResponse as error:
-            raise UsageError(
-                f"{error}\nIs the server running? Its address is --base_url, else OPENAI_BASE_URL, else {OPENAI_URL}."
+            raise ParameterError(
+                f"{error}\nIs the server running? Its address is {{base_url}}, else OPENAI_BASE_URL, else "
+                f"{OPENAI_URL}.",
+                "base_url",
             ) from error
         except (RequestFailed, WrongEndpoint, UnknownModel):  # `transformers serve` without a hub cache answers 500
             return None
@@ -182,7 +184,9 @@ class Client:
     def _body(self, api: str, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if api == "completions" and not isinstance(prompt, str):
-            raise UsageError("the prompt is a chat message, which the completion endpoint does not take: --api chat")
+            raise ParameterError(
+                "the prompt is a chat message, which the completion endpoint does not take: {api} chat", "api"
+            )
         body: dict[str, Any] = {"model": self.model}
         body |= {"prompt": prompt} if api == "completions" else {"messages": list(_listed(messages))}
         body[self.token_parameter if api == "chat" else "max_tokens"] = sampling.max_tokens
@@ -216,7 +220,7 @@ class Client:
             except RetryLater as error:
                 problem, charged = RetryLater(f"{url}: {error}", error.wait), True
             if charged and on_lost_response is not None and not on_lost_response():
-                raise RequestFailed(f"{problem}\nGave up: another attempt could exceed --max_cost.")
+                raise RequestFailed(f"{problem}\nGave up: another attempt could exceed the limit of cost.")
             if retry == retries or (problem.wait or 0) > LONGEST_WAIT:
                 why = f"it asks to wait {problem.wait:.0f} s" if (problem.wait or 0) > LONGEST_WAIT else ""
                 raise problem.failure(f"{problem}\n{why or f'Gave up after {retry + 1} attempts.'}")
@@ -229,10 +233,10 @@ class Client:
 
 def server_url(base_url: str | None) -> str:
     """The base URL as given, else OPENAI_BASE_URL, else OpenAI's; without a slash at its end."""
-    name = "--base_url" if base_url else "OPENAI_BASE_URL"
+    name = "{base_url}" if base_url else "OPENAI_BASE_URL"
     url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-        raise UsageError(f"{name}: expected an address such as http://localhost:8000/v1, got {url!r}.")
+        raise ParameterError(f"{name}: expected an address such as http://localhost:8000/v1, got {url!r}.", "base_url")
     return url
 
 
@@ -244,9 +248,10 @@ def is_openai(url: str) -> bool:
 def _connect(base_url: str, timeout: float) -> Any:
     key = os.environ.get("OPENAI_API_KEY") or ("" if is_openai(base_url) else "none")
     if not key:
-        raise UsageError(
-            "OPENAI_API_KEY is not set, and OpenAI answers nobody without a key. Set it, or give --base_url "
-            "(OPENAI_BASE_URL) for another server."
+        raise ParameterError(
+            "OPENAI_API_KEY is not set, and OpenAI answers nobody without a key. Set it, or give {base_url} "
+            "(OPENAI_BASE_URL) for another server.",
+            "base_url",
         )
     try:
         import openai

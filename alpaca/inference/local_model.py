@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import ParameterError, UsageError
 from alpaca.completions.api import MOST_CUTS, Completion, ContextOverflow, Prompt, Sampling, cut_at_stop
 from alpaca.inference.load import LoadOptions, load_for_inference, without_adapter
 from alpaca.inference.token_stream import Stop, TokenQueue, pieces_of, tokens_of
@@ -39,8 +39,7 @@ class LocalModel:
     chat: put each prompt into the tokenizer's chat template, if it has one; `api` says which way was taken.
     device: "cuda" or "cpu"; not given, the GPU if there is one. Weights are bfloat16 on a GPU that can, float16 on an
     older one, float32 on a CPU.
-    base: of an adapter or a weight diff (alpaca/inference/load.py); flag, base_flag: what names the folders, for
-    messages.
+    base: of an adapter or a weight diff (alpaca/inference/load.py).
     load_in_4bit, load_in_8bit: quantize the weights with bitsandbytes.
 
     `templates` are the prompt templates that the model was trained with (alpaca/data/prompts.py).
@@ -52,28 +51,22 @@ class LocalModel:
         batch_size: int = 8,
         chat: bool = False,
         device: str | None = None,
-        batch_size_flag: str = "--request_batch_size",
         base: str | Path | None = None,
         load_in_4bit: bool = False,
         load_in_8bit: bool = False,
-        flag: str = "--model_name",
-        base_flag: str | None = None,
     ):
         if batch_size < 1:
-            raise UsageError(f"{batch_size_flag}: expected 1 or more, got {batch_size}.")
-        self.batch_size, self.batch_size_flag, self.name = batch_size, batch_size_flag, str(folder)
+            raise ParameterError(f"{{batch_size}}: expected 1 or more, got {batch_size}.", "batch_size")
+        self.batch_size = batch_size
+        self.name = str(folder)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(self.device)
-        how = LoadOptions(
-            self.device, best_dtype(self.device), quantizing_flag(load_in_8bit, load_in_4bit), flag, base_flag
-        )
+        how = LoadOptions(self.device, best_dtype(self.device), quantizing_flag(load_in_8bit, load_in_4bit))
         opened = load_for_inference(folder, base, how)
-        self.model, self.tokenizer, self.templates, self.told = (
-            opened.model,
-            opened.tokenizer,
-            opened.templates,
-            opened.told,
-        )
+        self.model = opened.model
+        self.tokenizer = opened.tokenizer
+        self.templates = opened.templates
+        self.summary = opened.told
         self.api = "chat" if chat and self.tokenizer.chat_template else "completions"
         ends = _listed(self.model.generation_config.eos_token_id) + _listed(self.tokenizer.eos_token_id)
         self.eos = list(dict.fromkeys(ends))
@@ -94,7 +87,7 @@ class LocalModel:
 
     async def check(self) -> str:
         """As Client.check: what will be asked how. A model that is loaded needs no other check."""
-        return f"{self.told} on {self.device} in {self.model.dtype}, {self.api}, batches of {self.batch_size}"
+        return f"{self.summary} on {self.device} in {self.model.dtype}, {self.api}, batches of {self.batch_size}"
 
     async def complete(self, prompt: Prompt, sampling: Sampling, on_lost_response: object = None) -> Completion:
         """As Client.complete. Prompts asked for at the same time are generated together, batch_size at most."""
@@ -241,9 +234,10 @@ class LocalModel:
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            raise UsageError(
+            raise ParameterError(
                 f"out of memory on {self.device} with {len(ids)} prompts of up to {width} tokens and max_tokens "
-                f"{sampling.max_tokens}. Give a smaller {self.batch_size_flag} (now {self.batch_size})."
+                f"{sampling.max_tokens}. Give a smaller {{batch_size}} (now {self.batch_size}).",
+                "batch_size",
             ) from error
         return output[:, width:].tolist()
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import InputError, ParameterError, UsageError
 from alpaca.completions.api import ContextOverflow, RequestFailed
 
 LONGEST_WAIT = 120.0  # s; a server that asks for more has no room today: the user should know, not wait
@@ -26,7 +26,7 @@ class NoResponse(RequestFailed):
     """No connection to the server, or none that lasted until an answer came."""
 
 
-class WrongEndpoint(UsageError):
+class WrongEndpoint(ParameterError):
     """The server has no such route, or this model is not served there."""
 
 
@@ -53,23 +53,23 @@ def classify_error(error: Exception, url: str, model: str, sent: Mapping[str, An
     if status is None:
         return RetryLater(f"no answer from {url}: {_connection_problem(error)}", failure=NoResponse)
     said, code = _said(error), f"{getattr(error, 'code', '')} {getattr(error, 'type', '')}"
-    told = f"{url} answered {status}: {said}"
+    message = f"{url} answered {status}: {said}"
     if "context_length_exceeded" in code or "exceed_context_size" in code or OVERFLOW.search(said):
-        return ContextOverflow(told)
+        return ContextOverflow(message)
     if "insufficient_quota" in code or status == 402:
-        return UsageError(f"{told}\nThe account has no credit left. Add some, or set another OPENAI_API_KEY.")
+        return UsageError(f"{message}\nThe account has no credit left. Add some, or set another OPENAI_API_KEY.")
     if status in (401, 403):
         return UsageError(
-            f"{told}\nThe server does not accept the key. Set OPENAI_API_KEY to one that may use {model}."
+            f"{message}\nThe server does not accept the key. Set OPENAI_API_KEY to one that may use {model}."
         )
     if refused := _refused_parameter(error, said, sent):
-        return refused(told)
+        return refused(message)
     if wrong := _wrong_address(status, code, said):
-        return wrong(told)
+        return wrong(message)
     may_retry = error.response.headers.get("x-should-retry") != "false"
     if (status in (408, 409, 429) or status >= 500) and may_retry:
-        return RetryLater(told, seconds_to_wait(error.response.headers))
-    return RequestFailed(told)
+        return RetryLater(message, seconds_to_wait(error.response.headers))
+    return RequestFailed(message)
 
 
 def _refused_parameter(error: Exception, said: str, sent: Mapping[str, Any]):
@@ -82,31 +82,37 @@ def _refused_parameter(error: Exception, said: str, sent: Mapping[str, Any]):
         return MaxTokensRefused
     if name not in sent:
         return None
-    return lambda told: UsageError(
-        f"{told}\nThe model refuses --{name} {sent[name]!r}. Give another value, None to send none, or another model."
+    return lambda message: ParameterError(
+        f"{message}\nThe model refuses {{{name}}} {sent[name]!r}. Give another value, None to send none, or another "
+        "model.",
+        name,
     )
 
 
 def _wrong_address(status: int, code: str, said: str):
     if re.search(r"chat template|in the v1/(chat/)?completions endpoint|does not support .*Completions API", said):
-        return lambda told: WrongEndpoint(f"{told}\nTry the other of --api completions and --api chat.")
+        return lambda message: WrongEndpoint(
+            f"{message}\nTry the other of {{api}} completions and {{api}} chat.", "api"
+        )
     if "model_not_found" in code or "Server is pinned to" in said or (status == 404 and "model" in said.lower()):
         return UnknownModel
     if status in (404, 405, 501):
-        return lambda told: WrongEndpoint(
-            f"{told}\nNo such route: --base_url (OPENAI_BASE_URL) mostly ends in /v1; --api may be wrong."
+        return lambda message: WrongEndpoint(
+            f"{message}\nNo such route: {{base_url}} (OPENAI_BASE_URL) mostly ends in /v1; {{api}} may be wrong.",
+            "base_url",
+            "api",
         )
     return None
 
 
-def unknown_model(model: str, told: str, offered: list[str] | None) -> UsageError:
-    lines = [told]
+def unknown_model(model: str, message: str, offered: list[str] | None) -> InputError:
+    lines = [message]
     if model.startswith(RETIRED):
         lines.append(f"OpenAI retired {model} in January 2024; gpt-3.5-turbo-instruct took its place.")
     if offered:
         more = f" and {len(offered) - 20} more" if len(offered) > 20 else ""
         lines.append(f"The server offers: {', '.join(offered[:20])}{more}.")
-    return UsageError("\n".join([*lines, f"Give a model that the server has as --model_name, got {model!r}."]))
+    return InputError("\n".join([*lines, f"Give a model that the server has, got {model!r}."]), model)
 
 
 def seconds_to_wait(headers: Mapping[str, str]) -> float | None:

@@ -10,7 +10,8 @@ import pytest
 from conftest import fork, run, train, write_rows
 
 import train as train_module
-from alpaca.common.errors import InputError, UsageError, names_flags
+from alpaca.common import commands
+from alpaca.common.errors import InputError, ParameterError, UsageError, names_flags
 
 
 def mistake(tmp_path, tiny, **changed):
@@ -141,17 +142,18 @@ def test_under_torchrun_rank_0_speaks_once(tmp_path, tiny, changed, message):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--output_dirr", "x"], "unknown flag --output_dirr, did you mean --output_dir?"),
-        (["--output_dir=x", "--hidden", "64"], "unknown flag --hidden"),
-        (["--seed", "1"], "required: --output_dir"),
+        (["--output_dirr", "x"], "unknown flag --output_dirr; did you mean --output_dir?"),
+        (["--output_dir=x", "--hidden", "64"], "unknown flag --hidden; did you mean --hidden_size?"),
+        (["--output_dir=x", "--architecture", "bert"], "--architecture bert: expected one of llama, opt, gpt2"),
+        (["--seed", "1"], "scripts.make_tiny_model needs --output_dir"),
     ],
 )
-def test_small_commands_name_an_unknown_flag_before_a_missing_one(words, message, capsys):
+def test_small_commands_name_an_unknown_flag_before_a_missing_one(words, message):
     from scripts.make_tiny_model import main
 
-    with pytest.raises(SystemExit, match="2"):
+    with pytest.raises(UsageError) as error:
         main(words)
-    assert message in capsys.readouterr().err
+    assert str(error.value) == message
 
 
 @pytest.mark.slow
@@ -226,4 +228,27 @@ def test_the_flag_is_named_once_that_of_the_outermost_command():
     for model, message in (("llama", "--model llama: no such folder"), ("other", "--path here: no such folder")):
         with pytest.raises(UsageError) as error:
             outer(model, "here")
+        assert str(error.value) == message
+
+
+def test_a_parameter_is_named_as_the_flag_that_the_command_has():
+    def check(size: int) -> None:
+        raise ParameterError(f"{{size}} {size}: expected {{count}} or more", "size", "count")
+
+    @names_flags
+    def command(options: Options) -> None:
+        check(options.size)
+
+    @commands.task(count="number")
+    def task(size: int, number: int = 1) -> None:
+        check(size)
+
+    for call, message in (
+        (lambda: check(3), "size 3: expected count or more"),
+        (lambda: command(Options()), "--size 3: expected count or more"),
+        (lambda: task(3), "--size 3: expected --number or more"),
+        (lambda: commands.run("p", {"task": task}, ["task", "3"]), "--size 3: expected --number or more"),
+    ):
+        with pytest.raises(UsageError) as error:
+            call()
         assert str(error.value) == message

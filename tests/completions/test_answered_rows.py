@@ -11,28 +11,21 @@ from support.completion_server import OVERFLOW, CompletionServer
 import generate_instruction
 from alpaca.common.errors import UsageError
 from alpaca.common.files import refuse_overwriting_input
-from alpaca.completions.api import Sampling
-from alpaca.completions.rows import BatchCompletion
-from alpaca.inference.backend import ModelBackend, PromptSet, open_backend
+from alpaca.completions.api import Request, Sampling
+from alpaca.completions.rows import BatchCompletion, write_answered
+from alpaca.inference.backend import BackendFlags, ModelBackend, PromptSet, open_backend
 from alpaca.inference.client import Client
 from scripts import backtranslate, evaluate, generate
 
 SAMPLING = Sampling(max_tokens=9)
 
 
-def asked(tmp_path, server, order=None, rows=4, **more):
+def ask(tmp_path, server, order=None, rows=4, **more):
     texts = [f"Row {number}." for number in range(rows)]
-    return BatchCompletion(
-        [{"instruction": text} for text in texts],
-        str(tmp_path / "out.json"),
-        Client("tiny", server.url, "completions"),
-        lambda endpoint: (SAMPLING, {}),
-        texts.__getitem__,
-        {"model": "tiny"},
-        2,
-        order=order,
-        **more,
-    )
+    path, model = str(tmp_path / "out.json"), Client("tiny", server.url, "completions")
+    requests = [Request(texts[row], row) for row in order or range(rows)]
+    answers = BatchCompletion(model, SAMPLING, path, {"model": "tiny"}, 2, **more).answers(requests)
+    write_answered(path, [{"instruction": text} for text in texts], answers)
 
 
 def own_text(prompt, body):
@@ -42,8 +35,8 @@ def own_text(prompt, body):
 def test_an_answer_stays_with_its_row_when_the_order_changes(tmp_path):
     """Orders come from lengths in tokens, which another version of a tokenizer counts otherwise."""
     with CompletionServer(own_text) as server:
-        asked(tmp_path, server, order=[3, 0, 2]).run()
-        asked(tmp_path, server, order=[0, 1, 2, 3]).run()
+        ask(tmp_path, server, order=[3, 0, 2])
+        ask(tmp_path, server, order=[0, 1, 2, 3])
         assert len(server.requests) == 4
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [row["output"] for row in rows] == [f"answer to Row {number}." for number in range(4)]
@@ -54,22 +47,20 @@ def test_prompts_that_are_too_long_do_not_hold_up_the_others(tmp_path):
     with CompletionServer(
         own_text, faults=lambda request: OVERFLOW if int(request.prompt[4:-1]) < 30 else None
     ) as server:
-        with pytest.raises(
-            UsageError, match=r"30 of 50 rows have no answer \(rows 0, 1.*…\).*leave them out: --drop_fa"
-        ):
-            asked(tmp_path, server, rows=50).run()
-        asked(tmp_path, server, rows=50, drop_failed=True).run()
+        with pytest.raises(UsageError, match=r"30 of 50 rows have no answer \(rows 0, 1.*…\).*leave them out: drop_fa"):
+            ask(tmp_path, server, rows=50)
+        ask(tmp_path, server, rows=50, drop_failed=True)
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [row["instruction"] for row in rows] == [f"Row {number}." for number in range(30, 50)]
 
 
 def test_answers_of_an_unknown_run_are_refused(tmp_path):
     with CompletionServer(own_text) as server:
-        asked(tmp_path, server).run()
+        ask(tmp_path, server)
         path = tmp_path / "out.json.journal.jsonl"
         path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
-        with pytest.raises(UsageError, match="begins with answers to nobody knows what"):
-            asked(tmp_path, server).run()
+        with pytest.raises(UsageError, match="has answers from an unknown run; move it away"):
+            ask(tmp_path, server)
 
 
 def test_what_a_journal_knows_of_the_one_who_answers(tiny, tmp_path):
@@ -83,27 +74,26 @@ def test_what_a_journal_knows_of_the_one_who_answers(tiny, tmp_path):
         file.write(b"\x01")
     changed = ModelBackend(str(folder), SAMPLING, seed=1).how(questions=["a", "b"])
     assert {name for name in how if how[name] != changed[name]} == {"weights of model_name"}
-    server = ModelBackend("tiny", SAMPLING, base_url="http://a/v1").how()
-    assert server == ModelBackend("tiny", SAMPLING, base_url="http://b/v1").how()
-    assert server != ModelBackend("other", SAMPLING, base_url="http://a/v1").how()
+    server = ModelBackend("tiny", SAMPLING, BackendFlags(base_url="http://a/v1")).how()
+    assert server == ModelBackend("tiny", SAMPLING, BackendFlags(base_url="http://b/v1")).how()
+    assert server != ModelBackend("other", SAMPLING, BackendFlags(base_url="http://a/v1")).how()
 
 
 @pytest.mark.parametrize("api", ["chat", "completions"])
 def test_a_question_stands_in_a_prompt_unless_it_is_chat(api):
     with CompletionServer() as server:
         model = Client("tiny", server.url, api)
-        questions = PromptSet(["How?"], model, SAMPLING)
-        questions.prepare(api)
-        assert questions.prompt_of(0) == questions.prompt_of(1)
-        assert (questions.prompt_of(0) == "How?") == (api == "chat")
-        assert api == "chat" or "### Instruction:\nHow?\n\n### Response:" in questions.prompt_of(0)
+        first, second = PromptSet(["How?"], model).requests((0, 1), [7])
+        assert first.prompt == second.prompt and first.key != second.key and first.row == second.row == 7
+        assert (first.prompt == "How?") == (api == "chat")
+        assert api == "chat" or "### Instruction:\nHow?\n\n### Response:" in first.prompt
 
 
 def test_a_base_url_of_the_environment_wins_over_a_folder_and_is_named(tiny, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
-    assert isinstance(open_backend(tiny("llama")), Client)
-    with pytest.raises(UsageError, match=r"--base is for .*; --judge .* is a server's \(OPENAI_BASE_URL"):
-        open_backend(tiny("llama"), base=tiny("llama"), flag="--judge")
+    assert isinstance(open_backend(tiny("llama"), BackendFlags()), Client)
+    with pytest.raises(UsageError, match=r"base is for .*; .*llama.* is a server's \(OPENAI_BASE_URL"):
+        open_backend(tiny("llama"), BackendFlags(base=tiny("llama")))
 
 
 @pytest.mark.parametrize(
@@ -111,8 +101,8 @@ def test_a_base_url_of_the_environment_wins_over_a_folder_and_is_named(tiny, mon
     [
         (lambda path: generate.main(["--model=x", f"--data_path={path}", f"--output_path={path}"]), "--data_path"),
         (lambda path: evaluate.alpaca_eval("x", path, path), "--data_path"),
-        (lambda path: evaluate.win_rate("other.json", path, "judge", output_path=path), "--reference"),
-        (lambda path: evaluate.backward(path, output_path=path), "--pred"),
+        (lambda path: evaluate.win_rate("other.json", path, "judge", output_path=path), "--reference_path"),
+        (lambda path: evaluate.backward(path, output_path=path), "--data_path"),
         (lambda path: backtranslate.augment(path, path, "x"), "--data_path"),
         (lambda path: backtranslate.curate(path, path, "x"), "--data_path"),
         (lambda path: backtranslate.curate("a5.json", path, "x", ratings_path=path), "--data_path"),
@@ -145,7 +135,7 @@ def test_a_judges_answer_that_was_cut_is_no_verdict(tmp_path):
         assert [verdict["preference"] for verdict in verdicts] == [None, None]
         assert all("### Instruction:\nTwo assistants" in request.prompt for request in server.requests[-2:])
         for change in (dict(judge="two"), dict(api="chat"), dict(orders="both"), dict(temperature=0.5)):
-            with pytest.raises(UsageError, match="another question"):
+            with pytest.raises(UsageError, match="made with other arguments"):
                 evaluate.win_rate(**flags | dict(judge="one", base_url=server.url, orders="one", seed=3) | change)
 
 
@@ -204,7 +194,7 @@ def test_failed_rows_are_an_error_or_left_out(commands, name, tmp_path):
             OVERFLOW if "It is 3." in request.prompt or "Task 3?" in request.prompt else None
         )
         asking = dict(base_url=server.url, api="completions")
-        with pytest.raises(UsageError, match="have no answer .rows 3"):
+        with pytest.raises(UsageError, match="have no answer .rows 3.*leave them out: --drop_failed"):
             command(**flags, **asking)
         assert not (tmp_path / "out.json").exists()
         command(**flags, **asking, drop_failed=True)
@@ -218,7 +208,7 @@ def test_sampling_is_checked_and_sent(commands, name):
     for wrong, message in (
         (dict(temperature=-1.0), "--temperature -1.0"),
         (dict(top_p=1.5), "--top_p 1.5"),
-        (dict(max_tokens=0), "--max_tokens 0"),
+        (dict(max_tokens=0), "--max_new_tokens 0"),
     ):
         with pytest.raises(UsageError, match=message):
             command(**flags, **wrong)

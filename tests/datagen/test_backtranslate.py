@@ -112,7 +112,7 @@ def test_unread_ratings_are_no_zeros():
     assert [row["ratings"] for row in rows] == [[4.0, 5.0], [4.0, "no_score"], ["out_of_range", "no_answer"]]
     curation = Curation(rows, "r.jsonl")
     assert curation.chosen(4.5) == [pair(0) | {"score": 4.5}] and len(curation.chosen(1)) == 2
-    report, told = curation.report(4.5), curation.told(4.5)
+    report, told = curation.report(4.5), curation.summary(4.5)
     assert report["histogram"] == dict.fromkeys(map(str, (1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 5.0)), 0) | {"4.0": 1, "4.5": 1}
     assert list(report["histogram"]) == sorted(report["histogram"])
     assert report["ratings"] == {"read": 3, "no_score": 1, "out_of_range": 1, "no_answer": 1}
@@ -124,9 +124,9 @@ def test_unread_ratings_are_no_zeros():
 
 def test_a_rater_that_tells_nothing_apart_is_named():
     alike, other = [rated_row(pair(), ["Score: 4"])] * 9, rated_row(pair(), ["Score: 5"])
-    assert "9 of 10 pairs score 4: this rater hardly" in Curation([*alike, other], "r").told(4)
-    assert "hardly" not in Curation([*alike, other, other], "r").told(4)
-    with pytest.raises(UsageError, match="--ratings_path r, row 1: has no score and ratings"):
+    assert "9 of 10 pairs score 4: this rater hardly" in Curation([*alike, other], "r").summary(4)
+    assert "hardly" not in Curation([*alike, other, other], "r").summary(4)
+    with pytest.raises(UsageError, match="r, row 1: has no score and ratings"):
         Curation([alike[0], pair()], "r")
     for score, told in (
         ("4", "is str '4', expected a number"),
@@ -135,9 +135,9 @@ def test_a_rater_that_tells_nothing_apart_is_named():
         (0.5, "is 0.5, expected 1"),
         (float("nan"), "is nan, expected 1 to 5"),
     ):
-        with pytest.raises(UsageError, match=f"--ratings_path r, row 1: its score {told}"):
+        with pytest.raises(UsageError, match=f"r, row 1: its score {told}"):
             Curation([alike[0], alike[0] | {"score": score}], "r")
-    with pytest.raises(UsageError, match="--ratings_path r: has no rows"):
+    with pytest.raises(UsageError, match="r: has no rows"):
         Curation([], "r")
 
 
@@ -149,14 +149,14 @@ def test_texts_of_every_kind_of_file(tmp_path):
     assert load_texts(str(tmp_path / "a.txt")) == ["One\nmore line.", "Two."]
     rows = write(tmp_path / "rows.jsonl", [{"text": " a "}, {"instruction": "i", "output": "b", "text": "i b"}])
     assert load_texts(str(rows)) == ["a", "b"], "the text of Alpaca's rows repeats their prompt"
-    with pytest.raises(UsageError, match=r"row 0: no field 'body'; the row has \['text'\]; --text_field"):
+    with pytest.raises(UsageError, match=r"row 0: no field 'body'; the row has \['text'\]; choose one"):
         load_texts(str(rows), text_field="body")
     with pytest.raises(UsageError, match="row 1: 'text' must be text, got int 3"):
         load_texts(str(write(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": 3}])))
     with pytest.raises(UsageError, match="row 0: 'text' holds '.ud83d' at character 2"):
         load_texts(str(write(tmp_path / "rows.jsonl", [{"text": "a \ud83d"}])))
     (tmp_path / "a.txt").write_text("a")
-    with pytest.raises(UsageError, match="--text_field body: a .txt file has no fields"):
+    with pytest.raises(UsageError, match="text_field body: a .txt file has no fields"):
         load_texts(str(tmp_path / "a.txt"), text_field="body")
 
 
@@ -170,7 +170,7 @@ def test_what_is_left_out_and_why():
     assert kept == [0, 6] and left_out["not_english"] == [4]
     assert share_of_english_words(PROSE) > 0.3 > 0.05 > share_of_english_words(german)
     assert Filters(1, 10, 1.0).choose(["ABC", "Abc", "0 1", "早上好"])[0] == [0, 2, 3]
-    with pytest.raises(UsageError, match="--min_chars 9, --max_chars 8"):
+    with pytest.raises(UsageError, match="min_chars 9, max_chars 8"):
         Filters(9, 8)
 
 
@@ -202,7 +202,7 @@ def test_nothing_is_asked_twice(tmp_path, capsys):
         assert len(asked) == 13 and set(asked) == set(prompts), "one twice: the server had refused it"
         assert len({request.body["seed"] for request in server.requests}) == 12
         for change in ({"temperature": 0.5}, {"min_chars": len(TEXTS[0]) + 1}, {"seed": 1}):
-            with pytest.raises(UsageError, match="another question"):
+            with pytest.raises(UsageError, match="made with other arguments"):
                 run("augment", **flags | change)
         assert len(server.requests) == 13
     numbers = [n for n in range(13) if n != 6]
@@ -225,7 +225,7 @@ def test_nothing_is_asked_twice(tmp_path, capsys):
         run("curate", **flags, **asking, ratings=3)
         assert len(server.requests) == 3 * pairs and len({r.body["seed"] for r in server.requests}) == 3 * pairs
         run("curate", **flags, **asking, ratings=2, threshold=4)
-        with pytest.raises(UsageError, match="--ratings_path: .*another question"):
+        with pytest.raises(UsageError, match="--ratings_path .*made with other arguments"):
             run("curate", **flags, **asking, top_p=0.8)
         assert len(server.requests) == 3 * pairs, "fewer ratings are there already"
         assert server.requests[0].prompt.startswith("Judge how well")
@@ -317,15 +317,15 @@ def test_the_backward_model_is_that_of_the_recipe(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("step", "flags", "message"),
     [
-        ("augment", {"min_char": 3}, "unknown flag --min_char, did you mean --min_chars"),
+        ("augment", {"min_char": 3}, "unknown flag --min_char; did you mean --min_chars"),
         ("augment", {"data_path": "x.txt"}, "--data_path x.txt: no such file"),
         ("augment", {"top_p": 0}, "--top_p 0.0: expected more than 0"),
         ("augment", {"api": "auto"}, "--api auto: expected completions, or chat"),
         ("augment", {"min_chars": 3000}, "the filters leave none of its 1 texts"),
         ("curate", {"threshold": 6}, "--threshold 6.0: expected 1 to 5"),
         ("curate", {"ratings": 2, "temperature": 0}, "--ratings 2: at --temperature 0 they are all the same"),
-        ("curate", {"model_name": None}, "expected --data_path and --model_name to rate pairs, or --ratings_path"),
-        ("curate", {"base": "x"}, "--base is for the model of a folder; --model_name m is a server's"),
+        ("curate", {"model_name": None}, "expected --data_path and --model to rate pairs, or --ratings_path"),
+        ("curate", {"base": "x"}, "--base is for the model of a folder; m is a server's"),
         ("mix", {}, "mix needs --seed_path"),
     ],
 )
@@ -382,5 +382,5 @@ def test_the_loop_through_m1(tiny, tmp_path, capsys):
     assert len(read(tmp_path / "a5-2.json.ratings.jsonl")) == len(candidates), "M1 has rated the same candidates"
     with pytest.raises(UsageError, match="M0: was trained to answer instructions, not to write them"):
         run("augment", **flags | {"model_name": tmp_path / "M0", "output_path": tmp_path / "other.jsonl"})
-    with pytest.raises(UsageError, match="--ratings_path: .*another question .*weights of"):
+    with pytest.raises(UsageError, match="a5.json.ratings.jsonl: .*made with other arguments .*weights of"):
         run("curate", **rater | {"model_name": tmp_path / "M1"}, output_path=tmp_path / "a5.json")

@@ -556,7 +556,7 @@ def test_generate_responses_keeps_rows_and_order(tmp_path):
         assert "### Instruction:\nSay 0.\n\n### Response:" in json.loads((tmp_path / "b.json").read_text())[0]["output"]
         rows_file(tmp_path, 31)
         for model in ("tiny", "other"):
-            with pytest.raises(UsageError, match=r"has answers to another question \(.*; choose another --output_path"):
+            with pytest.raises(UsageError, match=r"made with other arguments \(.*; choose another output"):
                 generate_responses(str(tmp_path / "rows.json"), str(tmp_path / "new.json"), model, api="chat", **flags)
 
 
@@ -624,5 +624,5 @@ def test_importing_generate_instruction_is_light():
 def test_a_misspelt_flag_fails_before_work(monkeypatch):
     words = ["generate_instruction", "generate_instruction_following_data", "--outputdir", "x"]
     monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(UsageError, match="unknown flag --outputdir, did you mean --output_dir?"):
+    with pytest.raises(UsageError, match="unknown flag --outputdir; did you mean --output_dir?"):
         generate_instruction.main()

@@ -82,7 +82,7 @@ def test_a_judge_is_asked_nothing_twice(files):
         assert len(done) == len(asked) == 6 and not set(done) & set(asked)
         evaluate.win_rate(**files, base_url=server.url)
         assert len(server.requests) == 6
-        with pytest.raises(UsageError, match="another question .*max_tokens 512"):
+        with pytest.raises(UsageError, match="made with other arguments .*max_tokens 512"):
             evaluate.win_rate(**files, base_url=server.url, max_tokens=9)
 
 
@@ -256,14 +256,14 @@ def _raise(error):
 
 def test_true_instructions_from_a_training_file(tmp_path, installed):
     pred = save(tmp_path / "pred.json", [{"instruction": text, "output": true} for text, _, true in PRED[::-1]])
-    with pytest.raises(UsageError, match="4 of 4 rows have no `reference`.*--reference"):
+    with pytest.raises(UsageError, match="4 of 4 rows have no `reference`.*--reference_path"):
         evaluate.backward(pred)
     rows = [{"instruction": true[:4], "input": true[4:], "output": text} for text, _, true in PRED]
     evaluate.backward(pred, save(tmp_path / "rows.json", rows))
     assert [row["true"] for row in read(tmp_path / "pred.scores.json")["rows"]] == [
         f"{true[:4]}\n\n{true[4:]}" if true[4:] else true for _, _, true in PRED[::-1]
     ]
-    with pytest.raises(UsageError, match=r"--reference .*rows.json: has no row .* 1 of 4 rows \(rows \[0\]\)"):
+    with pytest.raises(UsageError, match=r"--reference_path .*rows.json: has no row .* 1 of 4 rows \(rows \[0\]\)"):
         evaluate.backward(pred, save(tmp_path / "rows.json", rows[:3]))
 
 

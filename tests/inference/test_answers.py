@@ -96,7 +96,7 @@ def test_an_adapter_on_its_base_is_what_peft_trained(tiny, tmp_path, architectur
     base = LocalModel(tiny(architecture))
     assert not torch.allclose(logits(base.model, IDS), trained[:, : IDS.shape[1], : base.model.config.vocab_size])
     assert len(opened.tokenizer) == len(base.tokenizer) + bool(options.get("new_token"))
-    assert f"adapter {tmp_path / 'adapter'} on base {tiny(architecture)}" == opened.told
+    assert f"adapter {tmp_path / 'adapter'} on base {tiny(architecture)}" == opened.summary
 
 
 def test_the_base_of_an_adapter_may_have_moved(tiny, adapter, tmp_path):
@@ -108,7 +108,7 @@ def test_the_base_of_an_adapter_may_have_moved(tiny, adapter, tmp_path):
     ):
         (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
         with pytest.raises(UsageError, match=told):
-            LocalModel(moved, base_flag="--base")
+            LocalModel(moved)
         with pytest.raises(UsageError, match=r"first: python -m scripts.merge_lora --adapter .*adapter --base <base>"):
             LocalModel(moved)  # of a command that takes no base
     opened, other = LocalModel(moved, base=tiny("llama")), LocalModel(adapter)
@@ -162,7 +162,7 @@ def test_a_diff_and_its_base_are_the_tuned_model(tiny, tuned, capsys):
         ("model", tiny("llama"), "is a whole model, which needs no base; leave it away"),
     ):
         with pytest.raises(UsageError, match=message):
-            LocalModel(tuned / folder, base=base, base_flag="--base")
+            LocalModel(tuned / folder, base=base)
 
 
 def test_quantized_bases(tiny, tmp_path, monkeypatch, caplog):
@@ -312,7 +312,7 @@ def test_rows_are_answered_in_their_order_and_a_rerun_continues(tiny, tuned, tmp
         text = model.generate([format_prompt(row, templates)], sampling)[0].text.strip()
         assert answered == {**row, "output": text, "generator": "model"}
     for change in ({"max_new_tokens": 9}, {"model": tiny("llama")}, {"temperature": 0.0}):
-        with pytest.raises(UsageError, match="has answers to another question"):
+        with pytest.raises(UsageError, match="made with other arguments"):
             answers(tmp_path, **{"model": tuned / "model", **flags, **change})
 
 

@@ -206,17 +206,17 @@ def test_pauses_double_and_differ(monkeypatch):
         (Fault(403, {"message": "no access"}), "OPENAI_API_KEY"),
         (NO_MODEL, "offers: tiny, small"),
         (Fault(404, {"message": 'model "x" not found, try pulling it', "type": "not_found_error"}), "offers: tiny"),
-        (Fault(404, body={"detail": "Not Found"}), "--base_url .* /v1"),
-        (openai_error(404, None, "This is a chat model, not supported in the v1/completions endpoint."), "--api chat"),
+        (Fault(404, body={"detail": "Not Found"}), "base_url .* /v1"),
+        (openai_error(404, None, "This is a chat model, not supported in the v1/completions endpoint."), "api chat"),
         (
             openai_error(
                 400, "unsupported_value", "Unsupported value: 'temperature' does not support 0.2", "temperature"
             ),
-            "--temperature 0.2",
+            "temperature 0.2",
         ),
         (
             openai_error(400, "unsupported_parameter", "Unsupported parameter: 'stop' is not supported", "stop"),
-            r"--stop \['END'\]",
+            r"stop \['END'\]",
         ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -366,13 +366,13 @@ def test_no_server_no_key_no_address(monkeypatch):
             pass
 
         Nobody.url = url
-        with pytest.raises(UsageError, match=f"{url}(.|\n)*--base_url(.|\n)*OPENAI_BASE_URL"):
+        with pytest.raises(UsageError, match=f"{url}(.|\n)*base_url(.|\n)*OPENAI_BASE_URL"):
             check(Nobody)
     with pytest.raises(UsageError, match="OPENAI_API_KEY is not set"):
         Client("gpt-4o")
-    with pytest.raises(UsageError, match="--api: .* got 'responses'"):
+    with pytest.raises(UsageError, match="api: .* got 'responses'"):
         Client("gpt-4o", "http://localhost:1/v1", "responses")
-    with pytest.raises(UsageError, match="--base_url: expected .* got 'localhost:8000'"):
+    with pytest.raises(UsageError, match="base_url: expected .* got 'localhost:8000'"):
         server_url("localhost:8000")
     monkeypatch.setenv("OPENAI_BASE_URL", "http:/x")
     with pytest.raises(UsageError, match="OPENAI_BASE_URL: expected"):
@@ -402,7 +402,7 @@ def test_a_server_whose_list_of_models_is_broken_is_asked_all_the_same():
         said, client = check(server)
         assert client.api == "chat" and len(server.requests) == 2
         server.faults = lambda request: NO_MODEL
-        with pytest.raises(UsageError, match="Give a model that the server has as --model_name, got 'tiny'"):
+        with pytest.raises(UsageError, match="Give a model that the server has, got 'tiny'"):
             check(server, api="completions")
 
 
@@ -484,7 +484,7 @@ def test_transformers_serve(transformers_serve, tiny):
     one, two = LocalModel(model).generate([format_prompt(row) for row in rows], greedy)
     expected = [(one.prompt_tokens, one.text.strip())] * 2 + [(two.prompt_tokens, two.text.strip())]
     assert [(answer.prompt_tokens, answer.text.strip()) for answer in got] == expected and one.text != two.text
-    with pytest.raises(UsageError, match="pinned to .*(.|\n)*--model_name, got 'another'"):
+    with pytest.raises(UsageError, match="pinned to .*(.|\n)*that the server has, got 'another'"):
         asyncio.run(run(url, "another", "auto", prompts, greedy))
     url, model = transformers_serve()  # a base model: chat is answered with 500
     assert asyncio.run(run(url, model, "auto", prompts, greedy))[0] == "completions"

@@ -147,7 +147,7 @@ def test_offload_reaches_the_process_group(monkeypatch):
         ("--fdsp", "--fsdp"),
         ("--num-train-epoch", "--num_train_epochs"),
         ("--data", "--data_path"),
-        ("--qqqq", "--help"),
+        ("--qqqq", "train.py has no flag like it"),
     ],
 )
 def test_an_unknown_flag_is_refused_with_the_closest_known_one(flag, guess):
@@ -303,7 +303,7 @@ def test_help_has_what_can_be_turned():
     classes = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
     parser = arguments.FlagParser(classes, None, "train.py", HIDDEN)
     text = parser.format_help()
-    assert "--no_share_prefix     not --share_prefix\n" in text and "--overwrite_output_dir" in text
+    assert "--no_share_prefix     Not --share_prefix.\n" in text and "--overwrite_output_dir" in text
     assert not [name for name in [*WITHOUT_EFFECT, "logging_nan_inf_filter"] if f"--{name}" in text]
     assert not set(WITHOUT_EFFECT) - set(parser.known()), "transformers has them all"
 
