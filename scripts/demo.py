@@ -6,9 +6,9 @@ r"""Talk to a model in the browser: Alpaca's live demo of 2023 as a local page.
     python -m scripts.demo --model output/alpaca-7b --host 0.0.0.0 --port 8080          # not only for this machine
 
 The answers stream; a stop button, a closed page and a reloaded one end them on the server too. --concurrency people are
-answered at the same time, all others wait and are told so. The page loads nothing from anywhere but this server, and
-the server asks nobody: no fonts, scripts, analytics or share links. There is no password: whoever reaches --host can
-ask. An answer is shown as text, never as HTML.
+answered at the same time, all others wait, and the page says so. The page loads nothing from anywhere but this server,
+and the server asks nobody: no fonts, scripts, analytics or share links. There is no password: whoever reaches --host
+can ask. An answer is shown as text, never as HTML.
 """
 
 import errno
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
 from alpaca.common.commands import check_numbers
-from alpaca.common.errors import UsageError, reported
+from alpaca.common.errors import UsageError, names_flags, reported
 from alpaca.completions.api import Sampling
 from alpaca.data.prompts import load_prompt_template
 from alpaca.data.rows import Row, load_rows
@@ -49,7 +49,7 @@ EXAMPLES = {  # what it is called on the page: words that are in one instruction
     "French, formally": "sentence into French",
     "A Python function": "minutes_between",
 }
-WAITING = 100  # requests that may wait for their turn; others are told to come back
+WAITING = 100  # requests that may wait for their turn; others are asked to come back
 LONGEST_ANSWER = 2048  # tokens, where the model's context allows it
 NOTE = (
     "For research, as the demo of 2023 was: Alpaca's data is CC BY-NC 4.0, and the licence of the base model and the "
@@ -100,36 +100,37 @@ def main(argv: Sequence[str] | None = None) -> None:
     (options,), _ = arguments.parse(sys.argv[1:] if argv is None else argv, (DemoArguments,), __doc__, "scripts.demo")
     check_address(options.host, options.port)
     import_gradio()
-    voices = load_voices(options)
-    for voice in voices:
-        print(f"{voice.name}: {voice.facts()}", flush=True)
-    page = build_page(DemoEngine(voices, options.concurrency, options.max_characters))
+    models = load_models(options)
+    for model in models:
+        print(f"{model.name}: {model.facts()}", flush=True)
+    page = build_page(DemoEngine(models, options.concurrency, options.max_characters))
     launch(page, options.host, options.port)
     print(f"scripts.demo: http://{options.host}:{options.port}   Ctrl-C ends it", flush=True)
     page.block_thread()
 
 
-def load_voices(options: DemoArguments) -> list[DemoModel]:
+@names_flags
+def load_models(options: DemoArguments) -> list[DemoModel]:
     """--model, and beside it --compare or else --base."""
     whole = is_whole_model(options.model)
     if whole and options.base and options.compare:
-        raise UsageError(f"--base {options.base}: {options.model} is a whole model; leave --base or --compare away")
+        raise UsageError(f"--base {options.base}: {options.model} is a whole model; omit --base or --compare")
     how = {"load_in_8bit": options.load_in_8bit, "load_in_4bit": options.load_in_4bit}
     tuned = LocalModel(options.model, base=None if whole else options.base, **how)
-    voices = [DemoModel(options.model, tuned, tuned.templates)]
+    models = [DemoModel(options.model, tuned, tuned.templates)]
     if options.compare:
         other = LocalModel(options.compare, **how)
-        voices.append(DemoModel(options.compare, other, other.templates))
+        models.append(DemoModel(options.compare, other, other.templates))
     elif options.base:
         shared = is_adapter(options.model) and not options.load_in_8bit
         base = tuned.without_adapter() if shared else LocalModel(options.base, **how)
-        voices.append(DemoModel(options.base, base, tuned.templates))
-    names = [Path(voice.name).resolve().name for voice in voices]
+        models.append(DemoModel(options.base, base, tuned.templates))
+    names = [Path(model.name).resolve().name for model in models]
     override = load_prompt_template(options.prompt_template) if options.prompt_template else None
-    for voice, name in zip(voices, names):
-        voice.name = name if names.count(name) == 1 else voice.name
-        voice.templates = override or voice.templates
-    return voices
+    for model, name in zip(models, names):
+        model.name = name if names.count(name) == 1 else model.name
+        model.templates = override or model.templates
+    return models
 
 
 def is_whole_model(folder: str) -> bool:
@@ -144,77 +145,37 @@ def is_adapter(folder: str) -> bool:
     return (find_folder(folder, "--model") / ADAPTER_CONFIG).is_file()
 
 
-def build_page(answering: DemoEngine) -> "gradio.Blocks":
+def build_page(engine: DemoEngine) -> "gradio.Blocks":
     import gradio as gr
 
-    voices = answering.voices
-    longest = min(LONGEST_ANSWER, *(voice.model.context or LONGEST_ANSWER for voice in voices))
+    models = engine.models
+    longest = min(LONGEST_ANSWER, *(model.model.context or LONGEST_ANSWER for model in models))
 
     async def answer(
         instruction: str, input: str, temperature: float, top_p: float, max_tokens: float, request: gr.Request
     ) -> AsyncIterator[list[Any]]:
         sampling = Sampling(int(max_tokens), temperature, top_p)
-        async for answers in answering.answer(request.session_hash, instruction, input, sampling):
+        async for answers in engine.answer(request.session_hash, instruction, input, sampling):
             busy = not all(one.ended for one in answers)
             shown = [part for one in answers for part in (one.text, status_line(one))]
             yield [*shown, gr.Button(interactive=not busy), gr.Button(interactive=busy)]
 
     async def stop(request: gr.Request) -> None:
-        answering.stop(request.session_hash)
+        engine.stop(request.session_hash)
 
-    title = f"{voices[0].name} · Alpaca"
-    with gr.Blocks(title=title, analytics_enabled=False, fill_width=len(voices) > 1) as page:
-        gr.HTML(heading(voices), elem_classes="plain")
+    title = f"{models[0].name} · Alpaca"
+    with gr.Blocks(title=title, analytics_enabled=False, fill_width=len(models) > 1) as page:
+        gr.HTML(heading(models), elem_classes="plain")
         with gr.Row():
             with gr.Column(scale=5, min_width=320):
-                instruction = gr.Textbox(
-                    label="Instruction",
-                    lines=3,
-                    max_lines=10,
-                    autofocus=True,
-                    elem_id="instruction",
-                    placeholder="What should the model do?",
-                )
-                input = gr.Textbox(
-                    label="Input (optional)",
-                    lines=2,
-                    max_lines=10,
-                    elem_id="input",
-                    placeholder="The text or data that the instruction is about",
-                )
+                instruction, input = question_boxes()
                 with gr.Row():
                     ask = gr.Button("Answer", variant="primary", elem_id="ask", min_width=120)
                     halt = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=120)
                 with gr.Accordion("Sampling", open=False):
-                    temperature = gr.Slider(
-                        0,
-                        2,
-                        0.7,
-                        step=0.05,
-                        label="Temperature",
-                        elem_id="temperature",
-                        info="0 always takes the likeliest token",
-                    )
-                    top_p = gr.Slider(
-                        0.05,
-                        1,
-                        0.9,
-                        step=0.05,
-                        label="Top-p",
-                        elem_id="top_p",
-                        info="Draws from the likeliest tokens that make up this share",
-                    )
-                    max_tokens = gr.Slider(
-                        1,
-                        longest,
-                        min(512, longest),
-                        step=1,
-                        label="Max new tokens",
-                        elem_id="max_tokens",
-                        info="The answer is cut there",
-                    )
-            with gr.Column(scale=6 if len(voices) == 1 else 9, min_width=320), gr.Row():
-                answers = [part for number, voice in enumerate(voices) for part in answer_box(voice, number)]
+                    sampling = sampling_sliders(longest)
+            with gr.Column(scale=6 if len(models) == 1 else 9, min_width=320), gr.Row():
+                answers = [part for number, model in enumerate(models) for part in answer_box(model, number)]
         gr.Examples(
             [[row["instruction"], row.get("input", "")] for row in examples()],
             [instruction, input],
@@ -224,11 +185,10 @@ def build_page(answering: DemoEngine) -> "gradio.Blocks":
             api_visibility="private",
         )
         gr.HTML(f'<footer class="note">{html.escape(NOTE)}</footer>', elem_classes="plain")
-        inputs = [instruction, input, temperature, top_p, max_tokens]
         gr.on(
             [ask.click, instruction.submit, input.submit],
             answer,
-            inputs,
+            [instruction, input, *sampling],
             [*answers, ask, halt],
             show_progress="hidden",
             concurrency_limit=None,
@@ -238,12 +198,45 @@ def build_page(answering: DemoEngine) -> "gradio.Blocks":
     return page
 
 
-def answer_box(voice: DemoModel, number: int) -> tuple["gradio.Textbox", "gradio.HTML"]:
+def question_boxes() -> tuple["gradio.Textbox", "gradio.Textbox"]:
+    import gradio as gr
+
+    instruction = gr.Textbox(
+        label="Instruction",
+        lines=3,
+        max_lines=10,
+        autofocus=True,
+        elem_id="instruction",
+        placeholder="What should the model do?",
+    )
+    input = gr.Textbox(
+        label="Input (optional)",
+        lines=2,
+        max_lines=10,
+        elem_id="input",
+        placeholder="The text or data that the instruction is about",
+    )
+    return instruction, input
+
+
+def sampling_sliders(longest: int) -> list["gradio.Slider"]:
+    """Temperature, top-p and new tokens, of which an answer has `longest` at most."""
+    import gradio as gr
+
+    sliders = (
+        ("temperature", "Temperature", (0, 2, 0.7), 0.05, "0 always takes the likeliest token"),
+        ("top_p", "Top-p", (0.05, 1, 0.9), 0.05, "Draws from the likeliest tokens that make up this share"),
+        ("max_tokens", "Max new tokens", (1, longest, min(512, longest)), 1, "The answer is cut there"),
+    )
+    return [gr.Slider(*at, step=step, label=label, elem_id=name, info=info) for name, label, at, step, info in sliders]
+
+
+def answer_box(model: DemoModel, number: int) -> tuple["gradio.Textbox", "gradio.HTML"]:
     import gradio as gr
 
     with gr.Column(min_width=300, elem_classes="answer-column"):
         text = gr.Textbox(
-            label=f"Answer of {voice.name}",
+            label=f"Answer of {model.name}",
             lines=10,
             max_lines=20,
             interactive=False,
@@ -261,12 +254,12 @@ def status_line(answer: Answer) -> str:
     return f'<p class="status {kind}" role="status">{html.escape(answer.status)}</p>'
 
 
-def heading(voices: Sequence[DemoModel]) -> str:
-    names = " and ".join(html.escape(voice.name) for voice in voices)
-    facts = "".join(
-        f"<li>{f'<b>{html.escape(voice.name)}</b> ' * (len(voices) > 1)}{html.escape(voice.facts())}</li>"
-        for voice in voices
-    )
+def heading(models: Sequence[DemoModel]) -> str:
+    names = " and ".join(html.escape(model.name) for model in models)
+    facts = ""
+    for model in models:
+        name = f"<b>{html.escape(model.name)}</b> " if len(models) > 1 else ""
+        facts += f"<li>{name}{html.escape(model.facts())}</li>"
     return f'<header class="title"><p>Alpaca demo</p><h1>{names}</h1><ul>{facts}</ul></header>'
 
 

@@ -1,11 +1,11 @@
 r"""How diverse instructions are: their most frequent root verbs, and each verb's most frequent noun objects, as the
 two-ring picture of the self-instruct (arXiv 2212.10560, figure 2) and Alpaca papers.
 
-    python -m scripts.plot_diversity --data_path seed_tasks.jsonl --output diversity
-    python -m scripts.plot_diversity --data_path regen.json --output regen --min_count 3 --title "Our 52k instructions"
+    python -m scripts.plot_diversity --data_path seed_tasks.jsonl --output_path diversity
+    python -m scripts.plot_diversity --data_path regen.json --output_path regen --min_count 3 --title "Our data"
     python -m scripts.plot_diversity --data_path regen.json --parser spacy --spacy_model en_core_web_md
 
-Writes <output>.png, <output>.svg and <output>.json, and prints how many of the instructions the picture stands for. An
+Writes <output_path>.png, .svg and .json, and prints how many of the instructions the picture stands for. An
 instruction counts once, however many inputs it has. The rules (alpaca/datagen/verb_noun.py) need no model; counts of
 different parsers cannot be compared, so the JSON names the one that made them.
 
@@ -21,8 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from alpaca.common import arguments
-from alpaca.common.arguments import flag
-from alpaca.common.commands import check_numbers
+from alpaca.common.commands import check_numbers, flag
 from alpaca.common.errors import UsageError, reported
 from alpaca.common.files import atomic_write
 from alpaca.data.rows import load_rows
@@ -30,12 +29,13 @@ from alpaca.datagen.sunburst import Sunburst, draw, lay_out
 from alpaca.datagen.verb_noun import VerbNoun, verb_noun
 
 SUFFIXES = (".png", ".svg", ".json")
+RENAMED = {"output": "output_path"}
 
 
 @dataclass
 class DiversityArguments:
     data_path: str | None = flag(None, "Alpaca file, seed_tasks.jsonl or hub id.")
-    output: str = flag("diversity", "Where to write, without .png, .svg or .json.")
+    output_path: str = flag("diversity", "Where to write, without .png, .svg or .json.")
     top_verbs: int = flag(20, "How many root verbs to draw.")
     top_nouns: int = flag(4, "How many objects of each verb to draw.")
     min_count: int = flag(1, "Draw only pairs that occur at least so often.")
@@ -65,10 +65,11 @@ class Diversity:
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    (options,), _ = arguments.parse(argv, (DiversityArguments,), __doc__, program="scripts.plot_diversity")
+    (options,), _ = arguments.parse(argv, (DiversityArguments,), __doc__, "scripts.plot_diversity", aliases=RENAMED)
     if not options.data_path:
         raise UsageError("--data_path is missing: a file with instructions, such as seed_tasks.jsonl or regen.json")
-    output = options.output.removesuffix(Path(options.output).suffix if options.output.endswith(SUFFIXES) else "")
+    output = Path(options.output_path)
+    output = str(output.with_suffix("") if output.suffix in SUFFIXES else output)
     parse = verb_noun if options.parser == "rules" else spacy_parser(options.spacy_model)
     diversity = count([row["instruction"] for row in load_rows(options.data_path)], parse, options.parser)
     if not diversity.with_pair:
@@ -128,7 +129,7 @@ def save(picture: Sunburst, diversity: Diversity, output: str, options: Diversit
             json.dump({**counts, "drawn": picture.summary()}, file, indent=1, ensure_ascii=False)
             file.write("\n")
     except OSError as error:
-        raise UsageError(f"--output {options.output}: cannot be written ({error})") from error
+        raise UsageError(f"--output_path {options.output_path}: cannot be written ({error})") from error
 
 
 def report(picture: Sunburst, diversity: Diversity) -> str:

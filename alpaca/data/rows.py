@@ -189,7 +189,7 @@ def _instances(row: Any) -> list[Row]:
 
 
 def _check_row(row: Any, number: int, data_path: str) -> None:
-    where = f"{data_path}, row {number}"
+    where = f"{data_path}: row {number}"
     if not isinstance(row, Mapping):
         got = type(row).__name__
         raise InputError(f"{where}: expected an object with instruction, input and output, got {got}", data_path)

@@ -1,19 +1,14 @@
 """Token ids of many texts at once, as flat arrays: what a tokenizer gives for each text, without its cost per text.
 
-Two shortcuts, both exact. A fast tokenizer's backend encodes batches without offsets, on all cores. And LLaMA's kind of
-tokenizer, which runs BPE over the whole text, need not: see `WordEncoder`.
+The shortcut is exact: the backend of a fast tokenizer encodes batches without offsets, on all cores.
 """
 
-import itertools
-import json
 import os
-import re
 import zipfile
 from array import array
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +19,6 @@ from alpaca.common.distributed import barrier
 from alpaca.common.errors import UsageError
 from alpaca.common.files import atomic_write
 
-SPACE = "▁"  # what a sentencepiece vocabulary writes for a space
-T = TypeVar("T")
 Tokens = dict[str, Any]  # as `make_tokens` returns them
 IGNORE_INDEX = -100
 
@@ -40,12 +33,6 @@ class Ragged(NamedTuple):
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """Return starts[0], starts[0] + 1, ... `lengths[0]` numbers, then those of starts[1], ..."""
     return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-
-
-def take(table: Ragged, rows: np.ndarray) -> Ragged:
-    """Return the given rows of `table`, in that order and as often as they are named."""
-    starts, lengths = np.cumsum(table.lengths) - table.lengths, table.lengths[rows]
-    return Ragged(table.ids[ranges(starts[rows], lengths)], lengths)
 
 
 def ragged(rows: Iterable[Sequence[int]]) -> Ragged:
@@ -86,23 +73,18 @@ def encode(
     As long as they come. Text such as "</s>" stays text: it never becomes the token. Special tokens that the tokenizer
     puts around a text (<s>) are there once.
     """
-    if words := WordEncoder.of(tokenizer):
-        if not apart:
-            return words.encode(prompts, answers)
-        prompt_ids, answer_ids = words.encode(prompts)[0], words.encode(answers, special=False)[0]
-    else:
-        prompt_ids = _encode(prompts, tokenizer)
-        if not apart:
-            return prompt_ids, _encode([prompt + answer for prompt, answer in zip(prompts, answers)], tokenizer)
-        answer_ids = _encode(answers, tokenizer, add_special_tokens=False)
-    return prompt_ids, joined(prompt_ids, answer_ids)
+    prompt_ids = _encode(prompts, tokenizer)
+    if not apart:
+        return prompt_ids, _encode([prompt + answer for prompt, answer in zip(prompts, answers)], tokenizer)
+    return prompt_ids, joined(prompt_ids, _encode(answers, tokenizer, add_special_tokens=False))
 
 
 def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool = True) -> Ragged:
     backend = _backend(tokenizer)
 
     def batches() -> Iterator[Sequence[int]]:
-        for start in _progress(range(0, len(texts), 1000), len(texts), unit="k rows"):
+        starts = range(0, len(texts), 1000)
+        for start in tqdm(starts, "tokenizing", unit="k rows", disable=True if len(texts) < 5000 else None):
             batch = list(texts[start : start + 1000])
             if backend is not None:
                 encoded = backend.encode_batch_fast(batch, add_special_tokens=add_special_tokens)
@@ -112,10 +94,6 @@ def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, add_specia
                 yield from tokenizer(batch, split_special_tokens=True, **options)["input_ids"]
 
     return ragged(batches())
-
-
-def _progress(items: Iterable[T], number: int, unit: str) -> Iterable[T]:
-    return tqdm(items, desc="tokenizing", unit=unit, disable=True if number < 5000 else None)
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Any | None:
@@ -128,93 +106,6 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Any | None:
         return None
     tokenizer("a", split_special_tokens=True)  # sets the backend: no truncation, no padding, special tokens are text
     return tokenizer.backend_tokenizer
-
-
-class WordEncoder:
-    """LLaMA's kind of tokenizer, word by word: every distinct word is encoded once.
-
-    Such a tokenizer writes "▁" for spaces, puts one in front, and runs BPE over the whole text. BPE joins neighbours,
-    so where no entry of its merge list reaches from another character to a "▁", nothing is ever joined across, and the
-    ids of a text are those of its words, each with the "▁" before it:
-
-        "▁The▁▁quick\n▁fox"  =  "▁The" + "▁▁quick\n" + "▁fox"
-
-    So the ids of prompt + answer begin with those of all words of the prompt but its last.
-    """
-
-    WORD = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
-
-    def __init__(self, model: Any, prefix: bool, special: list[int]):
-        self.model, self.prefix, self.special = model, prefix, special
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "WordEncoder | None":
-        """Return the encoder of `tokenizer`, or None for a tokenizer of another kind."""
-        if (backend := _backend(tokenizer)) is None:
-            return None
-        state = json.loads(backend.to_str())
-        model, split = state["model"], state["pre_tokenizer"] or {}
-        plain = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
-        if (
-            model.get("type") != "BPE"
-            or any(model[name] for name in plain)
-            or SPACE not in model["vocab"]
-            or state["normalizer"]
-            or any(not token["special"] for token in state["added_tokens"])  # found in the text before all else
-            or (split.get("type"), split.get("replacement"), split.get("split")) != ("Metaspace", SPACE, False)
-        ):
-            return None
-        across = re.compile(f"[^{SPACE}]{SPACE}")
-        if any(across.search("".join(merge)) for merge in model["merges"]):
-            return None
-        alone, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
-        special = whole[: len(whole) - len(alone)]
-        if special + alone != whole:  # something is put behind the text
-            return None
-        return cls(backend.model, split["prepend_scheme"] != "never", special)
-
-    def words(self, text: str) -> list[str]:
-        text = text.replace(" ", SPACE)
-        return self.WORD.findall(SPACE + text if self.prefix and text and text[0] != SPACE else text)
-
-    def encode(
-        self, prompts: Sequence[str], answers: Sequence[str] | None = None, special: bool = True
-    ) -> tuple[Ragged, Ragged]:
-        """Return the ids of each prompt and of each prompt + answer; `special`: with the special tokens in front."""
-        numbers: dict[str, int] = defaultdict(itertools.count().__next__)  # of every distinct word
-        number = numbers.__getitem__
-        words = array("q"), array("q")  # of prompts and of rows
-        counts = array("q"), array("q")
-        for prompt, answer in _progress(zip(prompts, answers or itertools.repeat("")), len(prompts), unit=" rows"):
-            found = self.words(prompt)
-            known = array("q", map(number, found))
-            counts[0].append(len(known))
-            words[0].extend(known)
-            if answers is None:
-                continue
-            if found:
-                known.pop()
-                found = self.WORD.findall(found[-1] + answer.replace(" ", SPACE))
-            else:
-                found = self.words(answer)
-            known.extend(map(number, found))
-            counts[1].append(len(known))
-            words[1].extend(known)
-        table = ragged([token.id for token in self.model.tokenize(word)] for word in numbers)
-        before = self.special if special else []
-        both = (self._rows(table, np.array(w, dtype=np.int64), np.array(c), before) for w, c in zip(words, counts))
-        return next(both), next(both)
-
-    @staticmethod
-    def _rows(table: Ragged, words: np.ndarray, counts: np.ndarray, before: list[int]) -> Ragged:
-        """Return rows of `counts` words each, with the ids `before` in front."""
-        ids, lengths = take(table, words)
-        ends = np.concatenate([[0], np.cumsum(lengths)])[np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)]
-        rows = Ragged(ids, np.diff(ends))
-        if not before:
-            return rows
-        front = Ragged(np.tile(np.array(before, dtype=np.int32), len(counts)), np.full(len(counts), len(before)))
-        return joined(front, rows)
 
 
 def make_tokens(rows: Ragged, masked: np.ndarray, problems: dict[str, list[int]]) -> Tokens:

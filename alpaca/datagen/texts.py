@@ -41,7 +41,7 @@ def load_texts(data_path: str, split: str = "train", text_field: str | None = No
 
 
 def _text_of(row: Any, number: int, data_path: str, text_field: str | None) -> str:
-    where = f"{data_path}, row {number}"
+    where = f"{data_path}: row {number}"
     if not isinstance(row, Mapping):
         raise InputError(f"{where}: expected an object with a text, got {type(row).__name__}", data_path)
     field = text_field or ("output" if "output" in row else "text")

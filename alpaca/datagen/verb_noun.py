@@ -50,8 +50,7 @@ VERBS = words("""
     reword rewrite role-play run say schedule score scramble script search seek select send set share shorten show
     simplify sketch solve sort specify speculate spell split spot state substitute subtract suggest sum summarize
     supply suppose synchronize synthesize tabulate take talk teach tell test think tidy train transcribe transform
-    translate transpose troubleshoot type update use utilize validate verify visualize walk work write
-""")
+    translate transpose troubleshoot type update use utilize validate verify visualize walk work write""")
 PARTICLES = words("out up down together off over back away along aloud")
 # Verbs that mean their preposition's object, as others mean their direct one.
 PHRASAL = {("come", "up", "with"), ("think", "of"), ("look", "for"), ("search", "for"), ("look", "up"), ("fill", "in")}
@@ -62,110 +61,66 @@ DEFINITE = words("the this that these those my your his her its our their")
 DETERMINERS = DEFINITE | words("a an each every some any no all both another either neither several many few much")
 NUMBERS = words("one two three four five six seven eight nine ten eleven twelve fifteen twenty fifty hundred half")
 PHRASE_STARTS = DETERMINERS | NUMBERS | words("me us it them what which how why who where when whether if")
-PRONOUNS = words(
-    "i you he she it we they me him us them someone everyone anyone something anything everything nothing "
-    "myself yourself itself themselves one's who whom which what whose that there here"
-)
-PREPOSITIONS = words(
-    "about above across after against along among around as at before behind below beneath beside "
-    "between beyond by despite during except for from in inside into like near of off on onto outside "
-    "over per regarding since than through throughout to toward towards under until unlike up upon "
-    "versus via vs with within without concerning according based"
-)
+PRONOUNS = words("""
+    i you he she it we they me him us them someone everyone anyone something anything everything nothing myself
+    yourself itself themselves one's who whom which what whose that there here""")
+PREPOSITIONS = words("""
+    about above across after against along among around as at before behind below beneath beside between beyond by
+    despite during except for from in inside into like near of off on onto outside over per regarding since than
+    through throughout to toward towards under until unlike up upon versus via vs with within without concerning
+    according based""")
 JOINERS = words("and or nor but then so because although though while whereas unless if whether when where why how yet")
-AUXILIARIES = words(
-    "is are was were be been being am do does did has have had can could will would shall should may "
-    "might must isn't aren't doesn't don't won't can't"
-)
-ADVERBS = (
-    words(
-        "not also then instead too very more most less least so well together please aloud again just "
-        "there here now quite only even else rather alone"
-    )
-    | PARTICLES
-    | {"apart"}
-)
+AUXILIARIES = words("""
+    is are was were be been being am do does did has have had can could will would shall should may might must isn't
+    aren't doesn't don't won't can't""")
+ADVERBS = PARTICLES | words("""
+    not also then instead too very more most less least so well together please aloud again just there here now
+    quite only even else rather alone apart""")
 PARTICIPLES = words("""
     using including containing involving describing explaining showing regarding concerning outlining consisting
-    featuring giving making taking having being given written made known found taken seen shown done built set held
-""")
+    featuring giving making taking having being given written made known found taken seen shown done built set held""")
 SKIPPED = DETERMINERS | NUMBERS | words('more such only just below above "')  # where a noun phrase begins
 STOPS = PREPOSITIONS | JOINERS | AUXILIARIES | PRONOUNS | ADVERBS
 QUESTION_WORDS = words("what which who whom whose when where why how what's who's where's how's") | AUXILIARIES
 
-QUANTITIES = words(
-    "list set series collection number couple pair range variety bunch handful selection group piece "
-    "bit lot line example instance kind type sort form sample dozen string array total"
-)
+QUANTITIES = words("""
+    list set series collection number couple pair range variety bunch handful selection group piece bit lot line
+    example instance kind type sort form sample dozen string array total""")
 ABOUT_HOW_MANY = words("at least most about around approximately exactly no more fewer less than up to only over")
 # Before a noun these describe it; alone they are not one.
 ADJECTIVES = words("""
     following given provided same other own good better best bad worse worst new old big small large long short high
     low great main major minor key top early first second third last next previous final simple complex easy hard
-    basic brief clear concise correct incorrect wrong right true false real common different similar
-    various certain specific general important interesting creative original unique appropriate suitable relevant
-    related possible potential likely popular famous beautiful formal informal polite positive negative neutral
-    active passive random single double whole entire full empty open free modern current recent local global
-    international national social personal professional greater larger smaller longer shorter higher lower
-    strong weak deep quick fast distinct coherent persuasive detailed compelling effective efficient accurate
-    minimal accessible engaging convincing necessary
-""")
+    basic brief clear concise correct incorrect wrong right true false real common different similar various certain
+    specific general important interesting creative original unique appropriate suitable relevant related possible
+    potential likely popular famous beautiful formal informal polite positive negative neutral active passive random
+    single double whole entire full empty open free modern current recent local global international national social
+    personal professional greater larger smaller longer shorter higher lower strong weak deep quick fast distinct
+    coherent persuasive detailed compelling effective efficient accurate minimal accessible engaging convincing
+    necessary""")
 ADJECTIVE_ENDINGS = re.compile(r".{3,}(?<!-t)(?:ous|less|able|ible|ful|ive|ish)$")
 NOUNS_LIKE_ADJECTIVES = words("""
     table variable timetable vegetable syllable fable cable handful archive motive perspective narrative adjective
-    alternative incentive objective initiative directive executive detective representative dish fish wish english
-""")
+    alternative incentive objective initiative directive executive detective representative dish fish wish english""")
 NOUNS_IN_ING = words("""
     learning writing building meaning setting painting marketing reading training drawing meeting greeting spelling
-    ending opening heading listing wedding clothing ranking rating pricing string cooking engineering
-    programming computing processing planning parking gaming shopping understanding testing lighting advertising thing
-""")
+    ending opening heading listing wedding clothing ranking rating pricing string cooking engineering programming
+    computing processing planning parking gaming shopping understanding testing lighting advertising thing""")
 NOUNS_IN_EST = words("forest request test interest guest contest quest harvest west chest rest conquest pest suggest")
 NEVER_NOUNS, NEVER_ADJECTIVES = ADJECTIVES | PARTICIPLES, NOUNS_LIKE_ADJECTIVES | NOUNS_IN_ING | NOUNS_IN_EST
 NOUNS_IN_LY = words("family reply supply anomaly assembly butterfly fly jelly rally monopoly ally bully belly italy")
 
-PLURALS = {
-    "men": "man",
-    "women": "woman",
-    "people": "person",
-    "children": "child",
-    "feet": "foot",
-    "teeth": "tooth",
-    "mice": "mouse",
-    "geese": "goose",
-    "criteria": "criterion",
-    "phenomena": "phenomenon",
-    "indices": "index",
-    "matrices": "matrix",
-    "vertices": "vertex",
-    "lives": "life",
-    "wives": "wife",
-    "knives": "knife",
-    "leaves": "leaf",
-    "halves": "half",
-    "shelves": "shelf",
-    "wolves": "wolf",
-    "loaves": "loaf",
-    "quizzes": "quiz",
-    "movies": "movie",
-    "cookies": "cookie",
-    "ties": "tie",
-    "shoes": "shoe",
-    "toes": "toe",
-    "headaches": "headache",
-    "caches": "cache",
-    "calories": "calorie",
-    "menus": "menu",
-    "gases": "gas",
-    "buses": "bus",
-    "viruses": "virus",
-    "bonuses": "bonus",
-}
-SINGULARS = words(
-    "news series species means physics mathematics economics politics statistics ethics analytics "
-    "linguistics genetics robotics electronics mechanics logistics dynamics semantics acoustics gas bus "
-    "lens bias canvas atlas christmas alias chaos cosmos ethos diabetes dns css"
-)
+_PLURALS = """
+    men=man women=woman people=person children=child feet=foot teeth=tooth mice=mouse geese=goose criteria=criterion
+    phenomena=phenomenon indices=index matrices=matrix vertices=vertex lives=life wives=wife knives=knife leaves=leaf
+    halves=half shelves=shelf wolves=wolf loaves=loaf quizzes=quiz movies=movie cookies=cookie ties=tie shoes=shoe
+    toes=toe headaches=headache caches=cache calories=calorie menus=menu gases=gas buses=bus viruses=virus bonuses=bonus
+"""
+PLURALS = dict(pair.split("=") for pair in _PLURALS.split())
+SINGULARS = words("""
+    news series species means physics mathematics economics politics statistics ethics analytics linguistics
+    genetics robotics electronics mechanics logistics dynamics semantics acoustics gas bus lens bias canvas atlas
+    christmas alias chaos cosmos ethos diabetes dns css""")
 PLURAL_MODIFIERS = words("sales sports news arts systems communications operations customs goods games mathematics")
 
 # What may stand before the verb of a request. Matched on lower-case tokens with one space after each.
@@ -366,9 +321,8 @@ def noun_group(tokens: list[str], start: int) -> tuple[list[str], int]:
         adverb = word.endswith("ly") and word not in NOUNS_IN_LY
         if unfinished and (adverb or (not group and word in ("more", "most", "very"))):
             continue
-        stop = (word in STOPS or word in DETERMINERS) and not (
-            token.isupper() and len(token) > 1
-        )  # "the US" is not "us"
+        capitals = token.isupper() and len(token) > 1  # "the US" is not "us"
+        stop = (word in STOPS or word in DETERMINERS) and not capitals
         if stop or adverb or (not unfinished and is_participle(tokens, place)):
             return group, place
         if token[0].isupper() and not unfinished and not indefinite and name_ends_phrase(tokens, place):

@@ -1,8 +1,9 @@
 """People who ask models of this process at the same time: each request answered by every model side by side, as it is
 written, until it ends, is stopped, or nobody waits for it any more.
 
-    answering = Answering([Voice("tuned", LocalModel("output/tuned"), PROMPT_DICT)], concurrency=8, max_characters=4000)
-    async for answers in answering.answer("page 1", "Name two oceans.", "", Sampling(100)): ...
+    tuned = DemoModel("tuned", LocalModel("output/tuned"), PROMPT_DICT)
+    engine = DemoEngine([tuned], concurrency=8, max_characters=4000)
+    async for answers in engine.answer("page 1", "Name two oceans.", "", Sampling(100)): ...
 """
 
 import asyncio
@@ -60,13 +61,13 @@ class Answer:
     wrong: bool = False  # then the status says what is
     ended: bool = False
 
-    def write(self, voice: DemoModel, row: Row, sampling: Sampling, stopped: threading.Event) -> None:
+    def write(self, model: DemoModel, row: Row, sampling: Sampling, stopped: threading.Event) -> None:
         """The thread: ends with the answer, or soon after `stopped` is set."""
         started = time.monotonic()
         try:
-            prompt = format_prompt(row, voice.templates)
-            sampling = voice.fitting(prompt, sampling)
-            pieces = voice.model.stream(prompt, sampling, stopped)
+            prompt = format_prompt(row, model.templates)
+            sampling = model.fitting(prompt, sampling)
+            pieces = model.model.stream(prompt, sampling, stopped)
             while (reason := self.next_piece(pieces)) is None:
                 self.status = f"Writing, {time.monotonic() - started:.0f} s"
             limit = f" at its limit of {sampling.max_tokens:,} tokens" if reason == "length" else ""
@@ -76,7 +77,7 @@ class Answer:
             self.status, self.wrong = error_text(error), True
         finally:
             self.ended = True
-            print(f"{voice.name}: {len(self.text)} characters. {self.status}", flush=True)  # not what was asked
+            print(f"{model.name}: {len(self.text)} characters. {self.status}", flush=True)  # not what was asked
 
     def next_piece(self, pieces: Generator[str, None, str]) -> str | None:
         """The next piece, or why there is none."""
@@ -98,35 +99,36 @@ def error_text(error: Exception) -> str:
 
 
 class DemoEngine:
-    """The requests of all pages, at most `concurrency` of them at a time, each answered by every voice side by side.
+    """The requests of all pages, at most `concurrency` of them at a time, each answered by every model side by side.
 
     `session`: a page's own name, of one request at a time.
     """
 
-    def __init__(self, voices: Sequence[DemoModel], concurrency: int, max_characters: int):
-        self.voices, self.max_characters = voices, max_characters
+    def __init__(self, models: Sequence[DemoModel], concurrency: int, max_characters: int):
+        self.models = models
+        self.max_characters = max_characters
         self.places = asyncio.Semaphore(concurrency)
         self._running: dict[str, threading.Event] = {}
 
     async def answer(
         self, session: str, instruction: str, input: str, sampling: Sampling
     ) -> AsyncIterator[list[Answer]]:
-        """The answers so far, of each voice: when there is more, and once a second, so that whoever takes them notices
+        """The answers so far, of each model: when there is more, and once a second, so that whoever takes them notices
         that nobody reads them. The last time all have ended. Closing the iterator stops the models."""
         row = {"instruction": (instruction or "").strip(), "input": (input or "").strip()}
         if problem := self.refusal(row):
-            yield [Answer("", problem, wrong=True, ended=True) for _ in self.voices]
+            yield [Answer("", problem, wrong=True, ended=True) for _ in self.models]
             return
         self.stop(session)
         stopped = self._running[session] = threading.Event()
-        answers = [Answer(status="Waiting: others are being answered") for _ in self.voices]
+        answers = [Answer(status="Waiting: others are being answered") for _ in self.models]
         place = asyncio.ensure_future(self.places.acquire())
         try:
             await asyncio.sleep(0)  # a place that is free is taken now
             started, ended, shown, at = False, False, [], 0.0
             while not ended:
                 if not started and stopped.is_set():
-                    answers = [Answer("", "Stopped", ended=True) for _ in self.voices]
+                    answers = [Answer("", "Stopped", ended=True) for _ in self.models]
                 elif not started and place.done():
                     started = self._start(answers, row, sampling, stopped)
                 ended = all(answer.ended for answer in answers)  # if so, their text is whole below
@@ -142,9 +144,9 @@ class DemoEngine:
                 del self._running[session]
 
     def _start(self, answers: Sequence[Answer], row: Row, sampling: Sampling, stopped: threading.Event) -> bool:
-        for voice, answer in zip(self.voices, answers):
+        for model, answer in zip(self.models, answers):
             answer.status = "Reading the instruction"
-            threading.Thread(target=answer.write, args=(voice, row, sampling, stopped), daemon=True).start()
+            threading.Thread(target=answer.write, args=(model, row, sampling, stopped), daemon=True).start()
         return True
 
     def stop(self, session: str) -> None:

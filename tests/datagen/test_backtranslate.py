@@ -278,7 +278,7 @@ def test_both_data_get_their_tags(tmp_path, capsys):
     assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2]) != orders[0]
     with pytest.raises(UsageError, match="has all rated pairs; give curate's --output_path"):
         run("mix", **flags | {"augmented_path": write(tmp_path / "r.jsonl", [rated_row(pair(), ["Score: 1"])])})
-    with pytest.raises(UsageError, match="--seed_path .*, row 1: no field 'output'"):
+    with pytest.raises(UsageError, match="--seed_path .*: row 1: no field 'output'"):
         run("mix", **flags | {"seed_path": write(tmp_path / "bad.jsonl", [pair(), {"instruction": "x"}])})
 
 

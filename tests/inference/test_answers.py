@@ -96,7 +96,7 @@ def test_an_adapter_on_its_base_is_what_peft_trained(tiny, tmp_path, architectur
     base = LocalModel(tiny(architecture))
     assert not torch.allclose(logits(base.model, IDS), trained[:, : IDS.shape[1], : base.model.config.vocab_size])
     assert len(opened.tokenizer) == len(base.tokenizer) + bool(options.get("new_token"))
-    assert f"adapter {tmp_path / 'adapter'} on base {tiny(architecture)}" == opened.told
+    assert f"adapter {tmp_path / 'adapter'} on base {tiny(architecture)}" == opened.summary
 
 
 def test_the_base_of_an_adapter_may_have_moved(tiny, adapter, tmp_path):
@@ -312,7 +312,7 @@ def test_rows_are_answered_in_their_order_and_a_rerun_continues(tiny, tuned, tmp
         text = model.generate([format_prompt(row, templates)], sampling)[0].text.strip()
         assert answered == {**row, "output": text, "generator": "model"}
     for change in ({"max_new_tokens": 9}, {"model": tiny("llama")}, {"temperature": 0.0}):
-        with pytest.raises(UsageError, match="has answers to another question"):
+        with pytest.raises(UsageError, match="made with other arguments"):
             answers(tmp_path, **{"model": tuned / "model", **flags, **change})
 
 

@@ -198,7 +198,7 @@ def adapter(tiny, tmp_path_factory):
 
 
 def voices(**flags) -> list[DemoModel]:
-    return demo.load_voices(demo.DemoArguments(**flags))
+    return demo.load_models(demo.DemoArguments(**flags))
 
 
 @pytest.mark.slow
@@ -229,7 +229,7 @@ def test_which_models_answer_with_which_prompts(tiny, adapter, tmp_path):
     assert [voice.name for voice in voices(model=tuned, compare=tuned)] == [tuned, tuned]
     with pytest.raises(UsageError, match="--model .*nowhere"):
         voices(model=str(tmp_path / "nowhere"))
-    with pytest.raises(UsageError, match="leave --base or --compare away"):
+    with pytest.raises(UsageError, match="omit --base or --compare"):
         voices(model=tuned, base=base, compare=base)
 
 

@@ -449,6 +449,8 @@ def test_too_small_a_disk_is_refused_before_training(tmp_path, capsys):
     assert (
         "disk, estimate: 2 x 12.0 MB for checkpoints + 2.0 MB for the final model = 26.0 MB" in capsys.readouterr().out
     )
+    preflight.check_room(args, trained=1_000_000, checkpoints=0)
+    assert "disk, estimate: no checkpoints + 2.0 MB for the final model = 2.0 MB" in capsys.readouterr().out
     with pytest.raises(UsageError, match="would take 26,000.0 GB .* free. Choose another disk"):
         preflight.check_room(args, trained=10**12, checkpoints=2)
     assert preflight.checkpoint_sizes(args, 10)[0] == 120
