@@ -244,7 +244,7 @@ def generate_responses(
         batch_size_flag="--request_batch_size",
         base_flag=None,
     )
-    refuse_overwriting_input(output_path, "--output_path", data_path=data_path)
+    refuse_overwriting_input(output_path, data_path)
     if prompt not in ("auto", "plain", "alpaca"):
         raise UsageError(f"--prompt {prompt}: expected auto, plain or alpaca")
     rows, budget = load_rows(data_path), budget_of(price_in, price_out, max_cost)
@@ -290,7 +290,7 @@ def export(
         eval_path: file for them; not given, output_path with _eval before its ending.
         seed: of the choice of rows that are held out.
     """
-    refuse_overwriting_input(output_path, "--output_path", regen_path=regen_path)
+    refuse_overwriting_input(output_path, regen_path)
     try:
         rows = utils.jload(regen_path)
         rows = [{name: row[name] for name in ("instruction", "input", "output")} for row in rows]

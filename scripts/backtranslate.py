@@ -173,7 +173,7 @@ def augment(
     respondent = ModelBackend(model_name, sampling, base, base_url, api, batch_size, load_in_8bit, load_in_4bit, seed)
     if api not in ("completions", "chat"):
         raise UsageError(f"--api {api}: expected completions, or chat")
-    refuse_overwriting_input(output_path, "--output_path", data_path=data_path)
+    refuse_overwriting_input(output_path, data_path)
     filters = Filters(min_chars, max_chars, max_capitals, min_english)
     templates = load_prompt_template(prompt_template, backward=True)
     texts = load_texts(data_path, data_split, text_field)
@@ -300,8 +300,8 @@ def curate(
             "expected --data_path and --model_name to rate pairs, or --ratings_path to choose from ratings"
         )
     ratings_path = ratings_path or f"{output_path}.ratings.jsonl"
-    refuse_overwriting_input(output_path, "--output_path", data_path=data_path, ratings_path=ratings_path)
-    refuse_overwriting_input(ratings_path, "--ratings_path", data_path=data_path)
+    refuse_overwriting_input(output_path, data_path, ratings_path)
+    refuse_overwriting_input(ratings_path, data_path)
     if data_path is None:
         curation = Curation(load_named(ratings_path, "--ratings_path", raw_rows), ratings_path)
     else:
@@ -389,7 +389,7 @@ def mix(
         tags: add the sentences.
         seed: of the shuffle.
     """
-    refuse_overwriting_input(output_path, "--output_path", seed_path=seed_path, augmented_path=augmented_path)
+    refuse_overwriting_input(output_path, seed_path, augmented_path)
     augmented = load_named(augmented_path, "--augmented_path") if augmented_path else []
     if any("ratings" in row for row in augmented):
         raise UsageError(f"--augmented_path {augmented_path}: has all rated pairs; give curate's --output_path")

@@ -24,15 +24,13 @@ from typing import TYPE_CHECKING, Any
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
 from alpaca.common.commands import check_numbers
-from alpaca.common.errors import UsageError, reported
+from alpaca.common.errors import UsageError, names_flags, reported
 from alpaca.completions.api import Sampling
 from alpaca.data.prompts import load_prompt_template
 from alpaca.data.rows import Row, load_rows
 from alpaca.inference.demo import Answer, DemoEngine, DemoModel
 from alpaca.inference.local_model import LocalModel
-from alpaca.weights.exact_diff import is_exact_diff
-from alpaca.weights.float_diff import ZERO, last_norm
-from alpaca.weights.reader import ADAPTER_CONFIG, find_folder, open_weights
+from alpaca.weights.reader import ADAPTER, EXACT_DIFF, MODEL, find_folder, folder_kind, open_weights
 
 if TYPE_CHECKING:
     import gradio
@@ -109,20 +107,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     page.block_thread()
 
 
+@names_flags
 def load_voices(options: DemoArguments) -> list[DemoModel]:
     """--model, and beside it --compare or else --base."""
     whole = is_whole_model(options.model)
     if whole and options.base and options.compare:
         raise UsageError(f"--base {options.base}: {options.model} is a whole model; leave --base or --compare away")
     how = {"load_in_8bit": options.load_in_8bit, "load_in_4bit": options.load_in_4bit}
-    tuned = LocalModel(options.model, base=None if whole else options.base, flag="--model", base_flag="--base", **how)
+    tuned = LocalModel(options.model, base=None if whole else options.base, **how)
     voices = [DemoModel(options.model, tuned, tuned.templates)]
     if options.compare:
-        other = LocalModel(options.compare, flag="--compare", **how)
+        other = LocalModel(options.compare, **how)
         voices.append(DemoModel(options.compare, other, other.templates))
     elif options.base:
         shared = is_adapter(options.model) and not options.load_in_8bit
-        base = tuned.without_adapter() if shared else LocalModel(options.base, flag="--base", **how)
+        base = tuned.without_adapter() if shared else LocalModel(options.base, **how)
         voices.append(DemoModel(options.base, base, tuned.templates))
     names = [Path(voice.name).resolve().name for voice in voices]
     override = load_prompt_template(options.prompt_template) if options.prompt_template else None
@@ -133,15 +132,15 @@ def load_voices(options: DemoArguments) -> list[DemoModel]:
 
 
 def is_whole_model(folder: str) -> bool:
-    """Neither an adapter nor a weight diff, which need a base."""
-    if is_adapter(folder) or is_exact_diff(find_folder(folder, "--model")):
+    """Return whether it is neither an adapter nor a weight diff, which need a base."""
+    if folder_kind(find_folder(folder)) in (ADAPTER, EXACT_DIFF):
         return False
-    with open_weights(folder, "--model") as weights:
-        return last_norm(weights)[1] >= ZERO  # of 2023's diffs it is nearly zero
+    with open_weights(folder) as weights:
+        return folder_kind(weights.folder, weights) == MODEL
 
 
 def is_adapter(folder: str) -> bool:
-    return (find_folder(folder, "--model") / ADAPTER_CONFIG).is_file()
+    return folder_kind(find_folder(folder)) == ADAPTER
 
 
 def build_page(answering: DemoEngine) -> "gradio.Blocks":

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
-from alpaca.common.errors import UsageError, format_first, reported
+from alpaca.common.errors import UsageError, format_first, names_flags, reported
 from alpaca.common.files import digest, refuse_overwriting_input
 from alpaca.completions.api import ContextOverflow, Sampling, check_sampling, seed_of
 from alpaca.completions.rows import BatchCompletion
@@ -75,7 +75,7 @@ class GenerateArguments:
             raise UsageError("--backward: is for the rows of a file; --interactive asks with what is typed anyway")
         check_sampling(self.sampling, "--max_new_tokens")
         if self.output_path:
-            refuse_overwriting_input(self.output_path, "--output_path", data_path=self.data_path)
+            refuse_overwriting_input(self.output_path, self.data_path)
 
     @property
     def sampling(self) -> Sampling:
@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         answer_file(rows, model, templates, options)
 
 
+@names_flags
 def opened(options: GenerateArguments) -> tuple["LocalModel", Mapping[str, str]]:
     """The model, and the prompts to ask it with."""
     templates = load_prompt_template(options.prompt_template) if options.prompt_template else None
@@ -112,8 +113,6 @@ def opened(options: GenerateArguments) -> tuple["LocalModel", Mapping[str, str]]
         base=options.base,
         load_in_4bit=options.load_in_4bit,
         load_in_8bit=options.load_in_8bit,
-        flag="--model",
-        base_flag="--base",
     )
     return model, templates or model.templates
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import transformers
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import UsageError, names_flags
 
 
 def flag(default: Any, text: str, **metadata: Any) -> Any:
@@ -94,7 +94,7 @@ def parse(
         parsed = parser.parse_dict(vars(namespace))
         for group in parsed:
             if hasattr(group, "check"):  # of what a command needs, and a dataclass made in Python may get later
-                group.check()
+                names_flags(type(group).check)(group)
         return parsed, notes
     except (ValueError, OSError, ImportError) as error:
         raise UsageError(str(error)) from error

@@ -58,10 +58,8 @@ def open_backend(
         chat,
         batch_size_flag=batch_size_flag,
         base=base,
-        flag=flag,
         load_in_8bit=load_in_8bit,
         load_in_4bit=load_in_4bit,
-        base_flag=base_flag,
     )
     if api == "chat" and model.api != "chat":
         raise UsageError(f"--api chat: the tokenizer of {model_name} has no chat template; leave --api away")

@@ -39,8 +39,7 @@ class LocalModel:
     chat: put each prompt into the tokenizer's chat template, if it has one; `api` says which way was taken.
     device: "cuda" or "cpu"; not given, the GPU if there is one. Weights are bfloat16 on a GPU that can, float16 on an
     older one, float32 on a CPU.
-    base: of an adapter or a weight diff (alpaca/inference/load.py); flag, base_flag: what names the folders, for
-    messages.
+    base: of an adapter or a weight diff (alpaca/inference/load.py).
     load_in_4bit, load_in_8bit: quantize the weights with bitsandbytes.
 
     `templates` are the prompt templates that the model was trained with (alpaca/data/prompts.py).
@@ -56,17 +55,13 @@ class LocalModel:
         base: str | Path | None = None,
         load_in_4bit: bool = False,
         load_in_8bit: bool = False,
-        flag: str = "--model_name",
-        base_flag: str | None = None,
     ):
         if batch_size < 1:
             raise UsageError(f"{batch_size_flag}: expected 1 or more, got {batch_size}.")
         self.batch_size, self.batch_size_flag, self.name = batch_size, batch_size_flag, str(folder)
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_device(self.device)
-        how = LoadOptions(
-            self.device, best_dtype(self.device), quantizing_flag(load_in_8bit, load_in_4bit), flag, base_flag
-        )
+        how = LoadOptions(self.device, best_dtype(self.device), quantizing_flag(load_in_8bit, load_in_4bit))
         opened = load_for_inference(folder, base, how)
         self.model, self.tokenizer, self.templates, self.told = (
             opened.model,
