@@ -84,7 +84,7 @@ def _flags_of(arguments: dict[str, Any]) -> dict[str, str]:
             flags |= _flags_of(vars(value))
         elif isinstance(value, dict):
             flags |= _flags_of(value)
-        elif isinstance(value, str | Path):
+        elif isinstance(value, str | Path) and str(value):
             flags[name] = str(value)
     return flags
 
@@ -92,14 +92,12 @@ def _flags_of(arguments: dict[str, Any]) -> dict[str, str]:
 def _name_flag(error: InputError, flags: dict[str, str]) -> None:
     """Put the flag before the message: "--path_raw llama: …", or "--path_raw: llama/config.json …"."""
     about = os.path.abspath(os.path.expanduser(error.about))
-    for name, value in sorted(flags.items(), key=lambda flag: -len(os.path.abspath(flag[1]))):  # the closest folder
-        path = os.path.abspath(os.path.expanduser(value))
-        if about == path or (value and about.startswith(path + os.sep)):
-            begins = error.message.startswith(
-                (f"{value}:", f"{value} ", f"{value},", f"{path}:", f"{path} ", f"{path},")
-            )
-            error.args = (f"--{name}{'' if begins else ':'} {error.message}",)
-            return
+    paths = {name: os.path.abspath(os.path.expanduser(value)) for name, value in flags.items()}
+    holding = [name for name, path in paths.items() if about == path or about.startswith(path + os.sep)]
+    if holding:
+        name = max(reversed(holding), key=lambda name: len(paths[name]))  # of equal ones the last, as outputs are
+        begins = error.message.startswith(tuple(given + end for given in (flags[name], paths[name]) for end in ":, "))
+        error.args = (f"--{name}{'' if begins else ':'} {error.message}",)
 
 
 class MalformedJSON(UsageError, json.JSONDecodeError):
