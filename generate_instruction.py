@@ -207,7 +207,7 @@ def generate_responses(
         UsageError: a bad flag, file, key, address or model, the limit of cost, or rows without an answer.
     """
     spent, answerer = budget.budget(), ModelBackend(model, sampling.sampling(), backend)
-    refuse_overwriting_input(output_path, "--output_path", data_path=data_path)
+    refuse_overwriting_input(output_path, data_path)
     if prompt not in ("auto", "plain", "alpaca"):
         raise UsageError(f"--prompt {prompt}: expected auto, plain or alpaca")
     rows = load_rows(data_path)
@@ -251,7 +251,7 @@ def export(
         eval_path: file for them; not given, output_path with _eval before its ending.
         seed: of the choice of rows that are held out.
     """
-    refuse_overwriting_input(output_path, "--output_path", regen_path=regen_path)
+    refuse_overwriting_input(output_path, regen_path)
     try:
         rows = utils.jload(regen_path)
         rows = [{name: row[name] for name in ("instruction", "input", "output")} for row in rows]

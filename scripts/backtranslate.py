@@ -154,7 +154,7 @@ def augment(
     spent, answerer = budget.budget(), ModelBackend(model, sampling.sampling(), backend, seed)
     if backend.api == "auto":
         raise UsageError("--api auto: expected completions, or chat")
-    refuse_overwriting_input(output_path, "--output_path", data_path=data_path)
+    refuse_overwriting_input(output_path, data_path)
     filters = Filters(min_chars, max_chars, max_capitals, min_english)
     templates = load_prompt_template(prompt_template, backward=True)
     texts = load_texts(data_path, data_split, text_field)
@@ -253,8 +253,8 @@ def curate(
     if (data_path is None) != (model is None) or (data_path is None and ratings_path is None):
         raise UsageError("expected --data_path and --model to rate pairs, or --ratings_path to choose from ratings")
     ratings_path = ratings_path or f"{output_path}.ratings.jsonl"
-    refuse_overwriting_input(output_path, "--output_path", data_path=data_path, ratings_path=ratings_path)
-    refuse_overwriting_input(ratings_path, "--ratings_path", data_path=data_path)
+    refuse_overwriting_input(output_path, data_path, ratings_path)
+    refuse_overwriting_input(ratings_path, data_path)
     if data_path is None:
         curation = Curation(raw_rows(ratings_path), ratings_path)
     else:
@@ -333,7 +333,7 @@ def mix(
         tags: add the sentences.
         seed: of the shuffle.
     """
-    refuse_overwriting_input(output_path, "--output_path", seed_path=seed_path, augmented_path=augmented_path)
+    refuse_overwriting_input(output_path, seed_path, augmented_path)
     augmented = load_rows(augmented_path) if augmented_path else []
     if any("ratings" in row for row in augmented):
         raise UsageError(f"--augmented_path {augmented_path}: has all rated pairs; give curate's --output_path")

@@ -30,9 +30,7 @@ from alpaca.data.prompts import load_prompt_template
 from alpaca.data.rows import Row, load_rows
 from alpaca.inference.demo import Answer, DemoEngine, DemoModel
 from alpaca.inference.local_model import LocalModel
-from alpaca.weights.exact_diff import is_exact_diff
-from alpaca.weights.float_diff import ZERO, last_norm
-from alpaca.weights.reader import ADAPTER_CONFIG, find_folder, open_weights
+from alpaca.weights.reader import ADAPTER, EXACT_DIFF, MODEL, find_folder, folder_kind, open_weights
 
 if TYPE_CHECKING:
     import gradio
@@ -134,15 +132,15 @@ def load_models(options: DemoArguments) -> list[DemoModel]:
 
 
 def is_whole_model(folder: str) -> bool:
-    """Neither an adapter nor a weight diff, which need a base."""
-    if is_adapter(folder) or is_exact_diff(find_folder(folder, "--model")):
+    """Return whether it is neither an adapter nor a weight diff, which need a base."""
+    if folder_kind(find_folder(folder)) in (ADAPTER, EXACT_DIFF):
         return False
-    with open_weights(folder, "--model") as weights:
-        return last_norm(weights)[1] >= ZERO  # of 2023's diffs it is nearly zero
+    with open_weights(folder) as weights:
+        return folder_kind(weights.folder, weights) == MODEL
 
 
 def is_adapter(folder: str) -> bool:
-    return (find_folder(folder, "--model") / ADAPTER_CONFIG).is_file()
+    return folder_kind(find_folder(folder)) == ADAPTER
 
 
 def build_page(engine: DemoEngine) -> "gradio.Blocks":

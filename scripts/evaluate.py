@@ -157,7 +157,7 @@ def win_rate(
     if orders not in ("both", "one"):
         raise UsageError(f"--orders {orders}: expected both or one")
     result_path = output_path or f"{data_path.removesuffix('.json')}.win_rate.json"
-    refuse_overwriting_input(result_path, "--output_path", data_path=data_path, reference_path=reference_path)
+    refuse_overwriting_input(result_path, data_path, reference_path)
     ours, others = _pairs(data_path, reference_path)
     asked = judge_questions(len(ours), orders, seed)
     questions = [_judge_prompt(ours[q["row"]], others[q["row"]], q["first"]) for q in asked]
@@ -188,7 +188,7 @@ def win_rate(
         "official_command": official,
     }
     print(_summary(result, verdicts), f"AlpacaEval's own, after pip install alpaca_eval:\n    {official}", sep="\n")
-    write_json(result_path, result, "--output_path")
+    write_json(result_path, result)
     print(f"wrote {result_path}")
 
 
@@ -265,7 +265,7 @@ def backward(
         UsageError: a file is malformed, a text has no true instruction, or sacrebleu or rouge_score is missing.
     """
     output_path = output_path or f"{data_path.removesuffix('.json')}.scores.json"
-    refuse_overwriting_input(output_path, "--output_path", data_path=data_path, reference_path=reference_path)
+    refuse_overwriting_input(output_path, data_path, reference_path)
     if show_worst < 0:
         raise UsageError(f"--show_worst {show_worst}: expected a number of rows, 0 or more")
     rows = load_rows(data_path)
@@ -274,7 +274,7 @@ def backward(
     print("\n".join(_report(scores, rows, true, show_worst)))
     for row, text, truth in zip(scores["rows"], rows, true):
         row |= {"generated": text["output"], "true": truth}
-    write_json(output_path, scores, "--output_path")
+    write_json(output_path, scores)
     print(f"wrote {output_path}")
 
 

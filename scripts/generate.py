@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from alpaca.common import arguments
 from alpaca.common.commands import check_numbers, flag
-from alpaca.common.errors import UsageError, format_first, reported
+from alpaca.common.errors import UsageError, format_first, names_flags, reported
 from alpaca.common.files import digest, refuse_overwriting_input
 from alpaca.completions.api import ContextOverflow, Request, Sampling, SamplingFlags, seed_of
 from alpaca.completions.rows import BatchCompletion, write_answered
@@ -86,7 +86,7 @@ class GenerateArguments(AnswerFlags):
         check_numbers(batch_size=self.batch_size)
         SamplingFlags(self.temperature, self.top_p, self.max_new_tokens).sampling()
         if self.output_path:
-            refuse_overwriting_input(self.output_path, "--output_path", data_path=self.data_path)
+            refuse_overwriting_input(self.output_path, self.data_path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -102,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         answer_file(rows, model, templates, options)
 
 
+@names_flags
 def opened(options: GenerateArguments) -> tuple["LocalModel", Mapping[str, str]]:
     """The model, and the prompts to ask it with."""
     templates = load_prompt_template(options.prompt_template) if options.prompt_template else None
@@ -118,6 +119,7 @@ def opened(options: GenerateArguments) -> tuple["LocalModel", Mapping[str, str]]
     return model, templates or model.templates
 
 
+@names_flags
 def answer_file(
     rows: Sequence[Row], model: "LocalModel", templates: Mapping[str, str], options: GenerateArguments
 ) -> None:

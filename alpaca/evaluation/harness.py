@@ -68,14 +68,14 @@ class HarnessRun:
         how_of = {member.name: how | self._how_of(manager, member) for member in members}
         done = {member.name: self._finished(member, how_of[member.name]) for member in members}
         wanted = [member for member in chosen if done[member.name] is None]
-        check_writable(self.output_dir, "--output_dir")
+        check_writable(self.output_dir)
         loaded = {member.name: load_tasks(manager, member) for member in wanted}  # before a model of many gigabytes
         for member in wanted:
             dry_run_metrics(self.group, member, loaded[member.name])
         lm = self._open() if wanted else None
         for member in wanted:
             done[member.name] = self._evaluate(lm, manager, member, loaded[member.name]) | {"how": how_of[member.name]}
-            write_json(self._path(member), done[member.name], "--output_dir")
+            write_json(self._path(member), done[member.name])
             print(f"{member.column}: {done[member.name]['value']:.2f}", flush=True)
         return self._finish(members, done, how)
 
@@ -216,7 +216,7 @@ class HarnessRun:
                 3, f"\nOf the first {self.limit} examples of each task only: not to be compared with anything."
             )
         table = "\n".join(lines)
-        write_text(Path(self.output_dir) / "table.md", f"{table}\n", "--output_dir")
+        write_text(Path(self.output_dir) / "table.md", f"{table}\n")
         write_json(
             Path(self.output_dir) / "results.json",
             {
@@ -226,7 +226,6 @@ class HarnessRun:
                 "measured_with": measured,
                 "results": {result["column"]: result["value"] for result in finished},
             },
-            "--output_dir",
         )
         return table
 

@@ -24,36 +24,27 @@ from typing import Any
 
 import torch
 
-from alpaca.common.errors import UsageError, format_bytes
-from alpaca.weights.mismatch import CONFIG_FIELDS, check_same_tensors, explain_other_base, is_compatible, raise_mismatch
+from alpaca.common.errors import InputError, UsageError, format_bytes
+from alpaca.common.files import read_json, sha256_of_file
+from alpaca.weights.mismatch import CONFIG_FIELDS, check_same_tensors, counterparts, explain_other_base, raise_mismatch
+from alpaca.weights.provenance import aux_files
 from alpaca.weights.reader import (
     DTYPES,
     MANIFEST,
+    NOT_A_MODEL,
+    SIDECAR,
     Tensor,
     Weights,
     as_bytes,
-    aux_files,
     dtype_name,
-    read_json,
     readable,
     safetensors_header,
 )
 from alpaca.weights.writer import Pipeline, ShardDigests, ShardWriter, Slot, Spec, plan_shards, write_index
 
-SIDECAR = f"{MANIFEST}.sha256"
-NOT_A_MODEL = "weight_diff__recover_the_model_with_weight_diff.py"  # model_type: what from_pretrained will name
 TUNED_CONFIG = "tuned_config.json"
 VERSION = 1
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def is_exact_diff(folder: Path) -> bool:
-    marked = (folder / "config.json").is_file() and NOT_A_MODEL in (folder / "config.json").read_text(errors="replace")
-    return marked or any((folder / name).exists() for name in (MANIFEST, SIDECAR))
-
-
-def digest_of_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # ---- xor ----
@@ -100,28 +91,6 @@ def hash_tensor(pipe: Pipeline, lane: str, weights: Weights, tensor: Tensor, dty
     return pipe.after(lane, digest.hexdigest)
 
 
-def counterparts(base: Weights, tuned: Weights) -> dict[str, Tensor | None]:
-    """For every tuned tensor the base tensor that it is differenced with; None: it is stored as it is.
-
-    Raises:
-        UsageError: the base lacks tensors, or has them in other shapes.
-    """
-    found: dict[str, Tensor | None] = {}
-    missing, misfits = [], []
-    for name, tensor in tuned.tensors.items():
-        if tensor.dtype not in DTYPES.values():
-            raise UsageError(f"{tuned.flag} {tuned.folder}: {tensor}, a dtype that safetensors cannot store")
-        own = name.endswith("inv_freq") or not tensor.dtype.is_floating_point
-        other = found[name] = None if own else base.find(name)
-        if other is None and not own:
-            missing.append(name)
-        elif other and not is_compatible(name, other, tensor):
-            misfits.append((other, tensor))
-    if missing or misfits:
-        raise_mismatch(base, tuned, missing, misfits)
-    return found
-
-
 # ---- make_diff ----
 
 
@@ -143,10 +112,10 @@ def make(pipe: Pipeline, base: Weights, tuned: Weights, folder: Path, max_shard_
     pipe.drain()
     pipe.after("write", writer.close).result()
     digests = pipe.after("files", files.close).result()
-    write_index(folder, "diff", shards)
+    write_index(folder, "diff.safetensors", shards)
     for path in aux_files(tuned.folder):
         if path.name in (TUNED_CONFIG, MANIFEST):
-            raise UsageError(f"{tuned.flag} {path}: is a file of a diff; remove it from the tuned model's folder")
+            raise InputError(f"{path}: is a file of a diff; remove it from the tuned model's folder", path)
         shutil.copyfile(path, folder / (TUNED_CONFIG if path.name == "config.json" else path.name))
     (folder / "config.json").write_text(json.dumps({"model_type": NOT_A_MODEL}, indent=2) + "\n", encoding="utf-8")
     manifest = {
@@ -157,7 +126,7 @@ def make(pipe: Pipeline, base: Weights, tuned: Weights, folder: Path, max_shard_
         "tensors": entries,
         "other_base_tensors": unused,
         "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": digests.get(path.name) or digest_of_file(path)}
+            path.name: {"bytes": path.stat().st_size, "sha256": digests.get(path.name) or sha256_of_file(path)}
             for path in sorted(folder.iterdir())
             if not path.name.startswith(".")
         },
@@ -186,7 +155,7 @@ def _diff_tensor(
     for slot, _, piece, out in xor_pieces(pipe, spec, base, base_tensor, tuned, tensor, base_hash):
         pipe.send(slot, "result", result_hash.update, piece)
         pipe.send(slot, "diff", diff_hash.update, out)
-        pipe.send(slot, "files", files.update, out)
+        pipe.send(slot, "files", files.write, out)
         pipe.send(slot, "write", writer.write, out)
         pipe.bar.update(out.nbytes)
     entry = {**_header(tensor), "sha256": pipe.after("result", result_hash.hexdigest)}
@@ -226,9 +195,9 @@ class ExactDiff:
         UsageError: a file is missing or is not as published, or `digest` is not that of the manifest.
     """
 
-    def __init__(self, folder: Path, flag: str, digest: str | None = None):
-        self.folder, self.flag = folder, flag
-        with readable(flag):
+    def __init__(self, folder: Path, digest: str | None = None):
+        self.folder = folder
+        with readable(folder):
             self.manifest, self.digest = self._read_manifest(digest)
             self.weights = self._check_files()
         self.entries: dict[str, dict[str, Any]] = self.manifest["tensors"]
@@ -240,23 +209,28 @@ class ExactDiff:
     def _read_manifest(self, digest: str | None) -> tuple[dict[str, Any], str]:
         for name in (MANIFEST, SIDECAR):
             if not (self.folder / name).is_file():
-                raise UsageError(f"{self.flag} {self.folder}: {name} is missing; copy or download it again")
+                raise InputError(f"{self.folder}: {name} is missing; copy or download it again", self.folder)
         content = (self.folder / MANIFEST).read_bytes()
         actual = hashlib.sha256(content).hexdigest()
         if (self.folder / SIDECAR).read_bytes() != _sidecar(content).encode():
-            raise UsageError(
-                f"{self.flag} {self.folder}: {MANIFEST} has the SHA-256 {actual}, {SIDECAR} promises another: one of "
-                "them is damaged or was changed; download both again"
+            raise InputError(
+                f"{self.folder}: {MANIFEST} has the SHA-256 {actual}, {SIDECAR} promises another: one of them is "
+                "damaged or was changed; download both again",
+                self.folder,
             )
         if digest is not None and digest.strip().lower() != actual:
-            raise UsageError(f"--digest {digest!r}: the manifest of {self.folder} has {actual}; this is another diff")
-        manifest = read_json(self.folder / MANIFEST, self.flag)
+            raise InputError(
+                f"{self.folder}: its manifest has the digest {actual}, not {digest!r}; this is another diff",
+                self.folder,
+            )
+        manifest = read_json(self.folder / MANIFEST)
         if strange := [name for name in manifest.get("files", {}) if Path(name).name != name or name.startswith(".")]:
-            raise UsageError(f"{self.flag} {self.folder}: the manifest names a file outside its folder, {strange[0]}")
+            raise InputError(f"{self.folder}: the manifest names a file outside its folder, {strange[0]}", self.folder)
         if manifest.get("version") != VERSION:
-            raise UsageError(
-                f"{self.flag} {self.folder}: is of version {manifest.get('version')!r} of the format, "
-                f"this program reads {VERSION}; use the program that it was made with"
+            raise InputError(
+                f"{self.folder}: is of version {manifest.get('version')!r} of the format, this program reads "
+                f"{VERSION}; use the program that it was made with",
+                self.folder,
             )
         return manifest, actual
 
@@ -265,26 +239,28 @@ class ExactDiff:
         for name, entry in self.manifest["files"].items():
             path = self.folder / name
             if not path.is_file():
-                raise UsageError(f"{self.flag} {self.folder}: {name} is missing; copy or download it again")
+                raise InputError(f"{self.folder}: {name} is missing; copy or download it again", self.folder)
             if "header_sha256" in entry:
                 if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
-                    raise UsageError(f"{self.flag}: {path} is a git-lfs pointer; run git lfs pull in its folder")
+                    raise InputError(f"{path} is a git-lfs pointer; run git lfs pull in its folder", path)
                 if path.stat().st_size != entry["bytes"]:
-                    raise UsageError(
-                        f"{self.flag}: {path} has {path.stat().st_size:,} bytes of {entry['bytes']:,}; it "
-                        "is truncated or damaged; copy or download it again"
+                    raise InputError(
+                        f"{path} has {path.stat().st_size:,} bytes of {entry['bytes']:,}; it is truncated or damaged; "
+                        "copy or download it again",
+                        path,
                     )
-                header_tensors, header = safetensors_header(path, self.flag)
+                header_tensors, header = safetensors_header(path)
                 actual, expected = hashlib.sha256(header).hexdigest(), entry["header_sha256"]
                 tensors |= header_tensors
             else:
-                actual, expected = digest_of_file(path), entry["sha256"]
+                actual, expected = sha256_of_file(path), entry["sha256"]
             if actual != expected:
-                raise UsageError(
-                    f"{self.flag}: {path} is damaged or was changed (SHA-256 {actual}, published "
-                    f"{expected}); copy or download it again"
+                raise InputError(
+                    f"{path} is damaged or was changed (SHA-256 {actual}, published {expected}); copy or download it "
+                    "again",
+                    path,
                 )
-        return Weights(self.folder, self.flag, tensors)
+        return Weights(self.folder, tensors)
 
     @property
     def files(self) -> dict[str, Path]:
@@ -349,11 +325,11 @@ class ExactDiff:
     def _check(self, spec: Spec, base_hash: Future, result_hash: Future) -> None:
         entry = self.entries[spec.name]
         if entry["base"] and base_hash.result() != entry["base"]["sha256"]:
-            raise UsageError(self._explain(spec.name))
+            raise InputError(self._explain(spec.name), self.base.folder)
         if result_hash.result() != entry["sha256"]:
             stored = self.weights.tensors[spec.name]
             if _digest(self.weights, stored, stored.dtype) != entry["diff_sha256"]:
-                raise UsageError(f"{self.flag}: {spec.name} in {stored.path} is damaged; copy or download it again")
+                raise InputError(f"{spec.name} in {stored.path} is damaged; copy or download it again", stored.path)
             raise UsageError(
                 f"{spec.name} was not recovered, though base and diff are as published: is the memory of "
                 "this machine faulty?"
@@ -380,7 +356,7 @@ class ExactDiff:
             if hash_tensor(pipe, "base", base, tensor, tensor.dtype).result() != entry["sha256"]:
                 told = f"{name} in {tensor.path} is not what it was, though the result does not depend on it"
                 if not name.endswith("inv_freq"):
-                    raise UsageError(f"{base.flag}: {told}; copy or download it again")
+                    raise InputError(f"{told}; copy or download it again", base.folder)
                 print(f"note: {told}: another conversion may compute it otherwise", flush=True)
 
     def verify(self, pipe: Pipeline, tuned: Weights) -> None:
@@ -393,15 +369,17 @@ class ExactDiff:
             pipe.bar.update(tensor.nbytes)
         wrong = [name for name, digest in digests.items() if digest.result() != self.entries[name]["sha256"]]
         if wrong:
-            raise UsageError(
-                f"{tuned.flag} {tuned.folder}: {len(wrong)} of {len(digests)} tensors are not those of "
-                f"the manifest: {', '.join(wrong[:5])}"
+            raise InputError(
+                f"{tuned.folder}: {len(wrong)} of {len(digests)} tensors are not those of the manifest: "
+                f"{', '.join(wrong[:5])}",
+                tuned.folder,
             )
         for name, path in self.files.items():
-            if not (tuned.folder / name).is_file() or digest_of_file(tuned.folder / name) != digest_of_file(path):
-                raise UsageError(
-                    f"{tuned.flag} {tuned.folder}: the weights are those of the manifest, but {name} is "
-                    f"missing or changed; it is in {path}"
+            if not (tuned.folder / name).is_file() or sha256_of_file(tuned.folder / name) != sha256_of_file(path):
+                raise InputError(
+                    f"{tuned.folder}: the weights are those of the manifest, but {name} is missing or changed; it is "
+                    f"in {path}",
+                    tuned.folder,
                 )
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from alpaca.common.errors import UsageError
-from alpaca.weights.reader import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Tensor, Weights, dtype_name
+from alpaca.common.errors import InputError
+from alpaca.weights.reader import DTYPES, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Tensor, Weights, dtype_name
 from alpaca.weights.writer import Spec
 
 VOCABULARY = (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, "lm_head.bias")  # a row per token
@@ -41,7 +41,7 @@ def raise_mismatch(
     notes: Iterable[str] = (),
     advice: bool = True,
 ) -> NoReturn:
-    """Raise UsageError with the tensors that do not fit, and the likely cause.
+    """Raise InputError about the base, with the tensors that do not fit and the likely cause.
 
     Args:
         missing: names that `base` lacks.
@@ -50,10 +50,7 @@ def raise_mismatch(
         notes: what else is known.
         advice: whether another number of rows means a base that is not as published.
     """
-    lines = [
-        f"{base.flag} {base.folder} does not fit {other.flag} {other.folder}: "
-        + _cause(missing, misfits, len(base.tensors), advice)
-    ]
+    lines = [f"{base.folder} does not fit {other.folder}: " + _cause(missing, misfits, len(base.tensors), advice)]
     lines += [f"    {a}, expected {list(b.shape)} {dtype_name(b.dtype)}" for a, b in misfits[:5]]
     lines += [f"    {len(misfits) - 5} more have other shapes"] * (len(misfits) > 5)
     if missing:
@@ -64,7 +61,7 @@ def raise_mismatch(
     if differences := config_differences(base.config, config or other.config):
         lines.append(f"    config.json: {differences}")
     lines += [f"    {note}" for note in notes]
-    raise UsageError("\n".join(lines))
+    raise InputError("\n".join(lines), base.folder)
 
 
 def _some(names: list[str]) -> str:
@@ -85,9 +82,40 @@ def _cause(missing: list[str], misfits: list[tuple[Tensor, Tensor]], in_base: in
     return "it is a model of another size or architecture"
 
 
+def counterparts(base: Weights, tuned: Weights) -> dict[str, Tensor | None]:
+    """Return for every tuned tensor the base tensor that it is differenced with, or None if it is stored as it is.
+
+    Raises:
+        InputError: the base lacks tensors, or has them in other shapes.
+    """
+    found: dict[str, Tensor | None] = {}
+    missing, misfits = [], []
+    for name, tensor in tuned.tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise InputError(f"{tuned.folder}: {tensor}, a dtype that safetensors cannot store", tuned.folder)
+        own = name.endswith("inv_freq") or not tensor.dtype.is_floating_point
+        other = found[name] = None if own else base.find(name)
+        if other is None and not own:
+            missing.append(name)
+        elif other and not is_compatible(name, other, tensor):
+            misfits.append((other, tensor))
+    if missing or misfits:
+        raise_mismatch(base, tuned, missing, misfits)
+    return found
+
+
+def raise_other_base(base: Weights, adapter: Weights, why: str) -> NoReturn:
+    """Raise InputError about the base of an adapter that was trained on another one."""
+    differences = config_differences(base.config, adapter.config)
+    message = (
+        f"{base.folder} is not the base of {adapter.folder}: {why}{differences and '; config.json: '}{differences}"
+    )
+    raise InputError(message, base.folder)
+
+
 def explain_other_base(base: Weights, tensor: Tensor, same: int, looked_at: int, config: dict[str, Any]) -> str:
     """The message for a base tensor that has not the digest it should have, when `same` of `looked_at` others have."""
-    begin = f"{base.flag} {base.folder}: {tensor.name} ({tensor.path.name}) is not that of the base of this diff"
+    begin = f"{base.folder}: {tensor.name} ({tensor.path.name}) is not that of the base of this diff"
     if not looked_at:
         return f"{begin}: it is damaged, or another base model's"
     if same:
@@ -114,7 +142,7 @@ def config_differences(config: dict[str, Any], expected: dict[str, Any]) -> str:
 
 
 def check_same_tensors(weights: Weights, specs: Iterable[Spec], source: str) -> None:
-    """Raise UsageError unless `weights` has exactly the tensors `specs`, in their dtypes and shapes."""
+    """Raise InputError unless `weights` has exactly the tensors `specs`, in their dtypes and shapes."""
     specs = {spec.name: spec for spec in specs}
     missing = [name for name in specs if name not in weights.tensors]
     unexpected = [name for name in weights.tensors if name not in specs]
@@ -127,4 +155,4 @@ def check_same_tensors(weights: Weights, specs: Iterable[Spec], source: str) -> 
         told = [f"{len(missing)} missing: {_some(missing)}"] * bool(missing)
         told += [f"{len(unexpected)} unexpected: {_some(unexpected)}"] * bool(unexpected)
         told += [f"{len(other)} different: {'; '.join(other[:3])}"] * bool(other)
-        raise UsageError(f"{weights.flag} {weights.folder} has not the tensors of {source}: {'; '.join(told)}")
+        raise InputError(f"{weights.folder} has not the tensors of {source}: {'; '.join(told)}", weights.folder)

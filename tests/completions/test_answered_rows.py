@@ -114,10 +114,10 @@ def test_a_base_url_of_the_environment_wins_over_a_folder_and_is_named(tiny, mon
 def test_no_command_writes_over_what_it_reads(tmp_path, command, flag):
     path = write_rows(tmp_path / "rows.json", 3)
     before = (tmp_path / "rows.json").read_bytes()
-    with pytest.raises(UsageError, match=f"is the file of {flag}, which would be lost"):
+    with pytest.raises(UsageError, match="is also read from and would be lost"):
         command(path)
     assert (tmp_path / "rows.json").read_bytes() == before
-    refuse_overwriting_input(tmp_path / "new.json", "--output_path", data_path=path, reference=None)
+    refuse_overwriting_input(tmp_path / "new.json", path, None)
 
 
 def test_a_judges_answer_that_was_cut_is_no_verdict(tmp_path):

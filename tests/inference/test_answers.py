@@ -104,7 +104,7 @@ def test_the_base_of_an_adapter_may_have_moved(tiny, adapter, tmp_path):
     config = json.loads((moved / "adapter_config.json").read_text())
     for name, told in (
         (str(tmp_path / "gone"), f"is a LoRA adapter of '{tmp_path / 'gone'}', which is not here; give"),
-        (None, "is a LoRA adapter that names no base model; give --base"),
+        (None, "is a LoRA adapter that names no base model; give its base"),
     ):
         (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
         with pytest.raises(UsageError, match=told):
@@ -156,10 +156,10 @@ def test_a_diff_and_its_base_are_the_tuned_model(tiny, tuned, capsys):
     told = capsys.readouterr().out
     assert "proved: " in told and "recovered, but not proved: " in told
     for folder, base, message in (
-        ("exact", None, "is a weight diff, which needs the model it was made against; give --base"),
+        ("exact", None, "is a weight diff, which needs the model it was made against; give its base"),
         ("exact", tuned / "model", "is another base model of the same shapes"),
-        ("float", None, "model.norm.weight is nearly zero, as in a weight diff, which needs its base; give --base"),
-        ("model", tiny("llama"), "is a whole model, which needs no base; leave it away"),
+        ("float", None, "model.norm.weight is nearly zero, as in a weight diff, which needs its base; give its base"),
+        ("model", tiny("llama"), "is a whole model, which needs no base; omit it"),
     ):
         with pytest.raises(UsageError, match=message):
             LocalModel(tuned / folder, base=base)
