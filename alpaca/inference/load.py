@@ -48,12 +48,12 @@ MERGE = "python -m scripts.merge_lora --adapter {} --base <base> --output_dir <m
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """templates: those of alpaca/data/prompts.py that the model was trained with; told: what was opened, in words."""
+    """A model, its tokenizer, the templates of alpaca/data/prompts.py that it was trained with, and what was opened."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     templates: Mapping[str, str]
-    told: str
+    description: str
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _open_diff(folder: Path, base: str | Path | None, how: LoadOptions) -> Loade
         if isinstance(diff, FloatDiff) and last_norm(diff.weights)[1] > ONE:
             raise InputError(f"{base}: {folder} is a whole model, which needs no base; omit it", base)
         state = recover_in_memory(diff, how.dtype)
-        print(*diff.notes(), f"{diff.verdict}: {base} and {folder} give {diff.told}", sep="\n", flush=True)
+        print(*diff.notes(), f"{diff.verdict}: {base} and {folder} give {diff.summary}", sep="\n", flush=True)
         model, tokenizer = load_recovered(diff, state, **how.options)
         return LoadedModel(model, tokenizer, templates_of(folder), f"model of diff {folder} and base {base}")
 
@@ -221,8 +221,8 @@ def _put_in(model: PreTrainedModel, folder: Path, config: "PeftConfig", tokens: 
 
 
 def _fit_vocabulary(model: PreTrainedModel, tokens: int, weights: Mapping[str, torch.Tensor]) -> None:
-    """Embeddings as long as the adapter's, if it has some, or else at least as long as the tokenizer. Rows that the
-    adapter lacks are the mean of the others, as in training."""
+    """Make embeddings as long as the adapter's, if it has some, or else at least as long as the tokenizer. Rows that
+    the adapter lacks are the mean of the others, as in training."""
     rows = model.get_input_embeddings().weight.shape[0]
     saved = [
         tensor.shape[0]
@@ -235,7 +235,7 @@ def _fit_vocabulary(model: PreTrainedModel, tokens: int, weights: Mapping[str, t
 
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """The base that `model`, opened as an adapter on it, was made of: other layers around the same tensors.
+    """Return the base that `model`, opened as an adapter on it, was made of: other layers around the same tensors.
 
     It takes no memory, and both may be used at the same time; peft's disable_adapter() would switch the adapter off for
     everybody who uses it. Not for weights in 8 bit: what bitsandbytes has of them goes to the layer that is used first.

@@ -67,7 +67,7 @@ class LocalModel:
             opened.model,
             opened.tokenizer,
             opened.templates,
-            opened.told,
+            opened.description,
         )
         self.api = "chat" if chat and self.tokenizer.chat_template else "completions"
         ends = _listed(self.model.generation_config.eos_token_id) + _listed(self.tokenizer.eos_token_id)

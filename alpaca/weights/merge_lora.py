@@ -312,7 +312,8 @@ class _MergedWeight:
         self, layers: "_Layers", module: str, parts: dict[str, torch.Tensor], weights: Weights, tensor: Tensor
     ):
         self.layer = copy.deepcopy(layers.lora[module])  # without weights; those put into it go with this object
-        self.parts, self.weights, self.tensor = parts, weights, tensor
+        self.parts = parts
+        self.weights, self.tensor = weights, tensor
         self.transposed = module in layers.transposed  # rows are columns of A, not rows of B
         rows, self.columns = tensor.shape
         whole = self.transposed and "lora_magnitude_vector" in parts  # DoRA's norms run over all rows
