@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from alpaca.common.errors import InputError
 from alpaca.common.files import AUX_SUFFIXES, atomic_write, fingerprint_of_files, fingerprint_of_weights, read_json
 from alpaca.data.prompts import TEMPLATE_FILE
 from alpaca.weights import reader
-from alpaca.weights.reader import ADAPTER_CONFIG, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Weights
+from alpaca.weights.reader import ADAPTER_CONFIG, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Weights, find_folder
 
 MANIFEST = (
     "alpaca_checkpoint.json"  # in every checkpoint: its files, and the contract of the run (alpaca/training/resume.py)
@@ -131,6 +132,20 @@ def _fingerprints(name: str, folder: Path) -> dict[str, str]:
         if files := [folder / file for file in names if (folder / file).is_file()]:
             found[f"{what} of {name}"] = fingerprint_of_files(files)
     return found
+
+
+def base_of_adapter(folder: Path) -> Path:
+    """Return the folder of the base that an adapter names. Raise InputError about the adapter if there is none."""
+    settings = read_json(folder / ADAPTER_CONFIG)
+    name, revision = (settings.get(key) for key in ("base_model_name_or_path", "revision"))
+    if not name or revision:
+        what = f"of revision {revision} of {name}" if name else "that names no base model"
+        raise InputError(f"{folder}: is a LoRA adapter {what}; give its base", folder)
+    try:
+        return find_folder(name)
+    except InputError as error:
+        message = f"is a LoRA adapter of {name!r}, which is not here; give its base ({error})"
+        raise InputError(f"{folder}: {message}", folder) from error
 
 
 def other_base(adapter: Path, base: Path) -> str | None:
