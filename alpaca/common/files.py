@@ -124,7 +124,7 @@ def lock(handle: int, path: str | Path) -> bool:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space on the disk of `folder`, or of its first parent that exists."""
+    """Return the free space on the disk of `folder`, or of its first parent that exists."""
     folder = folder.resolve()
     while not folder.exists():
         folder = folder.parent
