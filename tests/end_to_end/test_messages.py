@@ -31,7 +31,7 @@ GIVEN = {
     ("scripts.merge_lora",): "--adapter={adapter} --output_dir={new}",
     ("scripts.inspect_data",): "--model_name_or_path={base} --data_path={rows}",
     ("scripts.check_packing",): "--model_name_or_path={base} --data_path={rows}",
-    ("scripts.plot_diversity",): "--data_path={rows} --output={new}",
+    ("scripts.plot_diversity",): "--data_path=seed_tasks.jsonl --output_path={new}",
     ("scripts.evaluate", "alpaca_eval"): "--model={base} --data_path={rows} --output_path={new}",
     ("scripts.evaluate", "win_rate"): "--data_path={rows} --reference_path={rows} --judge={base}",
     ("scripts.evaluate", "backward"): "--data_path={written}",
@@ -85,8 +85,11 @@ def files(tmp_path_factory, tiny):
     return paths
 
 
+WRITTEN = (("recover", "path_tuned"), ("make_diff", "path_diff"), ("curate", "ratings_path"))  # besides OUTPUTS
+
+
 def is_written(command: tuple[str, ...], flag: str) -> bool:
-    return flag in OUTPUTS or (command[-1], flag) in (("recover", "path_tuned"), ("make_diff", "path_diff"))
+    return flag in OUTPUTS or (command[-1], flag) in WRITTEN
 
 
 @pytest.mark.slow
