@@ -88,8 +88,10 @@ def train_backward(
     flags = given | BACKWARD_FLAGS | train_flags
     if "gradient_accumulation_steps" not in flags:
         flags["gradient_accumulation_steps"] = _accumulation(flags["per_device_train_batch_size"], nproc_per_node)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc_per_node}"]
-    command = [sys.executable, *torchrun * (nproc_per_node > 1), str(TRAIN)]
+    command = [sys.executable]
+    if nproc_per_node > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc_per_node}"]
+    command += [str(TRAIN)]
     command += [f"--{name}={value}" for name, value in flags.items()]
     print(shlex.join(command), flush=True)
     if not dry_run:

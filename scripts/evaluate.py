@@ -12,7 +12,7 @@ import hashlib
 import shlex
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import utils
 from alpaca.common import commands
@@ -53,6 +53,7 @@ def harness(
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
     device: str | None = None,
+    backend: Literal["hf", "vllm"] = "hf",
 ) -> None:
     """The table of the claude2-alpaca cards: ARC 25-shot, HellaSwag 10-shot, MMLU 5-shot, TruthfulQA, and their mean.
 
@@ -71,6 +72,7 @@ def harness(
         load_in_8bit: quantize the weights with bitsandbytes.
         load_in_4bit: quantize the weights with bitsandbytes.
         device: cuda or cpu; not given, the GPU if there is one.
+        backend: hf, or vllm for a whole checkpoint: the harness's own, faster, of the numbers up to rounding.
 
     Raises:
         UsageError: as alpaca.evaluation.harness.HarnessRun.run.
@@ -88,6 +90,7 @@ def harness(
         load_in_8bit,
         load_in_4bit,
         device,
+        backend,
     )
     print(run.run())
 

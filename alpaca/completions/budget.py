@@ -68,7 +68,10 @@ class Progress:
     """Counts things that are done (tasks kept, rows answered) and the requests behind them."""
 
     def __init__(self, unit: str, total: int, done: int, budget: Budget):
-        self.unit, self.budget, self.first, self.done = unit, budget, done, done
+        self.unit = unit
+        self.budget = budget
+        self.first = done
+        self.done = done
         self.requests = self.retries = 0
         self.began = time.monotonic()
         calm = {} if sys.stderr.isatty() else {"mininterval": 30.0, "miniters": 1}  # a line now and then in a log file
@@ -76,7 +79,9 @@ class Progress:
 
     def show(self, done: int, requests: int, retries: int) -> None:
         """Things done in all; requests and retries of this run."""
-        self.done, self.requests, self.retries = done, requests, retries
+        self.done = done
+        self.requests = requests
+        self.retries = retries
         self.bar.set_postfix_str(self._rates(), refresh=False)
         self.bar.update(done - self.bar.n)
 

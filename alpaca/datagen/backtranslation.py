@@ -207,7 +207,9 @@ def inference_templates() -> dict[str, str]:
 def mixed(seed_rows: Sequence[Row], augmented: Sequence[Row], tags: bool, seed: int) -> tuple[list[Row], str]:
     """The rows of both, tagged and shuffled, and a line that counts them. A pair that is there already, or lacks its
     instruction or output, is dropped."""
-    rows, known, dropped = [], set(), Counter()
+    rows = []
+    known = set()
+    dropped = Counter()
     for source, tag, of_source in (("seed", SEED_TAG, seed_rows), ("augmented", AUGMENTED_TAG, augmented)):
         for row in of_source:
             instruction, input, output = (row.get(name) or "" for name in ("instruction", "input", "output"))

@@ -94,7 +94,9 @@ class NoveltyFilter:
     def __init__(
         self, instructions: Iterable[str], threshold: float = 0.7, stable_ties: bool = False, workers: int = 1
     ):
-        self.threshold, self.stable_ties, self.workers = threshold, stable_ties, workers
+        self.threshold = threshold
+        self.stable_ties = stable_ties
+        self.workers = workers
         self._ids: dict[str, int] = {}  # token -> code point
         self._texts: list[str] = []
         self._codes: list[Codes] = []

@@ -193,7 +193,9 @@ def _split_robustly(text: str, num_prompt_instructions: int) -> list[Fields | No
 
 def _without_outer_fences(lines: list[str]) -> list[str]:
     """Some models wrap the whole list, or each task, in a code fence: one that opens right before a task."""
-    kept, wrapped, outside = [], False, True  # outside: of any task
+    kept = []
+    wrapped = False
+    outside = True  # outside: of any task
     for number, line in enumerate(lines):
         if FENCE.match(line):
             after = next((other for other in lines[number + 1 :] if other.strip(" \t#")), "")
@@ -212,7 +214,9 @@ def _without_outer_fences(lines: list[str]) -> list[str]:
 
 def _inside_fences(lines: list[str]) -> list[bool]:
     """Per line, whether it is code. A fence that is not closed before the next task by number opens nothing."""
-    inside, opened, last = [False] * len(lines), None, None
+    inside = [False] * len(lines)
+    opened = None
+    last = None
     for number, line in enumerate(lines):
         item = ITEM.match(line)
         if opened is not None and item and last is not None and int(item["number"]) == last + 1:

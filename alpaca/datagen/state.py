@@ -22,7 +22,9 @@ from alpaca.completions.journal import Journal
 from alpaca.datagen.novelty import NoveltyFilter
 from alpaca.datagen.self_instruct import Item, encode_prompt, parse
 
-REGEN, JOURNAL, REPORT = "regen.json", "generation_journal.jsonl", "generation_report.json"
+REGEN = "regen.json"
+JOURNAL = "generation_journal.jsonl"
+REPORT = "generation_report.json"
 LAG = 64  # requests whose answers a prompt with generated tasks does not wait for
 FIRST_GUESS = 10.0  # tasks kept of an answer, before there is one
 USELESS = 50  # answers without a new task, in a row
@@ -52,7 +54,10 @@ class Generation:
         workers: int = 1,
         stable_ties: bool = False,
     ):
-        self.output_dir, self.journal, self.seeds, self.head = output_dir, journal, seeds, head
+        self.output_dir = output_dir
+        self.journal = journal
+        self.seeds = seeds
+        self.head = head
         self.num_examples, self.num_generated = num_examples, num_generated
         self.counts: Counter[str] = Counter()  # requests, answers, proposed, kept; "rejected: …" by reason
         self.next = 0  # request that is delivered next
@@ -62,7 +67,9 @@ class Generation:
         self.seed = self._continue(digest, seed)
         known = [row["instruction"] for row in (*seeds, *rows)]
         self.filter = NoveltyFilter(known, workers=workers, stable_ties=stable_ties)
-        self.saved_at, self.saving_took, self.useless = time.monotonic(), 0.0, 0
+        self.saved_at = time.monotonic()
+        self.saving_took = 0.0
+        self.useless = 0
 
     def _continue(self, digest: str | None, seed: int | None) -> int:
         """Go to where an earlier run in this folder was stopped. Returns the seed."""

@@ -2,6 +2,9 @@
 
     figure = draw(lay_out({"write": {"poem": 3, "story": 2}}, "Our instructions"), "5 of 9")
 
+matplotlib draws the wedges and the text. What it has not, and this module adds: the largest size at which a text lies
+within its wedge (axes.pie lets labels overlap), shortening, and which wedges are too thin for a name.
+
 Sizes are inches. A name is turned along the radius, or across it in a wide wedge, and set as large as fits; a very long
 one ends in "…"; a wedge that is too thin for its name joins "other".
 """
@@ -110,7 +113,8 @@ def fit(text: str, ring: int, start: float, extent: float) -> Label | None:
     """The name as large as the wedge allows, as near to upright as that leaves it; None in a wedge too thin for it."""
     largest, smallest = SIZES[ring]
     inner, outer = RINGS[ring]
-    shown = shortened(text[:LONGEST] + "…" * (len(text) > LONGEST), smallest, outer - inner - 2.5 * PAD)
+    short = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    shown = shortened(short, smallest, outer - inner - 2.5 * PAD)
     size = largest
     while size >= smallest:
         fitting = [

@@ -81,7 +81,9 @@ class Filters:
     def choose(self, texts: Sequence[str]) -> tuple[list[int], dict[str, list[int]]]:
         """Numbers of the texts to keep, and those left out by reason. Of equal texts (but for case and space) the first
         that is kept stays."""
-        kept, left_out, seen = [], {}, set()
+        kept = []
+        left_out = {}
+        seen = set()
         for number, text in enumerate(texts):
             same = hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=16).digest()
             reason = self._fault(text) or ("duplicate" if same in seen else None)

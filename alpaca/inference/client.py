@@ -59,7 +59,10 @@ class Client:
     ):
         if api not in ("auto", *PATHS):
             raise ParameterError(f"{{api}}: expected auto, completions or chat, got {api!r}.", "api")
-        self.model, self.api, self.max_retries, self.backoff = model, api, max_retries, backoff
+        self.model = model
+        self.api = api
+        self.max_retries = max_retries
+        self.backoff = backoff
         self.base_url = server_url(base_url)
         self.token_parameter = "max_tokens"
         self.retries = 0  # of all requests: for the caller's report

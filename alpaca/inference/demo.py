@@ -125,7 +125,10 @@ class DemoEngine:
         place = asyncio.ensure_future(self.places.acquire())
         try:
             await asyncio.sleep(0)  # a place that is free is taken now
-            started, ended, shown, at = False, False, [], 0.0
+            started = False
+            ended = False
+            shown = []
+            at = 0.0
             while not ended:
                 if not started and stopped.is_set():
                     answers = [Answer("", "Stopped", ended=True) for _ in self.models]

@@ -182,7 +182,9 @@ class LocalModel:
     def without_adapter(self) -> "LocalModel":
         """The base model of an adapter, for the same prompts, around the same weights; both may be used at once."""
         bare = copy.copy(self)
-        bare.model, bare._waiting, bare._working = without_adapter(self.model), [], False
+        bare.model = without_adapter(self.model)
+        bare._waiting = []
+        bare._working = False
         return bare
 
     def _encode(self, prompt: Prompt) -> list[int]:

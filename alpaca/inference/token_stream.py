@@ -1,4 +1,9 @@
-"""One answer while it is generated: tokens come out of generate() in a thread, text comes out of an iterator."""
+"""One answer while it is generated: tokens come out of generate() in a thread, text comes out of an iterator.
+
+The thread's ends are transformers' own: a streamer and a stopping criterion. Its TextIteratorStreamer is not used: its
+text would lack the space that an answer of a sentencepiece model begins with, hold the stop string, come word by word,
+and end without the error that ended generate().
+"""
 
 import queue
 import re
@@ -96,7 +101,10 @@ def pieces_of(
     decode: the text of all tokens so far; name_of: how the vocabulary spells a token.
     """
     new: list[int] = []
-    text, shown, end, ended = "", 0, None, False
+    text = ""
+    shown = 0
+    end = None
+    ended = False
     with closing(tokens):
         for some in tokens:
             end = next((n for n, token in enumerate(some) if token in eos), None)

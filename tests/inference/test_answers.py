@@ -302,7 +302,7 @@ def test_rows_are_answered_in_their_order_and_a_rerun_continues(tiny, tuned, tmp
     got = answers(tmp_path, tuned / "model", **flags)
     assert asked == [4] * 5, "no answer is asked for twice"
     cut = (tmp_path / "out.json.journal.jsonl").read_text().count('"finish_reason": "length"')
-    assert f"{cut} answers were cut at --max_new_tokens" in capsys.readouterr().out and cut > 9
+    assert f"{cut} answers were cut at 8 tokens" in capsys.readouterr().out and cut > 9
     (tmp_path / "out.json.journal.jsonl").unlink()
     assert got == answers(tmp_path, tuned / "model", **flags | {"batch_size": 3}), "as if never interrupted"
     templates = json.loads((tuned / "model" / "prompt_template.json").read_text())
