@@ -55,7 +55,8 @@ def harness(
     device: str | None = None,
     backend: Literal["hf", "vllm"] = "hf",
 ) -> None:
-    """The table of the claude2-alpaca cards: ARC 25-shot, HellaSwag 10-shot, MMLU 5-shot, TruthfulQA, and their mean.
+    """Measure the table of the claude2-alpaca cards: ARC 25-shot, HellaSwag 10-shot, MMLU 5-shot, TruthfulQA, and their
+    mean.
 
     Every task that is finished has a file in output_dir; a rerun continues with the others.
 
@@ -118,7 +119,7 @@ def alpaca_eval(model: str, data_path: str, output_path: str, options: AnswerFla
 
 
 def _average_length(rows: list[dict[str, Any]]) -> int:
-    """As alpaca_eval computes avg_length."""
+    """Return what alpaca_eval computes as avg_length."""
     return int(fmean(len(row["output"]) for row in rows))
 
 
@@ -138,7 +139,8 @@ def win_rate(
     drop_failed: bool = False,
     budget: BudgetFlags = NO_BUDGET,
 ) -> None:
-    """How often a judge prefers the answers of one file to those of another; a rerun continues and asks nothing twice.
+    """Measure how often a judge prefers the answers of one file to those of another; a rerun continues and asks nothing
+    twice.
 
     The judge's prompt is ours (alpaca/evaluation/judge.py): the result is no AlpacaEval number, for which the official
     command is printed.
@@ -202,7 +204,7 @@ def _verdict(entry: dict[str, Any], first: str) -> dict[str, Any]:
 
 
 def _pairs(outputs: str, reference: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of `outputs`, and for each the one of `reference` with the same instruction."""
+    """Return the rows of `outputs`, and for each the one of `reference` with the same instruction."""
     ours, others = load_named(outputs, "--data_path"), load_named(reference, "--reference_path")
     places = partners(
         list(map(instruction_and_input, ours)),
@@ -252,7 +254,7 @@ def backward(
     show_worst: int = 10,
     bleu_tokenizer: str = "13a",
 ) -> None:
-    """BLEU and ROUGE-1, -2, -L of the instructions that a backward model has written, against the true ones.
+    """Measure BLEU and ROUGE-1, -2, -L of the instructions that a backward model has written, against the true ones.
 
     Args:
         data_path: What scripts.generate --backward wrote: `output` is the instruction generated for the text

@@ -32,7 +32,7 @@ class Budget:
         return tokens / 1e6 + self.unanswered
 
     def max_cost_of(self, prompt: str, max_tokens: int) -> float:
-        """Dollars that a request can cost: no tokenizer makes more tokens than a text has bytes."""
+        """Return the dollars that a request can cost at most: no tokenizer makes more tokens than a text has bytes."""
         return ((len(prompt.encode()) + ENVELOPE) * self.price_in + max_tokens * self.price_out) / 1e6
 
     def allows(self, amount: float) -> bool:
@@ -78,7 +78,7 @@ class Progress:
         self.bar = tqdm(total=total, initial=done, unit=f" {unit}", dynamic_ncols=True, **calm)
 
     def show(self, done: int, requests: int, retries: int) -> None:
-        """Things done in all; requests and retries of this run."""
+        """Update the bar. `done` counts all runs, requests and retries this one."""
         self.done = done
         self.requests = requests
         self.retries = retries
@@ -100,7 +100,7 @@ class Progress:
         return f"{self.requests:,} requests in this run, {self._rates()}; {tokens} in all"
 
     def report(self) -> dict[str, Any]:
-        """Of this run: seconds, requests, rates; of all runs with this journal: tokens and dollars."""
+        """Return, of this run, seconds, requests, rates; of all runs with this journal: tokens and dollars."""
         seconds = max(time.monotonic() - self.began, 1e-3)
         return {
             "seconds": round(seconds, 1),
@@ -115,7 +115,8 @@ class Progress:
 
 
 def estimate(prompts: list[str], requests: int, max_tokens: int, budget: Budget) -> str:
-    """One prompt, and what all would cost; a token is taken for four bytes, and in what it can cost at most for one."""
+    """Return one prompt, and what all would cost. A token is taken for four bytes, and in what it can cost at most for
+    one."""
     tokens = round(fmean(len(prompt.encode()) for prompt in prompts) / 4)
     likely = requests * (tokens * budget.price_in + max_tokens // 2 * budget.price_out) / 1e6
     most = requests * fmean(budget.max_cost_of(prompt, max_tokens) for prompt in prompts)

@@ -87,13 +87,13 @@ class Generation:
     # ---- requests ----
 
     def requests(self) -> Iterator[Request]:
-        """All requests from the next one on, without an end. One is made when it is taken."""
+        """Yield all requests from the next one on, without an end. One is made when it is taken."""
         for index in itertools.count(self.next):
             yield Request(self._prompt_of(index), index)
 
     def _prompt_of(self, index: int) -> str:
-        """The prompt of request `index`: of the seed and, with generated tasks, of those kept of the requests up to
-        `index` - LAG, however many requests are on their way."""
+        """Return the prompt of request `index`: of the seed and, with generated tasks, of those kept of the requests up
+        to `index` - LAG, however many requests are on their way."""
         draw = random.Random(f"{self.seed} {index}")
         available = min(self.kept_at[max(index - LAG, 0)], len(self.rows)) if self.num_generated else 0
         generated = [
@@ -151,13 +151,13 @@ class Generation:
         return parse(entry["text"], entry["finish_reason"], entry["examples"], entry["parser"])
 
     def summary(self) -> str:
-        """ "1,234 tasks proposed, 1,000 kept; rejected: 200 too similar, 34 malformed" """
+        """Return "1,234 tasks proposed, 1,000 kept; rejected: 200 too similar, 34 malformed"."""
         rejected = [(reason.removeprefix("rejected: "), n) for reason, n in self.counts.most_common() if ": " in reason]
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected) or "none"
         return f"{self.counts['proposed']:,} tasks proposed, {self.counts['kept']:,} kept; rejected: {reasons}"
 
     def _regen(self) -> Iterator[str]:
-        """The text of regen.json, in pieces."""
+        """Yield the text of regen.json in pieces."""
         for number, row in enumerate(self.rows):
             yield ("[\n" if number == 0 else ",\n") + row
         yield "\n]" if self.rows else "[]"
@@ -193,12 +193,12 @@ class Generation:
 
 
 def _as_text(row: dict[str, Any]) -> str:
-    """A task as 2023's jdump writes it inside the list."""
+    """Return a task as 2023's jdump writes it inside the list."""
     return json.dumps([row], indent=4, default=str)[2:-2]
 
 
 def _read_regen(path: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """The tasks of a regen.json, and its digest; ([], None) if there is none."""
+    """Return the tasks of a regen.json, and its digest; ([], None) if there is none."""
     if not path.exists():
         return [], None
     try:

@@ -99,7 +99,7 @@ class HarnessRun:
         return [known[name] for name in names]
 
     def _how(self) -> dict[str, Any]:
-        """All that the numbers depend on, but rounding: not the size of batches, nor the GPU."""
+        """Return all that the numbers depend on, but rounding: not the size of batches, nor the GPU."""
         from alpaca.weights.provenance import weights_of
 
         how = weights_of(model=self.model, base=self.base)
@@ -117,7 +117,7 @@ class HarnessRun:
         return Path(self.output_dir) / f"{member.name}.json"
 
     def _finished(self, member: TaskSpec, how: dict[str, Any]) -> dict[str, Any] | None:
-        """The result of an earlier run; an error if it was another one."""
+        """Return the result of an earlier run, or None. Raise InputError if it was another one."""
         path = self._path(member)
         if not path.is_file():
             return None
@@ -266,7 +266,8 @@ class HarnessRun:
 
 
 def summary(leaves: list[dict[str, Any]]) -> dict[str, Any]:
-    """Plain mean of the tasks and its standard error, the mean weighted by size, and what they have in common."""
+    """Return the plain mean of the tasks and its standard error, the mean weighted by size, and what they have in
+    common."""
     count, samples = len(leaves), sum(leaf["samples"] for leaf in leaves)
     errors = [leaf["stderr"] for leaf in leaves]
     return {
@@ -289,8 +290,8 @@ def versions() -> dict[str, str]:
 
 
 def measured_with(results: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Dtype, device and versions that results were measured with, which a rerun may have other ones of: all there are
-    of each."""
+    """Return dtype, device and versions that results were measured with, which a rerun may have other ones of: all
+    there are of each."""
     found: dict[str, list[str]] = {}
     for result in results:
         where = {"dtype": result["dtype"], "device": result["device"], **result["versions"]}

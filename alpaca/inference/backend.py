@@ -36,7 +36,7 @@ class BackendFlags:
 
     @property
     def at_once(self) -> int:
-        """How many requests are in flight at the same time."""
+        """Return how many requests are in flight at the same time."""
         return self.batch_size if self.concurrency is None else self.concurrency
 
 
@@ -152,8 +152,8 @@ class PromptSet:
         return question
 
     def requests(self, keys: Iterable[int], rows: Sequence[int], seed: int | None = None) -> Iterator[Request]:
-        """The requests of `keys`: key k asks question k, beginning anew after the last one. They are made one by one:
-        what the model's endpoint is has to be known by then.
+        """Yield the requests of `keys`: key k asks question k, beginning anew after the last one. They are made one by
+        one: what the model's endpoint is has to be known by then.
 
         Args:
             rows: of a file, by the number of the question about them.

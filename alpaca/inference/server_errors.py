@@ -48,7 +48,7 @@ class RetryLater(Exception):
 
 
 def classify_error(error: Exception, url: str, model: str, sent: Mapping[str, Any]) -> Exception:
-    """The exception to raise in place of one of openai's; `sent` is the body of the request."""
+    """Return the exception to raise in place of one of openai's; `sent` is the body of the request."""
     status = getattr(error, "status_code", None)
     if status is None:
         return RetryLater(f"no answer from {url}: {_connection_problem(error)}", failure=NoResponse)
@@ -113,7 +113,7 @@ def unknown_model(model: str, message: str, offered: list[str] | None) -> InputE
 
 
 def seconds_to_wait(headers: Mapping[str, str]) -> float | None:
-    """How long the server asks to wait: retry-after-ms, or Retry-After in seconds or as a date."""
+    """Return how long the server asks to wait: retry-after-ms, or Retry-After in seconds or as a date."""
     for name, divisor in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
             wait = float(headers.get(name, "")) / divisor
@@ -128,7 +128,7 @@ def seconds_to_wait(headers: Mapping[str, str]) -> float | None:
 
 
 def _said(error: Exception) -> str:
-    """The server's own words, out of {"message": …}, {"detail": …} or a bare text."""
+    """Return the server's own words, out of {"message": …}, {"detail": …} or a bare text."""
     body = getattr(error, "body", None)
     if isinstance(body, dict):
         body = body.get("message") or body.get("detail") or body
@@ -144,7 +144,8 @@ def never_connected(error: Exception) -> bool:
 
 
 def _connection_problem(error: Exception) -> str:
-    """openai says "Connection error."; the operating system's reason is at the end of the chain of causes."""
+    """Return the reason. openai says "Connection error."; the operating system's reason is at the end of the chain of
+    causes."""
     reason = error
     while (reason.__cause__ or reason.__context__) is not None:
         reason = reason.__cause__ or reason.__context__

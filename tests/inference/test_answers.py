@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 import weight_diff
 from alpaca.common.errors import UsageError
-from alpaca.completions.api import Sampling
+from alpaca.completions.api import Sampling, seed_of
 from alpaca.data.prompts import format_prompt
 from alpaca.inference.local_model import LocalModel
 from alpaca.inference.token_stream import pieces_of
@@ -308,7 +308,7 @@ def test_rows_are_answered_in_their_order_and_a_rerun_continues(tiny, tuned, tmp
     templates = json.loads((tuned / "model" / "prompt_template.json").read_text())
     model = LocalModel(tuned / "model")
     for number, (row, answered) in enumerate(zip(rows, got)):
-        sampling = Sampling(8, 1.0, 0.9, seed=generate.GenerateArguments("x", interactive=True).seed_of(number))
+        sampling = Sampling(8, 1.0, 0.9, seed=seed_of(42, number))
         text = model.generate([format_prompt(row, templates)], sampling)[0].text.strip()
         assert answered == {**row, "output": text, "generator": "model"}
     for change in ({"max_new_tokens": 9}, {"model": tiny("llama")}, {"temperature": 0.0}):
