@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca.common.arguments import flag, parse
 from alpaca.common.distributed import hide_progress_bars, print_rank0, shutdown
-from alpaca.common.errors import UsageError, reported
+from alpaca.common.errors import UsageError, names_flags, reported
 from alpaca.common.files import fingerprint
 from alpaca.data.chat_template import set_chat_template
 from alpaca.data.prompts import PROMPT_DICT, format_prompt, load_prompt_template
@@ -38,20 +38,12 @@ from alpaca.data.tokenization import IGNORE_INDEX, Ragged, cached_tokens, cut, e
 from alpaca.data.tokenizer import SPECIAL_TOKENS, control_tokens, identity, to_save
 from alpaca.models import deepspeed, fsdp
 from alpaca.models.embeddings import resize_embeddings
-from alpaca.models.load import base_slow_files, load_config, load_tokenizer, make_model
+from alpaca.models.load import base_slow_files, load_tokenizer, make_model
 from alpaca.models.lora import LoraArguments, check_lora
 from alpaca.training import legacy_flags
 from alpaca.training.checkpoint import find_checkpoint
-from alpaca.training.preflight import check_before_loading, check_combinations, check_evaluation, check_is_model
-from alpaca.training.resume import (
-    check_contract,
-    check_not_finished,
-    describe_run,
-    keep_decisions,
-    mark_finished,
-    mark_started,
-    note_decisions,
-)
+from alpaca.training.preflight import check_combinations, check_evaluation, check_is_model, prepare_run
+from alpaca.training.resume import mark_finished, mark_started
 from alpaca.training.trainer import AlpacaTrainer
 
 TOKENS_VERSION = 2  # raise it when `preprocess` changes, so that no old cache is read
@@ -64,14 +56,19 @@ DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = SPE
 @dataclass
 class ModelArguments:
     _argument_group_name = "model"
-    model_name_or_path: str | None = flag("facebook/opt-125m", "A local folder or hub id: weights and tokenizer.")
-    attn_implementation: str | None = flag(None, "eager, sdpa, flash_attention_2, ...; by default the model's choice.")
+    model_name_or_path: str | None = flag(
+        "facebook/opt-125m", "Folder or hub id of the model to train, with its tokenizer."
+    )
+    attn_implementation: str | None = flag(
+        None, "Attention implementation: eager, sdpa, flash_attention_2, ...; omit it for the model's own choice."
+    )
     pad_token: str | None = flag(
         None,
-        "An existing token to pad with, in place of the tokenizer's pad token, or of adding [PAD] where it has none.",
+        "Pad with this existing token, in place of the tokenizer's pad token, or of adding [PAD] where it has none.",
     )
     add_missing_tokens: bool | None = flag(
-        None, "Add the pad, eos, bos and unk tokens that are missing; by default as in 2023, but not with --lora_r."
+        None,
+        "Add the pad, eos, bos and unk tokens that are missing. By default it does, as in 2023, but not with --lora_r.",
     )
 
 
@@ -84,8 +81,10 @@ class DataArguments:
         "the datasets library, or a hub id.",
     )
     eval_data_path: str | None = flag(None, "Rows to evaluate on when --eval_strategy is steps or epoch.")
-    data_split: str = flag("train", "Split of a hub dataset or a datasets folder, e.g. train or train[:1000].")
-    prompt_template: str | None = flag(None, "JSON with prompt_input and prompt_no_input; else Alpaca's two prompts.")
+    data_split: str = flag("train", "Split of a hub dataset or a datasets folder, such as train or train[:1000].")
+    prompt_template: str | None = flag(
+        None, "JSON file with prompt_input and prompt_no_input; omit it for Alpaca's two prompts."
+    )
     prompt_boundary: str = flag(
         "stanford",
         "stanford: prompt and answer are tokenized as one text; an answer whose first character merges with the "
@@ -93,9 +92,11 @@ class DataArguments:
         choices=["stanford", "split"],
     )
     guanaco_turns: str = flag(
-        "first", "Of a conversation: its first pair, or all, each with what came before.", choices=["first", "all"]
+        "first",
+        "Pairs of a conversation that become rows: the first, or all, each with what came before.",
+        choices=["first", "all"],
     )
-    backward: bool = flag(False, "Learn the instruction (and input) from the output, with a prompt for that.")
+    backward: bool = flag(False, "Learn the instruction, with its input, from the output, with a prompt for that.")
 
     def check(self) -> None:
         """Raise UsageError without rows to train on; called for a command line."""
@@ -108,7 +109,7 @@ class DataArguments:
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     _argument_group_name = "training (ours first, then every flag of transformers.TrainingArguments)"
-    cache_dir: str | None = flag(None, "Where downloads and tokenized data are kept.")
+    cache_dir: str | None = flag(None, "Folder for downloads and tokenized data.")
     model_max_length: int = flag(512, "Maximum sequence length in tokens. Longer rows are cut on the right.")
     batching: str = flag(
         "packed",
@@ -118,7 +119,7 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     max_tokens_per_pack: str = flag(
         "auto",
-        "Tokens that a pack has at most (a longer row makes its own); auto: as many as the memory forecast allows.",
+        "Most tokens of a pack; a longer row makes its own. auto takes as many as the memory estimate allows.",
     )
     share_prefix: bool = flag(
         True, "Compute the template's beginning, which rows of a pack have in common, once per pack."
@@ -126,19 +127,16 @@ class TrainingArguments(transformers.TrainingArguments):
     gradient_checkpointing: bool | None = flag(
         None,
         "Compute activations again in the backward pass: slower, far less memory. By default only where the memory "
-        "forecast asks for it.",
+        "estimate asks for it.",
         nargs="?",
         const=True,
     )
     hold_gradients: bool | None = flag(
-        None,
-        "Under FSDP: reduce gradients once a step, not after every pack. By default if the memory forecast has room.",
-        nargs="?",
-        const=True,
+        None, "Under FSDP, reduce gradients once a step and not after every pack.", nargs="?", const=True
     )
     save_dtype: str = flag(
         "float32",
-        "Of the final model. bfloat16 halves it, right before publishing. Checkpoints stay float32.",
+        "Dtype of the final model. bfloat16 halves it, right before publishing. Checkpoints stay float32.",
         choices=["float32", "bfloat16", "float16"],
     )
     loss_normalization: str | None = flag(
@@ -168,7 +166,7 @@ class TrainingArguments(transformers.TrainingArguments):
         recompute = self.activation_checkpointing = self.gradient_checkpointing if new_name is None else new_name
         super().__post_init__()
         self.gradient_checkpointing = recompute  # None, which transformers makes False: check_before_loading decides
-        self.logging_nan_inf_filter = False  # it would wait for the device in every step; the black box looks anyway
+        self.logging_nan_inf_filter = False  # it would wait for the device in every step; NonFiniteGuard looks anyway
         if self.fsdp and (policy := fsdp.mixed_precision_policy(self.mixed_precision)):
             self.fsdp_plugin_args["mixed_precision_policy"] = policy
         if self.deepspeed:
@@ -176,7 +174,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
 
 def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, LoraArguments, TrainingArguments]:
-    """The dataclasses from a command line of 2023 or of today; see alpaca/training/legacy_flags.py."""
+    """Return the dataclasses of a command line of 2023 or of today; see alpaca/training/legacy_flags.py."""
     classes = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
     (model_args, data_args, lora_args, training_args), notes = parse(
         argv,
@@ -185,7 +183,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Lor
         "train.py",
         translate=legacy_flags.translate_legacy_flags,
         adapt=legacy_flags.adapt,
-        hidden=legacy_flags.HIDDEN,
+        hidden={*legacy_flags.HIDDEN, "hold_gradients"},  # the memory estimate decides it
     )
     check_lora(lora_args, training_args)
     if model_args.add_missing_tokens is None:
@@ -260,11 +258,8 @@ class SupervisedDataset(Dataset):
         tokens = cached_tokens(key, lambda: preprocess(sources, targets, tokenizer, prompt_boundary), cache_dir)
         self.input_ids, self.labels = tokens["input_ids"], tokens["labels"]  # lists of (length,) int64 tensors
         self.lengths, self.num_targets = tokens["lengths"], tokens["num_targets"]  # (rows,) int64 arrays
-        self.data_fingerprint, self.templates, self.template_fingerprint = (
-            data.fingerprint(),
-            templates,
-            fingerprint(templates),
-        )
+        self.templates = templates
+        self.data_fingerprint, self.template_fingerprint = data.fingerprint(), fingerprint(templates)
         self.report = report(data_path, tokens, text_problems(rows, templates, control_tokens(tokenizer)), data)
 
     def __len__(self) -> int:
@@ -276,7 +271,7 @@ class SupervisedDataset(Dataset):
 
 @dataclass
 class DataCollatorForSupervisedDataset:
-    """Pads rows on the right to the longest:
+    """Pad rows on the right to the longest:
 
         input_ids       [[5, 6, 7], [8]]  ->  [[5, 6, 7], [8, pad, pad]]
         labels          [[-, 6, 7], [8]]  ->  [[-, 6, 7], [8, -, -]]         - is IGNORE_INDEX
@@ -304,7 +299,7 @@ class DataCollatorForSupervisedDataset:
 def make_supervised_data_module(
     tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, cache_dir: str | None = None
 ) -> dict[str, Any]:
-    """train_dataset, eval_dataset (None without --eval_data_path) and data_collator, as the Trainer takes them.
+    """Return train_dataset, eval_dataset (None without --eval_data_path) and data_collator, as the Trainer takes them.
     `data_args` may be any object with a data_path; what else it lacks is as by default."""
     data_args = DataArguments(
         **{field.name: getattr(data_args, field.name, field.default) for field in fields(DataArguments)}
@@ -339,7 +334,14 @@ def smart_tokenizer_and_embedding_resize(
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv` (default: this process's)."""
-    model_args, data_args, lora_args, training_args = parse_flags(sys.argv[1:] if argv is None else argv)
+    run(*parse_flags(sys.argv[1:] if argv is None else argv))
+
+
+@names_flags
+def run(
+    model_args: ModelArguments, data_args: DataArguments, lora_args: LoraArguments, training_args: TrainingArguments
+) -> None:
+    """Train as the flags say."""
     hide_progress_bars(training_args)
     transformers.set_seed(training_args.seed)
     check_evaluation(training_args, data_args.eval_data_path)
@@ -348,36 +350,28 @@ def train(argv: Sequence[str] | None = None) -> None:
     check_is_model(model_args.model_name_or_path)
     tokenizer, num_new_tokens = load_tokenizer(model_args, training_args)
     data_module = make_supervised_data_module(tokenizer, data_args, training_args.cache_dir)
-    for dataset in filter(None, (data_module["train_dataset"], data_module["eval_dataset"])):
-        print_rank0(str(dataset.report), training_args.process_index)
-
     set_chat_template(tokenizer, data_module["train_dataset"].templates, training_args.process_index)
-    keep_decisions(training_args, checkpoint)
-    contract = describe_run(training_args, model_args, data_args, lora_args, data_module["train_dataset"], tokenizer)
-    if check_not_finished(training_args, contract, checkpoint):
+    run_fingerprint = prepare_run(model_args, data_args, lora_args, training_args, tokenizer, data_module, checkpoint)
+    if run_fingerprint is None:
         return shutdown()
-    check_contract(training_args, contract, checkpoint)
 
-    config = load_config(model_args, training_args, None if lora_args else checkpoint)
-    check_before_loading(training_args, config, data_module, checkpoint, lora_args)
-    note_decisions(training_args, contract)
     model = make_model(model_args, training_args, lora_args, tokenizer, num_new_tokens, checkpoint)
     trainer = AlpacaTrainer(
         model=model,
         processing_class=to_save(tokenizer),
         args=training_args,
-        contract=contract,
+        run_fingerprint=run_fingerprint,
         flags={**vars(model_args), **vars(data_args)},
         slow_files=base_slow_files(tokenizer, training_args),
         **data_module,
     )
-    mark_started(training_args, contract)
+    mark_started(training_args, run_fingerprint)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.was_stopped_early():
         return shutdown()
-    trainer.save_final_model(getattr(torch, training_args.save_dtype))
+    trainer.save_final_model()
     trainer.create_model_card()
-    mark_finished(training_args, contract)
+    mark_finished(training_args, run_fingerprint)
     print_rank0(f"saved to {training_args.output_dir}", training_args.process_index)
     shutdown()
 

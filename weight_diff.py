@@ -110,7 +110,7 @@ def recover(
         device: cpu or cuda, where the recovered model is loaded to.
         test_inference: load the recovered model and let it answer a question (2023: by default).
         check_integrity_naively: 2023's check, the sum of the weights of Alpaca-7B; True makes another sum an error, not
-            given it is told, for diffs in the format of 2023.
+            given the sum is printed, for diffs in the format of 2023.
         dtype: float32, float16 or bfloat16 for the recovered weights; not given, the tuned model's (2023: float32).
         max_shard_size: largest size of one file.
         overwrite: replace path_tuned if it is a checkpoint or a diff.
@@ -154,7 +154,7 @@ def verify(path_diff: str, path_tuned: str, path_raw: str | None = None, digest:
             diff = ExactDiff(folder, digest)
             with Pipeline(tuned.nbytes, "verify") as pipe:
                 diff.verify(pipe, tuned)
-            print(f"proved: {path_tuned} is {diff.told}", flush=True)
+            print(f"proved: {path_tuned} is {diff.summary}", flush=True)
             if path_raw is not None:
                 _recover(path_raw, path_diff, digest=digest)
         elif path_raw is None:
@@ -184,7 +184,7 @@ def _recover(
     digest: str | None = None,
     load: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase] | None":
-    """`recover`, which loads the model only if it is to answer or to be returned."""
+    """Do what `recover` does, but load the model only if it is to answer or to be returned."""
     dtype = str(dtype).removeprefix("torch.") if dtype is not None else None
     check_device(device)
     _check_choice("dtype", dtype, (None, *FLOATS))
@@ -230,12 +230,12 @@ def _sum_lines(naive: NaiveSum | None, required: bool) -> list[str]:
 def _verdict(
     diff: ExactDiff | FloatDiff, path_raw: str, path_diff: str, path_tuned: str | None, dtype: str | None
 ) -> str:
-    """The last line: what is known now."""
+    """Return the last line: what is known now."""
     if path_tuned is None:
-        return f"{diff.verdict}: {path_raw} and {path_diff} give {diff.told}; nothing was written"
+        return f"{diff.verdict}: {path_raw} and {path_diff} give {diff.summary}; nothing was written"
     if dtype is None:
-        return f"{diff.verdict}: {path_tuned} is {diff.told}"
-    return f"{diff.verdict}: {path_raw} and {path_diff} give {diff.told}; {path_tuned} is that, cast to {dtype}"
+        return f"{diff.verdict}: {path_tuned} is {diff.summary}"
+    return f"{diff.verdict}: {path_raw} and {path_diff} give {diff.summary}; {path_tuned} is that, cast to {dtype}"
 
 
 def _load(
@@ -246,7 +246,7 @@ def _load(
     dtype: torch.dtype | None,
     test_inference: bool,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The recovered model, from its folder or from memory, and its tokenizer."""
+    """Load the recovered model, from its folder or from memory, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
     from alpaca.data.tokenizer import open_tokenizer
@@ -273,7 +273,7 @@ def _check_choice(name: str, value: str | None, choices: Iterable[str | None]) -
 
 
 def main() -> None:
-    """The command line: recover without the model that it returns from Python."""
+    """Run the command line: recover without the model that it returns from Python."""
 
     @functools.wraps(recover)
     def command(*values: Any, **flags: Any) -> None:

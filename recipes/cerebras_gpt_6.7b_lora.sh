@@ -4,35 +4,16 @@
 # prompts of cerebras_prompt.json: two empty lines before the first heading, one after each, no "paired with an
 # input". Whether white space follows "### Response:" it does not show; here none does. Ours: warmup, cosine, bf16.
 # MODEL, DATA, OUTPUT, NPROC and PORT replace the defaults; further flags go to train.py. Paths: from the repository.
-set -euo pipefail
-cd "$(dirname "$0")/.."
+MODEL=${MODEL:-cerebras/Cerebras-GPT-6.7B}
+DATA=${DATA:-yahma/alpaca-cleaned}
+OUTPUT=${OUTPUT:-output/cerebras-gpt-6.7b-alpaca-lora}
 NPROC=${NPROC:-1}
-ACCUMULATION=$((128 / (4 * NPROC))) # batch 128 on any number of processes that divides it
+BATCH=128
+PER_DEVICE=4
+source "$(dirname "$0")/common.sh"
 
-torchrun --nproc_per_node="$NPROC" --master_port="${PORT:-29500}" train.py \
-    --model_name_or_path "${MODEL:-cerebras/Cerebras-GPT-6.7B}" \
-    --data_path "${DATA:-yahma/alpaca-cleaned}" \
-    --prompt_template recipes/cerebras_prompt.json \
-    --load_in_8bit True \
-    --lora_r 4 \
-    --lora_alpha 16 \
-    --lora_dropout 0.05 \
-    --lora_target_modules c_attn \
-    --pad_token '!' \
-    --bf16 True \
-    --output_dir "${OUTPUT:-output/cerebras-gpt-6.7b-alpaca-lora}" \
-    --num_train_epochs 3 \
-    --per_device_train_batch_size 4 \
-    --per_device_eval_batch_size 4 \
-    --gradient_accumulation_steps "$ACCUMULATION" \
-    --evaluation_strategy "no" \
-    --save_strategy "steps" \
-    --save_steps 200 \
-    --save_total_limit 1 \
-    --learning_rate 2e-5 \
-    --weight_decay 0. \
-    --warmup_ratio 0.03 \
-    --lr_scheduler_type "cosine" \
-    --logging_steps 1 \
-    --tf32 True \
+train --load_in_8bit True --prompt_template recipes/cerebras_prompt.json --pad_token '!' \
+    --lora_r 4 --lora_alpha 16 --lora_dropout 0.05 --lora_target_modules c_attn \
+    --learning_rate 2e-5 --num_train_epochs 3 --model_max_length 512 --save_steps 200 \
+    "${COSINE[@]}" \
     "$@"

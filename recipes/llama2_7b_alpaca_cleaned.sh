@@ -1,30 +1,15 @@
 #!/usr/bin/env bash
 # Llama-2-7b-alpaca-cleaned: Stanford's flags on the cleaned Alpaca data.
 # MODEL, DATA, OUTPUT, NPROC and PORT replace the defaults; further flags go to train.py. Paths: from the repository.
-set -euo pipefail
-cd "$(dirname "$0")/.."
+MODEL=${MODEL:-meta-llama/Llama-2-7b-hf}
+DATA=${DATA:-yahma/alpaca-cleaned}
+OUTPUT=${OUTPUT:-output/llama-2-7b-alpaca-cleaned}
 NPROC=${NPROC:-4}
-ACCUMULATION=$((128 / (4 * NPROC))) # batch 128 on any number of processes that divides it
+BATCH=128
+PER_DEVICE=4
+source "$(dirname "$0")/common.sh"
 
-torchrun --nproc_per_node="$NPROC" --master_port="${PORT:-29500}" train.py \
-    --model_name_or_path "${MODEL:-meta-llama/Llama-2-7b-hf}" \
-    --data_path "${DATA:-yahma/alpaca-cleaned}" \
-    --bf16 True \
-    --output_dir "${OUTPUT:-output/llama-2-7b-alpaca-cleaned}" \
-    --num_train_epochs 3 \
-    --per_device_train_batch_size 4 \
-    --per_device_eval_batch_size 4 \
-    --gradient_accumulation_steps "$ACCUMULATION" \
-    --evaluation_strategy "no" \
-    --save_strategy "steps" \
-    --save_steps 2000 \
-    --save_total_limit 1 \
-    --learning_rate 2e-5 \
-    --weight_decay 0. \
-    --warmup_ratio 0.03 \
-    --lr_scheduler_type "cosine" \
-    --logging_steps 1 \
-    --fsdp "full_shard auto_wrap" \
-    --fsdp_transformer_layer_cls_to_wrap 'LlamaDecoderLayer' \
-    --tf32 True \
+train --learning_rate 2e-5 --num_train_epochs 3 --model_max_length 512 --save_steps 2000 \
+    "${COSINE[@]}" \
+    "${FULL_SHARD[@]}" LlamaDecoderLayer \
     "$@"

@@ -7,34 +7,19 @@
 # MODEL, DATA and OUTPUT must name the same files on both: OUTPUT is one folder that they share. Parameters are sharded
 # inside a node and replicated over the nodes, so that only gradients travel between them; FSDP="full_shard auto_wrap"
 # shards over all 16 GPUs instead. NNODES, NPROC and PORT replace the other defaults; further flags go to train.py.
-set -euo pipefail
-cd "$(dirname "$0")/.."
+MODEL=${MODEL:-huggyllama/llama-7b}
+DATA=${DATA:-./alpaca_data.json}
+OUTPUT=${OUTPUT:-output/alpaca-7b}
 NNODES=${NNODES:-2}
 NPROC=${NPROC:-8}
-ACCUMULATION=$((128 / (4 * NNODES * NPROC))) # batch 128 on any number of processes that divides it
+NODES="--nnodes=$NNODES --node_rank=${NODE_RANK:?0 on the first node, 1 on the second}"
+NODES="$NODES --master_addr=${MASTER_ADDR:?the address of the first node}"
+BATCH=128
+PER_DEVICE=4
+source "$(dirname "$0")/common.sh"
 
-torchrun --nnodes="$NNODES" --node_rank="${NODE_RANK:?0 on the first node, 1 on the second}" \
-    --nproc_per_node="$NPROC" --master_addr="${MASTER_ADDR:?the address of the first node}" \
-    --master_port="${PORT:-29500}" train.py \
-    --model_name_or_path "${MODEL:-huggyllama/llama-7b}" \
-    --data_path "${DATA:-./alpaca_data.json}" \
-    --bf16 True \
-    --output_dir "${OUTPUT:-output/alpaca-7b}" \
-    --num_train_epochs 3 \
-    --per_device_train_batch_size 4 \
-    --per_device_eval_batch_size 4 \
-    --gradient_accumulation_steps "$ACCUMULATION" \
-    --evaluation_strategy "no" \
-    --save_strategy "steps" \
-    --save_steps 200 \
-    --save_total_limit 1 \
-    --learning_rate 2e-5 \
-    --weight_decay 0. \
-    --warmup_ratio 0.03 \
-    --lr_scheduler_type "cosine" \
-    --logging_steps 1 \
-    --fsdp "${FSDP:-hybrid_shard auto_wrap}" \
-    --fsdp_transformer_layer_cls_to_wrap 'LlamaDecoderLayer' \
-    --tf32 True \
+train --learning_rate 2e-5 --num_train_epochs 3 --model_max_length 512 --save_steps 200 \
+    "${COSINE[@]}" \
+    --fsdp "${FSDP:-hybrid_shard auto_wrap}" --fsdp_transformer_layer_cls_to_wrap LlamaDecoderLayer \
     --resume_from_checkpoint True \
     "$@"

@@ -25,7 +25,7 @@ from alpaca.completions.api import Model, SamplingFlags
 from alpaca.completions.budget import Budget, BudgetFlags, estimate
 from alpaca.completions.rows import BatchCompletion, write_rows
 from alpaca.data.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, load_prompt_template
-from alpaca.data.rows import Row, load_named, load_rows, raw_rows
+from alpaca.data.rows import Row, load_rows, raw_rows
 from alpaca.datagen.backtranslation import Curation, inference_templates, mixed, pairs_of, rated_row, rating_prompt
 from alpaca.datagen.texts import Filters, load_texts
 from alpaca.inference.backend import BackendFlags, ModelBackend, PromptSet, fitting
@@ -258,7 +258,7 @@ def curate(
     refuse_overwriting_input(output_path, data_path, ratings_path)
     refuse_overwriting_input(ratings_path, data_path)
     if data_path is None:
-        curation = Curation(load_named(ratings_path, "--ratings_path", raw_rows), ratings_path)
+        curation = Curation(raw_rows(ratings_path), ratings_path)
     else:
         spent, rater = budget.budget(), ModelBackend(model, sampling.sampling(), backend, seed)
         if ratings > 1 and sampling.temperature == 0:
@@ -336,10 +336,10 @@ def mix(
         seed: of the shuffle.
     """
     refuse_overwriting_input(output_path, seed_path, augmented_path)
-    augmented = load_named(augmented_path, "--augmented_path") if augmented_path else []
+    augmented = load_rows(augmented_path) if augmented_path else []
     if any("ratings" in row for row in augmented):
         raise UsageError(f"--augmented_path {augmented_path}: has all rated pairs; give curate's --output_path")
-    rows, summary = mixed(load_named(seed_path, "--seed_path"), augmented, tags, seed)
+    rows, summary = mixed(load_rows(seed_path), augmented, tags, seed)
     print(summary)
     write_rows(output_path, rows)
     if tags:

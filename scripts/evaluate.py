@@ -22,7 +22,7 @@ from alpaca.completions.api import SamplingFlags
 from alpaca.completions.budget import BudgetFlags, estimate
 from alpaca.completions.rows import BatchCompletion, write_rows
 from alpaca.data.prompts import instruction_and_input
-from alpaca.data.rows import load_named, load_rows, partners
+from alpaca.data.rows import load_rows, partners
 from alpaca.evaluation.bleu_rouge import ROUGE, overlap, worst
 from alpaca.evaluation.harness import HarnessRun
 from alpaca.evaluation.judge import PROMPT, judge_prompt, read_preference, tally
@@ -205,11 +205,12 @@ def _verdict(entry: dict[str, Any], first: str) -> dict[str, Any]:
 
 def _pairs(outputs: str, reference: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the rows of `outputs`, and for each the one of `reference` with the same instruction."""
-    ours, others = load_named(outputs, "--data_path"), load_named(reference, "--reference_path")
+    ours, others = load_rows(outputs), load_rows(reference)
     places = partners(
         list(map(instruction_and_input, ours)),
         list(map(instruction_and_input, others)),
-        f"--reference_path {reference}: has no answer",
+        f"{reference}: has no answer",
+        reference,
     )
     if len(others) > len(ours):
         print(f"note: {len(others) - len(ours)} rows of {reference} have no answer in {outputs}", flush=True)
@@ -272,7 +273,7 @@ def backward(
     refuse_overwriting_input(output_path, data_path, reference_path)
     if show_worst < 0:
         raise UsageError(f"--show_worst {show_worst}: expected a number of rows, 0 or more")
-    rows = load_named(data_path, "--data_path")
+    rows = load_rows(data_path)
     true = _true_instructions(rows, data_path, reference_path)
     scores = overlap([row["output"] for row in rows], true, bleu_tokenizer)
     print("\n".join(_report(scores, rows, true, show_worst)))
@@ -307,11 +308,12 @@ def _report(scores: dict[str, Any], rows: list[dict[str, Any]], true: list[str],
 
 def _true_instructions(rows: list[dict[str, Any]], data_path: str, reference: str | None) -> list[str]:
     if reference is not None:
-        known = load_named(reference, "--reference_path")
+        known = load_rows(reference)
         places = partners(
             [row["instruction"] for row in rows],
             [row["output"] for row in known],
-            f"--reference_path {reference}: has no row whose output is the text asked with",
+            f"{reference}: has no row whose output is the text asked with",
+            reference,
         )
         return [instruction_and_input(known[place]) for place in places]
     without = [number for number, row in enumerate(rows) if not isinstance(row.get("reference"), str)]

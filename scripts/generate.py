@@ -92,6 +92,12 @@ class GenerateArguments(AnswerFlags):
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     (options,), _ = arguments.parse(argv, (GenerateArguments,), __doc__, program="scripts.generate")
+    generate(options)
+
+
+@names_flags
+def generate(options: GenerateArguments) -> None:
+    """Answer the rows of a file, or talk at the terminal."""
     rows = load_rows(options.data_path, options.data_split, answered=options.backward) if options.data_path else []
     if options.backward:
         rows = [{"instruction": row["output"], "reference": instruction_and_input(row)} for row in rows]
@@ -102,7 +108,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         answer_file(rows, model, templates, options)
 
 
-@names_flags
 def opened(options: GenerateArguments) -> tuple["LocalModel", Mapping[str, str]]:
     """Return the model, and the prompts to ask it with."""
     templates = load_prompt_template(options.prompt_template) if options.prompt_template else None
@@ -119,7 +124,6 @@ def opened(options: GenerateArguments) -> tuple["LocalModel", Mapping[str, str]]
     return model, templates or model.templates
 
 
-@names_flags
 def answer_file(
     rows: Sequence[Row], model: "LocalModel", templates: Mapping[str, str], options: GenerateArguments
 ) -> None:

@@ -20,14 +20,17 @@ from transformers import PreTrainedTokenizerBase
 
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
-from alpaca.common.errors import UsageError, reported
+from alpaca.common.errors import UsageError, names_flags, reported
 from alpaca.data.report import PROBLEMS
 from alpaca.data.tokenization import IGNORE_INDEX
 from alpaca.models.load import load_tokenizer
 from alpaca.training.preflight import check_is_model
 from train import DataArguments, ModelArguments, SupervisedDataset, make_supervised_data_module
 
-DIM, GREEN, REVERSED, RESET = "\033[2m", "\033[32m", "\033[7m", "\033[0m"
+DIM = "\033[2m"
+GREEN = "\033[32m"
+REVERSED = "\033[7m"
+RESET = "\033[0m"
 
 
 @dataclass
@@ -36,18 +39,23 @@ class InspectArguments:
     rows: list[int] = field(default_factory=list, metadata={"help": "Numbers of rows to show, from 0."})
     problem: str | None = flag(None, "Show the first rows with this problem.", choices=[None, *PROBLEMS])
     limit: int = flag(5, "How many rows --problem shows.")
-    model_max_length: int = flag(512, "As for train.py.")
-    cache_dir: str | None = flag(None, "As for train.py.")
-    color: str = flag("auto", "When to colour.", choices=["auto", "always", "never"])
+    model_max_length: int = flag(512, "Maximum sequence length in tokens, as in train.py.")
+    cache_dir: str | None = flag(None, "Folder for downloads and tokenized data, as in train.py.")
+    color: str = flag("auto", "When to use colour.", choices=["auto", "always", "never"])
 
     process_index = 0  # what train.py's functions ask for
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report and the rows of the command line `argv`; returns the exit code."""
+    """Print the report and the rows of the command line `argv`. Return the exit code."""
     classes = (ModelArguments, DataArguments, InspectArguments)
     argv = sys.argv[1:] if argv is None else argv
-    (model_args, data_args, options), _ = arguments.parse(argv, classes, __doc__, program="scripts.inspect_data")
+    flags, _ = arguments.parse(argv, classes, __doc__, program="scripts.inspect_data")
+    return inspect_data(*flags)
+
+
+@names_flags
+def inspect_data(model_args: ModelArguments, data_args: DataArguments, options: InspectArguments) -> int:
     check_is_model(model_args.model_name_or_path)
     tokenizer, _ = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)
@@ -63,11 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show_rows(dataset: SupervisedDataset, tokenizer: PreTrainedTokenizerBase, options: InspectArguments) -> None:
-    """The rows asked for, by their number in the file, every token with its label."""
-    numbers, places, problems = list(options.rows), dataset.report.numbers, dataset.report.problems
+    """Print the rows asked for, by their number in the file, every token with its label."""
+    numbers = list(options.rows)
+    places, problems = dataset.report.numbers, dataset.report.problems
     last = max(places + problems["no_pair"])
     if wrong := [number for number in numbers if not 0 <= number <= last]:
-        raise UsageError(f"--rows {wrong[0]}: the data has rows 0 to {last}")
+        raise UsageError(f"--rows {wrong[0]}: the data has {f'rows 0 to {last}' if last else 'row 0 only'}")
     if options.problem:
         numbers += list(dict.fromkeys(problems[options.problem]))[: options.limit]
     colored = options.color == "always" or (
@@ -87,12 +96,12 @@ def show_row(
 ) -> None:
     ids, labels = row["input_ids"].tolist(), row["labels"].tolist()
     learned = sum(label != IGNORE_INDEX for label in labels)
-    print(f"\n{name}: {len(ids)} tokens, {learned} to learn" + f" | {problems}" * bool(problems))
+    print(f"\n{name}: {len(ids)} tokens, {learned} to learn" + (f" | {problems}" if problems else ""))
     print(colored_row(ids, labels, tokenizer) if colored else plain_row(ids, labels, tokenizer))
 
 
 def pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The vocabulary's own spelling, which shows spaces and bytes: "▁The", "<0x0A>"."""
+    """Return the tokens in the vocabulary's own spelling, which shows spaces and bytes: "▁The", "<0x0A>"."""
     return tokenizer.convert_ids_to_tokens(list(ids))
 
 
@@ -100,7 +109,7 @@ def colored_row(ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrained
     control = set(tokenizer.all_special_ids)
     parts = []
     for id, label, piece in zip(ids, labels, pieces(ids, tokenizer)):
-        color = (DIM if label == IGNORE_INDEX else GREEN) + REVERSED * (id in control)
+        color = (DIM if label == IGNORE_INDEX else GREEN) + (REVERSED if id in control else "")
         parts.append(f"{color}{piece}{RESET}")
     return " ".join(parts)
 

@@ -18,6 +18,7 @@ from alpaca.common.errors import format_bytes, names_flags, reported
 from alpaca.common.files import new_folder
 from alpaca.data.tokenizer import copy_slow_files
 from alpaca.weights.merge_lora import Adapter, Merged
+from alpaca.weights.provenance import base_of_adapter
 from alpaca.weights.reader import open_weights
 from alpaca.weights.writer import FLOATS, Pipeline, plan_shards, write_model
 
@@ -46,7 +47,7 @@ def merge_lora(
     """
     plan_shards([], "model", max_shard_size)
     opened = Adapter(adapter)
-    with opened.weights, open_weights(base or opened.base_folder()) as weights:
+    with opened.weights, open_weights(base or base_of_adapter(opened.folder)) as weights:
         merged = Merged(weights, opened, FLOATS[dtype] if dtype else None)
         for line in merged.notes():
             print(line, flush=True)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from alpaca.common import arguments
 from alpaca.common.commands import check_numbers, flag
-from alpaca.common.errors import UsageError, reported
+from alpaca.common.errors import UsageError, names_flags, reported
 from alpaca.common.files import atomic_write
 from alpaca.data.rows import load_rows
 from alpaca.datagen.sunburst import Sunburst, draw, lay_out
@@ -66,6 +66,12 @@ class Diversity:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     (options,), _ = arguments.parse(argv, (DiversityArguments,), __doc__, "scripts.plot_diversity", aliases=RENAMED)
+    plot_diversity(options)
+
+
+@names_flags
+def plot_diversity(options: DiversityArguments) -> None:
+    """Count, draw and save."""
     if not options.data_path:
         raise UsageError("--data_path is missing: a file with instructions, such as seed_tasks.jsonl or regen.json")
     output = Path(options.output_path)

@@ -100,17 +100,21 @@ def fork(script: str, words: list[str], processes: int = 0, check=True, env=None
 
 def recipe(name: str, more: list[str], env: dict, real: bool):
     """Run a script of recipes/, whose torchrun is `real` or notes what it is called with, for forked ranks."""
-    command = ["bash", ROOT / "recipes" / name, *more]
     if real:
-        return run(command, env=env)
+        return run(["bash", ROOT / "recipes" / name, *more], env=env)
+    processes, port, script, *words = recipe_words(name, more, env)
+    assert (processes, port) == (f"--nproc_per_node={env['NPROC']}", f"--master_port={env['PORT']}")
+    return fork(script, words, int(env["NPROC"]))
+
+
+def recipe_words(name: str, more: list[str], env: dict) -> list[str]:
+    """What a script of recipes/ calls torchrun with."""
     with tempfile.TemporaryDirectory() as folder:
         torchrun = Path(folder) / "torchrun"
         torchrun.write_text('#!/bin/sh\nprintf "%s\\0" "$@" > "$0.words"\n')
         torchrun.chmod(0o755)
-        run(command, env={**env, "PATH": f"{folder}:{os.environ['PATH']}"})
-        processes, port, script, *words = Path(f"{torchrun}.words").read_text().split("\0")[:-1]
-    assert (processes, port) == (f"--nproc_per_node={env['NPROC']}", f"--master_port={env['PORT']}")
-    return fork(script, words, int(env["NPROC"]))
+        run(["bash", ROOT / "recipes" / name, *more], env={**env, "PATH": f"{folder}:{os.environ['PATH']}"})
+        return Path(f"{torchrun}.words").read_text().split("\0")[:-1]
 
 
 @functools.cache

@@ -48,7 +48,10 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 
 
 def refuse_overwriting_input(output: str | Path, *inputs: str | Path | None) -> None:
-    """Raise InputError if the file to be written is one of those that are read."""
+    """Raise InputError if the file to be written is one of those that are read, or would lie below a file."""
+    existing = next(folder for folder in Path(output).absolute().parents if folder.exists())
+    if not existing.is_dir():
+        raise InputError(f"{output}: cannot be written ({existing} is a file)", output)
     for path in inputs:
         if path is not None and os.path.exists(path) and os.path.exists(output) and os.path.samefile(path, output):
             raise InputError(f"{output}: is also read from and would be lost; choose another file", output)
@@ -124,7 +127,7 @@ def lock(handle: int, path: str | Path) -> bool:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space on the disk of `folder`, or of its first parent that exists."""
+    """Return the free space on the disk of `folder`, or of its first parent that exists."""
     folder = folder.resolve()
     while not folder.exists():
         folder = folder.parent

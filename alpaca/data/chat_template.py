@@ -87,7 +87,8 @@ def set_chat_template(tokenizer: "PreTrainedTokenizerBase", templates: Mapping[s
 
 
 def chat_template(tokenizer: "PreTrainedTokenizerBase", templates: Mapping[str, str]) -> str | None:
-    """The Jinja text, proved on a few prompts: they have the ids of the training. None: there is no such text."""
+    """Return the Jinja text, proved on a few prompts: they have the ids of the training. None: there is no such
+    text."""
     rows = [{"instruction": start + "Say it.", "input": text} for start in ("", " ", "\n") for text in ("", "a", " a")]
     for space in SPACES:
         try:
@@ -113,8 +114,8 @@ def _written(tokenizer: "PreTrainedTokenizerBase", templates: Mapping[str, str],
 
 
 def separator(template: str) -> str:
-    """What stands between {instruction} and {input}; "" where a message cannot be split there: they are in another
-    order, or what is between them has no letter and would be found anywhere."""
+    """Return what stands between {instruction} and {input}; "" where a message cannot be split there: they are in
+    another order, or what is between them has no letter and would be found anywhere."""
     fields = [field for _, field, *_ in Formatter().parse(template) if field]
     if fields != ["instruction", "input"]:
         return ""
@@ -123,7 +124,7 @@ def separator(template: str) -> str:
 
 
 def _expression(template: str) -> str:
-    """`Do {instruction}!` in Jinja: "Do " ~ instruction ~ "!"."""
+    """Return `Do {instruction}!` in Jinja: "Do " ~ instruction ~ "!"."""
     parts = []
     for text, field, spec, conversion in Formatter().parse(template):
         parts.append(_string(text))
@@ -135,12 +136,13 @@ def _expression(template: str) -> str:
 
 
 def _string(text: str) -> str:
-    """A Jinja string is read as Python's; characters beyond 16 bits, which JSON would escape in halves, stay."""
+    """Return a Jinja string. It is read as Python's; characters beyond 16 bits, which JSON would escape in halves,
+    stay."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """What the tokenizer itself puts before and behind a text."""
+    """Return the ids that the tokenizer itself puts before and behind a text."""
     alone, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     start = next(n for n in range(len(whole)) if whole[n : n + len(alone)] == alone)
     return whole[:start], whole[start + len(alone) :]
@@ -154,6 +156,7 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, str], template:
 def _trained_ids(
     tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, str], templates: Mapping[str, str]
 ) -> list[int]:
-    """Without a token that is put behind every text: the answer stands there."""
+    """Return the ids of the prompt in training, without a token that is put behind every text: the answer stands
+    there."""
     ids, (_, behind) = tokenizer(format_prompt(row, templates))["input_ids"], _special_ids(tokenizer)
     return ids[: len(ids) - len(behind)]

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import InputError
 from alpaca.common.files import atomic_write
 
 PROMPT_DICT = {
@@ -40,25 +40,26 @@ TEMPLATE_FILE = "prompt_template.json"  # in a model's folder: the templates it 
 
 
 def format_prompt(example: Mapping[str, Any], templates: Mapping[str, str] = PROMPT_DICT) -> str:
-    """The prompt of one row. `input` missing, None or "" selects `prompt_no_input`; a blank " " counts as input,
+    """Return the prompt of one row. `input` missing, None or "" selects `prompt_no_input`; a blank " " counts as input,
     as in the original."""
     name = "prompt_input" if example.get("input") else "prompt_no_input"
     return templates[name].format_map(example)
 
 
 def instruction_and_input(row: Mapping[str, Any]) -> str:
-    """The instruction of a row as one text, its input after an empty line."""
+    """Return the instruction of a row as one text, its input after an empty line."""
     return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
 
 
 def backward_row(row: Mapping[str, Any]) -> dict[str, str]:
-    """A row of instruction backtranslation (arXiv 2308.06259): what is asked with is the output, and what is to be
-    learned the instruction, with its input after an empty line."""
+    """Return a row of instruction backtranslation (arXiv 2308.06259): the output is what is asked with, and what is
+    learned is the instruction, with its input after an empty line."""
     return {"instruction": row["output"], "output": instruction_and_input(row)}
 
 
 def backward_prompt(text: str, templates: Mapping[str, str] = BACKWARD_PROMPT_DICT) -> str:
-    """What a backward model is asked for the instruction that `text` answers: its prompt in training, byte for byte."""
+    """Return what a backward model is asked for the instruction that `text` answers: its prompt in training, byte for
+    byte."""
     return format_prompt({"instruction": text}, templates)
 
 
@@ -66,33 +67,34 @@ def load_prompt_template(path: str | Path | None, backward: bool = False) -> Map
     """Read `prompt_input` and `prompt_no_input` from a JSON file; None gives Alpaca's own or BACKWARD_PROMPT_DICT.
 
     Raises:
-        UsageError: the file is missing or malformed, a template is absent, or its placeholders are wrong.
+        InputError: the file is missing or malformed, a template is absent, or its placeholders are wrong.
     """
     if path is None:
         return BACKWARD_PROMPT_DICT if backward else PROMPT_DICT
     try:
         templates = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise UsageError(f"--prompt_template {path}: cannot be read as JSON ({error})") from error
+        raise InputError(f"{path}: cannot be read as JSON ({error})", path) from error
     if not isinstance(templates, dict):
-        raise UsageError(f"--prompt_template {path}: expected a JSON object, got {type(templates).__name__}")
+        raise InputError(f"{path}: expected a JSON object, got {type(templates).__name__}", path)
     for name, fields in (("prompt_input", {"instruction", "input"}), ("prompt_no_input", {"instruction"})):
         if not isinstance(templates.get(name), str):
-            raise UsageError(f"--prompt_template {path}: needs a text under {name!r}, found keys {sorted(templates)}")
+            raise InputError(f"{path}: needs a text under {name!r}, found keys {sorted(templates)}", path)
         try:
             templates[name].format_map(dict.fromkeys(fields, ""))
         except (KeyError, ValueError, IndexError) as error:
-            raise UsageError(
-                f"--prompt_template {path}: {name} may use only {sorted(fields)} in braces, a literal brace is written "
-                f"twice (got {error!r})"
+            raise InputError(
+                f"{path}: {name} may use only {sorted(fields)} in braces, a literal brace is written twice "
+                f"(got {error!r})",
+                path,
             ) from error
         if unused := [field for field in sorted(fields) if "{" + field not in templates[name]]:
-            raise UsageError(f"--prompt_template {path}: {name} never uses {{{unused[0]}}}")
+            raise InputError(f"{path}: {name} never uses {{{unused[0]}}}", path)
     return templates
 
 
 def templates_of(folder: str | Path) -> Mapping[str, str]:
-    """The templates that the model in `folder` was trained with; Alpaca's own where it holds none."""
+    """Return the templates that the model in `folder` was trained with; Alpaca's own where it holds none."""
     path = Path(folder) / TEMPLATE_FILE
     return load_prompt_template(path if path.is_file() else None)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import InputError
 from alpaca.data.rows import Data, Row
 from alpaca.data.tokenization import Tokens
 
@@ -27,7 +27,7 @@ PROBLEMS = {
         "the answer's first character merges with the prompt's last token and is masked with it, as in 2023",
         "--prompt_boundary split tokenizes the two apart",
     ),
-    "empty_answer": Problem("the answer is empty", "the model learns to say nothing", 0.01),
+    "empty_answer": Problem("the answer is empty", "the model learns empty answers", 0.01),
     "control_text": Problem("text of a control token such as </s> in a field", "it is taken as plain text", 0.01),
     "template_text": Problem(
         "text of the prompt template such as ### Response: in a field",
@@ -46,7 +46,7 @@ PROBLEMS = {
 
 @dataclass
 class DataReport:
-    """Sizes in tokens; `numbers`: of each row; `problems`: row numbers per name of PROBLEMS."""
+    """What is known of the rows: sizes in tokens, the `numbers` of rows, and row numbers per name of PROBLEMS."""
 
     name: str
     lengths: list[int]
@@ -72,7 +72,7 @@ class DataReport:
         return "\n".join(lines)
 
     def spoiled_by(self) -> list[str]:
-        """One line per problem that more rows have than is tolerated."""
+        """Return one line per problem that more rows have than is tolerated."""
         return [
             f"{name}: {_rows(len(rows))} of {len(self.lengths):,} ({len(rows) / len(self.lengths):.1%}), "
             f"tolerated are {PROBLEMS[name].tolerated:.0%}: {PROBLEMS[name].advice}"
@@ -82,14 +82,15 @@ class DataReport:
 
 
 def _rows(count: int) -> str:
-    return f"{count:,} row" + "s" * (count != 1)
+    return "1 row" if count == 1 else f"{count:,} rows"
 
 
 def report(name: str, tokens: Tokens, texts: Mapping[str, list[int]], data: Data) -> DataReport:
-    """From the tokenized rows, the `text_problems` of the same rows, and what was noticed while reading them.
+    """Return what is known of the data `name`, from the tokenized rows, the `text_problems` of the same rows, and what
+    was noticed while reading them.
 
     Raises:
-        UsageError: no row has anything to learn.
+        InputError: no row has anything to learn.
     """
     lengths = tokens["lengths"].tolist()
     num_targets = int((tokens["lengths"] - tokens["masked"]).sum())
@@ -98,14 +99,14 @@ def report(name: str, tokens: Tokens, texts: Mapping[str, list[int]], data: Data
     problems = {problem: found.get(problem, []) for problem in PROBLEMS}
     whole = DataReport(name, lengths, num_targets, data.numbers, problems)
     if len(problems["nothing_to_learn"]) == len(lengths):
-        raise UsageError(f"--data_path {name}: no row has an answer left to learn within --model_max_length\n{whole}")
+        raise InputError(f"{name}: no row has an answer left to learn within the maximum length\n{whole}", name)
     return whole
 
 
 def text_problems(
     rows: Sequence[Row], templates: Mapping[str, str], control_tokens: Sequence[str]
 ) -> dict[str, list[int]]:
-    """The problems that can be seen without a tokenizer: row numbers per name."""
+    """Return the problems that can be seen without a tokenizer: row numbers per name."""
     headings = _headings(templates)
     in_template = any(token in template for token in control_tokens for template in templates.values())
     everything = "\0".join(value for row in rows for value in row.values() if isinstance(value, str))
@@ -132,8 +133,8 @@ def text_problems(
 
 
 def _headings(templates: Mapping[str, str]) -> set[str]:
-    """The fixed lines of the templates, which a row should not hold: "### Response:" and the like. Lines of a few
-    characters or without a letter could stand anywhere."""
+    """Return the fixed lines of the templates, which a row should not hold: "### Response:" and the like. Lines of a
+    few characters or without a letter could stand anywhere."""
     fixed = [text for template in templates.values() for text, *_ in Formatter().parse(template)]
     lines = {line.strip() for text in fixed for line in text.split("\n")}
     return {line for line in lines if len(line) >= 6 and re.search(r"\w", line)}

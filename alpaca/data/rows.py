@@ -9,12 +9,12 @@ import csv
 import json
 import re
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import InputError
 from alpaca.common.files import fingerprint
 from alpaca.data.prompts import backward_row
 
@@ -22,8 +22,8 @@ Row = dict[str, Any]
 
 DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
 ALPACA_DATA_HINT = (
-    "Stanford's 52k rows are on the hub: pass --data_path tatsu-lab/alpaca, or download alpaca_data.json from the "
-    "stanford_alpaca repository and pass its path"
+    "Stanford's 52k rows are on the hub: pass tatsu-lab/alpaca, or download alpaca_data.json from the stanford_alpaca "
+    "repository and pass its path"
 )
 # A turn begins wherever its marker stands: in Guanaco right behind the last character of the turn before, which may be
 # "C#". Any other ### is text, and so is a marker that ends a longer row of # at the start of a line (a heading).
@@ -44,10 +44,10 @@ class Data:
 
 
 def load_rows(data_path: str, split: str = "train", answered: bool = True) -> list[Row]:
-    """The rows of `read_data`; a line says if rows of the file are left out."""
+    """Return the rows of `read_data`. Print a line if rows of the file are left out."""
     data = read_data(data_path, split, answered=answered)
     if left_out := data.problems.get("no_pair"):
-        first = ", ".join(map(str, left_out[:5])) + ", ..." * (len(left_out) > 5)
+        first = ", ".join(map(str, left_out[:5])) + (", ..." if len(left_out) > 5 else "")
         print(f"{data_path}: rows left out, without a human turn and its answer: {len(left_out):,} ({first})")
     return data.rows
 
@@ -64,16 +64,18 @@ def read_data(
 
     Args:
         split: of a hub dataset or a saved dataset folder (`train`, `train[:1000]`); a file has one split.
-        guanaco_turns: which pairs of a conversation become rows, see `alpaca.data.rows.rows.parse_conversation`.
+        guanaco_turns: which pairs of a conversation become rows, see `parse_conversation`.
         backward: what a row is to learn is its instruction, from its output: see `alpaca.data.prompts.backward_row`.
         answered: a row without an output is an error.
 
     Raises:
-        UsageError: nothing is there, the file is malformed (line and column), empty, or a row has a missing field or a
+        InputError: nothing is there, the file is malformed (line and column), empty, or a row has a missing field or a
             wrong type (row number).
     """
     read = raw_rows(data_path, split, cache_dir)
-    rows, numbers, problems = [], [], {}
+    rows: list[Row] = []
+    numbers: list[int] = []
+    problems: dict[str, list[int]] = {}
     for number, row in enumerate(read):
         parts, found = parse_conversation(row["text"], guanaco_turns) if is_conversation(row) else (_instances(row), [])
         for part in parts:
@@ -87,15 +89,15 @@ def read_data(
         why = "holds no rows"
         if read and problems:
             why = f"none of its {len(read):,} rows has a turn `### Human: ...` with an answer `### Assistant: ...`"
-        raise UsageError(f"--data_path {data_path}: {why}")
+        raise InputError(f"{data_path}: {why}", data_path)
     return Data(rows, numbers, problems)
 
 
 def raw_rows(data_path: str, split: str = "train", cache_dir: str | None = None) -> list[Any]:
-    """What stands in the file, folder or hub dataset, unchecked.
+    """Return what stands in the file, folder or hub dataset, unchecked.
 
     Raises:
-        UsageError: nothing is there, or the file is malformed (line and column).
+        InputError: nothing is there, or the file is malformed (line and column).
     """
     path = Path(data_path)
     if path.is_file():
@@ -105,11 +107,11 @@ def raw_rows(data_path: str, split: str = "train", cache_dir: str | None = None)
     ):
         return _read_dataset(data_path, split, cache_dir)
     hint = f"\n{ALPACA_DATA_HINT}" if "alpaca" in path.name else ""
-    raise UsageError(f"--data_path {data_path}: no such file (looked in {path.parent.resolve()}){hint}")
+    raise InputError(f"{data_path}: no such file (looked in {path.parent.resolve()}){hint}", data_path)
 
 
 def _read_file(path: Path) -> Iterator[Row]:
-    """JSON and JSONL are told apart by content, so a JSON list under any name works."""
+    """Yield the rows of a file. JSON and JSONL are told apart by content, so a JSON list under any name works."""
     if path.suffix.lower() in (".csv", ".tsv", ".parquet"):
         return iter(_read_table(path))
     text = read_text(path)
@@ -117,13 +119,13 @@ def _read_file(path: Path) -> Iterator[Row]:
 
 
 def read_text(path: Path) -> str:
-    """A UTF-8 file, which is no git-lfs pointer."""
+    """Return the text of a UTF-8 file. Raise InputError for another encoding, or the pointer of git-lfs."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UsageError(f"--data_path {path}: is not UTF-8 (byte {error.start}); convert it first") from error
+        raise InputError(f"{path}: is not UTF-8 (byte {error.start}); convert it first", path) from error
     if text.startswith("version https://git-lfs"):
-        raise UsageError(f"--data_path {path}: is a git-lfs pointer, not the data; run `git lfs pull`")
+        raise InputError(f"{path}: is a git-lfs pointer, not the data; run `git lfs pull`", path)
     return text
 
 
@@ -131,8 +133,8 @@ def _parse_json(text: str, path: Path) -> list[Row]:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise UsageError(
-            f"--data_path {path}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+        raise InputError(
+            f"{path}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}", path
         ) from error
 
 
@@ -142,14 +144,15 @@ def _parse_jsonl(text: str, path: Path) -> Iterator[Row]:
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise UsageError(
-                    f"--data_path {path}: malformed JSON at line {number}, column {error.colno}: {error.msg}; expected "
-                    "a JSON list of rows, or one JSON object per line"
+                raise InputError(
+                    f"{path}: malformed JSON at line {number}, column {error.colno}: {error.msg}; expected a JSON list "
+                    "of rows, or one JSON object per line",
+                    path,
                 ) from error
 
 
 def _read_table(path: Path) -> list[Row]:
-    """CSV through the standard library: "007", "NA" and "" stay the text they are."""
+    """Return the rows of a table. CSV goes through the standard library: "007", "NA" and "" stay the text they are."""
     try:
         if path.suffix.lower() == ".parquet":
             import datasets
@@ -159,9 +162,7 @@ def _read_table(path: Path) -> list[Row]:
         with open(path, newline="", encoding="utf-8-sig") as file:
             return list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
     except (OSError, ValueError, RuntimeError, csv.Error) as error:  # datasets' own errors are RuntimeErrors
-        raise UsageError(
-            f"--data_path {path}: cannot be read as {path.suffix[1:]} ({error.__cause__ or error})"
-        ) from error
+        raise InputError(f"{path}: cannot be read as {path.suffix[1:]} ({error.__cause__ or error})", path) from error
 
 
 def _read_dataset(name: str, split: str, cache_dir: str | None) -> list[Row]:
@@ -174,52 +175,56 @@ def _read_dataset(name: str, split: str, cache_dir: str | None) -> list[Row]:
         return datasets.load_dataset(name, split=split, cache_dir=cache_dir).to_list()
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         hint = f"\n{ALPACA_DATA_HINT}" if "alpaca" in name else ""
-        raise UsageError(
-            f"--data_path {name}: no such file, and loading it as a dataset (split {split!r}) failed: {error}{hint}"
+        raise InputError(
+            f"{name}: no such file, and loading it as a dataset (split {split!r}) failed: {error}{hint}", name
         ) from error
 
 
 def _instances(row: Any) -> list[Row]:
-    """A self-instruct seed task holds a list of instances; every other row is one instance itself."""
+    """Return the rows that a row of the file holds: a self-instruct seed task has a list of instances, every other row
+    is one itself."""
     if isinstance(row, dict) and isinstance(row.get("instances"), list):
         return [{"instruction": row.get("instruction"), **instance} for instance in row["instances"]]
     return [row]
 
 
 def _check_row(row: Any, number: int, data_path: str) -> None:
-    where = f"--data_path {data_path}, row {number}"
+    where = f"{data_path}: row {number}"
     if not isinstance(row, Mapping):
-        raise UsageError(f"{where}: expected an object with instruction, input and output, got {type(row).__name__}")
+        got = type(row).__name__
+        raise InputError(f"{where}: expected an object with instruction, input and output, got {got}", data_path)
     for field in ("instruction", "output"):
         if field not in row:
-            raise UsageError(f"{where}: no field {field!r}; the row has {sorted(map(str, row))}")
+            raise InputError(f"{where}: no field {field!r}; the row has {sorted(map(str, row))}", data_path)
     for field in ("instruction", "input", "output"):
         value = row.get(field)
         if not isinstance(value, str) and not (field == "input" and value is None):
-            raise UsageError(f"{where}: {field!r} must be text, got {type(value).__name__} {value!r:.60}")
-        check_text(value or "", f"{where}: {field!r}")
+            got = f"{type(value).__name__} {value!r:.60}"
+            raise InputError(f"{where}: {field!r} must be text, got {got}", data_path)
+        check_text(value or "", f"{where}: {field!r}", data_path)
 
 
-def check_text(text: str, where: str) -> None:
-    """Raise UsageError for half of a surrogate pair: JSON can say it ("\\ud83d"), no tokenizer or server reads it."""
+def check_text(text: str, where: str, about: str) -> None:
+    """Raise InputError for half of a surrogate pair: JSON can say it ("\\ud83d"), no tokenizer or server reads it."""
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
             half = text[error.start]
-            raise UsageError(
+            raise InputError(
                 f"{where} holds {half!r} at character {error.start}, one half of a character such as an emoji that was "
-                "cut in two; mend or remove it"
+                "cut in two; mend or remove it",
+                about,
             ) from error
 
 
 def is_conversation(row: Any) -> bool:
-    """Whether a row of a file has its turns in `text` (the Alpaca data has a `text` too, beside its fields)."""
+    """Return whether a row of a file has its turns in `text` (the Alpaca data has a `text` too, beside its fields)."""
     return isinstance(row, dict) and isinstance(row.get("text"), str) and not {"instruction", "output"} & row.keys()
 
 
 def parse_conversation(text: str, pairs: str = "first") -> tuple[list[dict[str, str]], list[str]]:
-    """The rows of one conversation, and the names of its problems as in alpaca/data/report.py.
+    """Return the rows of one conversation, and the names of its problems as in alpaca/data/report.py.
 
     A pair is a human turn and the assistant turn right behind it, both with text; space around a turn is dropped.
 
@@ -232,8 +237,8 @@ def parse_conversation(text: str, pairs: str = "first") -> tuple[list[dict[str, 
     turns = [(speaker, said.strip()) for speaker, said in zip(parts[::2], parts[1::2])]
     starts = [
         i
-        for i, (format_bytes, assistant) in enumerate(zip(turns, turns[1:]))
-        if (format_bytes[0], assistant[0]) == ("Human", "Assistant") and format_bytes[1] and assistant[1]
+        for i, (human, assistant) in enumerate(zip(turns, turns[1:]))
+        if (human[0], assistant[0]) == ("Human", "Assistant") and human[1] and assistant[1]
     ]
     unanswered = bool(turns) and turns[-1][0] == "Human"
     found = {
@@ -249,26 +254,17 @@ def parse_conversation(text: str, pairs: str = "first") -> tuple[list[dict[str, 
     return rows, [name for name, is_so in found.items() if is_so]
 
 
-def load_named(path: str, flag: str, load: Callable[[str], list[Row]] = load_rows) -> list[Row]:
-    """`load` of a file that another flag than --data_path has named."""
-    try:
-        return load(path)
-    except UsageError as error:
-        raise UsageError(str(error).replace("--data_path", flag, 1)) from error
-
-
-def partners(wanted: Sequence[str], offered: Sequence[str], told: str) -> list[int]:
-    """For each text of `wanted` the place of the same text in `offered`; for its second time there, the second place.
-
-    told: the message's begin if a text has no partner.
+def partners(wanted: Sequence[str], offered: Sequence[str], problem: str, about: str) -> list[int]:
+    """Return for each text of `wanted` the place of the same text in `offered`; for its second time there, the second
+    place.
 
     Raises:
-        UsageError: the rows that have none.
+        InputError: texts without a partner, of which `problem` begins the message: a mistake in `about`.
     """
     places: dict[str, deque[int]] = defaultdict(deque)
     for place, text in enumerate(offered):
         places[text].append(place)
     found = [places[text].popleft() if places[text] else None for text in wanted]
     if missing := [row for row, place in enumerate(found) if place is None]:
-        raise UsageError(f"{told} for {len(missing)} of {len(wanted)} rows (rows {missing[:10]})")
+        raise InputError(f"{problem} for {len(missing)} of {len(wanted)} rows (rows {missing[:10]})", about)
     return found

@@ -1,19 +1,14 @@
 """Token ids of many texts at once, as flat arrays: what a tokenizer gives for each text, without its cost per text.
 
-Two shortcuts, both exact. A fast tokenizer's backend encodes batches without offsets, on all cores. And LLaMA's kind of
-tokenizer, which runs BPE over the whole text, need not: see `WordEncoder`.
+The shortcut is exact: the backend of a fast tokenizer encodes batches without offsets, on all cores.
 """
 
-import itertools
-import json
 import os
-import re
 import zipfile
 from array import array
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +19,6 @@ from alpaca.common.distributed import barrier
 from alpaca.common.errors import UsageError
 from alpaca.common.files import atomic_write
 
-SPACE = "▁"  # what a sentencepiece vocabulary writes for a space
-T = TypeVar("T")
 Tokens = dict[str, Any]  # as `make_tokens` returns them
 IGNORE_INDEX = -100
 
@@ -38,14 +31,8 @@ class Ragged(NamedTuple):
 
 
 def ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """starts[0], starts[0] + 1, ... `lengths[0]` numbers, then those of starts[1], ..."""
+    """Return starts[0], starts[0] + 1, ... `lengths[0]` numbers, then those of starts[1], ..."""
     return np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(lengths.sum())
-
-
-def take(table: Ragged, rows: np.ndarray) -> Ragged:
-    """The given rows of `table`, in that order and as often as they are named."""
-    starts, lengths = np.cumsum(table.lengths) - table.lengths, table.lengths[rows]
-    return Ragged(table.ids[ranges(starts[rows], lengths)], lengths)
 
 
 def ragged(rows: Iterable[Sequence[int]]) -> Ragged:
@@ -57,19 +44,19 @@ def ragged(rows: Iterable[Sequence[int]]) -> Ragged:
 
 
 def joined(first: Ragged, second: Ragged) -> Ragged:
-    """Row by row the ids of `first`, then those of `second`."""
+    """Return row by row the ids of `first`, then those of `second`."""
     ends = np.repeat(np.cumsum(first.lengths), second.lengths)
     return Ragged(np.insert(first.ids, ends, second.ids), first.lengths + second.lengths)
 
 
 def cut(rows: Ragged, limit: int) -> Ragged:
-    """The first `limit` ids of every row."""
+    """Return the first `limit` ids of every row."""
     lengths = np.minimum(rows.lengths, limit)
     return Ragged(rows.ids[ranges(np.cumsum(rows.lengths) - rows.lengths, lengths)], lengths)
 
 
 def starts_with(rows: Ragged, beginnings: Ragged) -> np.ndarray:
-    """(rows,) bool: whether a row begins with the ids of its beginning."""
+    """Return (rows,) bool: whether a row begins with the ids of its beginning."""
     common = np.minimum(rows.lengths, beginnings.lengths)
     row_starts, starts = (np.cumsum(x.lengths) - x.lengths for x in (rows, beginnings))
     differs = rows.ids[ranges(row_starts, common)] != beginnings.ids[ranges(starts, common)]
@@ -81,28 +68,23 @@ def starts_with(rows: Ragged, beginnings: Ragged) -> np.ndarray:
 def encode(
     prompts: Sequence[str], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase, apart: bool = False
 ) -> tuple[Ragged, Ragged]:
-    """Ids of each prompt, and of each prompt + answer: tokenized as one text or, `apart`, as two.
+    """Return the ids of each prompt, and of each prompt + answer: tokenized as one text or, `apart`, as two.
 
     As long as they come. Text such as "</s>" stays text: it never becomes the token. Special tokens that the tokenizer
     puts around a text (<s>) are there once.
     """
-    if words := WordEncoder.of(tokenizer):
-        if not apart:
-            return words.encode(prompts, answers)
-        prompt_ids, answer_ids = words.encode(prompts)[0], words.encode(answers, special=False)[0]
-    else:
-        prompt_ids = _encode(prompts, tokenizer)
-        if not apart:
-            return prompt_ids, _encode([prompt + answer for prompt, answer in zip(prompts, answers)], tokenizer)
-        answer_ids = _encode(answers, tokenizer, add_special_tokens=False)
-    return prompt_ids, joined(prompt_ids, answer_ids)
+    prompt_ids = _encode(prompts, tokenizer)
+    if not apart:
+        return prompt_ids, _encode([prompt + answer for prompt, answer in zip(prompts, answers)], tokenizer)
+    return prompt_ids, joined(prompt_ids, _encode(answers, tokenizer, add_special_tokens=False))
 
 
 def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool = True) -> Ragged:
     backend = _backend(tokenizer)
 
     def batches() -> Iterator[Sequence[int]]:
-        for start in _progress(range(0, len(texts), 1000), len(texts), unit="k rows"):
+        starts = range(0, len(texts), 1000)
+        for start in tqdm(starts, "tokenizing", unit="k rows", disable=True if len(texts) < 5000 else None):
             batch = list(texts[start : start + 1000])
             if backend is not None:
                 encoded = backend.encode_batch_fast(batch, add_special_tokens=add_special_tokens)
@@ -114,12 +96,8 @@ def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, add_specia
     return ragged(batches())
 
 
-def _progress(items: Iterable[T], number: int, unit: str) -> Iterable[T]:
-    return tqdm(items, desc="tokenizing", unit=unit, disable=True if number < 5000 else None)
-
-
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Any | None:
-    """The `tokenizers.Tokenizer` that gives what `tokenizer` gives; None where there is more to it than that."""
+    """Return the `tokenizers.Tokenizer` that gives what `tokenizer` gives; None where there is more to it than that."""
     kind = type(tokenizer)
     ours = isinstance(tokenizer, PreTrainedTokenizerFast)
     if not ours or any(
@@ -130,95 +108,9 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Any | None:
     return tokenizer.backend_tokenizer
 
 
-class WordEncoder:
-    """LLaMA's kind of tokenizer, word by word: every distinct word is encoded once.
-
-    Such a tokenizer writes "▁" for spaces, puts one in front, and runs BPE over the whole text. BPE joins neighbours,
-    so where no entry of its merge list reaches from another character to a "▁", nothing is ever joined across, and the
-    ids of a text are those of its words, each with the "▁" before it:
-
-        "▁The▁▁quick\n▁fox"  =  "▁The" + "▁▁quick\n" + "▁fox"
-
-    So the ids of prompt + answer begin with those of all words of the prompt but its last.
-    """
-
-    WORD = re.compile(f"{SPACE}*[^{SPACE}]+|{SPACE}+")
-
-    def __init__(self, model: Any, prefix: bool, special: list[int]):
-        self.model, self.prefix, self.special = model, prefix, special
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "WordEncoder | None":
-        """None for a tokenizer of another kind."""
-        if (backend := _backend(tokenizer)) is None:
-            return None
-        state = json.loads(backend.to_str())
-        model, split = state["model"], state["pre_tokenizer"] or {}
-        plain = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
-        if (
-            model.get("type") != "BPE"
-            or any(model[name] for name in plain)
-            or SPACE not in model["vocab"]
-            or state["normalizer"]
-            or any(not token["special"] for token in state["added_tokens"])  # found in the text before all else
-            or (split.get("type"), split.get("replacement"), split.get("split")) != ("Metaspace", SPACE, False)
-        ):
-            return None
-        across = re.compile(f"[^{SPACE}]{SPACE}")
-        if any(across.search("".join(merge)) for merge in model["merges"]):
-            return None
-        alone, whole = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
-        special = whole[: len(whole) - len(alone)]
-        if special + alone != whole:  # something is put behind the text
-            return None
-        return cls(backend.model, split["prepend_scheme"] != "never", special)
-
-    def words(self, text: str) -> list[str]:
-        text = text.replace(" ", SPACE)
-        return self.WORD.findall(SPACE + text if self.prefix and text and text[0] != SPACE else text)
-
-    def encode(
-        self, prompts: Sequence[str], answers: Sequence[str] | None = None, special: bool = True
-    ) -> tuple[Ragged, Ragged]:
-        """Ids of each prompt and of each prompt + answer; `special`: with the special tokens in front."""
-        numbers: dict[str, int] = defaultdict(itertools.count().__next__)  # of every distinct word
-        number = numbers.__getitem__
-        words = array("q"), array("q")  # of prompts and of rows
-        counts = array("q"), array("q")
-        for prompt, answer in _progress(zip(prompts, answers or itertools.repeat("")), len(prompts), unit=" rows"):
-            found = self.words(prompt)
-            known = array("q", map(number, found))
-            counts[0].append(len(known))
-            words[0].extend(known)
-            if answers is None:
-                continue
-            if found:
-                known.pop()
-                found = self.WORD.findall(found[-1] + answer.replace(" ", SPACE))
-            else:
-                found = self.words(answer)
-            known.extend(map(number, found))
-            counts[1].append(len(known))
-            words[1].extend(known)
-        table = ragged([token.id for token in self.model.tokenize(word)] for word in numbers)
-        before = self.special if special else []
-        both = (self._rows(table, np.array(w, dtype=np.int64), np.array(c), before) for w, c in zip(words, counts))
-        return next(both), next(both)
-
-    @staticmethod
-    def _rows(table: Ragged, words: np.ndarray, counts: np.ndarray, before: list[int]) -> Ragged:
-        """Rows of `counts` words each, with the ids `before` in front."""
-        ids, lengths = take(table, words)
-        ends = np.concatenate([[0], np.cumsum(lengths)])[np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)]
-        rows = Ragged(ids, np.diff(ends))
-        if not before:
-            return rows
-        front = Ragged(np.tile(np.array(before, dtype=np.int32), len(counts)), np.full(len(counts), len(before)))
-        return joined(front, rows)
-
-
 def make_tokens(rows: Ragged, masked: np.ndarray, problems: dict[str, list[int]]) -> Tokens:
-    """Rows of ids whose first `masked` labels, one number per row, are IGNORE_INDEX; the other labels are the ids.
+    """Return rows of ids whose first `masked` labels, one number per row, are IGNORE_INDEX; the other labels are the
+    ids.
 
     Returns:
         input_ids, labels: lists of (length,) int64 tensors, views of one tensor each. lengths, masked, num_targets
@@ -238,7 +130,7 @@ def make_tokens(rows: Ragged, masked: np.ndarray, problems: dict[str, list[int]]
 
 
 def cached_tokens(key: str, build: Callable[[], Tokens], cache_dir: str | None = None) -> Tokens:
-    """`build()` once per machine and key; later runs, and the other local ranks, read the file.
+    """Return `build()`, which runs once per machine and key; later runs, and the other local ranks, read its file.
 
     The other ranks wait, however long it takes.
     """
@@ -260,7 +152,8 @@ def _cache_folder(cache_dir: str | None) -> Path:
 
 
 def _write(path: Path, tokens: Tokens) -> None:
-    """Labels equal the ids after a masked prefix, so its length is enough. Two bytes an id where they suffice."""
+    """Write tokens to a file. Labels equal the ids after a masked prefix, so its length is enough. An id takes two
+    bytes where they suffice."""
     ids = torch.cat(tokens["input_ids"]).numpy()
     ids = ids.astype(np.uint16 if ids.max() < 2**16 else np.int32)
     problems = {f"problem_{name}": np.array(rows, dtype=np.int64) for name, rows in tokens["problems"].items()}
@@ -272,7 +165,7 @@ def _write(path: Path, tokens: Tokens) -> None:
 
 
 def _read(path: Path) -> Tokens | None:
-    """None where there is no file, or one that cannot be read."""
+    """Return the tokens in a file, or None where there is no file, or one that cannot be read."""
     try:
         with np.load(path) as arrays:
             problems = {

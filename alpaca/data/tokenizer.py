@@ -57,7 +57,7 @@ PADDED_IN_2023 = ("Bloom", "XGLM", "BioGpt")  # tokenizers of transformers 4.28.
 def open_tokenizer(
     name: str, cache_dir: str | None = None, unstated: dict[str, str | None] | None = None, **kwargs: Any
 ) -> "PreTrainedTokenizerBase":
-    """AutoTokenizer.from_pretrained, but where a folder is silent it is read as transformers 4.28.1 read it.
+    """Load a tokenizer as AutoTokenizer does, but where a folder is silent it is read as transformers 4.28.1 read it.
 
     Version 5 then takes other special tokens (GPT-NeoX: pads with <|padding|>; Bloom: none at all), and opens the
     tokenizer.model of a LLaMA folder that names no class, or the class LLaMATokenizer, without <s> and first space.
@@ -91,7 +91,7 @@ def open_tokenizer(
 
 
 def _find(name: str, file: str, cache_dir: str | None) -> Path | None:
-    """A file of a local folder or of a hub id; None where it has no such file."""
+    """Return a file of a local folder or of a hub id, or None where it has no such file."""
     if (folder := Path(name)).is_dir():
         return folder / file if (folder / file).is_file() else None
     from transformers.utils import cached_file
@@ -113,13 +113,13 @@ def _read_json(name: str, file: str, cache_dir: str | None) -> dict[str, Any]:
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The special tokens whose text means nothing else: not an ordinary token that --pad_token made one, such as !"""
+    """Return the special tokens whose text means nothing else: not an ordinary one, such as !, chosen as pad token."""
     return [token for token in tokenizer.all_special_tokens if token in tokenizer.added_tokens_encoder]
 
 
 def to_save(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """The tokenizer for a model's folder. An ordinary token that --pad_token made the pad token would come back as a
-    special one, and "!" would vanish from answers: there the end-of-text token pads."""
+    """Return the tokenizer for a model's folder. An ordinary token that --pad_token made the pad token would come back
+    as a special one, and "!" would vanish from answers: there the end-of-text token pads."""
     if tokenizer.pad_token in tokenizer.added_tokens_encoder:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
@@ -128,7 +128,7 @@ def to_save(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
 
 
 def identity(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
-    """All that decides the ids of a text."""
+    """Return all that decides the ids of a text."""
     import transformers
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -190,7 +190,7 @@ def _pieces(sentencepiece_model: bytes) -> dict[str, int]:
 
 
 def save_slow_files(tokenizer: "PreTrainedTokenizerBase", files: Mapping[str, bytes], folder: str | Path) -> None:
-    """Write `slow_files` beside the tokenizer that was saved in `folder`. Its tokenizer_config.json is told what only
+    """Write `slow_files` beside the tokenizer that was saved in `folder`. Its tokenizer_config.json gets what only
     tokenizer.json says: which tokens stand around a text."""
     for name, content in files.items():
         (Path(folder) / name).write_bytes(content)
@@ -340,7 +340,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def pad_token_in_2023(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> str | None:
-    """The pad token that transformers 4.28.1 gave a tokenizer: today some classes have one that no file states."""
+    """Return the pad token that transformers 4.28.1 gave a tokenizer: some classes of today have one of their own."""
     files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
     stated = any(_read(path).get("pad_token") for path in files)
     of_class = type(tokenizer).__name__.startswith(PADDED_IN_2023)

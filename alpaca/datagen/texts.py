@@ -41,7 +41,7 @@ def load_texts(data_path: str, split: str = "train", text_field: str | None = No
 
 
 def _text_of(row: Any, number: int, data_path: str, text_field: str | None) -> str:
-    where = f"{data_path}, row {number}"
+    where = f"{data_path}: row {number}"
     if not isinstance(row, Mapping):
         raise InputError(f"{where}: expected an object with a text, got {type(row).__name__}", data_path)
     field = text_field or ("output" if "output" in row else "text")
@@ -51,7 +51,7 @@ def _text_of(row: Any, number: int, data_path: str, text_field: str | None) -> s
     if not isinstance(row[field], str):
         kind = type(row[field]).__name__
         raise InputError(f"{where}: {field!r} must be text, got {kind} {row[field]!r:.60}", data_path)
-    check_text(row[field], f"{where}: {field!r}")
+    check_text(row[field], f"{where}: {field!r}", data_path)
     return row[field].strip()
 
 

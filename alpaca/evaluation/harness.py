@@ -173,7 +173,7 @@ class HarnessRun:
         check_device(device)
         how = LoadOptions(device, best_dtype(device), quantizing_flag(self.load_in_8bit, self.load_in_4bit))
         opened = load_for_inference(self.model, self.base, how)
-        print(f"evaluating {opened.told} on {device} in {opened.model.dtype}", flush=True)
+        print(f"evaluating {opened.description} on {device} in {opened.model.dtype}", flush=True)
         logger = logging.getLogger("lm_eval.models.huggingface")
         logger.setLevel(logging.ERROR)  # three lines about a model that is not the name of one
         lm = HFLM(

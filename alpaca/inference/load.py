@@ -18,13 +18,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca.common.errors import InputError, first_line
-from alpaca.common.files import read_json
 from alpaca.data.prompts import templates_of
 from alpaca.data.tokenizer import open_tokenizer
 from alpaca.models.device import bitsandbytes_config
 from alpaca.models.embeddings import resize_embeddings
 from alpaca.weights.float_diff import FloatDiff
-from alpaca.weights.provenance import TOKENIZER_FILES, other_base
+from alpaca.weights.provenance import TOKENIZER_FILES, base_of_adapter, other_base
 from alpaca.weights.reader import (
     ADAPTER,
     ADAPTER_CONFIG,
@@ -42,18 +41,19 @@ from alpaca.weights.recovery import load_recovered, open_diff, recover_in_memory
 if TYPE_CHECKING:
     from peft import PeftConfig
 
+PLAIN = "make a plain checkpoint of it first"
 RECOVER = "python weight_diff.py recover --path_diff {} --path_raw <base> --path_tuned <model>"
 MERGE = "python -m scripts.merge_lora --adapter {} --base <base> --output_dir <model>"
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """templates: those of alpaca/data/prompts.py that the model was trained with; told: what was opened, in words."""
+    """A model, its tokenizer, the templates of alpaca/data/prompts.py that it was trained with, and what was opened."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     templates: Mapping[str, str]
-    told: str
+    description: str
 
 
 @dataclass(frozen=True)
@@ -104,15 +104,14 @@ def _open_checkpoint(folder: Path, how: LoadOptions) -> LoadedModel:
     with open_weights(folder) as weights:
         if folder_kind(folder, weights) == FLOAT_DIFF:
             what = f"{last_norm(weights)[0]} is nearly zero, as in a weight diff, which needs its base"
-            raise _needs_base(folder, what, RECOVER)
+            raise _needs_base(folder, what)
     tokenizer = _tokenizer(folder)
     return LoadedModel(_load(folder, how), tokenizer, templates_of(folder), f"model {folder}")
 
 
-def _needs_base(folder: Path, what: str, command: str, why: str = "") -> InputError:
-    """Return the error for what needs a base that is not there. command: makes a plain checkpoint of it."""
-    advice = f"give its base, or make a plain checkpoint of it first: {command.format(folder)}"
-    return InputError(f"{folder}: {what}; {advice}{why and f' ({why})'}", folder)
+def _needs_base(folder: Path, what: str) -> InputError:
+    """Return the error for a weight diff without a base."""
+    return InputError(f"{folder}: {what}; give its base, or {PLAIN}: {RECOVER.format(folder)}", folder)
 
 
 def _load(folder: Path, how: LoadOptions) -> PreTrainedModel:
@@ -135,12 +134,12 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _open_diff(folder: Path, base: str | Path | None, how: LoadOptions) -> LoadedModel:
     """Recover the model of the diff and its base in memory; an exact diff proves it."""
     if base is None:
-        raise _needs_base(folder, "is a weight diff, which needs the model it was made against", RECOVER)
+        raise _needs_base(folder, "is a weight diff, which needs the model it was made against")
     with open_weights(base) as base_weights, open_diff(base_weights, folder) as diff:
         if isinstance(diff, FloatDiff) and last_norm(diff.weights)[1] > ONE:
             raise InputError(f"{base}: {folder} is a whole model, which needs no base; omit it", base)
         state = recover_in_memory(diff, how.dtype)
-        print(*diff.notes(), f"{diff.verdict}: {base} and {folder} give {diff.told}", sep="\n", flush=True)
+        print(*diff.notes(), f"{diff.verdict}: {base} and {folder} give {diff.summary}", sep="\n", flush=True)
         model, tokenizer = load_recovered(diff, state, **how.options)
         return LoadedModel(model, tokenizer, templates_of(folder), f"model of diff {folder} and base {base}")
 
@@ -178,18 +177,12 @@ def _adapter_config(folder: Path) -> "PeftConfig":
     return config
 
 
-def _base_of(folder: Path) -> str:
+def _base_of(folder: Path) -> Path:
     """Return the folder of the base that the adapter names."""
-    settings = read_json(folder / ADAPTER_CONFIG)
-    name, revision = (settings.get(key) for key in ("base_model_name_or_path", "revision"))
-    if not name:
-        raise _needs_base(folder, "is a LoRA adapter that names no base model", MERGE)
-    if revision:
-        raise _needs_base(folder, f"is a LoRA adapter of revision {revision} of {name}", MERGE)
     try:
-        return str(find_folder(name))
+        return base_of_adapter(folder)
     except InputError as error:
-        raise _needs_base(folder, f"is a LoRA adapter of {name!r}, which is not here", MERGE, str(error)) from error
+        raise InputError(f"{error}, or {PLAIN}: {MERGE.format(folder)}", folder) from error
 
 
 def _put_in(model: PreTrainedModel, folder: Path, config: "PeftConfig", tokens: int, device: str) -> None:
@@ -221,8 +214,8 @@ def _put_in(model: PreTrainedModel, folder: Path, config: "PeftConfig", tokens: 
 
 
 def _fit_vocabulary(model: PreTrainedModel, tokens: int, weights: Mapping[str, torch.Tensor]) -> None:
-    """Embeddings as long as the adapter's, if it has some, or else at least as long as the tokenizer. Rows that the
-    adapter lacks are the mean of the others, as in training."""
+    """Make embeddings as long as the adapter's, if it has some, or else at least as long as the tokenizer. Rows that
+    the adapter lacks are the mean of the others, as in training."""
     rows = model.get_input_embeddings().weight.shape[0]
     saved = [
         tensor.shape[0]
@@ -235,7 +228,7 @@ def _fit_vocabulary(model: PreTrainedModel, tokens: int, weights: Mapping[str, t
 
 
 def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
-    """The base that `model`, opened as an adapter on it, was made of: other layers around the same tensors.
+    """Return the base that `model`, opened as an adapter on it, was made of: other layers around the same tensors.
 
     It takes no memory, and both may be used at the same time; peft's disable_adapter() would switch the adapter off for
     everybody who uses it. Not for weights in 8 bit: what bitsandbytes has of them goes to the layer that is used first.

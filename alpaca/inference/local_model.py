@@ -66,7 +66,7 @@ class LocalModel:
         self.model = opened.model
         self.tokenizer = opened.tokenizer
         self.templates = opened.templates
-        self.summary = opened.told
+        self.summary = opened.description
         self.api = "chat" if chat and self.tokenizer.chat_template else "completions"
         ends = _listed(self.model.generation_config.eos_token_id) + _listed(self.tokenizer.eos_token_id)
         self.eos = list(dict.fromkeys(ends))

@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 
 def repeated_layers(module: nn.Module) -> list[nn.Module]:
-    """What stands in the outermost nn.ModuleLists."""
+    """Return what stands in the outermost nn.ModuleLists."""
     if isinstance(module, nn.ModuleList):
         return list(module)
     return [layer for child in module.children() for layer in repeated_layers(child)]
 
 
 def compile_layers(model: nn.Module, args: "TrainingArguments") -> None:
-    """In place, so that parameters keep their names and hooks that FSDP sets later still run. Nothing is compiled
-    before the first forward pass, see `explained`.
+    """Compile the layers of `model` in place, so that parameters keep their names and hooks that FSDP sets later still
+    run. Nothing is compiled before the first forward pass, see `explained`.
 
     Raises:
         UsageError: there is no such --torch_compile_backend or --torch_compile_mode.

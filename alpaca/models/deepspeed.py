@@ -68,7 +68,7 @@ def configure(args: "TrainingArguments") -> None:
 
 
 def complete_config(given: str | dict[str, Any]) -> dict[str, Any]:
-    """The configuration, with "auto" for what is left out and the flags decide: DeepSpeed alone would not clip
+    """Return the configuration, with "auto" for what is left out and the flags decide: DeepSpeed alone would not clip
     gradients, say.
 
     Raises:
@@ -91,7 +91,7 @@ def complete_config(given: str | dict[str, Any]) -> dict[str, Any]:
 
 
 def check_agreement(args: "TrainingArguments") -> None:
-    """After TrainingArguments have put the flags where the configuration says "auto".
+    """Check the configuration after TrainingArguments have put the flags where the configuration says "auto".
 
     Raises:
         UsageError: it has another value than a flag.
@@ -110,7 +110,7 @@ def check_agreement(args: "TrainingArguments") -> None:
 
 @dataclass(frozen=True)
 class Zero3:
-    """What a memory forecast must know of the configuration."""
+    """What a memory estimate must know of the configuration."""
 
     live: int  # parameters that a rank may keep whole
     optimizer_on_cpu: bool
@@ -124,7 +124,7 @@ class Zero3:
 
 
 def described(args: "TrainingArguments") -> dict[str, Any]:
-    """For the contract of a run: DeepSpeed continues only what it has saved itself, with as many ranks."""
+    """Return its part of the run fingerprint. DeepSpeed continues only what it has saved itself, with as many ranks."""
     if not args.deepspeed:
         return {"--deepspeed": None}
     return {
@@ -138,7 +138,7 @@ def described(args: "TrainingArguments") -> dict[str, Any]:
 
 @contextmanager
 def _told_to_transformers(config: dict[str, Any] | None) -> Iterator[None]:
-    """What transformers goes by when it makes a model, in place of the run's own configuration."""
+    """Let transformers make models by `config` inside, in place of the run's own configuration."""
     from transformers.integrations import deepspeed as integration
 
     reference = integration._hf_deepspeed_config_weak_ref
@@ -156,14 +156,14 @@ def _told_to_transformers(config: dict[str, Any] | None) -> Iterator[None]:
 
 @contextmanager
 def unpartitioned() -> Iterator[None]:
-    """Models made inside are plain ones."""
+    """Make plain models inside."""
     with _told_to_transformers(None):
         yield
 
 
 @contextmanager
 def partitioned_in_float32(args: "TrainingArguments") -> Iterator[None]:
-    """Models read inside are partitioned in float32, whatever the dtype of the arithmetic."""
+    """Partition models that are read inside in float32, whatever the dtype of the arithmetic."""
     if not args.deepspeed:
         yield
         return
@@ -188,7 +188,7 @@ def to_arithmetic_dtype(model: "PreTrainedModel", args: "TrainingArguments") -> 
 
 
 def attach(trainer: "Trainer") -> None:
-    """When DeepSpeed has made its float32 master weights from the partitions, give them their exact values."""
+    """Give DeepSpeed's float32 master weights their exact values, when it has made them from the partitions."""
     accelerator = trainer.accelerator
     accelerator.gradient_accumulation_steps = trainer.args.gradient_accumulation_steps  # else it warns
     prepare = accelerator.prepare
@@ -207,13 +207,14 @@ def attach(trainer: "Trainer") -> None:
 
 
 def backward(engine: nn.Module, loss: Tensor, last: bool) -> None:
-    """`last`: gradients are whole after it, to be read by `gradient`, and forgotten by engine.optimizer.zero_grad()."""
+    """Run the backward pass. After the `last` one gradients are whole, to be read by `gradient`, and forgotten by
+    engine.optimizer.zero_grad()."""
     engine.set_gradient_accumulation_boundary(last)
     engine.backward(loss, scale_wrt_gas=False)
 
 
 def gradient(parameter: nn.Parameter) -> Tensor | None:
-    """This rank's part of it if the parameter is partitioned."""
+    """Return the gradient, or this rank's part of it if the parameter is partitioned."""
     if not hasattr(parameter, "ds_id"):
         return parameter.grad
     from deepspeed.utils import safe_get_local_grad
@@ -222,7 +223,7 @@ def gradient(parameter: nn.Parameter) -> Tensor | None:
 
 
 def full_state_dict(model: nn.Module, keep: bool, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """As alpaca.models.load.fsdp's, of the float32 master weights cast to `dtype`."""
+    """Return what alpaca.models.fsdp.full_state_dict does, of the float32 master weights cast to `dtype`."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     def whole(value: Tensor) -> Tensor:

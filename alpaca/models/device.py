@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from alpaca.common.errors import UsageError, first_line
+from alpaca.common.errors import InputError, UsageError, first_line
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig
 
 
 def quantizing_flag(load_in_8bit: bool, load_in_4bit: bool) -> str | None:
-    """The name of the flag that quantizes the weights, if one does.
+    """Return the name of the flag that quantizes the weights, if one does.
 
     Raises:
         UsageError: both do, or bitsandbytes is not installed.
@@ -29,7 +29,8 @@ def quantizing_flag(load_in_8bit: bool, load_in_4bit: bool) -> str | None:
 
 
 def bitsandbytes_config(name: str, dtype: torch.dtype) -> "BitsAndBytesConfig":
-    """LLM.int8 (arXiv 2208.07339), or NF4 with quantized scales as in QLoRA (arXiv 2305.14314).
+    """Return the configuration of LLM.int8 (arXiv 2208.07339), or of NF4 with quantized scales as in QLoRA (arXiv
+    2305.14314).
 
     name: load_in_8bit or load_in_4bit; dtype: of the arithmetic with weights of 4 bits.
     """
@@ -41,15 +42,15 @@ def bitsandbytes_config(name: str, dtype: torch.dtype) -> "BitsAndBytesConfig":
 
 
 def check_device(device: str) -> None:
-    """Raise UsageError where nothing can be put there."""
+    """Raise InputError where nothing can be put there."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # no such device; torch without it
-        raise UsageError(f"--device {device}: expected cpu, or cuda if there is one ({first_line(error)})") from error
+        raise InputError(f"{device}: expected cpu, or cuda if there is one ({first_line(error)})", device) from error
 
 
 def best_dtype(device: str) -> torch.dtype:
-    """To answer in: bfloat16 on a GPU that can, float16 on an older one, float32 on a CPU."""
+    """Return the dtype to answer in: bfloat16 on a GPU that can, float16 on an older one, float32 on a CPU."""
     if not device.startswith("cuda"):
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16

@@ -24,7 +24,7 @@ def resize_embeddings(model: PreTrainedModel, num_new_tokens: int, vocab_size: i
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Partitioned parameters among `parameters` are whole inside, and may be written to. Collective."""
+    """Make the partitioned ones among `parameters` whole inside, where they may be written to. Collective."""
     partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
     if not partitioned:
         yield

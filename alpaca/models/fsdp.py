@@ -14,7 +14,7 @@ from alpaca.common.distributed import print_rank0
 from alpaca.common.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
+    from accelerate import Accelerator
     from accelerate.parallelism_config import ParallelismConfig
     from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
@@ -59,8 +59,8 @@ def configure_fsdp(args: "TrainingArguments") -> None:
 
 
 def hybrid_mesh() -> "ParallelismConfig | None":
-    """Parameters sharded over the processes of a node and replicated over the nodes, so that only gradients travel
-    between nodes. None on a single node, where that is full_shard.
+    """Return the mesh of parameters that are sharded over the processes of a node and replicated over the nodes, so
+    that only gradients travel between nodes. None on a single node, where that is full_shard.
 
     Raises:
         UsageError: the nodes have one process each, so that there is nothing to shard over.
@@ -77,7 +77,8 @@ def hybrid_mesh() -> "ParallelismConfig | None":
 
 
 def mixed_precision_policy(mixed_precision: str) -> dict[str, torch.dtype] | None:
-    """Arithmetic in `mixed_precision`, gradients reduced in float32 (accelerate's default would reduce in bf16)."""
+    """Return the policy of arithmetic in `mixed_precision` with gradients reduced in float32 (accelerate's default
+    would reduce in bf16)."""
     if mixed_precision == "no":
         return None
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision]
@@ -111,7 +112,7 @@ def shard_on_cpu(trainer: "Trainer", mesh: "ParallelismConfig | None" = None) ->
 
 
 def empty_model(config: "PreTrainedConfig", dtype: torch.dtype = torch.float32, **kwargs) -> "PreTrainedModel":
-    """The model of `config` with parameters on the meta device, for ranks that receive their shards from
+    """Return the model of `config` with parameters on the meta device, for ranks that receive their shards from
     rank 0. Buffers that no checkpoint holds (rotary frequencies) are real, since nobody sends them."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -200,10 +201,18 @@ def full_state_dict(
 # ---- an optimizer saved by FSDP, continued without, and the other way round ----
 
 
+def save_sharded_optimizer(
+    accelerator: "Accelerator", model: nn.Module, optimizer: "torch.optim.Optimizer", folder: str
+) -> None:
+    """Save the optimizer in shards, every rank its own. Collective."""
+    from accelerate.utils import save_fsdp_optimizer
+
+    save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, folder)
+
+
 def load_resharded_optimizer(model: "PreTrainedModel", optimizer: "torch.optim.Optimizer", folder: str) -> None:
     """Fill `optimizer` from a checkpoint that was saved in shards and is now needed whole, or saved whole and now
     needed in shards. Parameters are matched by name. Collective under torch.distributed."""
-    import torch
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
@@ -225,5 +234,5 @@ def load_resharded_optimizer(model: "PreTrainedModel", optimizer: "torch.optim.O
 
 
 def without_prefix(fsdp_config: dict[str, Any]) -> dict[str, Any]:
-    """A copy whose keys lack the `fsdp_` that they began with in 2023."""
+    """Return a copy whose keys lack the `fsdp_` that they began with in 2023."""
     return {name.removeprefix("fsdp_"): value for name, value in fsdp_config.items()}

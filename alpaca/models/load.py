@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca.common.distributed import barrier, print_rank0
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import InputError, UsageError
 from alpaca.data.tokenizer import (
     SPECIAL_TOKENS,
     existing_tokens,
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(model_args: Any, training_args: "TrainingArguments") -> tuple[PreTrainedTokenizerBase, int]:
-    """The tokenizer with pad, eos, bos and unk tokens, and how many tokens had to be added for that, as in 2023.
+    """Return the tokenizer with pad, eos, bos and unk tokens, and how many tokens had to be added for that, as in 2023.
     A token that is "" counts as missing."""
     name = model_args.model_name_or_path
     unstated: dict[str, str | None] = {}
@@ -34,10 +34,10 @@ def load_tokenizer(model_args: Any, training_args: "TrainingArguments") -> tuple
     try:
         tokenizer = open_tokenizer(name, training_args.cache_dir, unstated, **options)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--model_name_or_path {name}: no tokenizer could be loaded: {error}") from error
+        raise InputError(f"{name}: no tokenizer could be loaded: {error}", name) from error
     if model_args.pad_token is not None:
         if model_args.pad_token not in tokenizer.get_vocab():
-            raise UsageError(f"--pad_token {model_args.pad_token!r}: not a token of {name}")
+            raise InputError(f"{model_args.pad_token}: is not a token of {name}", model_args.pad_token)
         tokenizer.pad_token = model_args.pad_token
         unstated.pop("pad_token", None)
     if model_args.add_missing_tokens is False:
@@ -56,8 +56,8 @@ def load_tokenizer(model_args: Any, training_args: "TrainingArguments") -> tuple
 
 
 def base_slow_files(tokenizer: PreTrainedTokenizerBase, training_args: "TrainingArguments") -> dict[str, bytes]:
-    """The slow tokenizer's files of the base, for the process that saves. They are read before the training: days
-    later the base may be elsewhere."""
+    """Return the slow tokenizer's files of the base, for the process that saves. They are read before the training:
+    days later the base may be elsewhere."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not training_args.should_save:
         return {}
@@ -73,7 +73,7 @@ def load_config(model_args: Any, training_args: "TrainingArguments", checkpoint:
     try:
         return AutoConfig.from_pretrained(name, cache_dir=training_args.cache_dir)
     except (OSError, ValueError) as error:
-        raise UsageError(f"--model_name_or_path {name}: the model could not be loaded: {error}") from error
+        raise InputError(f"{name}: the model could not be loaded: {error}", name) from error
 
 
 def load_model(
@@ -82,8 +82,8 @@ def load_model(
     checkpoint: str | None = None,
     lora_args: LoraArguments | None = None,
 ) -> PreTrainedModel:
-    """The model in float32, whatever the dtype on disk: in bfloat16 most updates of size 2e-5 would round to nothing.
-    Under LoRA it is not updated: see alpaca/models/lora.py.
+    """Return the model in float32, whatever the dtype on disk: in bfloat16 most updates of size 2e-5 would round to
+    nothing. Under LoRA it is not updated: see alpaca/models/lora.py.
 
     Under FSDP only rank 0 reads the weights; the others get a model of the same shape on the meta device.
     """
@@ -103,7 +103,7 @@ def load_model(
     except UsageError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        raise UsageError(f"--model_name_or_path {name}: the model could not be loaded: {error}") from error
+        raise InputError(f"{name}: the model could not be loaded: {error}", name) from error
 
 
 def make_model(
@@ -114,8 +114,9 @@ def make_model(
     num_new_tokens: int,
     checkpoint: str | None = None,
 ) -> nn.Module:
-    """The model ready for the Trainer: as `load_model`, from `checkpoint` if there is one, with rows for all tokens of
-    `tokenizer`, the last `num_new_tokens` of which are new to the base, and with LoRA if asked for. Collective."""
+    """Return the model ready for the Trainer: as `load_model`, from `checkpoint` if there is one, with rows for all
+    tokens of `tokenizer`, the last `num_new_tokens` of which are new to the base, and with LoRA if asked for.
+    Collective."""
     weights = None if lora_args else checkpoint  # LoRA's checkpoints lack the base
     if lora_args and num_new_tokens and training_args.fsdp:
         _refuse_tied(load_config(model_args, training_args), model_args.model_name_or_path)
@@ -138,17 +139,18 @@ def make_model(
 
 
 def _refuse_tied(config: PreTrainedConfig, name: str) -> None:
-    """accelerate ties embeddings again when it has sharded them, and does not find them in peft's wrapper."""
+    """Raise UsageError for tied embeddings: accelerate ties them again when it has sharded them, and does not find them
+    in peft's wrapper."""
     if config.get_text_config().tie_word_embeddings:
         raise UsageError(
             f"--add_missing_tokens with --lora_r and --fsdp: {name} has tied embeddings, whose new rows cannot be "
-            "trained in shards; leave --fsdp away, or take an existing token: --pad_token"
+            "trained in shards; omit --fsdp, or take an existing token: --pad_token"
         )
 
 
 def repair_generation_config(model: "PreTrainedModel", pad_token_id: int, rank: int) -> None:
-    """The pad token is the tokenizer's. And early Llama-2 folders set a temperature without do_sample: transformers 5
-    refuses to save such a model, and would say so only after the training."""
+    """Give the model the pad token of the tokenizer. Early Llama-2 folders set a temperature without do_sample, too,
+    and transformers 5 would refuse to save such a model, only after the training: set do_sample."""
     model.config.pad_token_id = model.generation_config.pad_token_id = pad_token_id
     try:
         model.generation_config.validate(strict=True)

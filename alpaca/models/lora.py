@@ -24,16 +24,19 @@ DEFAULTS = {"lora_alpha": 16, "lora_dropout": 0.0, "lora_target_modules": [ALL_L
 
 @dataclass
 class LoraArguments:
-    """Under the names that TRL and peft's examples have for them."""
+    """The flags of LoRA, by the names that TRL and peft's examples have for them."""
 
     _argument_group_name = "LoRA"
-    lora_r: int | None = flag(None, "Train LoRA matrices of this rank instead of all weights, e.g. 8.")
-    lora_alpha: int | None = flag(None, "Their product is scaled by lora_alpha / lora_r; by default lora_alpha is 16.")
+    lora_r: int | None = flag(None, "Train LoRA matrices of this rank, such as 8, instead of all weights.")
+    lora_alpha: int | None = flag(
+        None, "Scale of LoRA: the product of its matrices is multiplied by lora_alpha / lora_r. By default 16."
+    )
     lora_dropout: float | None = flag(
-        None, "Dropout of their inputs, by default 0; above 0 the template is computed for every row of a pack."
+        None, "Dropout of the inputs of LoRA, by default 0. Above 0 the template is computed for every row of a pack."
     )
     lora_target_modules: list[str] | None = flag(
-        None, "Names of the layers that get them, q_proj,v_proj say; by default all-linear, which leaves out lm_head."
+        None,
+        "Names of the layers that get LoRA, such as q_proj,v_proj. By default all-linear, which leaves out lm_head.",
     )
     load_in_8bit: bool = flag(False, "Quantize the frozen base to 8 bits (LLM.int8, bitsandbytes).")
     load_in_4bit: bool = flag(False, "Quantize the frozen base to 4 bits (NF4, bitsandbytes).")
@@ -57,12 +60,12 @@ class LoraArguments:
         quantizing_flag(self.load_in_8bit, self.load_in_4bit)  # raises
 
     def __bool__(self) -> bool:
-        """Whether LoRA is asked for."""
+        """Return whether LoRA is asked for."""
         return self.lora_r is not None
 
     @property
     def quantized(self) -> str | None:
-        """The flag that quantizes the base."""
+        """Return the flag that quantizes the base."""
         return quantizing_flag(self.load_in_8bit, self.load_in_4bit)
 
 
@@ -78,8 +81,8 @@ def check_lora(lora: LoraArguments, args: "TrainingArguments") -> None:
 
 
 def base_dtype(args: "TrainingArguments", config: "PreTrainedConfig") -> torch.dtype:
-    """Of the frozen weights: that of the arithmetic, or else the checkpoint's; float16 without --fp16 is float32, as
-    its sums would overflow."""
+    """Return the dtype of the frozen weights: that of the arithmetic, or else the checkpoint's; float16 without --fp16
+    is float32, as its sums would overflow."""
     stored = config.get_text_config().dtype or torch.float32
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
     without_flag = torch.float32 if stored == torch.float16 else stored
@@ -87,7 +90,7 @@ def base_dtype(args: "TrainingArguments", config: "PreTrainedConfig") -> torch.d
 
 
 def quantization(lora: LoraArguments, args: "TrainingArguments", dtype: torch.dtype) -> dict[str, Any]:
-    """What `from_pretrained` has to be told for a quantized base. Every process holds all of it."""
+    """Return the options of `from_pretrained` for a quantized base. Every process holds all of it."""
     if not lora.quantized:
         return {}
     return {"quantization_config": bitsandbytes_config(lora.quantized, dtype), "device_map": {"": args.device}}
@@ -96,8 +99,8 @@ def quantization(lora: LoraArguments, args: "TrainingArguments", dtype: torch.dt
 def add_lora(
     model: "PreTrainedModel", lora: LoraArguments, new_tokens: list[int], seed: int, checkpoint: str | None = None
 ) -> "PeftModel":
-    """`model` frozen, with LoRA matrices: drawn from `seed`, or read from `checkpoint`. The rows of `new_tokens` (ids)
-    in the embeddings are trained too.
+    """Return `model` frozen, with LoRA matrices: drawn from `seed`, or read from `checkpoint`. The rows of `new_tokens`
+    (ids) in the embeddings are trained too.
 
     Raises:
         UsageError: a target module is not there, or is no layer that LoRA can be added to.
@@ -136,8 +139,8 @@ def _lora_config(model: "PreTrainedModel", lora: LoraArguments, new_tokens: list
 
 
 def _targets(model: "PreTrainedModel", names: list[str], layers: dict[str, nn.Module]) -> list[str]:
-    """Names of layers, as peft takes them and as they stand in the saved config. peft itself ignores a name that is
-    nowhere, if another one is somewhere."""
+    """Return the names of layers, as peft takes them and as they stand in the saved config. peft itself ignores a name
+    that is nowhere, if another one is somewhere."""
     if names == [ALL_LINEAR]:
         last = model.get_output_embeddings()
         short = {path.rpartition(".")[2] for path, layer in layers.items() if layer is not last}
@@ -154,7 +157,7 @@ def _targets(model: "PreTrainedModel", names: list[str], layers: dict[str, nn.Mo
 
 
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """What LoRA can be added to, by path."""
+    """Return the layers that LoRA can be added to, by path."""
     from transformers.pytorch_utils import Conv1D
 
     kinds = (nn.Linear, Conv1D)
@@ -162,7 +165,7 @@ def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _rows_to_train(model: "PreTrainedModel", new_tokens: list[int]) -> dict[str, list[int]] | None:
-    """peft's trainable_token_indices: the same rows of input and output embeddings."""
+    """Return peft's trainable_token_indices: the same rows of input and output embeddings."""
     if not new_tokens:
         return None
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())

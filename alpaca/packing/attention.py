@@ -14,10 +14,10 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -65,7 +65,8 @@ class PackLayout:
     def of(
         cls, prefix_lengths: Sequence[int], row_lengths: Sequence[int], row_prefix: Sequence[int] | None = None
     ) -> "PackLayout":
-        """A pack of `row_lengths` suffix tokens per row, of which row i continues prefix `row_prefix[i]` (-1: none).
+        """Return a pack of `row_lengths` suffix tokens per row, of which row i continues prefix `row_prefix[i]` (-1:
+        none).
 
         The tensors are on the CPU. Raises ValueError where a length is below 1 or a prefix does not exist.
         """
@@ -105,7 +106,7 @@ class PackLayout:
 
     @property
     def tokens(self) -> int:
-        """T, the number of tokens in the pack."""
+        """Return T, the number of tokens in the pack."""
         return sum(self.prefix_lengths) + sum(self.row_lengths)
 
     def _each_tensor(self, function: Callable[[Tensor], Tensor]) -> "PackLayout":
@@ -128,14 +129,18 @@ def register() -> None:
 
 
 def named_kernel(config: "PreTrainedConfig") -> str | None:
-    """The `pack_kernel` of a model for which a flash attention of transformers was chosen."""
+    """Return the `pack_kernel` of a model for which a flash attention of transformers was chosen."""
     chosen = config._attn_implementation or ""
     return chosen if chosen.startswith("flash_attention") else None
 
 
 @contextmanager
-def packed_attention_enabled(config: "PreTrainedConfig") -> Iterator[None]:
-    """Models of `config` attend within the rows of a pack meanwhile, and need `pack` in their forward."""
+def packed_attention_enabled(config: "PreTrainedConfig", batch: Mapping[str, Any]) -> Iterator[None]:
+    """If `batch` is a pack, let models of `config` attend within its rows; if it is padded, do nothing if it is padded.
+    The backward pass belongs inside: layers with gradient checkpointing run again there."""
+    if "pack" not in batch:
+        yield
+        return
     register()
     chosen, config._attn_implementation = config._attn_implementation, NAME
     try:
@@ -157,7 +162,8 @@ def packed_attention(
     pack_kernel: str | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
-    """Attention of query (1, H, T, D) to key and value (1, H_kv, T, D) -> ((1, T, H, D), None), for transformers.
+    """Return attention of query (1, H, T, D) to key and value (1, H_kv, T, D) -> ((1, T, H, D), None), for
+    transformers.
 
     `pack` and `pack_kernel` are arguments of the model's forward: the layout (tensors on the query's device), and the
     name of another attention function of transformers that takes cu_seqlens and is used where a half precision allows
@@ -187,7 +193,7 @@ def _check(
     if pack is None:
         raise UsageError(
             f"{type(module).__name__} is not told how rows are packed: the model does not pass keyword "
-            "arguments on to its attention. Use --batching padded."
+            "arguments on to its attention. Use padded batches."
         )
     refused = [
         name
@@ -201,14 +207,14 @@ def _check(
     if refused:
         raise NotImplementedError(
             f"attention within packs does not implement {', '.join(sorted(refused))}, which "
-            f"{type(module).__name__} uses. Use --batching padded."
+            f"{type(module).__name__} uses. Use padded batches."
         )
     if query.shape[0] != 1 or query.shape[2] != pack.tokens:
         raise ValueError(f"a pack of {pack.tokens} tokens is one sequence; got {query.shape[0]} of {query.shape[2]}")
 
 
 def _repeat_heads(states: Tensor, heads: int, dim: int) -> Tensor:
-    """Grouped-query attention: each key or value head once for every query head that uses it."""
+    """Repeat each key or value head of grouped-query attention, once for every query head that uses it."""
     return states if states.shape[dim] == heads else states.repeat_interleave(heads // states.shape[dim], dim)
 
 
@@ -220,7 +226,7 @@ def _row_by_row(
     scaling: float,
     dropout: float,
 ) -> Tensor:
-    """One call of sdpa for every prefix and row. The tensors are split: with a slice for each row, each would have a
+    """Call sdpa once for every prefix and row. The tensors are split: with a slice for each row, each would have a
     gradient of the pack's length."""
     heads, number = query.shape[1], len(pack.prefix_lengths)
     key, value = _repeat_heads(key, heads, dim=1), _repeat_heads(value, heads, dim=1)
@@ -272,18 +278,18 @@ class _Unshare(torch.autograd.Function):
 
 @functools.cache
 def _varlen_arguments(function: Callable) -> tuple[dict, bool]:
-    """How this torch's varlen_attn is told to be causal, and whether it takes fewer key than query heads."""
+    """Return how this torch's varlen_attn is told to be causal, and whether it takes fewer key than query heads."""
     names = inspect.signature(function).parameters
     return {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}, "enable_gqa" in names
 
 
 def _rounded(length: int) -> int:
-    """A longest length for the kernels that does not change from pack to pack."""
+    """Return a longest length for the kernels that does not change from pack to pack."""
     return -length // 128 * -128
 
 
 def _takes_varlen(query: Tensor, value: Tensor) -> bool:
-    """What its kernel asks for: Ampere or newer, heads of a multiple of 8 up to 256."""
+    """Return whether torch's kernel takes these: it asks for Ampere or newer, heads of a multiple of 8 up to 256."""
     size = query.shape[-1]
     return (
         query.is_cuda
@@ -295,7 +301,7 @@ def _takes_varlen(query: Tensor, value: Tensor) -> bool:
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, pack: PackLayout, scaling: float) -> Tensor:
-    """torch's own kernel for sequences of different lengths: CUDA, half precision, no dropout."""
+    """Attend by torch's own kernel for sequences of different lengths: CUDA, half precision, no dropout."""
     from torch.nn.attention import varlen
 
     arguments, takes_groups = _varlen_arguments(varlen.varlen_attn)
@@ -321,7 +327,7 @@ def _named_kernel(
     module: torch.nn.Module,
     name: str,
 ) -> Tensor:
-    """The attention function that transformers has under `name`, on the unshared layout."""
+    """Attend by the function that transformers has under `name`, on the unshared layout."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     states = [_Unshare.apply(x, pack).transpose(0, 1)[None] for x in (query, key, value)]
@@ -343,7 +349,8 @@ def _named_kernel(
 
 
 def _padded(query: Tensor, key: Tensor, value: Tensor, pack: PackLayout, scaling: float, dropout: float) -> Tensor:
-    """The sequences as a batch filled up at the end, where causal attention never looks: float32, dropout on CUDA."""
+    """Attend to the sequences as a batch filled up at the end, where causal attention never looks: float32, dropout on
+    CUDA."""
     begin, longest = pack.cu_seqlens[:-1], pack.max_seqlen
     slots = begin[:, None] + torch.arange(longest, device=query.device, dtype=begin.dtype)
     slots = slots.clamp(max=len(pack.gather) - 1).flatten()

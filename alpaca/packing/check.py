@@ -1,13 +1,15 @@
-"""Whether packed rows train as padded ones would, tried before it is relied upon.
+"""Whether packed rows train as padded ones would: a check of a few rows before every run, and the comparison of a whole
+step that scripts.check_packing prints.
 
-The gradient of a few rows is computed three times: each row alone, padded, packed. The first two differ by rounding
-only, which says what rounding amounts to for this model, dtype and device; the third may not differ by much more.
+Both compute the same gradient three times: each row alone, padded, packed. The first two differ by rounding only, which
+says what rounding amounts to for this model, dtype and device; the third may not differ by much more.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -15,11 +17,15 @@ from torch import Tensor, nn
 
 from alpaca.common.distributed import all_gather_object, print_rank0
 from alpaca.common.errors import first_line
+from alpaca.packing.attention import PackLayout, named_kernel, packed_attention_enabled
+from alpaca.packing.loss import batch_loss
 from alpaca.packing.packing import (
     CPU_PACK_TOKENS,
     MicroBatch,
+    PackedBatchDataset,
     Packing,
     RowSizes,
+    measure_rows,
     plan_packing,
     why_not_packed,
     why_not_shared,
@@ -28,16 +34,21 @@ from alpaca.packing.sampler import StepSampler
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader, Dataset
-    from transformers import TrainingArguments
+    from transformers import PreTrainedModel, TrainingArguments
 
+T = TypeVar("T")
+Gradient = dict[str, Tensor]
 
 ATOL = 1e-5  # relative difference that is never minded: float32 rounding is below it
 TOLERANCE = 4  # times the difference between padded rows and the same alone, which is called rounding
 MAX_ROUNDING = {True: 0.1, False: 1e-3}  # of what can be rounding, in half precision or tf32 and in float32
 
 
+# ---- before a run ----
+
+
 def select_packing(model: nn.Module, args: "TrainingArguments", dataset: "Dataset", sizes: RowSizes) -> Packing | None:
-    """How to pack, as far as flags and model say; None for padded. Says what is not done and why."""
+    """Return how to pack, as far as flags and model say, or None for padded batches. Print what is not done and why."""
     if args.batching == "padded":
         return None
     reason = why_not_packed(model.config, args, int(sizes.lengths.max()))
@@ -60,10 +71,10 @@ def verify_packing(
     model: nn.Module,
     gradient_of: Callable[[list[MicroBatch]], list[Tensor]],
 ) -> None:
-    """Compare and, on a mismatch, fall back: to packs without shared prefixes, then to padded batches. Say what came
-    out, in a line. Collective: all ranks try the same rows.
+    """Compare a few rows packed and padded. Where gradients differ, fall back to packs without shared prefixes, then to
+    padded batches. Print what was found. Collective: all ranks try the same rows.
 
-    gradient_of: computes, for rows of the loader's dataset, this rank's part of some tensors of the gradient."""
+    gradient_of: returns, for rows of the loader's dataset, this rank's part of some tensors of the gradient."""
     sampler: StepSampler = loader.batch_sampler
     if sampler.packing is None:
         return
@@ -74,49 +85,65 @@ def verify_packing(
     padded = MicroBatch(rows, weights * len(rows), False, None)
     with _without_eager(model):
         reference = gradient_of([padded])
-        noise = difference(gradient_of(alone), reference)
-    rough = args.bf16 or args.fp16 or args.tf32
-    rough = rough or any(weight.dtype != torch.float32 for weight in model.parameters())  # LoRA's base
-    if noise > MAX_ROUNDING[bool(rough)]:
-        sampler.packing = loader.dataset.packing = None
-        print_rank0(
-            f"note: padded batches: already rows alone differ from padded ones, by {noise:.1e}, and so there is no "
-            "telling whether packs are exact",
-            rank,
-        )
-        return
+        rounding = difference(gradient_of(alone), reference)
+    arithmetic = _arithmetic(args, model)
     tries = [sampler.packing]
     if sampler.packing.prefixes:
         tries.append(plan_packing(loader.dataset.dataset, sampler.sizes, sampler.packing.max_tokens, False))
+    if rounding > MAX_ROUNDING[arithmetic != "float32"]:
+        print_rank0(
+            f"note: padded batches: rows alone already differ from padded ones by {rounding:.1e}, so there is no "
+            "telling whether packs are exact",
+            rank,
+        )
+        tries = []
     for packing in tries:
         sampler.packing = loader.dataset.packing = packing
         what = "packs that share what rows begin with" if packing.prefixes else "packs"
-        gradient, failure = _attempt(gradient_of, model, replace(padded, packed=True))
+        gradient, failure = attempt(partial(gradient_of, [replace(padded, packed=True)]), model)
         if failure:
             print_rank0(f"note: no {what}: {failure}", rank)
             continue
         found = difference(gradient, reference)
-        told = f"the gradient of {len(rows)} rows differs from the padded one by {found:.1e}"
-        if found <= max(ATOL, TOLERANCE * noise):
+        if found <= tolerance(rounding):
             totals = sampler.plan(step)[0].step
             print_rank0(
-                f"{what}: {totals.computed / totals.tokens:.0%} of the rows' tokens are computed, without padding; "
-                f"{told} (rounding: {noise:.1e})",
+                f"{what}: {totals.computed / totals.tokens:.0%} of the rows' tokens are computed, without padding\n"
+                "checked: a packed step has the gradient of a padded one up to rounding "
+                f"({found:.1e}; {arithmetic} rounding alone {rounding:.1e})",
                 rank,
             )
             return
-        print_rank0(f"note: no {what}: {told}, and rounding explains {noise:.1e}", rank)
+        print_rank0(
+            f"note: no {what}: the gradient of {len(rows)} rows differs from the padded one by {found:.1e}, and "
+            f"rounding explains {rounding:.1e}",
+            rank,
+        )
     sampler.packing = loader.dataset.packing = None
-    print_rank0(
-        "note: padded batches, as no way of packing is exact here; the memory that they take is forecast with "
-        "--batching padded",
-        rank,
-    )
+    if tries:
+        print_rank0(
+            "note: padded batches, as no way of packing is exact here; --batching padded estimates their memory", rank
+        )
+
+
+def tolerance(rounding: float) -> float:
+    """Return the difference up to which two gradients count as equal, where `rounding` alone makes that much."""
+    return max(ATOL, TOLERANCE * rounding)
+
+
+def _arithmetic(args: "TrainingArguments", model: nn.Module) -> str:
+    """Return what rounds, by its short name. LoRA's frozen base may be in half precision without a flag."""
+    for name in ("bf16", "fp16", "tf32"):
+        if getattr(args, name):
+            return name
+    dtypes = {weight.dtype for weight in model.parameters()} - {torch.float32}
+    return str(min(dtypes, key=str)).removeprefix("torch.") if dtypes else "float32"
 
 
 @contextmanager
 def _without_eager(model: nn.Module) -> Iterator[None]:
-    """In bfloat16 eager attention rounds more than the kernels that packs use, which would look like a difference."""
+    """Use sdpa in place of eager attention, which in bfloat16 rounds more than the kernels that packs use: that would
+    look like a difference."""
     config, chosen = model.config, model.config._attn_implementation
     if chosen == "eager" and getattr(model, "_supports_sdpa", False):
         config._attn_implementation = "sdpa"
@@ -126,24 +153,22 @@ def _without_eager(model: nn.Module) -> Iterator[None]:
         config._attn_implementation = chosen
 
 
-def _attempt(
-    gradient_of: Callable[[list[MicroBatch]], list[Tensor]], model: nn.Module, batch: MicroBatch
-) -> tuple[list[Tensor] | None, str | None]:
-    """The gradient of a packed batch; or why a model, on some rank, cannot compute it."""
-    gradient = failure = None
+def attempt(compute: Callable[[], T], model: nn.Module) -> tuple[T | None, str | None]:
+    """Return (what `compute` returns, None), or (None, the reason) where the model, on some rank, cannot compute it."""
+    result = failure = None
     try:
-        gradient = gradient_of([batch])
+        result = compute()
     except (torch.OutOfMemoryError, torch.distributed.DistError):
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         failure = first_line(error)
         model.zero_grad()
     failures = [one for one in all_gather_object(failure) if one]
-    return gradient, failures[0] if failures else None
+    return (None, failures[0]) if failures else (result, None)
 
 
 def rows_to_try(packing: Packing, sizes: RowSizes, step: list[list[int]]) -> list[int]:
-    """Of the rows of a step, the two shortest with targets that begin with each prefix, and at least two."""
+    """Return, of the rows of a step, the two shortest with targets that begin with each prefix, and at least two."""
     rows = [row for batch in step for row in batch]
     usable = [row for row in rows if sizes.num_targets[row]] or rows
     usable.sort(key=lambda row: sizes.lengths[row])
@@ -156,7 +181,7 @@ def rows_to_try(packing: Packing, sizes: RowSizes, step: list[list[int]]) -> lis
 
 
 def difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """|found - expected| / |expected| over all tensors, and all ranks where they hold parts."""
+    """Return |found - expected| / |expected| over all tensors, and over all ranks where they hold parts."""
     sums = torch.zeros(2, dtype=torch.float32, device=expected[0].device if expected else "cpu")
     for x, y in zip(found, expected, strict=True):
         sums += torch.stack([(x.float() - y.float()).square().sum(), y.float().square().sum()])
@@ -164,3 +189,98 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> float:
         torch.distributed.all_reduce(sums)
     apart, size = sums.sqrt().tolist()
     return apart / max(size, 1e-30)
+
+
+# ---- a whole step ----
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A way of batching the rows of a step, beside the same rows padded in float32."""
+
+    name: str
+    packing: Packing | None = None
+    loss: float = float("nan")
+    difference: float = 0.0  # the largest of a parameter's gradient
+    parameter: str = ""  # which it is
+    limit: float = float("inf")  # up to here a packed gradient is exact
+    failure: str | None = None  # why the model cannot compute it
+
+    @property
+    def exact(self) -> bool:
+        return self.failure is None and self.difference <= self.limit
+
+
+def compare_step(
+    model: "PreTrainedModel",
+    rows: PackedBatchDataset,
+    normalization: str,
+    batch_size: int,
+    accumulation: int,
+    max_tokens: int,
+    seed: int,
+    bf16: bool,
+) -> Iterator[Compared]:
+    """Yield the first optimizer step of `seed` in every way of batching: padded in float32, then what shows rounding
+    (each row alone; or padded in bfloat16), then packed without and with shared prefixes."""
+    sizes = measure_rows(rows.dataset)
+
+    def gradient(size: int, packing: Packing | None, bf16: bool) -> tuple[float, Gradient]:
+        number = batch_size * accumulation // size
+        sampler = StepSampler(sizes, size, number, seed=seed, normalization=normalization, packing=packing)
+        rows.packing = packing
+        return step_gradient(model, rows, sampler, bf16)
+
+    loss, reference = gradient(batch_size, None, False)
+    yield Compared("padded in float32", loss=loss)
+    way = ("every row alone", 1)
+    if normalization == "microbatch" or bf16:  # rows alone would be other micro-batches
+        way = ("padded", batch_size)
+    ways: list[tuple[str, int, Packing | None]] = [(*way, None)]
+    for name, share in (("packed", False), ("packed, prefixes shared", True)):
+        ways.append((name, batch_size, plan_packing(rows.dataset, sizes, max_tokens, share)))
+    limit = ATOL
+    for name, size, packing in ways:
+        found, failure = attempt(partial(gradient, size, packing, bf16), model)
+        if failure:
+            yield Compared(name, packing, failure=failure)
+            continue
+        loss, gradients = found
+        worst, parameter = largest_difference(gradients, reference)
+        if packing is None:
+            limit = max(ATOL, 1.1 * worst) if bf16 else tolerance(worst)
+        yield Compared(name, packing, loss, worst, parameter, limit)
+
+
+def step_gradient(
+    model: "PreTrainedModel", rows: PackedBatchDataset, sampler: StepSampler, bf16: bool = False
+) -> tuple[float, Gradient]:
+    """Return loss and gradient of the first optimizer step of `sampler`, of all its ranks, without dropout."""
+    device, kernel = model.device, named_kernel(model.config)
+    total = 0.0
+    model.eval()
+    model.zero_grad()
+    step = next(sampler.steps())
+    for planned in (batch for rank in range(sampler.world_size) for batch in sampler.plan(step, rank)):
+        batch = {
+            name: value.to(device) if isinstance(value, (Tensor, PackLayout)) else value
+            for name, value in rows.inputs(planned).items()
+        }
+        with packed_attention_enabled(model.config, batch):
+            with torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext():
+                loss, _ = batch_loss(model, batch, pack_kernel=kernel)
+            loss.backward()
+        total += loss.item()
+    return total, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def largest_difference(found: Gradient, expected: Gradient) -> tuple[float, str]:
+    """Return the largest |found - expected| / max(|expected|, |all of expected| / 1000) of a parameter, and which it
+    is."""
+    if found.keys() != expected.keys():
+        return float("inf"), sorted(found.keys() ^ expected.keys())[0]
+    everything = nn.utils.get_total_norm(expected.values()).item()
+    apart = {
+        name: (found[name] - g).norm().item() / max(g.norm().item(), everything / 1000) for name, g in expected.items()
+    }
+    return max((size, name) for name, size in apart.items())

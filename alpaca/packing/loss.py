@@ -1,6 +1,6 @@
 """The loss: cross entropies of target tokens, each with its own weight."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -53,8 +53,8 @@ def _chunks(logits: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def weighted_cross_entropy(
     logits: Tensor, targets: Tensor, weights: Tensor, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """The sum over k of weights[k] * cross entropy(logits[k], targets[k]), and the (K,) cross entropies, which have no
-    gradient; in float32 whatever the dtype of the logits.
+    """Return the sum over k of weights[k] * cross entropy(logits[k], targets[k]), and the (K,) cross entropies, which
+    have no gradient; in float32 whatever the dtype of the logits.
 
     Args:
         logits: (K, V). targets: (K,) int64. weights: (K,) float32. K may be 0.
@@ -68,8 +68,8 @@ def weighted_cross_entropy(
 def batch_loss(
     model: nn.Module, batch: dict[str, Any], label_smoothing: float = 0.0, pack_kernel: str | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the `weighted_cross_entropy` of a batch of a PackedBatchDataset. Of a packed one, whose model must have
-    its attention confined (packing.attention.packed_attention_enabled), logits are computed only at targets."""
+    """Return the `weighted_cross_entropy` of a batch of a PackedBatchDataset. A packed one, which is computed inside
+    packing.attention.packed_attention_enabled, has logits only at its targets."""
     batch = dict(batch)
     target_positions, targets, weights = (batch.pop(name) for name in ("target_positions", "targets", "weights"))
     if "pack" in batch:
@@ -77,3 +77,18 @@ def batch_loss(
     else:
         logits = model(**batch).logits.flatten(0, 1)[target_positions]
     return weighted_cross_entropy(logits, targets, weights, label_smoothing)
+
+
+def sum_of_losses(
+    model: nn.Module, batches: Iterable[dict[str, Any]], prepare: Callable[[dict[str, Any]], dict[str, Any]]
+) -> Tensor:
+    """Return (summed loss, number of targets) of the `batches` of this rank, (2,) float64 on the CPU, without gradient.
+    `prepare` puts a batch on the model's device."""
+    total = torch.zeros(2, dtype=torch.float64, device="cpu")
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            batch = {name: batch[name] for name in batch.keys() - {"rows", "step"}}
+            loss, _ = batch_loss(model, prepare(batch))
+            total += torch.stack([loss, batch["weights"].sum().to(loss.device)]).cpu()
+    return total

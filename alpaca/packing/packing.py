@@ -43,7 +43,7 @@ class RowSizes:
 
 
 def measure_rows(dataset: Dataset) -> RowSizes:
-    """The token at position 0 is never predicted."""
+    """Count tokens and targets of every row. The token at position 0 is never predicted."""
     labels = [torch.as_tensor(dataset[i]["labels"]) for i in range(len(dataset))]
     lengths = np.array([len(row) for row in labels], dtype=np.int64)
     starts = np.cumsum(lengths) - lengths
@@ -65,17 +65,17 @@ class Packing:
 
     @property
     def capacity(self) -> int:
-        """Tokens of a pack without its prefixes."""
+        """Return the tokens of a pack without its prefixes."""
         return max(self.max_tokens - sum(map(len, self.prefixes)), 1)
 
     def tokens(self, rows: Sequence[int]) -> int:
-        """Tokens of the pack of `rows`; a pack of no rows has one, without a target."""
+        """Return the tokens of the pack of `rows`; a pack of no rows has one, without a target."""
         used = {int(self.prefix_of[row]) for row in rows} - {-1}
         return sum(len(self.prefixes[prefix]) for prefix in used) + int(self.costs[list(rows)].sum()) if rows else 1
 
 
 def plan_packing(dataset: Dataset, sizes: RowSizes, max_tokens: int, share_prefix: bool) -> Packing:
-    """`share_prefix=False`: every row in full."""
+    """Return how to pack the rows; with `share_prefix=False` every row in full."""
     prefixes, prefix_of = [], np.full(len(sizes.lengths), -1)
     if share_prefix:
         prefixes, prefix_of = find_prefixes(dataset, sizes)
@@ -84,8 +84,8 @@ def plan_packing(dataset: Dataset, sizes: RowSizes, max_tokens: int, share_prefi
 
 
 def find_prefixes(dataset: Dataset, sizes: RowSizes) -> tuple[list[Tensor], np.ndarray]:
-    """What the rows begin with: token for token the most common continuation, cut where tokens x rows is largest; then
-    again among the other rows. Alpaca's two templates give two, of 29 and 39 Llama tokens.
+    """Find what the rows begin with: token for token the most common continuation, cut where tokens x rows is largest;
+    then again among the other rows. Alpaca's two templates give two, of 29 and 39 Llama tokens.
 
     The position that predicts a row's first target is the row's own, so no prefix reaches it.
 
@@ -133,10 +133,16 @@ class PackedBatchDataset(Dataset):
 
     def __init__(self, dataset: Dataset, collate: Callable[[list[Any]], Batch], packing: Packing | None = None):
         """`collate` pads; it gets no rows at all where a rank has none left."""
-        self.dataset, self.collate, self.packing = dataset, collate, packing
+        self.dataset = dataset
+        self.collate = collate
+        self.packing = packing
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def inputs(self, batch: "MicroBatch") -> Batch:
+        """Return what a model computes of a micro-batch, without the numbers of its rows and the totals of its step."""
+        return {name: value for name, value in self[batch].items() if name not in ("rows", "step")}
 
     def __getitem__(self, batch: "MicroBatch") -> Batch:
         rows = [self.dataset[row] for row in batch.rows]
@@ -161,7 +167,7 @@ class PackedBatchDataset(Dataset):
 def pack_rows(
     rows: Sequence[dict[str, Tensor]], prefix_of: Sequence[int], prefixes: Sequence[Tensor]
 ) -> tuple[Batch, Tensor, Tensor]:
-    """`rows` behind one another, the prefixes they share in front.
+    """Put `rows` behind one another, the prefixes they share in front.
 
     Returns:
         input_ids (1, T), position_ids (1, T) and the PackLayout; (1, T) the label of the token that follows in the same
@@ -189,7 +195,7 @@ def pack_rows(
 
 
 def why_not_packed(config: "PreTrainedConfig", args: "TrainingArguments", longest: int) -> str | None:
-    """What keeps rows from being packed with the result of padded ones, as far as flags and config tell."""
+    """Return what keeps rows from being packed with the result of padded ones, as far as flags and config tell."""
     config = config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if args.deepspeed and args.fp16:
@@ -206,7 +212,7 @@ def why_not_packed(config: "PreTrainedConfig", args: "TrainingArguments", longes
 
 
 def why_not_shared(model: nn.Module) -> str | None:
-    """What would make the states of a shared prefix differ from those it has in every row."""
+    """Return what would make the states of a shared prefix differ from those it has in every row."""
     if dropout := active_dropout(model):
         return f"with dropout ({', '.join(dropout[:3])}) every row has states of its own"
     config = model.config.get_text_config().to_dict()
@@ -216,8 +222,8 @@ def why_not_shared(model: nn.Module) -> str | None:
 
 
 def active_dropout(model: nn.Module) -> list[str]:
-    """Every dropout (or jitter of a router) above 0, modules and those that models keep as a number in their config:
-    ["dropout=0.1"]."""
+    """Return every dropout (or jitter of a router) above 0, of modules and those that models keep as a number in their
+    config: ["dropout=0.1"]."""
     named = [(name.removesuffix(".default"), module) for name, module in model.named_modules()]  # peft's adapter
     rates = {name.rpartition(".")[2]: module.p for name, module in named if isinstance(module, nn.Dropout) and module.p}
     unused = ("layerdrop", "summary", "classifier")  # not for single tokens, or not in language models

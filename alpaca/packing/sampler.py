@@ -37,7 +37,7 @@ EXCHANGES = 50  # between packs of a step at most, to even them out
 
 
 class StepSampler(Sampler[list[MicroBatch]]):
-    """Yields this rank's micro-batches in step order, in lists: as many lists a step as the Trainer expects
+    """Yield this rank's micro-batches in step order, in lists: as many lists a step as the Trainer expects
     micro-batches (`accumulation`), of which in packed mode the last holds all packs of the step, the others nothing.
 
     Every rank gets the same number of micro-batches: sharded parameters are gathered by all ranks together.
@@ -58,8 +58,13 @@ class StepSampler(Sampler[list[MicroBatch]]):
     ):
         """`seed=None` keeps the rows in order; `drop_last` leaves out the step that has fewer rows; `normalization`:
         token, microbatch, or sum (every target counts 1); `packing=None` is padded."""
-        self.sizes, self.batch_size, self.accumulation, self.seed = sizes, batch_size, accumulation, seed
-        self.world_size, self.rank, self.normalization, self.packing = world_size, rank, normalization, packing
+        self.sizes = sizes
+        self.batch_size = batch_size
+        self.accumulation = accumulation
+        self.world_size, self.rank = world_size, rank
+        self.seed = seed
+        self.normalization = normalization
+        self.packing = packing
         self.rows_per_step = batch_size * accumulation * world_size
         num_rows = len(sizes.lengths)
         self.used_rows = num_rows - num_rows % self.rows_per_step if drop_last else num_rows
@@ -69,7 +74,7 @@ class StepSampler(Sampler[list[MicroBatch]]):
         self.epoch = epoch
 
     def order(self) -> list[int]:
-        """The rows in the order of the current epoch, over all ranks."""
+        """Return the rows in the order of the current epoch, over all ranks."""
         num_rows = len(self.sizes.lengths)
         if self.seed is None:
             return list(range(num_rows))
@@ -82,7 +87,7 @@ class StepSampler(Sampler[list[MicroBatch]]):
         return torch.randperm(num_rows, generator=generator).tolist()
 
     def steps(self) -> Iterator[list[list[int]]]:
-        """The rows of each optimizer step of the current epoch, in 2023's micro-batches: number i is rank
+        """Yield the rows of each optimizer step of the current epoch, in 2023's micro-batches: number i is rank
         i % world_size's, and perhaps has no rows."""
         order = self.order()[: self.used_rows]
         for start in range(0, self.used_rows, self.rows_per_step):
@@ -99,12 +104,12 @@ class StepSampler(Sampler[list[MicroBatch]]):
             yield from filled
 
     def _slots(self, step: list[list[int]]) -> int:
-        """The micro-batches that the Trainer expects in `step`."""
+        """Return how many micro-batches the Trainer expects in `step`."""
         return len(step) // self.world_size
 
     def plan(self, step: list[list[int]], rank: int | None = None) -> list[MicroBatch]:
-        """The micro-batches in which this rank (or `rank`) trains its share of a step of `steps()`. A row that comes
-        twice is trained twice."""
+        """Return the micro-batches in which this rank (or `rank`) trains its share of a step of `steps()`. A row that
+        comes twice is trained twice."""
         weighted = [[(row, weight) for row in batch] for batch, weight in zip(step, self._weights(step))]
         if self.packing:
             weighted = self._packs([item for batch in weighted for item in batch])
@@ -121,7 +126,7 @@ class StepSampler(Sampler[list[MicroBatch]]):
         return [[items[i] for i in pack] for pack in packs]
 
     def _weights(self, step: list[list[int]]) -> list[float]:
-        """Of the targets of each micro-batch."""
+        """Return the weights of the targets of each micro-batch."""
         targets = [int(self.sizes.num_targets[batch].sum()) for batch in step]
         if self.normalization == "sum":
             return [1.0] * len(step)
@@ -130,7 +135,7 @@ class StepSampler(Sampler[list[MicroBatch]]):
         return [1.0 / (max(number, 1) * self._divisor(targets)) for number in targets]
 
     def _divisor(self, targets: list[int]) -> int:
-        """Of the sum of the means of micro-batches with so many `targets`."""
+        """Return the divisor of the sum of the means of micro-batches with so many `targets`."""
         return max(sum(number > 0 for number in targets), 1)
 
     def _totals(self, batches: list[list[int]]) -> StepTotals:
@@ -143,8 +148,8 @@ class StepSampler(Sampler[list[MicroBatch]]):
 
 
 def deal(rows: Sequence[int], batch_size: int, world_size: int) -> list[list[int]]:
-    """2023's micro-batches of `rows`, those of all ranks by turns: of each `batch_size * world_size` rows, rank r has
-    every `world_size`-th from the r-th on."""
+    """Return 2023's micro-batches of `rows`, those of all ranks by turns: of each `batch_size * world_size` rows, rank
+    r has every `world_size`-th from the r-th on."""
     together = batch_size * world_size
     blocks = (rows[start : start + together] for start in range(0, len(rows), together))
     return [block[rank::world_size] for block in blocks for rank in range(world_size)]
@@ -169,11 +174,11 @@ class Steps2023:
 
     @property
     def per_epoch(self) -> int:
-        """Optimizer steps of an epoch, as the length of the run is counted."""
+        """Return the optimizer steps of an epoch, as the length of the run is counted."""
         return max(self.micro_batches // self.accumulation, 1)
 
     def taken(self, micro_batches: int) -> int:
-        """Optimizer steps in the first `micro_batches` of the run."""
+        """Return the optimizer steps in the first `micro_batches` of the run."""
         steps = micro_batches // self.accumulation
         if 0 < self.micro_batches <= self.accumulation:
             both = math.lcm(self.micro_batches, self.accumulation)
@@ -181,12 +186,17 @@ class Steps2023:
         return steps
 
     def end(self, steps: int) -> int:
-        """Micro-batches in the first `steps` of the run; the inverse of `taken`."""
+        """Return the micro-batches in the first `steps` of the run; the inverse of `taken`."""
         return bisect_left(range(steps * self.accumulation), steps, key=self.taken)
 
     def of_epoch(self, epoch: int) -> range:
-        """The steps, numbered from 0 through the run, that are taken in an epoch."""
+        """Return the steps, numbered from 0 through the run, that are taken in an epoch."""
         return range(self.taken(epoch * self.micro_batches), self.taken((epoch + 1) * self.micro_batches))
+
+    def position(self, steps: int) -> tuple[int, int]:
+        """Return the epoch of the step that follows the first `steps`, and how many steps of it are done."""
+        epoch = (self.end(steps + 1) - 1) // self.micro_batches
+        return epoch, steps - self.of_epoch(epoch).start
 
 
 class StepSampler2023(StepSampler):
@@ -199,8 +209,8 @@ class StepSampler2023(StepSampler):
         self.run = Steps2023.of(len(sizes.lengths), batch_size, self.accumulation, self.world_size, drop_last)
 
     def order(self, epoch: int | None = None) -> list[int]:
-        """The rows in the order of `epoch` (by default the current one), over all ranks; of several ranks as torch's
-        DistributedSampler has it, which gives each of them equally many."""
+        """Return the rows in the order of `epoch` (by default the current one), over all ranks; of several ranks as
+        torch's DistributedSampler has it, which gives each of them equally many."""
         epoch, num_rows = self.epoch if epoch is None else epoch, len(self.sizes.lengths)
         if self.world_size > 1:
             rows = torch.randperm(num_rows, generator=torch.Generator().manual_seed(self.seed + epoch)).numpy()
@@ -232,7 +242,7 @@ class StepSampler2023(StepSampler):
 
 
 def sampler_seed(seed: int, data_seed: int | None, world_size: int) -> int:
-    """The seed of 2023's order of rows. One process without --data_seed: the first number that torch draws after
+    """Return the seed of 2023's order of rows. One process without --data_seed: the first number that torch draws after
     seeding."""
     if world_size > 1 or data_seed is not None:
         return seed if data_seed is None else data_seed
@@ -328,8 +338,8 @@ def rows_per_step(args: "TrainingArguments") -> int:
 
 
 def count_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, float]:
-    """(optimizer steps of the run, of an epoch), as the Trainer will count them. Under --reproduce_2023 epochs differ,
-    and it is their mean."""
+    """Return (optimizer steps of the run, of an epoch), as the Trainer will count them. Under --reproduce_2023 epochs
+    differ, and it is their mean."""
     per_step, accumulation = rows_per_step(args), args.gradient_accumulation_steps
     if args.reproduce_2023:
         run = steps_2023(args, num_rows)

@@ -31,8 +31,8 @@ OPTIMIZERS = ("optimizer.pt", "optimizer_0/.metadata", "latest")  # one process 
 
 
 def find_checkpoint(args: "TrainingArguments") -> str | None:
-    """The checkpoint --resume_from_checkpoint names (True: the last complete one in --output_dir), or None to start
-    from the beginning: not asked for, or the run was stopped before its first checkpoint.
+    """Return the checkpoint that --resume_from_checkpoint names (True: the last complete one in --output_dir), or None
+    to start from the beginning: not asked for, or the run was stopped before its first checkpoint.
 
     Raises:
         UsageError: the named checkpoint is not complete, or what stands in --output_dir would be overwritten.
@@ -53,7 +53,8 @@ def find_checkpoint(args: "TrainingArguments") -> str | None:
 
 
 def _check_that_nothing_is_overwritten(args: "TrainingArguments", output: Path) -> None:
-    """For a run that does not continue the one in `output`. A finished one is compared later, by resume.py."""
+    """Raise UsageError where a run that does not continue the one in `output` would overwrite it. A finished one is
+    compared later, by resume.py."""
     found, record = _numbered(output), read_record(output)
     if found and args.overwrite_output_dir:
         raise UsageError(
@@ -62,14 +63,16 @@ def _check_that_nothing_is_overwritten(args: "TrainingArguments", output: Path) 
         )
     unfinished = found and not (record and record["finished"])
     if (unfinished or (record is None and holds_a_model(output))) and not args.overwrite_output_dir:
+        move = "move its checkpoints away and " if found else ""
         raise UsageError(
             f"--output_dir {output} already holds a run; continue it with --resume_from_checkpoint True, choose "
-            f"another folder, or {'move its checkpoints away and ' * bool(found)}pass --overwrite_output_dir True"
+            f"another folder, or {move}pass --overwrite_output_dir True"
         )
 
 
 def _last_complete(output: Path, rank: int) -> str | None:
-    """A kill leaves no checkpoint-N that is not whole: where there are only such, they are somebody's, or damaged."""
+    """Return the last complete checkpoint. A kill leaves no checkpoint-N that is not whole: where there are only such,
+    they are somebody's, or damaged."""
     wrong = {folder: find_problems(folder) for folder in _numbered(output)}
     skipped = [f"{folder.name} is incomplete ({', '.join(why)})" for folder, why in wrong.items() if why]
     complete = [folder for folder, why in wrong.items() if not why]
@@ -92,13 +95,13 @@ def _last_complete(output: Path, rank: int) -> str | None:
 
 
 def _numbered(output: Path) -> list[Path]:
-    """The folders checkpoint-N, the highest N first."""
+    """Return the folders checkpoint-N, the highest N first."""
     found = [folder for folder in output.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdigit()]
     return sorted(found, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True)
 
 
 def find_problems(folder: Path) -> list[str]:
-    """Why a run cannot continue from `folder`; [] for a complete checkpoint."""
+    """Return why a run cannot continue from `folder`; [] for a complete checkpoint."""
     manifest = _read_json(folder / MANIFEST)
     if manifest is None or not manifest.keys() >= {"step", "contract", "files"}:
         return [f"no readable {MANIFEST}, which is written last"]
@@ -120,8 +123,8 @@ def find_problems(folder: Path) -> list[str]:
 
 
 @contextmanager
-def atomic_checkpoint_dir(output: Path, step: int, contract: dict[str, Any], rank: int) -> Iterator[str]:
-    """The folder to write a checkpoint into; it becomes checkpoint-`step` when all ranks have left the block.
+def atomic_checkpoint_dir(output: Path, step: int, run_fingerprint: dict[str, Any], rank: int) -> Iterator[str]:
+    """Give the folder to write a checkpoint into. It becomes checkpoint-`step` when all ranks have left the block.
 
     Raises:
         UsageError: it could not be written (a full disk, a quota); what was written of it is removed.
@@ -135,7 +138,7 @@ def atomic_checkpoint_dir(output: Path, step: int, contract: dict[str, Any], ran
         yield str(folder)
         barrier()
         if rank == 0:
-            _write_manifest(folder, step, contract)
+            _write_manifest(folder, step, run_fingerprint)
             _rename(folder, output / f"checkpoint-{step}")
     except BaseException as error:  # safetensors, torch, and CheckpointException, which is no Exception
         if not is_about_space(error):
@@ -153,13 +156,13 @@ def atomic_checkpoint_dir(output: Path, step: int, contract: dict[str, Any], ran
 
 
 def _clear_leftovers(output: Path) -> None:
-    """Of a run that was killed while it wrote or deleted a checkpoint."""
+    """Delete what is left of a run that was killed while it wrote or deleted a checkpoint."""
     for pattern in ("saving-checkpoint-*", "deleting-checkpoint-*"):
         for leftover in output.glob(pattern):
             shutil.rmtree(leftover)
 
 
-def _write_manifest(folder: Path, step: int, contract: dict[str, Any]) -> None:
+def _write_manifest(folder: Path, step: int, run_fingerprint: dict[str, Any]) -> None:
     files = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         descriptor = os.open(file, os.O_RDONLY)
@@ -167,11 +170,11 @@ def _write_manifest(folder: Path, step: int, contract: dict[str, Any]) -> None:
         os.close(descriptor)
         files[str(file.relative_to(folder))] = file.stat().st_size
     with atomic_write(folder / MANIFEST) as file:
-        json.dump({"step": step, "contract": contract, "files": files}, file, indent=1)
+        json.dump({"step": step, "contract": run_fingerprint, "files": files}, file, indent=1)
 
 
 def _rename(folder: Path, target: Path) -> None:
-    """Over an earlier checkpoint of the same step too, which stays whole until then."""
+    """Rename `folder`, over an earlier checkpoint of the same step too, which stays whole until then."""
     replaced = _set_aside(target) if target.exists() else None
     os.rename(folder, target)
     if replaced:
@@ -179,7 +182,7 @@ def _rename(folder: Path, target: Path) -> None:
 
 
 def _set_aside(folder: Path) -> Path:
-    """Another name for what is to be deleted, so that a kill in between leaves no half of a checkpoint-N."""
+    """Give what is to be deleted another name, so that a kill in between leaves no half of a checkpoint-N."""
     aside = folder.with_name(f"deleting-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
@@ -196,7 +199,7 @@ def delete_old_checkpoints(output: Path, limit: int | None, keep: set[str]) -> N
 
 
 def retry_while_disk_full(write: Callable[[], None], output_dir: str, tries: int = 60, pause: float = 60.0) -> None:
-    """`write()`, again after `pause` seconds while the disk is full: time to make room.
+    """Call `write()`, and again after `pause` seconds while the disk is full: time to make room.
 
     Raises:
         UsageError: it was full for all of `tries`.
@@ -230,14 +233,14 @@ def is_about_space(error: BaseException) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """The system's own words, where the libraries have passed them on."""
+    """Return the system's own words, where the libraries have passed them on."""
     lines = [line.strip() for part in _causes(error) for line in str(part).splitlines()]
-    told = [line for text in SPACE_ERRORS[:3] for line in lines if text in line.lower()]
-    return told[0] if told else "a file could not be written to its end"
+    about_space = [line for text in SPACE_ERRORS[:3] for line in lines if text in line.lower()]
+    return about_space[0] if about_space else "a file could not be written to its end"
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error, what it was raised from, and what other ranks reported through it."""
+    """Yield the error, what it was raised from, and what other ranks reported through it."""
     while error is not None:
         yield error
         for inner in getattr(error, "failures", {}).values():
@@ -257,7 +260,7 @@ class SaveOnlyWhenAsked(TrainerCallback):
 
 @contextmanager
 def _caching_config(model: nn.Module) -> Iterator[None]:
-    """Saved models generate with a cache; the Trainer has switched it off for training."""
+    """Save models that generate with a cache: the Trainer has switched it off for training."""
     training_value, model.config.use_cache = model.config.use_cache, True
     try:
         yield

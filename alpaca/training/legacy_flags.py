@@ -44,7 +44,8 @@ def adapt(flags: Namespace, parser: FlagParser) -> list[str]:
 
 
 def _reset_without_effect(flags: Namespace, parser: FlagParser) -> list[str]:
-    """To their defaults, in place: --bf16_full_eval, for one, would tell DeepSpeed to train in bfloat16."""
+    """Set flags without effect to their defaults, in place: --bf16_full_eval, for one, would tell DeepSpeed to train in
+    bfloat16."""
     notes = []
     for name, reason in WITHOUT_EFFECT.items():
         value, default = getattr(flags, name, None), parser.get_default(name)
@@ -56,7 +57,7 @@ def _reset_without_effect(flags: Namespace, parser: FlagParser) -> list[str]:
 
 
 def translate_legacy_flags(argv: list[str]) -> tuple[list[str], list[str]]:
-    """2023's command line -> (today's command line, one note per translation).
+    """Return today's command line for 2023's, and one note per translation.
 
     Raises:
         UsageError: a legacy value that has no meaning, such as --fsdp "half_shard".
@@ -184,7 +185,7 @@ def adapt_to_hardware(flags: Namespace) -> list[str]:
             )
     if flags.fsdp and (not launched or (flags.use_cpu and world_size == 1)):
         flags.fsdp = None
-        notes.append("--fsdp -> off: one process has nobody to shard with; start with torchrun --nproc_per_node=N")
+        notes.append("--fsdp -> off: FSDP needs at least two processes; start with torchrun --nproc_per_node=N")
     return notes
 
 

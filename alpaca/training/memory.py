@@ -15,7 +15,7 @@ Memory is the sum of
     activations          what the forward pass of the largest micro-batch keeps for the backward pass, counted on fake
                          tensors (shapes without memory), and its logits with their gradient and the loss's float32
 
-and 1 GB for CUDA itself. 1 GB is 10^9 bytes. It is a forecast: an allocator that fragments takes more, so what is
+and 1 GB for CUDA itself. 1 GB is 10^9 bytes. It is an estimate: an allocator that fragments takes more, so what is
 decided here leaves room for a tenth more of the last two, which come and go with every pack.
 """
 
@@ -85,7 +85,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Rows:
-    """What the forecast must know of the data, in tokens."""
+    """What the estimate must know of the data, in tokens."""
 
     longest: int
     share: float  # of the tokens that are targets
@@ -94,7 +94,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Decision:
-    """What training takes over from the forecast."""
+    """What training takes over from the estimate."""
 
     max_tokens_per_pack: int  # at least the longest row; 0 if padded
     gradient_checkpointing: bool
@@ -160,8 +160,8 @@ def measure(
 
 
 def bytes_of_base(model: "PreTrainedModel", parameters: int, lora: LoraArguments, dtype: torch.dtype) -> float:
-    """Of the frozen weights. bitsandbytes quantizes linear layers, not the last one of the model: NF4 has 4 bits and,
-    for 64 of them, a scale of 8 bits."""
+    """Return the bytes of the frozen weights. bitsandbytes quantizes linear layers, not the last one of the model: NF4
+    has 4 bits and, for 64 of them, a scale of 8 bits."""
     last = model.get_output_embeddings()
     layers = [layer for layer in lora_layers(model).values() if layer is not last] if lora.quantized else []
     quantized = sum(layer.weight.numel() for layer in layers)
@@ -169,7 +169,8 @@ def bytes_of_base(model: "PreTrainedModel", parameters: int, lora: LoraArguments
 
 
 def memory(model: Model, plan: Plan) -> dict[str, float]:
-    """Bytes per process and part, on the device that does the arithmetic. `host`: on the CPU, under offload."""
+    """Return the bytes per process and part, on the device that does the arithmetic. `host`: on the CPU, under
+    offload."""
     shards = plan.group if plan.sharded else 1
     static = {
         "weights": model.weight_bytes,
@@ -203,8 +204,9 @@ def memory(model: Model, plan: Plan) -> dict[str, float]:
 
 
 def _logits(model: Model, plan: Plan) -> float:
-    """Bytes of the targets' logits, their gradient and three float32 temporaries of a chunk; padded batches have the
-    logits of all positions and their gradient besides. accelerate makes what leaves a model under autocast float32."""
+    """Return the bytes of the targets' logits, their gradient and three float32 temporaries of a chunk; padded batches
+    have the logits of all positions and their gradient besides. accelerate makes what leaves a model under autocast
+    float32."""
     item, targets = 2 if plan.half and plan.sharded else 4, plan.share * plan.tokens
     positions = targets + (0 if plan.packed else plan.tokens)
     return 2 * item * model.vocabulary * positions + 3 * 4 * min(CHUNK["cuda"], model.vocabulary * targets)
@@ -215,15 +217,15 @@ def total(parts: dict[str, float]) -> float:
 
 
 def pack_sizes(plan: Plan, rows: Rows, budget: int | None = None) -> list[int]:
-    """Tokens of a pack to choose from, the largest first: the user's `budget`, or PACK_TOKENS; never less than the
-    longest row, nor more than a step has."""
+    """Return the tokens of a pack to choose from, the largest first: the user's `budget`, or PACK_TOKENS; never less
+    than the longest row, nor more than a step has."""
     sizes = [budget] if budget else [size if plan.on_gpu else min(size, CPU_PACK_TOKENS) for size in PACK_TOKENS]
     return sorted({max(min(size, rows.step), rows.longest) for size in sizes}, reverse=True)
 
 
 def decide(model: Model, plan: Plan, rows: Rows, available: float, budget: int | None = None) -> Decision:
-    """The largest packs that fit into `available` bytes. Where nothing fits, and the user has not said otherwise, with
-    gradient checkpointing; where nothing fits with it either, the smallest packs without it."""
+    """Return the largest packs that fit into `available` bytes. Where nothing fits, and the user has not said
+    otherwise, with gradient checkpointing; where nothing fits with it either, the smallest packs without it."""
 
     def fits(way: Plan) -> bool:
         parts = memory(model, way)
@@ -244,8 +246,8 @@ def decide(model: Model, plan: Plan, rows: Rows, available: float, budget: int |
 
 
 def what_fits(model: Model, plan: Plan, rows: Rows, available: float) -> str | None:
-    """The first change of flags, from the cheapest in time to the dearest, with which the run fits into `available`
-    bytes; None where none does."""
+    """Return the first change of flags, from the cheapest in time to the dearest, with which the run fits into
+    `available` bytes; None where none does."""
     ways = [("", plan)]
     if not plan.sharded and plan.world_size > 1:
         ways.append(('--fsdp "full_shard auto_wrap"', replace(plan, sharded=True)))
@@ -261,13 +263,14 @@ def what_fits(model: Model, plan: Plan, rows: Rows, available: float) -> str | N
             parts = memory(model, replace(way, tokens=tokens))
             if total(parts) <= available and (flags or smaller):
                 host = parts.get("host", 0)
-                where = format_bytes(total(parts)) + f" and {format_bytes(host)} of CPU memory a process" * (host > 0)
+                where = format_bytes(total(parts))
+                where += f" and {format_bytes(host)} of CPU memory a process" if host else ""
                 return f"{flags}{smaller}".strip() + f" (about {where})"
     return None
 
 
 def _smaller(plan: Plan, rows: Rows) -> list[tuple[str, int]]:
-    """(flags, tokens of a micro-batch) of the same steps in smaller pieces, the largest first."""
+    """Return (flags, tokens of a micro-batch) of the same steps in smaller pieces, the largest first."""
     if plan.packed:
         return [(f" --max_tokens_per_pack {size}", size) for size in pack_sizes(plan, rows) if size < plan.tokens]
     parts = [2**k for k in range(1, plan.rows.bit_length()) if plan.rows % 2**k == 0]
@@ -276,7 +279,7 @@ def _smaller(plan: Plan, rows: Rows) -> list[tuple[str, int]]:
 
 
 def rows_of(lengths: Sequence[int], num_targets: int, rows_per_step: int, world_size: int) -> Rows:
-    """`lengths`: tokens of each row of the data set. The ranks share the tokens of a step evenly."""
+    """Return what the estimate must know of rows of `lengths` tokens. The ranks share the tokens of a step evenly."""
     sizes = torch.tensor(lengths, dtype=torch.float64)
     drawn = min(rows_per_step, len(lengths))
     spread = math.sqrt(drawn * (1 - drawn / len(lengths))) * sizes.std(correction=0).item()
@@ -307,7 +310,7 @@ def plan_of(args: "TrainingArguments", rows: Rows) -> Plan:
 
 
 def optimizer_bytes(args: "TrainingArguments") -> float:
-    """A parameter's, of the state that --optim keeps."""
+    """Return the bytes a parameter of the state that --optim keeps."""
     return next((size for key, size in OPTIMIZER_BYTES.items() if key in enum_value(args.optim)), 8)
 
 
@@ -316,14 +319,14 @@ def local_world_size() -> int:
 
 
 def available_memory(device: torch.device) -> tuple[float, float]:
-    """(bytes for this process on `device`, bytes of CPU memory for it)."""
+    """Return (bytes for this process on `device`, bytes of CPU memory for it)."""
     import psutil
 
     host = psutil.virtual_memory().available / local_world_size()
     return (torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else host), host
 
 
-def forecast_memory(
+def estimate_memory(
     args: "TrainingArguments", config: "PreTrainedConfig", rows: Rows, lora: LoraArguments | None = None
 ) -> tuple[Model | None, Decision]:
     """Decide what the flags leave open, and print what a process will take, whether that is there, and which flags to
@@ -335,7 +338,7 @@ def forecast_memory(
         model = measure(config, rows.longest, plan.half, autocast=not plan.sharded, **frozen)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {first_line(error):.100}"
-        print_rank0(f"memory and disk: no forecast, this model does not run on fake tensors ({reason})", 0)
+        print_rank0(f"memory and disk: no estimate, this model does not run on fake tensors ({reason})", 0)
         tokens = max(budget or CPU_PACK_TOKENS, rows.longest)
         return None, Decision(tokens if plan.packed else 0, bool(plan.checkpointing), hold_gradients=False)
     available, host = available_memory(args.device)
@@ -347,7 +350,7 @@ def forecast_memory(
         whole_gradients=decision.hold_gradients,
         checkpointing=decision.gradient_checkpointing,
     )
-    _say_forecast(model, chosen, rows, available, host)
+    _print_estimate(model, chosen, rows, available, host)
     if chosen.checkpointing and plan.checkpointing is None:
         least = pack_sizes(plan, rows, budget)[-1] if plan.packed else plan.tokens
         size = total(memory(model, replace(plan, tokens=least)))
@@ -358,13 +361,13 @@ def forecast_memory(
     return model, decision
 
 
-def _say_forecast(model: Model, plan: Plan, rows: Rows, available: float, host: float) -> None:
+def _print_estimate(model: Model, plan: Plan, rows: Rows, available: float, host: float) -> None:
     parts = memory(model, plan)
     size = total(parts)
     described = " + ".join(f"{name} {format_bytes(part)}" for name, part in parts.items() if name != "host" and part)
     batch = f"packs of at most {plan.tokens}" if plan.packed else f"{plan.rows} rows of {rows.longest}"
     unit = f"per {'GPU' if plan.on_gpu else 'process'} ({batch} tokens)"
-    print_rank0(f"memory {unit}, forecast: {described} = {format_bytes(size)}, available {format_bytes(available)}", 0)
+    print_rank0(f"memory {unit}, estimate: {described} = {format_bytes(size)}, available {format_bytes(available)}", 0)
     if size > available:
         fits = what_fits(model, plan, rows, available)
         print_rank0(f"  does not fit; {'this would: ' + fits if fits else 'take more GPUs, or a smaller model'}", 0)

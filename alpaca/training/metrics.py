@@ -29,10 +29,11 @@ from alpaca.packing.packing import StepTotals
 
 
 class SpeedMeter:
-    """Counts steps between log lines; all counts are known from the plan, so that nothing waits for the device."""
+    """Count steps between log lines. All counts are known from the plan, so that nothing waits for the device."""
 
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, world_size: int):
-        self.device, self.dtype, self.world_size = device, dtype, world_size
+        self.device, self.dtype = device, dtype
+        self.world_size = world_size
         self.flops_per_token = flops_per_token(model)
         self.rate: float | None = None
         self._since: float | None = None
@@ -46,18 +47,18 @@ class SpeedMeter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The clock stands meanwhile: saving and evaluating are not training."""
+        """Stop the clock meanwhile: saving and evaluating are not training."""
         start = time.time()
         yield
         if self._since is not None:
             self._since += time.time() - start
 
     def flops(self, step: StepTotals) -> float:
-        """Useful floating point operations of a step, per rank."""
+        """Return the useful floating point operations of a step, per rank."""
         return self.flops_per_token * step.tokens / self.world_size
 
     def read(self) -> dict[str, float]:
-        """The figures since the last call."""
+        """Return the figures since the last call."""
         seconds, steps = max(time.time() - self._since, 1e-9), self._counted
         self._since, self._counted = time.time(), []
         rows, tokens, computed, padding = (
@@ -72,9 +73,29 @@ class SpeedMeter:
         }
 
 
+class LossTracker:
+    """The losses of the steps since the last log line, and the gradient norm of the last step."""
+
+    def __init__(self):
+        self.losses: list[float] = []
+        self.grad_norm: float | None = None
+
+    def add(self, loss: float, grad_norm: float | None) -> None:
+        self.losses.append(loss)
+        self.grad_norm = grad_norm
+
+    def read(self) -> tuple[float, dict[str, float]]:
+        """Return the sum of the losses since the last call, and what is logged: their mean, and the gradient norm."""
+        losses, self.losses = self.losses, []
+        logs = {"loss": sum(losses) / len(losses)}
+        if self.grad_norm is not None:
+            logs["grad_norm"] = self.grad_norm
+        return sum(losses), logs
+
+
 def flops_per_token(model: nn.Module) -> int:
-    """Two for every parameter that a token is multiplied with (all but the input embedding, unless it is the output's
-    too), two for the gradient of its input, and two for its own."""
+    """Return two for every parameter that a token is multiplied with (all but the input embedding, unless it is the
+    output's too), two for the gradient of its input, and two for its own."""
     embedding = next(model.get_input_embeddings().parameters())
     output = model.get_output_embeddings()
     looked_up = output is None or output.weight is not embedding
@@ -83,13 +104,14 @@ def flops_per_token(model: nn.Module) -> int:
 
 
 def _numel(parameter: nn.Parameter) -> int:
-    """bitsandbytes keeps two weights of 4 bits in a byte, DeepSpeed an empty tensor in the model."""
+    """Return the number of weights: bitsandbytes keeps two of 4 bits in a byte, DeepSpeed an empty tensor in the
+    model."""
     quantized = getattr(parameter, "quant_state", None)
     return quantized.shape.numel() if quantized is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating point operations per second of a product of two square matrices, the best of five."""
+    """Return the floating point operations per second of a product of two square matrices, the best of five."""
     size = 8192 if device.type == "cuda" else 1024
     own = torch.Generator(device).manual_seed(0)  # the global one draws the dropout masks of the run
     left, right = (torch.randn(size, size, generator=own, device=device, dtype=dtype) for _ in range(2))

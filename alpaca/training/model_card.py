@@ -1,4 +1,5 @@
-"""The model card: README.md in --output_dir, as the hub shows it, from what is known at the end of a run.
+"""The model card: README.md in --output_dir, as the hub shows it, from what is known at the end of a run. Its text is
+in model_card.md.jinja.
 
     print(model_card(trainer, flags))
 
@@ -19,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jinja2
 from huggingface_hub import ModelCardData
 
 from alpaca.common.arguments import enum_value
@@ -26,7 +28,7 @@ from alpaca.common.distributed import print_rank0
 from alpaca.common.files import atomic_write
 from alpaca.data.chat_template import separator
 from alpaca.data.prompts import TEMPLATE_FILE, format_prompt
-from alpaca.data.report import PROBLEMS, DataReport
+from alpaca.data.report import PROBLEMS
 from alpaca.packing.sampler import rows_per_step
 
 if TYPE_CHECKING:
@@ -41,6 +43,9 @@ OF_PROGRAMS = (
     "generated automatically according to the information the Trainer had access to",
     "# Model Card for Model ID",
 )
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+QUESTION = "Give three tips for staying healthy."
+ANSWER = "Eat vegetables, sleep enough, and take a walk every day."  # for a backward model
 LICENCES = {"tatsu-lab/alpaca": "CC BY-NC 4.0", "seed_tasks.jsonl of this repository": "Apache-2.0"}
 
 
@@ -60,23 +65,32 @@ def model_card(trainer: "Trainer", flags: Mapping[str, Any]) -> str:
     args, dataset = trainer.args, trainer.train_dataset
     lora = getattr(trainer.model, "peft_config", {}).get("default")
     base, data = base_source(flags["model_name_or_path"]), data_source(flags["data_path"], flags["data_split"])
-    done = "LoRA matrices for" if lora else "A fine-tuned version of"
-    task = "write the instruction that a text answers" if flags["backward"] else "follow instructions"
-    parts = [
-        f"---\n{metadata(base, data, lora).to_yaml()}\n---",
-        MARKER,
-        f"# {Path(args.output_dir).resolve().name}",
-        f"{done} {base.shown}, trained to {task} on {len(dataset):,} rows of {data.shown} by the Stanford Alpaca "
-        "recipe.",
-        f"## How to use it\n\n{usage(trainer, flags, base, lora)}",
-        f"## Prompts\n\n{prompts(dataset.templates)}",
-        f"## Training data\n\n{training_data(data, dataset)}",
-        f"## Training procedure\n\n{table(hyperparameters(trainer, flags, lora))}",
-        f"## Results\n\n{table(results(trainer))}\n\n![Loss over the optimizer steps](loss.png)",
-        f"## Hardware and versions\n\n{table(environment(trainer, lora))}",
-        f"## Intended use and limits\n\n{limits(base, data)}",
-    ]
-    return "\n\n".join(parts) + "\n"
+    question = ANSWER if flags["backward"] else QUESTION
+    problems = dataset.report.problems.items()
+    jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    jinja.filters["quoted"] = json.dumps  # Jinja's own would escape for HTML
+    return jinja.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        metadata=metadata(base, data, lora).to_yaml(),
+        marker=MARKER,
+        name=Path(args.output_dir).resolve().name,
+        flags=flags,
+        lora=lora,
+        base=base,
+        data=data,
+        dataset=dataset,
+        quantization=_quantization(trainer.model) if lora else None,
+        chat_template=trainer.processing_class.chat_template,
+        separator=separator(dataset.templates["prompt_input"]),
+        question=question,
+        prompt=repr(format_prompt({"instruction": question}, dataset.templates)),
+        fence=_fence("".join(dataset.templates.values())),
+        template_file=TEMPLATE_FILE,
+        noticed=[f"{PROBLEMS[name].meaning}: {len(rows):,}" for name, rows in problems if rows],
+        table=table,
+        hyperparameters=hyperparameters(trainer, flags, lora),
+        results=results(trainer),
+        environment=environment(trainer, lora),
+    )
 
 
 # ---- where base and data come from ----
@@ -90,7 +104,7 @@ class Source(NamedTuple):
 
 
 def base_source(name: str) -> Source:
-    """A folder in the cache of the hub is the model of the hub that it holds."""
+    """Return where a model comes from. A folder in the cache of the hub is the model of the hub that it holds."""
     folder = Path(name)
     if not folder.is_dir():
         return Source(f"[{name}](https://huggingface.co/{name})", name)
@@ -102,14 +116,14 @@ def base_source(name: str) -> Source:
 
 
 def _licence(card: Path) -> str | None:
-    """What the front matter of a model card says."""
+    """Return the licence that the front matter of a model card names."""
     front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
     found = re.search(r"^license: *['\"]?([\w.-]+)", front[1], re.MULTILINE) if front else None
     return found[1] if found else None
 
 
 def data_source(path: str, split: str) -> Source:
-    """As alpaca.data.rows.load_rows finds it."""
+    """Return where the rows come from, as alpaca.data.rows.load_rows finds them."""
     local = Path(path)
     if not local.exists():
         shown = f"[{path}](https://huggingface.co/datasets/{path})"
@@ -121,11 +135,11 @@ def data_source(path: str, split: str) -> Source:
     return Source(f"`{local.name}` (a local file)", None, licence, (f"SHA-256 of the file: `{digest}`",))
 
 
-# ---- sections ----
+# ---- facts ----
 
 
 def metadata(base: Source, data: Source, lora: "LoraConfig | None") -> ModelCardData:
-    """The front matter. Only what the hub can resolve: ids, no local names."""
+    """Return the front matter. It has only what the hub can resolve: ids, no local names."""
     return ModelCardData(
         base_model=base.hub_id,
         datasets=[data.hub_id] if data.hub_id else None,
@@ -135,96 +149,8 @@ def metadata(base: Source, data: Source, lora: "LoraConfig | None") -> ModelCard
     )
 
 
-def usage(trainer: "Trainer", flags: Mapping[str, Any], base: Source, lora: "LoraConfig | None") -> str:
-    """Python that runs as it is in the folder of the card."""
-    asked = ANSWER if flags["backward"] else QUESTION
-    templates = trainer.train_dataset.templates
-    between = separator(templates["prompt_input"])
-    if trainer.processing_class.chat_template:
-        asking = BY_CHAT_TEMPLATE.replace("<text>", asked)
-        told = TOLD.replace("<where>", f"behind the instruction, after {json.dumps(between)}, or " if between else "")
-    else:
-        asking = BY_TEXT.replace("<prompt>", repr(format_prompt({"instruction": asked}, templates)))
-        told = "The prompt is one of those below, letter for letter."
-    code = f"{_loading_adapter(trainer.model, base, lora) if lora else LOADING}\n{asking}{ANSWERING}"
-    return f"In the folder of this file, or with its path or hub id as `folder`:\n\n```python\n{code}```\n\n{told}"
-
-
-QUESTION = "Give three tips for staying healthy."
-ANSWER = "Eat vegetables, sleep enough, and take a walk every day."  # for a backward model
-LOADING = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-folder = "."
-tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, device_map="auto")  # dtype="bfloat16" for half the memory
-"""
-BY_CHAT_TEMPLATE = """\
-messages = [{"role": "user", "content": "<text>"}]
-inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt").to(model.device)
-"""
-BY_TEXT = """\
-inputs = tokenizer(<prompt>, return_tensors="pt").to(model.device)
-"""
-ANSWERING = """\
-output = model.generate(**inputs, max_new_tokens=200)
-answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-print(answer)
-"""
-TOLD = """\
-The tokenizer's chat template writes the prompts below, in `transformers serve` and vLLM too. An input goes into the
-message <where>under a key of its own: `{"role": "user", "content": "Translate it.", "input": "Guten Tag!"}`."""
-OF_ADAPTER = "PeftConfig.from_pretrained(folder).base_model_name_or_path  # or your own copy of it"
-
-
-def _loading_adapter(model: Any, base: Source, lora: "LoraConfig") -> str:
-    """The base is quantized as it was for the training."""
-    quantized = getattr(model.config, "quantization_config", None)
-    options = quantized.to_diff_dict().items() if quantized else ()
-    named = ", ".join(f"{key}={value!r}" for key, value in options if key[0] != "_" and key != "quant_method")
-    imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantized else "")
-    option = ", quantization_config=quantization" if quantized else ""
-    lines = [
-        f"from peft import {'PeftModel' if base.hub_id else 'PeftConfig, PeftModel'}",
-        f"from transformers import {imports}\n",
-        'folder = "."',
-        f"base = {json.dumps(base.hub_id)}" if base.hub_id else f"base = {OF_ADAPTER}",
-        f"quantization = BitsAndBytesConfig({named})" if quantized else None,
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        f'model = AutoModelForCausalLM.from_pretrained(base, device_map="auto"{option})',
-        "model.resize_token_embeddings(len(tokenizer), mean_resizing=False)" if lora.trainable_token_indices else None,
-        "model = PeftModel.from_pretrained(model, folder)\n",
-    ]
-    return "\n".join(line for line in lines if line is not None)
-
-
-def prompts(templates: Mapping[str, str]) -> str:
-    """Verbatim, between fences that are longer than any in them."""
-    longest = max(map(len, re.findall("`+", "".join(templates.values()))), default=0)
-    fence = "`" * max(3, longest + 1)
-    rows = {"prompt_input": "With an input:", "prompt_no_input": "Without:"}
-    shown = [f"{title}\n\n{fence}text\n{templates[name]}\n{fence}" for name, title in rows.items()]
-    end = f"The answer follows directly, then the end-of-text token. `{TEMPLATE_FILE}` has both exactly."
-    return "\n\n".join([*shown, end])
-
-
-def training_data(data: Source, dataset: Any) -> str:
-    report: DataReport = dataset.report
-    tokens = sum(report.lengths)
-    noticed = [f"{PROBLEMS[name].meaning}: {len(rows):,}" for name, rows in report.problems.items() if rows]
-    lines = [
-        data.shown,
-        *data.details,
-        f"{len(dataset):,} rows, {tokens:,} tokens, {report.num_targets:,} of them learned (those of the answers)",
-        f"SHA-256 of the rows (instruction, input and output as JSON; first 32 digits): `{dataset.data_fingerprint}`",
-        f"Licence: {data.licence or 'not stated'}",
-        *(["Rows with something to know about: " + "; ".join(noticed)] if noticed else []),
-    ]
-    return "\n".join(f"- {line}" for line in lines)
-
-
 def hyperparameters(trainer: "Trainer", flags: Mapping[str, Any], lora: "LoraConfig | None") -> dict[str, str | None]:
-    """As run, which may be other than asked for. None: does not apply."""
+    """Return the values as run, which may be other than asked for. None: does not apply."""
     args, state = trainer.args, trainer.state
     padded = args.batching == "padded" or any(entry.get("padding_share") for entry in state.log_history)
     sharding = args.fsdp and "FSDP2" + (", in CPU memory" if args.fsdp_config.get("cpu_offload") else "")
@@ -241,7 +167,7 @@ def hyperparameters(trainer: "Trainer", flags: Mapping[str, Any], lora: "LoraCon
         "Epochs": f"{state.epoch:.4g}",
         "Optimizer steps": f"{state.global_step:,}",
         "Global batch": f"{rows_per_step(args)} rows: {args.train_batch_size} per device x "
-        f"{args.gradient_accumulation_steps} accumulated x {args.world_size} process{'es' * (args.world_size > 1)}",
+        f"{args.gradient_accumulation_steps} accumulated x {_processes(args.world_size)}",
         "Maximum length": f"{args.model_max_length} tokens, longer rows are cut on the right",
         "Optimizer": f"{enum_value(args.optim)}, betas {args.adam_beta1:g} and {args.adam_beta2:g}, epsilon "
         f"{args.adam_epsilon:g}, weight decay {args.weight_decay:g}",
@@ -264,7 +190,7 @@ def hyperparameters(trainer: "Trainer", flags: Mapping[str, Any], lora: "LoraCon
 
 
 def results(trainer: "Trainer") -> dict[str, str | None]:
-    """From the log: each loss there is the mean since the entry before. Losses are nats per target token."""
+    """Return what the log says: each loss there is the mean since the entry before, in nats per target token."""
     log, started_at = trainer.state.log_history, getattr(trainer, "started_at", 0)
     losses = {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
     evaluated = [entry for entry in log if "eval_loss" in entry]
@@ -290,7 +216,7 @@ def environment(trainer: "Trainer", lora: "LoraConfig | None") -> dict[str, str 
     import torch
 
     args = trainer.args
-    processes = f"{args.world_size} process{'es' * (args.world_size > 1)} on {args.device.type}"
+    processes = f"{_processes(args.world_size)} on {args.device.type}"
     machine = f"{processes} ({platform.machine()}, {os.cpu_count()} cores)"
     gpus = args.device.type == "cuda" and f"{args.world_size} x {torch.cuda.get_device_name(args.device)}"
     packages = ["torch", "transformers", "accelerate", "tokenizers", *(["peft"] if lora else [])]
@@ -304,7 +230,7 @@ def environment(trainer: "Trainer", lora: "LoraConfig | None") -> dict[str, str 
 
 
 def commit() -> str | None:
-    """Of this repository, where it is a git checkout."""
+    """Return the commit of this repository, where it is a git checkout."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(ROOT), *words]
@@ -319,25 +245,31 @@ def commit() -> str | None:
         return None
 
 
-def limits(base: Source, data: Source) -> str:
-    licences = f"base model: {base.licence or 'not stated'}; data: {data.licence or 'not stated'}"
-    return (
-        "For research on instruction following. The model imitates the answers of its training data and inherits their "
-        "errors and biases, and those of its base model. This run included no learning from human feedback and no "
-        "safety training, and the losses above are all that was measured: what the model says can be false, biased or "
-        "harmful, and must not be relied on unchecked. It was trained on single turns.\n\n"
-        f"The licences of the base model and of the data apply ({licences}), and where the data was written by another "
-        "model, so do the terms of that model."
-    )
-
-
 # ---- formatting ----
 
 
 def table(rows: Mapping[str, str | None]) -> str:
-    """A Markdown table of two columns, without the rows that are None or empty."""
+    """Return a Markdown table of two columns, without the rows that are None or empty."""
     lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items() if value]
     return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _fence(text: str) -> str:
+    """Return a fence that is longer than any in `text`, which then stands verbatim between two of it."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    return "`" * max(3, longest + 1)
+
+
+def _processes(number: int) -> str:
+    return "1 process" if number == 1 else f"{number} processes"
+
+
+def _quantization(model: Any) -> str | None:
+    """Return the arguments of the BitsAndBytesConfig of a quantized base."""
+    config = getattr(model.config, "quantization_config", None)
+    options = config.to_diff_dict().items() if config else ()
+    named = ", ".join(f"{key}={value!r}" for key, value in options if key[0] != "_" and key != "quant_method")
+    return named if config else None
 
 
 def _listed(modules: str | list[str] | set[str]) -> list[str]:

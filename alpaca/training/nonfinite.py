@@ -1,5 +1,5 @@
-"""The black box: a step whose loss or gradient is not finite stops the run before it reaches the weights, and what was
-in it is written to a file."""
+"""A step whose loss or gradient is not finite stops the run before it reaches the weights, and what was in the step is
+written to a file."""
 
 import json
 import math
@@ -15,30 +15,34 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from alpaca.common.distributed import all_gather_object
 from alpaca.common.errors import UsageError
 from alpaca.common.files import atomic_write
+from alpaca.training.metrics import LossTracker
 
 DECODED_TOKENS = 128  # of a row, for the file: the template's preamble and the beginning of the instruction
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Keeps which rows are in the micro-batches of the optimizer step under way and their losses, and looks at the loss
-    of the step over all ranks and the gradient norm, right before the optimizer does: the only time in a step that the
-    host waits for the device. What it read is what gets logged.
+    """Keep the rows and losses of the micro-batches of the current step. Right before the optimizer steps, check the
+    loss of the step over all ranks and the gradient norm: the only time in a step that the host waits for the device.
+    What was read goes to `losses`, which are logged.
 
-    float16: its loss scaler skips steps whose gradients overflow, so there only the loss counts; it also waits itself.
+    The loss scaler of float16 skips steps whose gradients overflow, so there only the loss counts. It waits itself.
     """
 
-    def __init__(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase | None):
-        self.dataset, self.tokenizer = dataset, tokenizer
+    def __init__(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase | None, losses: LossTracker):
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.tracker = losses
         self.rows: list[list[tuple[int, int]]] = []
         self.target_losses: list[Tensor] = []  # (K,) of each micro-batch
         self.losses: list[Tensor] = []
         self.grad_norm: Tensor | float | None = None
-        self.unlogged: list[float] = []  # losses of the steps since the last log line
-        self.norm: float | None = None  # the gradient norm of the last step
 
     def begin_step(self, rows: list[list[tuple[int, int]]]) -> None:
-        """`rows`: of each micro-batch of this rank, row numbers with the number of their targets."""
-        self.rows, self.target_losses, self.losses, self.grad_norm = rows, [], [], None
+        """Forget the step before. `rows`: of each micro-batch here, row numbers and their numbers of targets."""
+        self.rows = rows
+        self.target_losses = []
+        self.losses = []
+        self.grad_norm = None
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         norm = self.grad_norm.full_tensor() if isinstance(self.grad_norm, DTensor) else self.grad_norm
@@ -46,17 +50,14 @@ class NonFiniteGuard(TrainerCallback):
         if args.world_size > 1:  # the micro-batches of all ranks; a loss that is not finite stays so in the sum
             torch.distributed.all_reduce(loss)
         norm_here = loss.new_zeros(()) if norm is None else torch.as_tensor(norm, dtype=loss.dtype, device=loss.device)
-        loss, self.norm = torch.stack([loss / args.world_size, norm_here]).tolist()
-        if not math.isfinite(loss) or not (args.fp16 or math.isfinite(self.norm)):
-            self._stop(args, state, None if norm is None else self.norm)
-        self.unlogged.append(loss)
-
-    def take_losses(self) -> list[float]:
-        losses, self.unlogged = self.unlogged, []
-        return losses
+        loss, size = torch.stack([loss / args.world_size, norm_here]).tolist()
+        size = None if norm is None else size
+        if not math.isfinite(loss) or not (args.fp16 or size is None or math.isfinite(size)):
+            self._stop(args, state, size)
+        self.tracker.add(loss, size)
 
     def _stop(self, args, state, norm: float | None) -> None:
-        """Collective: every rank gets here."""
+        """Write the file and raise UsageError. Collective: every rank gets here."""
         step = state.global_step + 1
         found = [self._describe(number, args.process_index) for number in range(len(self.losses))]
         of_all_ranks = [batch for batches in all_gather_object(found) for batch in batches]
@@ -76,7 +77,7 @@ class NonFiniteGuard(TrainerCallback):
             }
             with atomic_write(path) as file:
                 json.dump(content, file, indent=1, ensure_ascii=False)
-        shown = ", ".join(map(str, rows[:16])) + ", ..." * (len(rows) > 16)
+        shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
         which = "Rows where it is not" if bad else "Rows in that step"
         raise UsageError(
             f"step {step}: the {what} is not finite. {which}: {shown}. "

@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpaca.common.distributed import all_gather_object, print_rank0
-from alpaca.common.errors import UsageError, format_bytes
+from alpaca.common.errors import InputError, UsageError, format_bytes
 from alpaca.common.files import free_bytes, lock
 from alpaca.models import deepspeed
+from alpaca.models.load import load_config
 from alpaca.models.lora import LoraArguments
 from alpaca.packing.packing import why_not_packed
 from alpaca.packing.sampler import count_steps, rows_per_step, steps_2023
-from alpaca.training import memory
+from alpaca.training import memory, resume
 from alpaca.training.memory import optimizer_bytes
 from alpaca.weights.provenance import read_manifest
 from alpaca.weights.reader import ADAPTER, EXACT_DIFF, describe_folder, folder_kind
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, TrainingArguments
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 
 def check_combinations(args: "TrainingArguments") -> None:
@@ -39,7 +40,7 @@ def check_combinations(args: "TrainingArguments") -> None:
         raise UsageError("--use_liger_kernel: is not installed; pip install liger-kernel")
     if args.auto_find_batch_size:
         raise UsageError(
-            "--auto_find_batch_size: changes the rows of a step in the middle of a run; the forecast of memory says "
+            "--auto_find_batch_size: changes the rows of a step in the middle of a run; the memory estimate says "
             "which --per_device_train_batch_size fits"
         )
     tokens = args.max_tokens_per_pack = str(args.max_tokens_per_pack)
@@ -93,6 +94,34 @@ def check_evaluation(args: "TrainingArguments", eval_data_path: str | None) -> N
         raise UsageError(f"--eval_data_path {eval_data_path}: is never used; add --eval_strategy steps or epoch")
 
 
+def prepare_run(
+    model_args: Any,
+    data_args: Any,
+    lora_args: LoraArguments,
+    args: "TrainingArguments",
+    tokenizer: "PreTrainedTokenizerBase",
+    data_module: Mapping[str, Any],
+    checkpoint: str | None,
+) -> resume.RunFingerprint | None:
+    """Print what is known of the rows, check that the run can start or continue, and decide what the flags leave to the
+    memory. Collective.
+
+    Returns:
+        The run fingerprint; None where --output_dir holds this very run, finished.
+    """
+    for dataset in filter(None, (data_module["train_dataset"], data_module["eval_dataset"])):
+        print_rank0(str(dataset.report), args.process_index)
+    resume.keep_decisions(args, checkpoint)
+    run = resume.describe_run(args, model_args, data_args, lora_args, data_module["train_dataset"], tokenizer)
+    if resume.check_not_finished(args, run, checkpoint):
+        return None
+    resume.check_run_fingerprint(args, run, checkpoint)
+    config = load_config(model_args, args, None if lora_args else checkpoint)
+    check_before_loading(args, config, data_module, checkpoint, lora_args)
+    resume.note_decisions(args, run)
+    return run
+
+
 def check_before_loading(
     args: "TrainingArguments",
     config: "PreTrainedConfig",
@@ -100,7 +129,7 @@ def check_before_loading(
     checkpoint: str | None,
     lora: LoraArguments,
 ) -> memory.Decision:
-    """Everything that can be known before the model is read: steps, room on the disk, memory. Collective: rank 0
+    """Check what can be known before the model is read: steps, room on the disk, memory. Collective: rank 0
     decides for all what the flags leave to the memory, and `args` are set to it.
 
     Raises:
@@ -121,7 +150,7 @@ def check_before_loading(
         report = dataset.report
         rows = memory.rows_of(report.lengths, report.num_targets, rows_per_step(args), args.world_size)
         with deepspeed.unpartitioned():
-            model, decision = memory.forecast_memory(args, config, rows, lora)
+            model, decision = memory.estimate_memory(args, config, rows, lora)
         if model is not None:
             check_room(args, model.trained, checkpoints_to_come(args, steps, per_epoch, done))
     decision = all_gather_object(decision)[0]
@@ -136,8 +165,8 @@ def check_before_loading(
 
 
 def plan_steps(args: "TrainingArguments", num_rows: int) -> tuple[int, float]:
-    """(optimizer steps of the run, of an epoch), as the Trainer will count them. Says them, and warns where the run is
-    shorter than --save_steps, so that only its end is saved."""
+    """Return, and print, (optimizer steps of the run, of an epoch), as the Trainer will count them. Print a note where
+    the run is shorter than --save_steps, so that only its end is saved."""
     each, (steps, per_epoch) = rows_per_step(args), count_steps(args, num_rows)
     if per_epoch == 0:
         least = f"step of {each}"
@@ -172,16 +201,16 @@ def check_lengths(config: "PreTrainedConfig", data_module: Mapping[str, Any]) ->
 
 
 def checkpoint_sizes(args: "TrainingArguments", trained: int) -> tuple[float, float]:
-    """(bytes of a checkpoint, of what is saved at the end) for `trained` parameters: float32 weights and, unless
+    """Return (bytes of a checkpoint, of what is saved at the end) for `trained` parameters: float32 weights and, unless
     --save_only_model, the optimizer."""
-    masters = 4 * bool(args.deepspeed)  # it saves them with the optimizer
+    masters = 4 if args.deepspeed else 0  # it saves them with the optimizer
     optimizer = 0 if args.save_only_model else optimizer_bytes(args) + masters
     return trained * (4 + optimizer), trained * (4 if args.save_dtype == "float32" else 2)
 
 
 def checkpoints_to_come(args: "TrainingArguments", steps: int, per_epoch: float, done: int) -> int:
-    """How many more checkpoints than now will stand on the disk at the worst moment of a run that continues after
-    `done` steps: the old one goes when the new one is whole, and the best one stays."""
+    """Return how many more checkpoints than now will stand on the disk at the worst moment of a run that continues
+    after `done` steps: the old one goes when the new one is whole, and the best one stays."""
     every = {"steps": args.save_steps, "epoch": per_epoch, "best": args.eval_steps}.get(args.save_strategy)
     if not every:
         return 0
@@ -198,15 +227,16 @@ def checkpoints_to_come(args: "TrainingArguments", steps: int, per_epoch: float,
 
 
 def check_room(args: "TrainingArguments", trained: int, checkpoints: int) -> None:
-    """Say how much disk the run will take.
+    """Print how much disk the run will take.
 
     Raises:
         UsageError: less is free.
     """
     each, final = checkpoint_sizes(args, trained)
     needed, free = checkpoints * each + final, free_bytes(Path(args.output_dir))
-    content = f"{checkpoints} x {format_bytes(each)} for checkpoints + {format_bytes(final)} for the final model"
-    print_rank0(f"disk, forecast: {content} = {format_bytes(needed)}, free {format_bytes(free)}", 0)
+    written = f"{checkpoints} x {format_bytes(each)} for checkpoints" if checkpoints else "no checkpoints"
+    content = f"{written} + {format_bytes(final)} for the final model"
+    print_rank0(f"disk, estimate: {content} = {format_bytes(needed)}, free {format_bytes(free)}", 0)
     if needed > free:
         raise UsageError(
             f"--output_dir {args.output_dir}: the run would take {format_bytes(needed)} ({content}), but "
@@ -216,8 +246,8 @@ def check_room(args: "TrainingArguments", trained: int, checkpoints: int) -> Non
 
 
 def check_is_model(name: str) -> None:
-    """Raise UsageError where a model is expected and `name` is the folder of an adapter or a weight diff."""
+    """Raise InputError where a model is expected and `name` is the folder of an adapter or a weight diff."""
     folder = Path(name)
     kind = folder_kind(folder)
     if kind == EXACT_DIFF or (kind == ADAPTER and not (folder / "config.json").is_file()):
-        raise UsageError(f"--model_name_or_path {name}: {describe_folder(folder)}")
+        raise InputError(f"{name}: {describe_folder(folder)}", name)

@@ -1,4 +1,6 @@
-"""The contract of a run: what must be the same for a resumed run to end where an undisturbed one would have."""
+"""The run fingerprint: what must be the same for a resumed run to end where an undisturbed one would have.
+
+On the disk it stands under the key "contract", its name when the first checkpoints were written."""
 
 import hashlib
 import json
@@ -27,7 +29,7 @@ from alpaca.weights.provenance import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-Contract = dict[str, Any]
+RunFingerprint = dict[str, Any]
 
 # Flags of TrainingArguments. A change of the first is refused: the rows would differ, or the checkpoint's own value
 # would silently win. A change of the second is allowed and said; those of ROUNDING change no more than that.
@@ -41,9 +43,9 @@ ROUNDING = (
     "tf32 gradient_checkpointing fsdp per_device_train_batch_size gradient_accumulation_steps batching "
     "max_tokens_per_pack share_prefix hold_gradients torch_compile"
 ).split()
-# Of these, what the memory forecast decides where the flags leave it open, and what they are then.
+# Of these, what the memory estimate decides where the flags leave it open, and what they are then.
 DECIDED = {"max_tokens_per_pack": "auto", "gradient_checkpointing": None, "hold_gradients": None}
-# What older contracts, which lack it, stand for.
+# What an older run fingerprint, which lacks it, stands for.
 FORMERLY = {"--reproduce_2023": False}
 PROCESSES = "the number of processes"
 STEPS = "the steps of the run (--num_train_epochs, --max_steps)"
@@ -56,8 +58,8 @@ def describe_run(
     lora_args: Any,
     dataset: Any,
     tokenizer: "PreTrainedTokenizerBase",
-) -> Contract:
-    """{"fixed", "free", "rounding", "tokens"}: values by the names that messages use, JSON in and JSON out."""
+) -> RunFingerprint:
+    """Return {"fixed", "free", "rounding", "tokens"}: values by the names that messages use, as JSON has them."""
     vocabulary = fingerprint(sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map)
     fixed = {
         "the data (--data_path)": f"{len(dataset):,} rows {dataset.data_fingerprint[:12]}",
@@ -84,8 +86,8 @@ def describe_run(
         "transformers": transformers.__version__,
     }
     tokens = hashlib.sha256(torch.cat(dataset.input_ids).numpy().tobytes()).hexdigest()[:12]
-    contract = {"fixed": fixed, "free": free, "rounding": rounding, "tokens": tokens}
-    return json.loads(json.dumps(contract, default=str))
+    run = {"fixed": fixed, "free": free, "rounding": rounding, "tokens": tokens}
+    return json.loads(json.dumps(run, default=str))
 
 
 def keep_decisions(args: "TrainingArguments", checkpoint: str | None) -> None:
@@ -97,13 +99,13 @@ def keep_decisions(args: "TrainingArguments", checkpoint: str | None) -> None:
             setattr(args, name, saved[f"--{name}"])
 
 
-def note_decisions(args: "TrainingArguments", contract: Contract) -> None:
-    """Put into the contract what has been decided since it was described."""
-    contract["rounding"].update({f"--{name}": getattr(args, name) for name in DECIDED})
+def note_decisions(args: "TrainingArguments", run: RunFingerprint) -> None:
+    """Put into the run fingerprint what has been decided since it was described."""
+    run["rounding"].update({f"--{name}": getattr(args, name) for name in DECIDED})
 
 
-def changes(old: Contract, new: Contract, kind: str) -> list[str]:
-    """`--seed: 42 then, 43 now`, for every entry of `kind` that both have and that differs."""
+def changes(old: RunFingerprint, new: RunFingerprint, kind: str) -> list[str]:
+    """Return a line such as `--seed: 42 then, 43 now` for every entry of `kind` that both have and that differs."""
     then = FORMERLY | old[kind]
     lines = [
         f"{name}: {then[name]} then, {value} now"
@@ -115,8 +117,8 @@ def changes(old: Contract, new: Contract, kind: str) -> list[str]:
     return lines
 
 
-def check_not_finished(args: "TrainingArguments", contract: Contract, checkpoint: str | None) -> bool:
-    """Whether --output_dir holds this very run, finished; says so. Collective.
+def check_not_finished(args: "TrainingArguments", run: RunFingerprint, checkpoint: str | None) -> bool:
+    """Return, and print, whether --output_dir holds this very run, finished. Collective.
 
     Raises:
         UsageError: it holds another finished run, which would be overwritten; or not all processes have the same rows,
@@ -124,23 +126,23 @@ def check_not_finished(args: "TrainingArguments", contract: Contract, checkpoint
     """
     output = Path(args.output_dir)
     record = read_record(output)
-    _check_that_all_agree(args, contract, {"checkpoint": checkpoint, "finished": record and record["finished"]})
+    _check_that_all_agree(args, run, {"checkpoint": checkpoint, "finished": record and record["finished"]})
     if record is None or args.overwrite_output_dir:
         return False
     if not record["finished"]:
-        if not checkpoint and holds_a_model(output) and (changed := changes(record["contract"], contract, "fixed")):
+        if not checkpoint and holds_a_model(output) and (changed := changes(record["contract"], run, "fixed")):
             raise UsageError(
                 f"--output_dir {output} holds the model of another run ({changed[0]}); choose another "
                 "folder, or pass --overwrite_output_dir True"
             )
         return False
-    changed = changes(record["contract"], contract, "fixed") + changes(record["contract"], contract, "free")
+    changed = changes(record["contract"], run, "fixed") + changes(record["contract"], run, "free")
     if not changed:
         print_rank0(
             f"this run is finished: its model is in {args.output_dir}, and nothing is left to do", args.process_index
         )
         return True
-    longer = record["contract"]["free"][STEPS] < contract["free"][STEPS]
+    longer = record["contract"]["free"][STEPS] < run["free"][STEPS]
     if checkpoint and longer and len(changed) == 1:
         return False  # it goes on from there
     listed = "\n  ".join(changed)
@@ -150,37 +152,37 @@ def check_not_finished(args: "TrainingArguments", contract: Contract, checkpoint
     )
 
 
-def _check_that_all_agree(args: "TrainingArguments", contract: Contract, seen: dict[str, Any]) -> None:
-    for rank, (other_seen, other) in enumerate(all_gather_object((seen, contract))):
+def _check_that_all_agree(args: "TrainingArguments", run: RunFingerprint, seen: dict[str, Any]) -> None:
+    for rank, (other_seen, other) in enumerate(all_gather_object((seen, run))):
         if other_seen != seen:
             raise UsageError(
                 f"--output_dir {args.output_dir}: rank {rank} sees {other_seen} there, this one {seen}; it must be one "
                 "folder that all nodes share"
             )
-        if different := changes(other, contract, "fixed"):
+        if different := changes(other, run, "fixed"):
             there_and_here = different[0].replace(" then,", f" on rank {rank},").replace(" now", " on this one")
             raise UsageError(f"not all processes have the same: {there_and_here}")
 
 
-def check_contract(args: "TrainingArguments", contract: Contract, checkpoint: str | None) -> None:
+def check_run_fingerprint(args: "TrainingArguments", run: RunFingerprint, checkpoint: str | None) -> None:
     """Raise UsageError where a resumed run would not be the one that was saved, naming what changed; say what may
     change and did."""
     if checkpoint is None:
         return
     saved = read_manifest(checkpoint)["contract"]
-    if changed := changes(saved, contract, "fixed"):
+    if changed := changes(saved, run, "fixed"):
         listed = "\n  ".join(changed)
         raise UsageError(
             f"--resume_from_checkpoint: changed since {checkpoint} was saved:\n  {listed}\nRestore it to continue that "
             "run. For a new run from these weights: --model_name_or_path <that checkpoint> and another --output_dir, "
             "without --resume_from_checkpoint"
         )
-    if changed := changes(saved, contract, "free") + changes(saved, contract, "rounding"):
+    if changed := changes(saved, run, "free") + changes(saved, run, "rounding"):
         note = f"note: changed since {Path(checkpoint).name}, so the end is not bit for bit that of an undisturbed run"
         print_rank0(f"{note}: {'; '.join(changed)}", args.process_index)
 
 
-def mark_started(args: "TrainingArguments", contract: Contract) -> None:
+def mark_started(args: "TrainingArguments", run: RunFingerprint) -> None:
     """Note in --output_dir what runs there. Collective.
 
     Raises:
@@ -188,7 +190,7 @@ def mark_started(args: "TrainingArguments", contract: Contract) -> None:
     """
     output = Path(args.output_dir)
     if args.process_index == 0:
-        write_record(output, contract, finished=False)
+        write_record(output, run, finished=False)
     barrier()
     deadline = time.time() + 60  # a network file system may take a while to show a new file
     while (record := read_record(output)) is None or record["finished"]:
@@ -200,7 +202,7 @@ def mark_started(args: "TrainingArguments", contract: Contract) -> None:
         time.sleep(1)
 
 
-def mark_finished(args: "TrainingArguments", contract: Contract) -> None:
+def mark_finished(args: "TrainingArguments", run: RunFingerprint) -> None:
     """Note that the final model is whole: the last thing a run writes."""
     if args.process_index == 0:
-        retry_while_disk_full(lambda: write_record(Path(args.output_dir), contract, finished=True), args.output_dir)
+        retry_while_disk_full(lambda: write_record(Path(args.output_dir), run, finished=True), args.output_dir)

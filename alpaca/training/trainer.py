@@ -26,10 +26,10 @@ from alpaca.models import deepspeed
 from alpaca.models.compile import compile_layers, explained, repeated_layers
 from alpaca.models.deepspeed import attach
 from alpaca.models.deepspeed import full_state_dict as full_masters
-from alpaca.models.fsdp import full_state_dict, load_resharded_optimizer, shard_on_cpu
+from alpaca.models.fsdp import full_state_dict, load_resharded_optimizer, save_sharded_optimizer, shard_on_cpu
 from alpaca.packing.attention import PackLayout, named_kernel, packed_attention_enabled
 from alpaca.packing.check import select_packing, verify_packing
-from alpaca.packing.loss import batch_loss
+from alpaca.packing.loss import batch_loss, sum_of_losses
 from alpaca.packing.packing import MicroBatch, PackedBatchDataset, StepTotals, active_dropout, measure_rows
 from alpaca.packing.sampler import Steps2023, StepSampler, StepSampler2023, make_loader, sampler_seed
 from alpaca.training.checkpoint import (
@@ -39,11 +39,29 @@ from alpaca.training.checkpoint import (
     delete_old_checkpoints,
     retry_while_disk_full,
 )
-from alpaca.training.metrics import ConsoleCallback, SpeedMeter, plot_loss
+from alpaca.training.metrics import ConsoleCallback, LossTracker, SpeedMeter, plot_loss
 from alpaca.training.model_card import write_model_card
 from alpaca.training.nonfinite import NonFiniteGuard
 
 FP16_SCALE = 1024  # of the loss: the scaler's own first guess makes gradients infinite
+# What is overridden of transformers' Trainer although its documentation does not offer it. Another release may change
+# any of these: tests/training/test_trainer.py names their signatures.
+PRIVATE_HOOKS = (
+    (
+        "_run_epoch",
+        "Compare packed rows with padded ones once; take no step beyond the last; count the epochs of 2023.",
+    ),
+    ("_get_grad_norm", "Hand the norm to the guard against values that are not finite, before the optimizer steps."),
+    ("_track_num_input_tokens", "Count tokens from the plan of the step, without waiting for the device."),
+    ("_maybe_log_save_evaluate", "Log what the guard has read; the Trainer would wait for the device once more."),
+    ("_save_checkpoint", "Give the name checkpoint-N only to a whole checkpoint, and delete older ones after that."),
+    ("_save", "Wait for room on the disk for the final model; save prompts and slow tokenizer files with every model."),
+    ("_save_optimizer_and_scheduler", "Under FSDP save the optimizer only: the weights are saved whole beside it."),
+    ("_load_optimizer_and_scheduler", "Load an optimizer also where only one of the two runs, then and now, has FSDP."),
+    ("_prepare_input", "Copy pinned micro-batches to the GPU without waiting; keep weights of the loss in float32."),
+    ("_init_training_state", "Let a resumed run save, log and evaluate as often as its own flags say."),
+    ("_load_from_checkpoint", "Do nothing: train.py has read the weights of the checkpoint in place of the base's."),
+)
 
 
 class AlpacaTrainer(Trainer):
@@ -59,24 +77,26 @@ class AlpacaTrainer(Trainer):
 
     def __init__(
         self,
-        contract: dict[str, Any] | None = None,
+        run_fingerprint: dict[str, Any] | None = None,
         flags: Mapping[str, Any] | None = None,
         slow_files: Mapping[str, bytes] | None = None,
         **kwargs: Any,
     ):
-        """`contract` (of resume.py) is kept with every checkpoint; `flags` are those of model and data, for the
+        """`run_fingerprint` (of resume.py) is kept with every checkpoint; `flags` are those of model and data, for the
         model card; `slow_files` (alpaca/data/tokenizer.py) are saved with the tokenizer."""
         super().__init__(**kwargs)
+        self.run_fingerprint = run_fingerprint or {}
+        self.flags = flags
         self.slow_files = slow_files
-        self.contract, self.flags, self.started_at = contract or {}, flags, 0
+        self.started_at = 0  # the step from which this process trains
         if hasattr(self.model, "create_or_update_model_card"):
             self.model.create_or_update_model_card = lambda folder: None  # peft would alter a README.md of the user's
-        self.nonfinite_guard = NonFiniteGuard(self.train_dataset, self.processing_class)
+        self.losses = LossTracker()
+        self.nonfinite_guard = NonFiniteGuard(self.train_dataset, self.processing_class, self.losses)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.add_callback(self.nonfinite_guard)
-        self.add_callback(ConsoleCallback)
-        self.add_callback(SaveOnlyWhenAsked)
+        for callback in (self.nonfinite_guard, ConsoleCallback, SaveOnlyWhenAsked):
+            self.add_callback(callback)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         self.speed = SpeedMeter(self.model, self.args.device, dtype, self.args.world_size)
         self.pack_kernel = named_kernel(self.model.config)
@@ -145,14 +165,12 @@ class AlpacaTrainer(Trainer):
     # ---- steps ----
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """In 2023 norms that are no LayerNorm, LLaMA's, decayed as well."""
+        """Let norms that are no LayerNorm, LLaMA's, decay as well, as they did in 2023."""
         if not self.args.reproduce_2023:
             return super().get_decay_parameter_names(model)
         return [name for name in get_parameter_names(model, [nn.LayerNorm]) if "bias" not in name]
 
     def _run_epoch(self, train_dataloader: DataLoader, epoch: int, **kwargs: Any) -> None:
-        """Not even one step where the checkpoint is of the run's last: the Trainer would look only after a step. Not
-        every epoch of 2023 has equally many steps."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -168,8 +186,8 @@ class AlpacaTrainer(Trainer):
             super()._run_epoch(train_dataloader=train_dataloader, epoch=epoch, **kwargs)
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
-        """All micro-batches of an optimizer step in place of the Trainer's last micro-batch, and nothing in place of
-        the others: how many there are is not its business."""
+        """Return all micro-batches of an optimizer step in place of the Trainer's last one, and nothing in place of the
+        others: how many there are is not its business."""
         micro_steps = list(islice(epoch_iterator, num_batches))
         batches = [batch for micro_step in micro_steps for batch in micro_step]
         self._step = [batch.pop("step") for batch in batches][0]
@@ -178,14 +196,14 @@ class AlpacaTrainer(Trainer):
         return [[]] * (len(micro_steps) - 1) + [batches], None
 
     def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: None = None) -> Tensor:
-        """Forward and backward pass of each micro-batch in `inputs`. Returns their loss on this rank, times the number
-        of ranks: the mean over the ranks is the loss of the step."""
+        """Run forward and backward pass of each micro-batch in `inputs`. Return their loss on this rank, times the
+        number of ranks: the mean over the ranks is the loss of the step."""
         self.current_gradient_accumulation_steps = 1  # the Trainer divides by it; the weights have done that
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(inputs):
             last = number == len(inputs) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed takes its step then
-            with self._reduction(model, last), self.attention_for(batch):
+            with self._reduction(model, last), packed_attention_enabled(self.model.config, batch):
                 loss = super().training_step(model, batch)
             self.nonfinite_guard.losses.append(loss)
             total += loss
@@ -197,10 +215,8 @@ class AlpacaTrainer(Trainer):
         model = self.model_wrapped
         model.train(not active_dropout(self.model))
         for number, planned in enumerate(batches):
-            batch = self._prepare_inputs(
-                {name: value for name, value in dataset[planned].items() if name not in ("rows", "step")}
-            )
-            with self.attention_for(batch), self.compute_loss_context_manager():
+            batch = self._prepare_inputs(dataset.inputs(planned))
+            with packed_attention_enabled(self.model.config, batch), self.compute_loss_context_manager():
                 loss = self.compute_loss(model, batch)
                 if self.is_deepspeed_enabled:
                     deepspeed.backward(model, loss, last=number == len(batches) - 1)
@@ -214,19 +230,15 @@ class AlpacaTrainer(Trainer):
         return gradients
 
     def _reduction(self, model: nn.Module, last: bool) -> AbstractContextManager:
-        """Gradients are reduced over the ranks after the last micro-batch of a step; under FSDP after each, so that
-        they stay sharded, unless they are held."""
+        """Reduce gradients over the ranks after the last micro-batch of a step. Under FSDP that is done after each, so
+        that they stay sharded, unless they are held."""
         if self.is_fsdp_enabled:
             model.set_requires_gradient_sync(last or not self.args.hold_gradients)
             return nullcontext()
         return nullcontext() if last else self.accelerator.no_sync(model)
 
-    def attention_for(self, batch: dict[str, Any]) -> AbstractContextManager:
-        """Also around the backward pass: checkpointed layers run again there."""
-        return packed_attention_enabled(self.model.config) if "pack" in batch else nullcontext()
-
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """This micro-batch's share of the step's loss, times the number of ranks: gradients are averaged over them."""
+        """Return this micro-batch's share of the step's loss, times the ranks over which gradients are averaged."""
         loss, of_targets = batch_loss(model, inputs, self.args.label_smoothing_factor, self.pack_kernel)
         self.nonfinite_guard.target_losses.append(of_targets)
         return loss * self.args.world_size
@@ -244,18 +256,14 @@ class AlpacaTrainer(Trainer):
             self.state.num_input_tokens_seen += self._step.tokens + padding
 
     def _maybe_log_save_evaluate(self, tr_loss: Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
-        """Logs what the black box has read already, where the Trainer would wait for the device once more."""
         if self.run_2023:
             self.state.epoch = self.run_2023.end(self.state.global_step) / self.run_2023.micro_batches
         if self.control.should_log and self.state.global_step > self._globalstep_last_logged:
-            losses = self.nonfinite_guard.take_losses()
-            logs = {"loss": sum(losses) / len(losses)}
-            if grad_norm is not None:
-                logs["grad_norm"] = self.nonfinite_guard.norm
+            loss_sum, logs = self.losses.read()
             rate = kwargs.get("learning_rate")
             logs["learning_rate"] = self._get_learning_rate() if rate is None else rate
             tr_loss.zero_()
-            self._total_loss_scalar += sum(losses)
+            self._total_loss_scalar += loss_sum
             self._globalstep_last_logged = self.state.global_step
             self.store_flos()
             self.log({**logs, **self.speed.read()})
@@ -264,16 +272,12 @@ class AlpacaTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Dataset | None = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean cross entropy per target token of the evaluation rows. Only two numbers a rank are gathered."""
-        start, model = time.time(), self.model_wrapped
+        """Return the mean cross entropy per target token of the evaluation rows. A rank gathers two numbers only."""
+        start = time.time()
         loader = self.get_eval_dataloader(eval_dataset)
-        total = torch.zeros(2, dtype=torch.float64, device="cpu")  # summed loss, targets
-        model.eval()
-        with torch.no_grad(), self.speed.paused():
-            for batch in (batch for micro_step in loader for batch in micro_step):
-                batch = {name: batch[name] for name in batch.keys() - {"rows", "step"}}
-                loss, _ = batch_loss(model, self._prepare_inputs(batch))
-                total += torch.stack([loss, batch["weights"].sum().to(loss.device)]).cpu()
+        batches = (batch for micro_step in loader for batch in micro_step)
+        with self.speed.paused():
+            total = sum_of_losses(self.model_wrapped, batches, self._prepare_inputs)
         total = total.to(self.args.device, torch.float32 if self.args.device.type == "mps" else torch.float64)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(total)
@@ -289,7 +293,7 @@ class AlpacaTrainer(Trainer):
     def save_model(
         self, output_dir: str | None = None, _internal_call: bool = False, dtype: torch.dtype = torch.float32
     ) -> None:
-        """`dtype`: of what DeepSpeed's master weights are saved in; without it the model's own."""
+        """Save the model; from DeepSpeed's master weights in `dtype`, else in the model's own."""
         with _caching_config(self.model):
             if self.is_deepspeed_enabled:
                 state = full_masters(self.model, self.args.should_save, dtype)
@@ -305,12 +309,12 @@ class AlpacaTrainer(Trainer):
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer does, but what is called checkpoint-N is whole, and older ones go only then."""
-        args, state, output = self.args, self.state, Path(self.args.output_dir)
+        args, state = self.args, self.state
+        output = Path(args.output_dir)
         self.store_flos()
         if state.best_global_step:
             state.best_model_checkpoint = str(output / f"checkpoint-{state.best_global_step}")
-        whole = atomic_checkpoint_dir(output, state.global_step, self.contract, args.process_index)
+        whole = atomic_checkpoint_dir(output, state.global_step, self.run_fingerprint, args.process_index)
         with self.speed.paused(), whole as folder:
             self.save_model(folder, _internal_call=True)
             if not args.save_only_model:
@@ -326,18 +330,18 @@ class AlpacaTrainer(Trainer):
             delete_old_checkpoints(output, args.save_total_limit, keep)
 
     def was_stopped_early(self) -> bool:
-        """Whether something ended the training before its last step (--enable_jit_checkpoint does on SIGTERM); says so.
-        Such a run has no final model."""
-        step, steps = self.state.global_step, self.state.max_steps
-        if step < steps:
-            print_rank0(
-                f"stopped at step {step} of {steps}; --resume_from_checkpoint True continues", self.args.process_index
-            )
-        return step < steps
+        """Return, and print, whether something ended the training before its last step: --enable_jit_checkpoint does on
+        SIGTERM. Such a run has no final model."""
+        stopped = self.state.global_step < self.state.max_steps
+        if stopped:
+            at = f"step {self.state.global_step} of {self.state.max_steps}"
+            print_rank0(f"stopped at {at}; --resume_from_checkpoint True continues", self.args.process_index)
+        return stopped
 
-    def save_final_model(self, dtype: torch.dtype) -> None:
-        """Write the trained model to `output_dir` in `dtype`, then trainer_state.json. Last act: the float32 weights
-        are cast in place."""
+    def save_final_model(self) -> None:
+        """Write the trained model to `output_dir` in `save_dtype`, then trainer_state.json. Last act: the float32
+        weights are cast in place."""
+        dtype = getattr(torch, self.args.save_dtype)
         cast = dtype != torch.float32 and not self.is_deepspeed_enabled
         for module in self.model.modules() if cast else ():
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):  # not LoRA's base
@@ -346,8 +350,6 @@ class AlpacaTrainer(Trainer):
         retry_while_disk_full(self.save_state, self.args.output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """The final model waits for room on the disk: after days of training it is not given up for a full one. With
-        every model go the prompts that it is trained with."""
         folder = output_dir or self.args.output_dir
 
         def write() -> None:
@@ -360,24 +362,19 @@ class AlpacaTrainer(Trainer):
         return retry_while_disk_full(write, folder) if Path(folder) == Path(self.args.output_dir) else write()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """loss.png and README.md. Ours in place of the Trainer's, also where it uploads the model."""
+        """Write loss.png and README.md, ours in place of the Trainer's, also where it uploads the model."""
         if self.is_world_process_zero():
             plot_loss(self.state.log_history, Path(self.args.output_dir) / "loss.png")
             write_model_card(self, self.flags)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Under FSDP only the optimizer is saved in shards: the weights already stand beside it, whole."""
         if not self.is_fsdp_enabled or self.args.save_only_model:
             return super()._save_optimizer_and_scheduler(output_dir)
-        from accelerate.utils import save_fsdp_optimizer
-
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        save_sharded_optimizer(self.accelerator, self.model, self.optimizer, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Also an optimizer saved by FSDP where there is none now, and the other way round."""
         if checkpoint is None or self.is_fsdp_enabled == os.path.isdir(os.path.join(checkpoint, "optimizer_0")):
             return super()._load_optimizer_and_scheduler(checkpoint)
         load_resharded_optimizer(self.model, self.optimizer.optimizer, checkpoint)
@@ -385,22 +382,19 @@ class AlpacaTrainer(Trainer):
         self.lr_scheduler.load_state_dict(scheduler)
 
     def _prepare_input(self, data: Any) -> Any:
-        """Micro-batches in pinned memory go to the GPU while the host goes on: no synchronisation for each."""
         if isinstance(data, (Tensor, PackLayout)):  # for DeepSpeed, the Trainer would round the weights of the loss
             pinned = isinstance(data, PackLayout) or (data.device.type == "cpu" and data.is_pinned())
             return data.to(self.args.device, non_blocking=pinned)
         return super()._prepare_input(data)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> Any:
-        """A resumed run saves, logs and evaluates as often as its own flags say, not those of the checkpoint."""
         progress = super()._init_training_state(max_steps, *args, **kwargs)
         self.state.compute_steps(self.args, max_steps)
         self.started_at = done = self.state.global_step
         if not self.run_2023:
             return progress
-        epoch = (self.run_2023.end(done + 1) - 1) // self.run_2023.micro_batches  # of the next step
-        steps = 0 if self.args.ignore_data_skip else done - self.run_2023.of_epoch(epoch).start
-        return epoch, steps * self.args.gradient_accumulation_steps
+        epoch, steps = self.run_2023.position(done)
+        return epoch, 0 if self.args.ignore_data_skip else steps * self.args.gradient_accumulation_steps
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing to do: train.py has already read the weights of the checkpoint instead of the base model's."""
+        pass

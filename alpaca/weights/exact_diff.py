@@ -59,7 +59,7 @@ def xor_pieces(
     other_tensor: Tensor,
     base_hash: Any,
 ) -> Iterator[tuple[Slot, int, torch.Tensor, torch.Tensor]]:
-    """(slot, first element, other, other xor base) in pieces, as integers. The base is hashed to its end."""
+    """Yield (slot, first element, other, other xor base) in pieces, as integers. The base is hashed to its end."""
     integer = INTEGERS[spec.dtype.itemsize]
     numel, base_numel = other_tensor.numel, base_tensor.numel if base_tensor else 0
     for slot, start, count in pipe.pieces(max(numel, base_numel)):
@@ -82,7 +82,7 @@ def xor_pieces(
 
 
 def hash_tensor(pipe: Pipeline, lane: str, weights: Weights, tensor: Tensor, dtype: torch.dtype) -> Future:
-    """The SHA-256 to come of a whole tensor, cast to `dtype`."""
+    """Return the SHA-256 to come of a whole tensor, cast to `dtype`."""
     digest = hashlib.sha256()
     for slot, start, count in pipe.pieces(tensor.numel):
         piece = slot.take(0, dtype, count)
@@ -149,8 +149,10 @@ def _diff_tensor(
     writer: ShardWriter,
     files: ShardDigests,
 ) -> dict[str, Any]:
-    """Write the diff of one tensor; its entry in the manifest, with digests to come."""
-    base_hash, result_hash, diff_hash = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    """Write the diff of one tensor. Return its entry in the manifest, with digests to come."""
+    base_hash = hashlib.sha256()
+    result_hash = hashlib.sha256()
+    diff_hash = hashlib.sha256()
     spec = Spec(tensor.name, tensor.dtype, tensor.shape)
     for slot, _, piece, out in xor_pieces(pipe, spec, base, base_tensor, tuned, tensor, base_hash):
         pipe.send(slot, "result", result_hash.update, piece)
@@ -170,8 +172,10 @@ def _summary(entries: dict[str, dict[str, Any]], digest: str) -> list[str]:
         for name, entry in entries.items()
         if not entry["base"] or entry["base"]["shape"][:1] < entry["shape"][:1]
     ]
-    told = ", ".join(new[:5]) + f" and {len(new) - 5} more" * (len(new) > 5)
-    lines = [f"stored as they are, not as differences from the base: {told}"] * bool(new)
+    lines = []
+    if new:
+        more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+        lines.append(f"stored as they are, not as differences from the base: {', '.join(new[:5])}{more}")
     if all(entry["base"] and entry["base"]["sha256"] == entry["sha256"] for entry in entries.values()):
         lines.append("note: every tensor is that of the base; is this the fine-tuned model?")
     return [*lines, f"digest of the manifest, to be published beside it: {digest}"]
@@ -264,7 +268,7 @@ class ExactDiff:
 
     @property
     def files(self) -> dict[str, Path]:
-        """The tuned model's files beside its weights, by the names that they had."""
+        """Return the tuned model's files beside its weights, by the names that they had."""
         names = [
             n for n, entry in self.manifest["files"].items() if "header_sha256" not in entry and n != "config.json"
         ]
@@ -281,7 +285,7 @@ class ExactDiff:
     aliases: Mapping[str, str] = MappingProxyType({})  # a second name is stored, and proved, as a tensor of its own
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         size = sum(spec.nbytes for spec in self.specs)
         return (
             f"bit for bit what manifest {self.digest} promises: {len(self.specs)} tensors, {format_bytes(size)}, and "
@@ -289,7 +293,7 @@ class ExactDiff:
         )
 
     def fit(self, base: Weights) -> None:
-        """Recover from this base. Raises UsageError unless its keys and shapes fit."""
+        """Take this base to recover from. Raise InputError unless its keys and shapes fit."""
         found: dict[str, Tensor | None] = {}
         missing, misfits = [], []
         for spec in self.specs:
@@ -304,10 +308,12 @@ class ExactDiff:
         self.base, self.pairs = base, found
 
     def pieces(self, pipe: Pipeline, order: list[Spec]) -> Iterator[tuple[Slot, Spec, int, torch.Tensor]]:
-        """(slot, tensor, first element, recovered elements) in pieces; ends without an error only if all is proved."""
-        base, pairs, to_check = self.base, self.pairs, []
+        """Yield (slot, tensor, first element, recovered elements). It ends without an error only if all is proved."""
+        base, pairs = self.base, self.pairs
+        to_check = []
         for spec in order:
-            base_hash, result_hash, stored = hashlib.sha256(), hashlib.sha256(), self.weights.tensors[spec.name]
+            base_hash, result_hash = hashlib.sha256(), hashlib.sha256()
+            stored = self.weights.tensors[spec.name]
             base_tensor = pairs[spec.name]
             for slot, start, _, out in xor_pieces(pipe, spec, base, base_tensor, self.weights, stored, base_hash):
                 pipe.send(slot, "result", result_hash.update, out)
@@ -347,17 +353,17 @@ class ExactDiff:
         return explain_other_base(base, pairs[name], len(same), len(others), self.manifest["base_config"])
 
     def _check_other_tensors(self, pipe: Pipeline) -> None:
-        """Base tensors on which the result does not depend: another copy of the base may lack them, not alter them."""
+        """Check base tensors on which no result depends: another copy of the base may lack them, not alter them."""
         base, used = self.base, {tensor.name for tensor in self.pairs.values() if tensor}
         for name, entry in self.manifest["other_base_tensors"].items():
             tensor = base.tensors.get(name)
             if tensor is None or name in used or dtype_name(tensor.dtype) != entry["dtype"]:
                 continue
             if hash_tensor(pipe, "base", base, tensor, tensor.dtype).result() != entry["sha256"]:
-                told = f"{name} in {tensor.path} is not what it was, though the result does not depend on it"
+                message = f"{name} in {tensor.path} is not what it was, though the result does not depend on it"
                 if not name.endswith("inv_freq"):
-                    raise InputError(f"{told}; copy or download it again", base.folder)
-                print(f"note: {told}: another conversion may compute it otherwise", flush=True)
+                    raise InputError(f"{message}; copy or download it again", base.folder)
+                print(f"note: {message}: another conversion may compute it otherwise", flush=True)
 
     def verify(self, pipe: Pipeline, tuned: Weights) -> None:
         """Raise UsageError unless `tuned` is, bit for bit, the result that the manifest promises."""
@@ -384,8 +390,9 @@ class ExactDiff:
 
 
 def _digest(weights: Weights, tensor: Tensor, dtype: torch.dtype) -> str:
-    """SHA-256 of a tensor, for a diagnosis."""
-    digest, scratch, step = hashlib.sha256(), torch.empty(1 << 22, dtype=torch.uint8), 1 << 19
+    """Return the SHA-256 of a tensor, for a diagnosis."""
+    digest, step = hashlib.sha256(), 1 << 19
+    scratch = torch.empty(8 * step, dtype=torch.uint8)
     for start in range(0, tensor.numel, step):
         piece = torch.empty(min(step, tensor.numel - start), dtype=dtype)
         weights.read(tensor, start, piece, scratch)

@@ -55,7 +55,8 @@ class FloatDiff:
     """
 
     def __init__(self, base: Weights, other: Weights, sign: int):
-        self.base, self.weights, self.sign = base, other, sign
+        self.base, self.weights = base, other
+        self.sign = sign
         self.aliases = aliases_of(other)
         self.computed = computed_in_2023(base.config or other.config)
         self.tied_base = tied_names(base.config or other.config, base.tensors)
@@ -106,11 +107,11 @@ class FloatDiff:
 
     @property
     def own(self) -> list[Spec]:
-        """The tensors, without second names."""
+        """Return the tensors without second names."""
         return [spec for spec in self.specs if spec.name not in self.aliases]
 
     def pieces(self, pipe: Pipeline, order: list[Spec]) -> Iterator[tuple[Slot, Spec, int, torch.Tensor]]:
-        """(slot, tensor, first element, float32 elements of the result) in pieces."""
+        """Yield (slot, tensor, first element, float32 elements of the result) in pieces."""
         for spec in order:
             name = self.aliases.get(spec.name, spec.name)
             tensor, added = self.weights.tensors.get(name), self.added.get(name, [])
@@ -134,7 +135,7 @@ class FloatDiff:
                 yield slot, spec, start, out
 
     def _rest(self, base: Tensor | None, spec: Spec, name: str, rows: int) -> torch.Tensor:
-        """Where the base ends before the tensor does: the mean of its embeddings, or what 2023's model computed."""
+        """Return what follows where the base ends first: the mean of its embeddings, or what 2023's model computed."""
         if base is None:
             return self.computed[name].reshape(-1)
         if not base.shape or rows == spec.shape[0]:
@@ -156,7 +157,7 @@ class FloatDiff:
         return {path.name: path for path in aux_files(self.folder)}
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         return f"the sum of base and diff in float32 ({len(self.specs)} tensors); the format of 2023 has no digests"
 
     def write(self, pipe: Pipeline, folder: Path, max_shard_size: str) -> None:
@@ -187,14 +188,14 @@ class FloatDiff:
         }
         check_same_tensors(tuned, [spec._replace(dtype=None) for spec in specs.values()], f"{self.folder}")
         if wrong := self._first_other(pipe, tuned, list(specs.values())):
-            told = f"{tuned.folder}: {wrong.name} is not the sum of base and diff"
+            message = f"{tuned.folder}: {wrong.name} is not the sum of base and diff"
             name = self.aliases.get(wrong.name, wrong.name)
             if len(added := self.added[name]) > 1:
                 self.added[name] = added[:1]
                 once = self._first_other(pipe, tuned, [wrong]) is None
                 self.added[name] = added
-                told += f", but of the diff and once the base. If {self.folder} {OF_OURS}" if once else ""
-            raise InputError(told, tuned.folder)
+                message += f", but of the diff and once the base. If {self.folder} {OF_OURS}" if once else ""
+            raise InputError(message, tuned.folder)
 
     def _first_other(self, pipe: Pipeline, tuned: Weights, specs: list[Spec]) -> Spec | None:
         """Return the first of these tensors whose bits `tuned` has not."""
@@ -207,25 +208,27 @@ class FloatDiff:
         return None
 
     def notes(self) -> list[str]:
-        """What speaks against this base. Nothing in the format proves that it is the right one."""
-        told = []
+        """Return what speaks against this base, in lines. Nothing in the format proves that it is the right one."""
+        lines = []
         if self.left_out:
-            told.append(f"note: {len(self.left_out)} tensors that are not of floats are left out: {self.left_out[0]} …")
+            lines.append(
+                f"note: {len(self.left_out)} tensors that are not of floats are left out: {self.left_out[0]} …"
+            )
         if differences := config_differences(self.base.config, self.weights.config):
-            told.append(
+            lines.append(
                 f"note: in the base's config.json {differences}; is it the base that the diff was made against?"
             )
         name, largest = last_norm(self.base)
         if largest < ZERO:
-            told.append(f"note: {name} of {self.base.folder} is nearly zero; is that a diff given as the base?")
+            lines.append(f"note: {name} of {self.base.folder} is nearly zero; is that a diff given as the base?")
         name, largest = last_norm(self.weights)
         if self.sign > 0 and largest > ONE:
-            told.append(f"note: {name} of {self.folder} is far from zero; is that a model given as the diff?")
+            lines.append(f"note: {name} of {self.folder} is far from zero; is that a model given as the diff?")
         if self.sign < 0 and self.rows_of.note:
-            told.append(self.rows_of.note)
+            lines.append(self.rows_of.note)
         if self.sign > 0 and (name := next(filter(self._lacks_the_base, self.aliases.values()), None)):
-            told.append(f"note: {name} of {self.folder} does not look like tuned - base - base. If the diff {OF_OURS}")
-        return told
+            lines.append(f"note: {name} of {self.folder} does not look like tuned - base - base. If the diff {OF_OURS}")
+        return lines
 
     def _lacks_the_base(self, name: str) -> bool:
         """Return whether the diff of a tensor with two names has less than half of -base in it, by its first elements:
@@ -234,7 +237,8 @@ class FloatDiff:
         if base is None or not rows:
             return False
         diff, count = self.weights.tensors[name], min(PIECE, base.numel // base.shape[0] * rows)
-        ours, theirs, scratch = torch.empty(count), torch.empty(count), torch.empty(count * 8, dtype=torch.uint8)
+        ours, theirs = torch.empty(count), torch.empty(count)
+        scratch = torch.empty(count * 8, dtype=torch.uint8)
         self.weights.read(diff, 0, ours, scratch)
         self.base.read(base, 0, theirs, scratch)
         return bool(ours @ theirs > -0.5 * (theirs @ theirs))  # False for NaN, and for zeros
@@ -265,7 +269,7 @@ class _RowsOfBase:
         self.resized = self.pad_token is None and "[PAD]" not in tokenizer.get_vocab()
 
     def __call__(self, name: str, base: Tensor, other: Tensor) -> int | None:
-        """None: they do not fit."""
+        """Return how many rows, or None if the tensors do not fit."""
         if not base.shape or not other.shape:
             return 0 if base.shape == other.shape else None
         wanted = other.shape[0]
@@ -279,7 +283,7 @@ class _RowsOfBase:
 
     @property
     def note(self) -> str:
-        """What 2023's code cannot do with embeddings of as many rows, or ""."""
+        """Return what 2023's code cannot do with embeddings of as many rows, or ""."""
         if self.failing is None:
             return ""
         return (
@@ -288,20 +292,20 @@ class _RowsOfBase:
         )
 
     def explanation(self, base: Tensor, other: Tensor, sign: int) -> str:
-        """Why embeddings of these two lengths cannot be added in the format of 2023, and what to do."""
-        told = f"2023's code takes a base of {base.shape[0]} rows "
+        """Return why embeddings of these two lengths cannot be added in the format of 2023, and what to do."""
+        message = f"2023's code takes a base of {base.shape[0]} rows "
         if self.tokens is None:
-            told += "as it is, or with one more for [PAD]"
+            message += "as it is, or with one more for [PAD]"
         elif self.pad_token is not None:
-            told += f"as it is: its tokenizer, of {self.tokens} tokens, has a pad token, {self.pad_token}"
+            message += f"as it is: its tokenizer, of {self.tokens} tokens, has a pad token, {self.pad_token}"
         elif self.resized and self.tokens <= base.shape[0]:
-            told += f"with {self.tokens + 1}: one for each token of its tokenizer, which has no pad token, and [PAD]"
+            message += f"with {self.tokens + 1}: one for each token of its tokenizer, which has no pad token, and [PAD]"
         else:
-            told += "as it is, or with one more for [PAD]"
-        told += f"; its make_diff and recover fail on {other.shape[0]} rows. "
+            message += "as it is, or with one more for [PAD]"
+        message += f"; its make_diff and recover fail on {other.shape[0]} rows. "
         if sign < 0:
-            return f"{told}An exact diff takes any number of rows"
-        return f"{told}It is not the base of this diff, or tokens were added to it or to the tokenizer"
+            return f"{message}An exact diff takes any number of rows"
+        return f"{message}It is not the base of this diff, or tokens were added to it or to the tokenizer"
 
 
 def missing_prefix(weights: Weights) -> str:
@@ -363,7 +367,7 @@ def computed_in_2023(config: dict) -> dict[str, torch.Tensor]:
 
 
 def inv_freq(config: dict) -> torch.Tensor:
-    """The rotary frequencies [rotated / 2] of a LLaMA or GPT-NeoX, as transformers 4.28 computed and stored them
+    """Return the rotary frequencies [rotated / 2] of a LLaMA or GPT-NeoX, as transformers 4.28 computed and stored them
     (RoFormer, arXiv 2104.09864)."""
     rope = config.get("rope_parameters") or {}
     try:

@@ -149,13 +149,6 @@ class Adapter:
         apart = apart or any(name in self.changes and self.changes[name].lora for name in names)
         return apart and not self.config.get("ensure_weight_tying")
 
-    def base_folder(self) -> str:
-        name = self.config.get("base_model_name_or_path")
-        if not name or self.config.get("revision"):
-            what = "a revision of the base" if name else "no base_model_name_or_path"
-            raise self._error(f"its {ADAPTER_CONFIG} names {what}; give the base")
-        return name
-
 
 class Merged:
     """What base and adapter give together: the tensors `specs`, in pieces; `config`; the other `files`."""
@@ -312,7 +305,8 @@ class _MergedWeight:
         self, layers: "_Layers", module: str, parts: dict[str, torch.Tensor], weights: Weights, tensor: Tensor
     ):
         self.layer = copy.deepcopy(layers.lora[module])  # without weights; those put into it go with this object
-        self.parts, self.weights, self.tensor = parts, weights, tensor
+        self.parts = parts
+        self.weights, self.tensor = weights, tensor
         self.transposed = module in layers.transposed  # rows are columns of A, not rows of B
         rows, self.columns = tensor.shape
         whole = self.transposed and "lora_magnitude_vector" in parts  # DoRA's norms run over all rows

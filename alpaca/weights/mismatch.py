@@ -23,12 +23,12 @@ CONFIG_FIELDS = (
 
 
 def rows_may_differ(name: str, base: Tensor, tuned: Tensor) -> bool:
-    """Whether two shapes of `name` differ only in the number of tokens."""
+    """Return whether two shapes of `name` differ only in the number of tokens."""
     return name.endswith(VOCABULARY) and base.shape[1:] == tuned.shape[1:] and len(base.shape) == len(tuned.shape)
 
 
 def is_compatible(name: str, base: Tensor, tuned: Tensor) -> bool:
-    """Whether a tuned tensor can be differenced with this one of the base."""
+    """Return whether a tuned tensor can be differenced with this one of the base."""
     return base.dtype.is_floating_point and (base.shape == tuned.shape or rows_may_differ(name, base, tuned))
 
 
@@ -52,12 +52,14 @@ def raise_mismatch(
     """
     lines = [f"{base.folder} does not fit {other.folder}: " + _cause(missing, misfits, len(base.tensors), advice)]
     lines += [f"    {a}, expected {list(b.shape)} {dtype_name(b.dtype)}" for a, b in misfits[:5]]
-    lines += [f"    {len(misfits) - 5} more have other shapes"] * (len(misfits) > 5)
+    if len(misfits) > 5:
+        lines.append(f"    {len(misfits) - 5} more have other shapes")
     if missing:
         lines.append(f"    {len(missing)} missing in the base: {_some(missing)}")
         known = {base.find(name) and base.find(name).name for name in other.tensors}
         unexpected = [name for name in base.tensors if name not in known]
-        lines += [f"    {len(unexpected)} in the base only: {_some(unexpected)}"] * bool(unexpected)
+        if unexpected:
+            lines.append(f"    {len(unexpected)} in the base only: {_some(unexpected)}")
     if differences := config_differences(base.config, config or other.config):
         lines.append(f"    config.json: {differences}")
     lines += [f"    {note}" for note in notes]
@@ -72,10 +74,10 @@ def _cause(missing: list[str], misfits: list[tuple[Tensor, Tensor]], in_base: in
     longer = {a.shape[0] - b.shape[0] for a, b in misfits if rows_may_differ(b.name, a, b)}
     if misfits and not missing and len(longer) == 1 and all(rows_may_differ(b.name, a, b) for a, b in misfits):
         rows = longer.pop()
-        told = f"its vocabulary is {abs(rows)} row{'s'[: abs(rows) > 1]} {'longer' if rows > 0 else 'shorter'} than"
+        change = "longer" if rows > 0 else "shorter"
+        message = f"its vocabulary is {abs(rows)} {'row' if abs(rows) == 1 else 'rows'} {change} than expected"
         return (
-            f"{told} expected"
-            + "; give the base as it was published, without tokens added to it or taken from it" * advice
+            f"{message}; give the base as it was published, without tokens added or taken away" if advice else message
         )
     if missing and not misfits and len(missing) < in_base:
         return "tensors are missing: part of it was not copied, or it is a model of another architecture"
@@ -114,7 +116,8 @@ def raise_other_base(base: Weights, adapter: Weights, why: str) -> NoReturn:
 
 
 def explain_other_base(base: Weights, tensor: Tensor, same: int, looked_at: int, config: dict[str, Any]) -> str:
-    """The message for a base tensor that has not the digest it should have, when `same` of `looked_at` others have."""
+    """Return the message for a base tensor that has not the digest it should have, when `same` of `looked_at` others
+    have."""
     begin = f"{base.folder}: {tensor.name} ({tensor.path.name}) is not that of the base of this diff"
     if not looked_at:
         return f"{begin}: it is damaged, or another base model's"
@@ -132,13 +135,13 @@ def explain_other_base(base: Weights, tensor: Tensor, same: int, looked_at: int,
 
 
 def config_differences(config: dict[str, Any], expected: dict[str, Any]) -> str:
-    """ "max_position_embeddings is 4096, expected 2048 (Llama-2 is not LLaMA)", or "" """
+    """Return "max_position_embeddings is 4096, expected 2048 (Llama-2 is not LLaMA)", or "" where all are equal."""
     names = [name for name in CONFIG_FIELDS if name in config and name in expected and config[name] != expected[name]]
-    told = ", ".join(f"{name} is {config[name]}, expected {expected[name]}" for name in names)
+    text = ", ".join(f"{name} is {config[name]}, expected {expected[name]}" for name in names)
     positions = [values.get("max_position_embeddings") for values in (config, expected)]
     if config.get("model_type") == "llama" and positions == [4096, 2048]:
-        told += " (4096 positions are Llama-2's, 2048 LLaMA's: they are different models)"
-    return told
+        text += " (4096 positions are Llama-2's, 2048 LLaMA's: they are different models)"
+    return text
 
 
 def check_same_tensors(weights: Weights, specs: Iterable[Spec], source: str) -> None:
@@ -152,7 +155,10 @@ def check_same_tensors(weights: Weights, specs: Iterable[Spec], source: str) -> 
         if name in specs and (tensor.shape != specs[name].shape or specs[name].dtype not in (None, tensor.dtype))
     ]
     if missing or unexpected or other:
-        told = [f"{len(missing)} missing: {_some(missing)}"] * bool(missing)
-        told += [f"{len(unexpected)} unexpected: {_some(unexpected)}"] * bool(unexpected)
-        told += [f"{len(other)} different: {'; '.join(other[:3])}"] * bool(other)
-        raise InputError(f"{weights.folder} has not the tensors of {source}: {'; '.join(told)}", weights.folder)
+        found = [
+            (f"{len(missing)} missing: {_some(missing)}", missing),
+            (f"{len(unexpected)} unexpected: {_some(unexpected)}", unexpected),
+            (f"{len(other)} different: {'; '.join(other[:3])}", other),
+        ]
+        summary = "; ".join(text for text, names in found if names)
+        raise InputError(f"{weights.folder} has not the tensors of {source}: {summary}", weights.folder)

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
+from alpaca.common.errors import InputError
 from alpaca.common.files import AUX_SUFFIXES, atomic_write, fingerprint_of_files, fingerprint_of_weights, read_json
 from alpaca.data.prompts import TEMPLATE_FILE
 from alpaca.weights import reader
-from alpaca.weights.reader import ADAPTER_CONFIG, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Weights
+from alpaca.weights.reader import ADAPTER_CONFIG, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Weights, find_folder
 
 MANIFEST = (
     "alpaca_checkpoint.json"  # in every checkpoint: its files, and the contract of the run (alpaca/training/resume.py)
@@ -37,7 +38,7 @@ BASE = "the base model (--model_name_or_path)"
 
 
 def holds_a_model(folder: Path) -> bool:
-    """Something that `from_pretrained` may read."""
+    """Return whether `from_pretrained` may read something here."""
     config = any((folder / name).exists() for name in ("config.json", ADAPTER_CONFIG))
     return config and any(path for ending in ("safetensors", "bin") for path in folder.glob(f"*model*.{ending}"))
 
@@ -81,7 +82,7 @@ def read_manifest(checkpoint: str) -> dict[str, Any]:
 
 
 def read_record(output: Path) -> dict[str, Any] | None:
-    """What is known of the run in `output`. It is finished only as long as its model is there."""
+    """Return what is known of the run in `output`. It is finished only as long as its model is there."""
     record = _read_json(output / RECORD)
     if record is None or not record.keys() >= {"finished", "contract"}:
         return None
@@ -94,7 +95,7 @@ def write_record(output: Path, contract: dict[str, Any], finished: bool) -> None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no file, or a torn one."""
+    """Return the object in a file, or None where there is no file or a torn one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -103,9 +104,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def weights_of(base: str | None = None, **models: str | None) -> dict[str, Any]:
-    """What the answers of models depend on, by words for messages: `weights_of(model="out/", base=None)` gives `model`,
-    the folder's whole path or the hub id, and of a folder `weights of model`, `settings of model` and `tokenizer of
-    model`, fingerprints of its files. A None, or what a folder has no files of, is left out.
+    """Return what the answers of models depend on, by words for messages: `weights_of(model="out/", base=None)` gives
+    `model`, the folder's whole path or the hub id, and of a folder `weights of model`, `settings of model` and
+    `tokenizer of model`, fingerprints of its files. A None, or what a folder has no files of, is left out.
 
     base: of an adapter or a diff; not given, the fingerprints are those of the base that an adapter names.
 
@@ -133,9 +134,23 @@ def _fingerprints(name: str, folder: Path) -> dict[str, str]:
     return found
 
 
+def base_of_adapter(folder: Path) -> Path:
+    """Return the folder of the base that an adapter names. Raise InputError about the adapter if there is none."""
+    settings = read_json(folder / ADAPTER_CONFIG)
+    name, revision = (settings.get(key) for key in ("base_model_name_or_path", "revision"))
+    if not name or revision:
+        what = f"of revision {revision} of {name}" if name else "that names no base model"
+        raise InputError(f"{folder}: is a LoRA adapter {what}; give its base", folder)
+    try:
+        return find_folder(name)
+    except InputError as error:
+        message = f"is a LoRA adapter of {name!r}, which is not here; give its base ({error})"
+        raise InputError(f"{folder}: {message}", folder) from error
+
+
 def other_base(adapter: Path, base: Path) -> str | None:
-    """A warning where the run that made the folder `adapter` knew another base than the folder `base`. Shapes tell a
-    LLaMA from a Llama 2 as little as peft does. A copy saved anew has other files too, so it is no error."""
+    """Return a warning where the run that made the folder `adapter` knew another base than the folder `base`. Shapes
+    tell a LLaMA from a Llama 2 as little as peft does. A copy saved anew has other files too, so it is no error."""
     manifest = Path(adapter) / MANIFEST
     record = read_record(adapter) or (read_manifest(str(adapter)) if manifest.is_file() else None)
     known = record and record["contract"]["fixed"].get(BASE)

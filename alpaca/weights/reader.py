@@ -99,8 +99,8 @@ class Weights:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def find(self, name: str) -> Tensor | None:
-        """The tensor that a model would load as `name`: GPT-2 and OPT checkpoints exist with and without the prefix
-        `transformer.` or `model.`, and a tied output embedding may be stored or not."""
+        """Return the tensor that a model would load as `name`: GPT-2 and OPT checkpoints exist with and without the
+        prefix `transformer.` or `model.`, and a tied output embedding may be stored or not."""
         for known in (name, name.partition(".")[2], f"model.{name}", f"transformer.{name}"):
             if known in self.tensors:
                 return self.tensors[known]
@@ -145,7 +145,7 @@ class Weights:
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, for files and hashes."""
+    """Return the bytes of a contiguous tensor, for files and hashes."""
     return memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
 
 
@@ -353,8 +353,8 @@ def describe_folder(folder: Path) -> str:
 
 
 def last_norm(weights: Weights) -> tuple[str | None, float]:
-    """The name of a checkpoint's last norm and its largest weight, below ZERO for a diff and above ONE for a model.
-    None, and nothing to tell them by, if it is not among LAST_NORMS."""
+    """Return the name of a checkpoint's last norm and its largest weight, below ZERO for a diff and above ONE for a
+    model. None, and nothing to tell them by, if it is not among LAST_NORMS."""
     name = next((name for name in LAST_NORMS if name in weights.tensors), None)
     return name, _largest(weights, name) if name else (ZERO + ONE) / 2
 

@@ -49,7 +49,7 @@ def open_diff(base: Weights, path_diff: str | Path, digest: str | None = None) -
 
 
 def copy_files(files: Mapping[str, Path], folder: Path, dtype: torch.dtype | None) -> None:
-    """Tokenizer and configuration as they are, but for the dtype of the weights."""
+    """Copy tokenizer and configuration as they are, but for the dtype of the weights."""
     for name, path in files.items():
         shutil.copyfile(path, folder / name)
     if dtype is not None:
@@ -74,7 +74,7 @@ class MemoryWriter:
         self.left = [as_bytes(tensor.view(-1)) for tensor in self.tensors.values() if tensor.numel()]
 
     def write(self, piece: memoryview) -> None:
-        """Pieces come tensor by tensor, in the order of the specs."""
+        """Take a piece. They come tensor by tensor, in the order of the specs."""
         self.left[0][: len(piece)] = piece
         self.left[0] = self.left[0][len(piece) :]
         if not self.left[0]:
@@ -102,7 +102,7 @@ def recover_in_memory(
 def load_recovered(
     diff: ExactDiff | FloatDiff, state: dict[str, torch.Tensor], dtype: torch.dtype, **options: Any
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The model of a state that was recovered in memory, and its tokenizer. options: of from_pretrained."""
+    """Return the model of a state that was recovered in memory, and its tokenizer. options: of from_pretrained."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
     from alpaca.data.tokenizer import open_tokenizer

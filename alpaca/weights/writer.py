@@ -67,7 +67,7 @@ class Shard:
 
 
 def plan_shards(specs: Iterable[Spec], stem: str, max_shard_size: str | int) -> list[Shard]:
-    """`stem`.safetensors, or `stem`-00001-of-00003.safetensors and so on where it would exceed `max_shard_size`.
+    """Return `stem`.safetensors, or `stem`-00001-of-00003.safetensors and so on where it would exceed `max_shard_size`.
 
     Raises:
         InputError: `max_shard_size` is not a size such as "5GB".
@@ -123,11 +123,12 @@ class ShardWriter(_Cutter):
     """Writes the pieces of all tensors, given in the order of `shards`, to their files."""
 
     def __init__(self, folder: Path, shards: list[Shard]):
-        self.folder, self.shards, self.left = folder, shards, list(shards)
+        self.folder, self.shards = folder, shards
+        self.left = list(shards)
         self.file: IO[bytes] | None = None
 
     def close(self) -> None:
-        """After the last piece: tensors without elements still need their file."""
+        """Finish after the last piece: tensors without elements still need their file."""
         while self.left:
             self._next()
         if self.file is not None:
@@ -214,7 +215,7 @@ class Pipeline:
         self.bar.close()
 
     def pieces(self, numel: int) -> Iterator[tuple[Slot, int, int]]:
-        """(a free slot, first element, number of elements) for every piece of a tensor of `numel` elements."""
+        """Yield (a free slot, first element, number of elements) for every piece of a tensor of `numel` elements."""
         for start in range(0, numel, PIECE):
             slot = self.slots[self.turn]
             self.turn = (self.turn + 1) % DEPTH
@@ -222,12 +223,11 @@ class Pipeline:
             yield slot, start, min(PIECE, numel - start)
 
     def send(self, slot: Slot, lane: str, function: Callable[[memoryview], Any], piece: torch.Tensor) -> None:
-        """`lane` calls `function` with the bytes of `piece`, after what it was sent before."""
+        """Let `lane` call `function` with the bytes of `piece`, after what it was sent before."""
         slot.futures.append(self._submit(lane, function, as_bytes(piece)))
 
     def after(self, lane: str, function: Callable[[], Any]) -> Future:
-        """What `function` returns when `lane` has done all that it was sent. It does not tell of pieces that failed;
-        `drain` does."""
+        """Return the future of `function`, called after all that `lane` was sent. Pieces that failed: see `drain`."""
         return self._submit(lane, function)
 
     def _submit(self, lane: str, function: Callable, *args: Any) -> Future:
@@ -250,7 +250,7 @@ class Source(Protocol):
     specs: list[Spec]
 
     def pieces(self, pipe: Pipeline, order: list[Spec]) -> Iterator[tuple[Slot, Spec, int, torch.Tensor]]:
-        """(slot, tensor, first element, elements) in pieces; buffers 4 and 5 of the slot are the caller's."""
+        """Yield (slot, tensor, first element, elements) in pieces; buffers 4 and 5 of the slot are the caller's."""
         ...
 
 
@@ -309,7 +309,7 @@ class BinShard(Shard):
 
     @property
     def pickled(self) -> bytes:
-        """The pickle of {name: tensor} whose storages are the entries "0", "1" … of the archive."""
+        """Return the pickle of {name: tensor} whose storages are the entries "0", "1" … of the archive."""
         keys = {spec.name: _Storage(str(number), prod(spec.shape)) for number, spec in enumerate(self.tensors)}
         state = {spec.name: _Stored(keys[spec.name], spec.shape) for spec in self.tensors}
         state |= {alias: state[name] for alias, name in self.aliases.items()}
@@ -364,7 +364,7 @@ class BinWriter(_Cutter):
         self.entry.write(part)
 
     def close(self) -> None:
-        """After the last piece: tensors without elements still need their entry."""
+        """Finish after the last piece: tensors without elements still need their entry."""
         while self.left or self.tensors:
             self._next()
         self._finish()

@@ -43,11 +43,16 @@ BAD_FLAGS = {
     "warmup ratio": (dict(warmup_ratio="1.5"), "0 <= ratio < 1"),
     "no data": (dict(data_path=None), "--data_path is missing"),
     "missing data file": (dict(data_path="./alpaca_data.json"), "tatsu-lab/alpaca"),
+    "no such rows": (dict(data_path="./rows.jsonl"), "--data_path ./rows.jsonl: no such file"),
+    "no such rows to evaluate on": (
+        dict(eval_data_path="/nowhere.json", eval_strategy="steps"),
+        "--eval_data_path /nowhere.json: no such file",
+    ),
     "missing model": (dict(model_name_or_path="/nowhere/llama"), "--model_name_or_path /nowhere/llama"),
     "length zero": (dict(model_max_length="0"), "--model_max_length 0"),
     "too short to learn": (dict(model_max_length="8"), "no row has an answer left to learn"),
     "longer than the model": (dict(model_max_length="4000", data_path="long"), "2048 positions"),
-    "pad token": (dict(pad_token="nope"), "--pad_token 'nope'"),
+    "pad token": (dict(pad_token="nope"), "--pad_token nope: is not a token of "),
     "template file": (dict(prompt_template="/nowhere.json"), "--prompt_template /nowhere.json"),
     "resume from a wrong folder": (
         dict(resume_from_checkpoint="/tmp"),

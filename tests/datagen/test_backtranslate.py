@@ -6,7 +6,7 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, fork, train
+from conftest import ROOT, fork, recipe_words, train
 from support.completion_server import BAD_KEY, CompletionServer
 
 from alpaca.common.errors import UsageError
@@ -278,7 +278,7 @@ def test_both_data_get_their_tags(tmp_path, capsys):
     assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2]) != orders[0]
     with pytest.raises(UsageError, match="has all rated pairs; give curate's --output_path"):
         run("mix", **flags | {"augmented_path": write(tmp_path / "r.jsonl", [rated_row(pair(), ["Score: 1"])])})
-    with pytest.raises(UsageError, match="--seed_path .*, row 1: no field 'output'"):
+    with pytest.raises(UsageError, match="--seed_path .*: row 1: no field 'output'"):
         run("mix", **flags | {"seed_path": write(tmp_path / "bad.jsonl", [pair(), {"instruction": "x"}])})
 
 
@@ -294,11 +294,11 @@ def command_of(capsys, **flags):
 def test_the_backward_model_is_that_of_the_recipe(capsys, monkeypatch):
     words, flags = command_of(capsys, dry_run=True)
     assert words[1] == str(ROOT / "train.py")
-    recipe = (ROOT / "recipes" / "backtranslation_llama2_7b_lora.sh").read_text().split("train.py \\\n")[1]
-    named = dict(re.findall(r"--(\w+) (\S+) \\", recipe))
+    recipe = recipe_words("backtranslation_llama2_7b_lora.sh", [], {})[3:]
+    named = {name.removeprefix("--"): value for name, value in zip(recipe[::2], recipe[1::2])}
     for name in ("model_name_or_path", "data_path", "output_dir", "gradient_accumulation_steps"):
         named.pop(name), flags.pop(name)
-    assert flags == {name: value.strip('"') for name, value in named.items()}
+    assert flags == named
 
     become = []
     monkeypatch.setattr(os, "execv", lambda program, words: become.append([program, *words]))

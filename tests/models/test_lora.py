@@ -255,7 +255,7 @@ def test_a_7b_fits_a_small_card(monkeypatch, capsys):
     alone = flags_of(world_size=1, fsdp=None, gradient_accumulation_steps=32)
     for free, lora in {23.5e9: LoraArguments(lora_r=8), 11.5e9: LoraArguments(lora_r=8, load_in_4bit=True)}.items():
         monkeypatch.setattr(memory, "available_memory", lambda device, free=free: (free, 30e9))
-        model, _ = memory.forecast_memory(alone, llama_7b(), rows, lora)
+        model, _ = memory.estimate_memory(alone, llama_7b(), rows, lora)
         output = capsys.readouterr().out
         assert "does not fit" not in output and model.trained == 19_988_480, "r x (4d x 4 + 3 (d + 11008)) x 32, d 4096"
     assert preflight.checkpoint_sizes(flags_of(save_only_model=False, save_dtype="float32"), model.trained)[0] < 250e6
@@ -263,7 +263,7 @@ def test_a_7b_fits_a_small_card(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_forecast_counts_what_a_real_forward_pass_keeps(tiny, architecture):
+def test_estimate_counts_what_a_real_forward_pass_keeps(tiny, architecture):
     config, lora = AutoConfig.from_pretrained(tiny(architecture)), LoraArguments(lora_r=4)
     counted = memory.measure(config, 40, half=True, autocast=True, lora=lora, dtype=torch.bfloat16)
     base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

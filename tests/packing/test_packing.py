@@ -1,5 +1,6 @@
 """Packed rows train as padded ones: the plan, the prefixes, the weights, the gradient, and the check at the start."""
 
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -216,7 +217,7 @@ def real_rows(tiny, tmp_path_factory):
 def test_the_gradient_is_that_of_padded_rows(tiny, real_rows, kind):
     """Of every parameter, both normalizations, 1 rank and 4, with shared prefixes and without; under bfloat16 autocast
     no further from float32 than padded rows are. The last of four ranks has fewer rows than it has packs."""
-    from scripts.check_packing import largest_difference, step_gradient
+    from alpaca.packing.check import largest_difference, step_gradient
 
     model, architecture = tiny_model(tiny, kind)
     dataset = real_rows(architecture)
@@ -295,6 +296,12 @@ def test_the_check_finds_a_leak_between_rows_and_falls_back(tiny, real_rows, tmp
     trainer = trainer_for(tiny, real_rows, tmp_path)
     trainer.train()
     assert "packs that share what rows begin with: " in (said := capsys.readouterr().out) and "note: no" not in said
+    assert re.search(
+        r"^checked: a packed step has the gradient of a padded one up to rounding "
+        r"\([\d.]+e-0\d; float32 rounding alone [\d.]+e-0\d\)$",
+        said,
+        re.MULTILINE,
+    )
 
     def leaking(query, key, value, pack, scaling, dropout):
         sdpa = torch.nn.functional.scaled_dot_product_attention

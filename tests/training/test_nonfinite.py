@@ -54,6 +54,7 @@ def test_rows_of_a_loss_that_is_not_finite_are_named(tiny, tmp_path, processes, 
 def test_a_gradient_that_is_not_finite_stops_too(tiny, tmp_path):
     """With losses that are finite."""
     from alpaca.common.errors import UsageError
+    from alpaca.training.metrics import LossTracker
     from alpaca.training.nonfinite import NonFiniteGuard
 
     class Args:
@@ -66,7 +67,7 @@ def test_a_gradient_that_is_not_finite_stops_too(tiny, tmp_path):
         report = SimpleNamespace(numbers=[0, 2, 2, 5])  # of the file
 
     dataset = Rows(dict(input_ids=torch.tensor([5, 6, 7])) for _ in range(4))
-    box = NonFiniteGuard(dataset, AutoTokenizer.from_pretrained(tiny("llama")))
+    box = NonFiniteGuard(dataset, AutoTokenizer.from_pretrained(tiny("llama")), LossTracker())
     box.begin_step([[(3, 2), (1, 1)]])
     box.losses, box.target_losses = [torch.tensor(1.0)], [torch.ones(3)]
     box.grad_norm = torch.tensor(2.0)

@@ -304,32 +304,32 @@ def test_a_model_too_large_for_this_machine_is_said_with_a_way_out(capsys, monke
     monkeypatch.setattr(memory, "measure", lambda config, tokens, half, autocast: measured)
     monkeypatch.setattr(memory, "available_memory", lambda device: (40e9, 500e9))
 
-    def forecast_with(**changed):
-        model, decision = memory.forecast_memory(flags_of(**changed), None, ROWS)
+    def estimate_with(**changed):
+        model, decision = memory.estimate_memory(flags_of(**changed), None, ROWS)
         assert model is measured
         return decision, capsys.readouterr().out
 
     padded = dict(batching="padded", gradient_checkpointing=False)
-    decision, output = forecast_with(**padded)
+    decision, output = estimate_with(**padded)
     parts = "weights 6.7 GB + gradients 6.7 GB + optimizer 13.5 GB + gathered "
-    assert f"memory per GPU (4 rows of 512 tokens), forecast: {parts}" in output
+    assert f"memory per GPU (4 rows of 512 tokens), estimate: {parts}" in output
     assert "does not fit; this would: --per_device_train_batch_size 2 --gradient_accumulation_steps 16" in output
     assert decision == memory.Decision(0, False, False)
 
-    _, output = forecast_with(gradient_checkpointing=False, max_tokens_per_pack="4096")
+    _, output = estimate_with(gradient_checkpointing=False, max_tokens_per_pack="4096")
     assert "packs of at most 4096 tokens" in output and "this would: --max_tokens_per_pack 1024 (about" in output
     monkeypatch.setattr(memory, "available_memory", lambda device: (37e9, 500e9))
-    decision, output = forecast_with()
-    assert f"memory per GPU (packs of at most 4600 tokens), forecast: {parts}" in output
+    decision, output = estimate_with()
+    assert f"memory per GPU (packs of at most 4600 tokens), estimate: {parts}" in output
     assert "--gradient_checkpointing True is chosen: without it 1024 tokens at a time take 3" in output
     assert decision == memory.Decision(4600, True, False) and "does not fit" not in output
 
     monkeypatch.setattr(memory, "available_memory", lambda device: (40e9, 20e9))
-    _, output = forecast_with(**padded, fsdp_config={"cpu_offload": True})
+    _, output = estimate_with(**padded, fsdp_config={"cpu_offload": True})
     assert "does not fit" not in output and "offloading takes 27.0 GB of CPU memory a process, available 20.0" in output
 
 
-def test_without_a_forecast_the_decision_is_cautious(capsys, monkeypatch):
+def test_without_an_estimate_the_decision_is_cautious(capsys, monkeypatch):
     autocast = []
 
     def fails(*args, **kwargs):
@@ -337,12 +337,12 @@ def test_without_a_forecast_the_decision_is_cautious(capsys, monkeypatch):
         raise RuntimeError("data-dependent shape")
 
     monkeypatch.setattr(memory, "measure", fails)
-    assert memory.forecast_memory(flags_of(), None, ROWS) == (None, memory.Decision(4096, False, False))
-    assert "no forecast, this model does not run on fake tensors (RuntimeError: data-dep" in capsys.readouterr().out
+    assert memory.estimate_memory(flags_of(), None, ROWS) == (None, memory.Decision(4096, False, False))
+    assert "no estimate, this model does not run on fake tensors (RuntimeError: data-dep" in capsys.readouterr().out
     changed = flags_of(max_tokens_per_pack="100", gradient_checkpointing=True)
-    assert memory.forecast_memory(changed, None, ROWS)[1] == memory.Decision(512, True, False)
-    assert memory.forecast_memory(flags_of(batching="padded"), None, ROWS)[1].max_tokens_per_pack == 0
-    memory.forecast_memory(flags_of(fsdp=None), None, ROWS)
+    assert memory.estimate_memory(changed, None, ROWS)[1] == memory.Decision(512, True, False)
+    assert memory.estimate_memory(flags_of(batching="padded"), None, ROWS)[1].max_tokens_per_pack == 0
+    memory.estimate_memory(flags_of(fsdp=None), None, ROWS)
     assert autocast == [False, False, False, True], "FSDP's weights are bfloat16 themselves"
 
 
@@ -378,7 +378,7 @@ def test_the_decision_reaches_the_flags_of_the_trainer(tiny, tmp_path, monkeypat
     assert decided[""].max_tokens_per_pack == total and not decided[""].hold_gradients, "8 rows are one step"
 
     chosen = memory.Decision(512, True, False)
-    monkeypatch.setattr(memory, "forecast_memory", lambda args, config, rows, lora: (None, chosen))
+    monkeypatch.setattr(memory, "estimate_memory", lambda args, config, rows, lora: (None, chosen))
     for fsdp_config, expected in (({}, True), ({"activation_checkpointing": True}, False)):  # which does it itself
         model_args, data_args, lora_args, args = parse_flags(words)
         args.fsdp, args.fsdp_config = True, fsdp_config
@@ -447,8 +447,10 @@ def test_too_small_a_disk_is_refused_before_training(tmp_path, capsys):
     )
     preflight.check_room(args, trained=1_000_000, checkpoints=2)
     assert (
-        "disk, forecast: 2 x 12.0 MB for checkpoints + 2.0 MB for the final model = 26.0 MB" in capsys.readouterr().out
+        "disk, estimate: 2 x 12.0 MB for checkpoints + 2.0 MB for the final model = 26.0 MB" in capsys.readouterr().out
     )
+    preflight.check_room(args, trained=1_000_000, checkpoints=0)
+    assert "disk, estimate: no checkpoints + 2.0 MB for the final model = 2.0 MB" in capsys.readouterr().out
     with pytest.raises(UsageError, match="would take 26,000.0 GB .* free. Choose another disk"):
         preflight.check_room(args, trained=10**12, checkpoints=2)
     assert preflight.checkpoint_sizes(args, 10)[0] == 120

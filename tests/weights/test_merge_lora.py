@@ -158,7 +158,7 @@ REFUSED = {
     "expected a matrix of rank 8, as adapter_config.json says": dict(r=8),
     "lacks lm_head, which its adapter_config.json promises": dict(modules_to_save=["lm_head"]),
     "lacks trainable_tokens_delta": dict(trainable_token_indices=[3]),
-    "names a revision of the base": dict(revision="v2"),
+    "is a LoRA adapter of revision v2 of ": dict(revision="v2"),
     "/nowhere: no such folder": dict(base_model_name_or_path="/nowhere"),
 }
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, run, train, write_rows
 from safetensors.torch import save_file
+from support.adapters import LLAMA, make_adapter
 from support.checkpoints import INTEGER, STRANGE, assert_same, bits, make, recover, state_of, tune, write
 from support.imports import loaded_by
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,6 +25,7 @@ from alpaca.common import files
 from alpaca.common.errors import UsageError
 from alpaca.common.files import MARKER, new_folder
 from alpaca.weights import writer
+from alpaca.weights.reader import ADAPTER, EXACT_DIFF, FLOAT_DIFF, MODEL, OTHER, RUN, folder_kind, open_weights
 
 
 @pytest.fixture
@@ -398,6 +400,25 @@ def test_swapped_arguments(llama, tmp_path):
     with pytest.raises(UsageError, match="weight_diff.json is missing"):
         (diff / "weight_diff.json").unlink()
         recover(base, diff)
+
+
+def test_what_a_folder_holds(llama, tiny, tmp_path):
+    base, tuned, diff = llama
+    make(base, tuned, tmp_path / "float", method="float")
+    adapter = make_adapter(tiny("llama"), tmp_path / "adapter", **LLAMA)
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    assert [folder_kind(folder) for folder in (base, diff, adapter, tmp_path / "run")] == [
+        MODEL,
+        EXACT_DIFF,
+        ADAPTER,
+        RUN,
+    ]
+    assert folder_kind(tmp_path) == OTHER
+    for folder, kind in ((base, MODEL), (tmp_path / "float", FLOAT_DIFF)):
+        with open_weights(folder) as weights:
+            assert folder_kind(folder, weights) == kind
+    (diff / "weight_diff.json").unlink()
+    assert folder_kind(diff) == EXACT_DIFF
 
 
 def test_a_diff_that_is_not_all_there(llama):
