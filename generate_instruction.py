@@ -48,12 +48,12 @@ EXPECTED = 12  # tasks kept of an answer: an estimate for --dry_run only
 
 
 def encode_prompt(prompt_instructions: Sequence[dict[str, str]], prompt_path: str | None = None) -> str:
-    """The prompt: prompt.txt, the numbered examples, and the number that the answer goes on with."""
+    """Return the prompt: prompt.txt, the numbered examples, and the number that the answer goes on with."""
     return self_instruct.encode_prompt(prompt_instructions, load_prompt(prompt_path or ROOT / "prompt.txt"))
 
 
 def post_process_gpt3_response(num_prompt_instructions: int, response: dict[str, Any] | None) -> list[dict[str, str]]:
-    """The usable tasks of an answer with "text" and "finish_reason", exactly as in 2023."""
+    """Return the usable tasks of an answer with "text" and "finish_reason", exactly as in 2023."""
     return self_instruct.rows_of_response(num_prompt_instructions, response)
 
 
@@ -222,7 +222,7 @@ def generate_responses(
         prompts = [format_prompt(row, own) for row in rows]
 
     def requests() -> Iterator[Request]:
-        """Once the endpoint is known."""
+        """Yield the requests, once the endpoint is known."""
         asked = plain if prompt == "auto" and opened.api == "chat" else prompts
         yield from answerer.requests(dict(enumerate(asked)))
 

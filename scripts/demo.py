@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @names_flags
 def load_models(options: DemoArguments) -> list[DemoModel]:
-    """--model, and beside it --compare or else --base."""
+    """Return --model, and beside it --compare or else --base."""
     whole = is_whole_model(options.model)
     if whole and options.base and options.compare:
         raise UsageError(f"--base {options.base}: {options.model} is a whole model; omit --base or --compare")
@@ -218,7 +218,7 @@ def question_boxes() -> tuple["gradio.Textbox", "gradio.Textbox"]:
 
 
 def sampling_sliders(longest: int) -> list["gradio.Slider"]:
-    """Temperature, top-p and new tokens, of which an answer has `longest` at most."""
+    """Return sliders of temperature, top-p and new tokens, of which an answer has `longest` at most."""
     import gradio as gr
 
     sliders = (
@@ -262,7 +262,7 @@ def heading(models: Sequence[DemoModel]) -> str:
 
 
 def examples() -> list[Row]:
-    """The seed tasks that EXAMPLES names."""
+    """Return the seed tasks that EXAMPLES names."""
     rows = load_rows(str(SEED_TASKS))
     return [next(row for row in rows if words in row["instruction"]) for words in EXAMPLES.values()]
 
@@ -300,7 +300,7 @@ def launch(page: "gradio.Blocks", host: str, port: int) -> None:
 
 
 def check_address(host: str, port: int) -> None:
-    """Before a model is loaded. Raises UsageError if nothing can listen there."""
+    """Raise UsageError if nothing can listen there, before a model is loaded."""
     try:
         socket.create_server((host, port)).close()
     except OSError as error:

@@ -104,12 +104,12 @@ def count(instructions: Sequence[str], parse: Callable[[str], VerbNoun], parser:
 
 
 def by_count(counter: dict) -> dict:
-    """Most frequent first, equal ones by name, so that a picture does not depend on the order of the rows."""
+    """Sort the most frequent first, equal ones by name, so that a picture does not depend on the order of the rows."""
     return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
 
 
 def most_frequent(pairs: dict[str, dict[str, int]], options: DiversityArguments) -> dict[str, dict[str, int]]:
-    """What to draw, chosen as the papers do: verbs by the number of their pairs, then the top nouns of each."""
+    """Return what to draw, chosen as the papers do: verbs by the number of their pairs, then the top nouns of each."""
     kept: dict[str, dict[str, int]] = {}
     for verb, nouns in pairs.items():
         if nouns := {noun: number for noun, number in nouns.items() if number >= options.min_count}:
@@ -156,7 +156,8 @@ def report(picture: Sunburst, diversity: Diversity) -> str:
 
 
 def spacy_parser(model: str) -> Callable[[str], VerbNoun]:
-    """The papers' own way: the first sentence's root, or the first verb down its first children, and its object."""
+    """Return the papers' own way: the first sentence's root, or the first verb down its first children, and its
+    object."""
     try:
         import spacy
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -493,6 +494,34 @@ def test_harness(tiny, tasks, tmp_path, capsys):
         UsageError, match="/nan: in torch.float32 on cpu the log-likelihood of a choice is nan.*weights"
     ):
         evaluate.harness(str(tmp_path / "nan"), str(tmp_path / "none"), None, "small", str(tasks))
+
+
+@pytest.mark.slow
+def test_the_harness_asks_vllm(tiny, tasks, tmp_path, monkeypatch):
+    """With a stand-in for vllm, which is not installed here; what the harness gives its backend is recorded."""
+    from lm_eval.models.huggingface import HFLM
+
+    given, flags = {}, dict(group="small", include_path=str(tasks), tasks="small_arc", limit=2)
+    model, out = tiny("llama"), str(tmp_path / "scores")
+    with pytest.raises(UsageError, match="--backend vllm: vllm is not installed"):
+        evaluate.harness(model, out, **flags, backend="vllm")
+
+    def stand_in(pretrained, **options):
+        given.update(options)
+        return HFLM(pretrained=pretrained, device="cpu", batch_size=options["batch_size"], dtype=options["dtype"])
+
+    vllm = types.SimpleNamespace(VLLM=stand_in)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", vllm)
+    evaluate.harness(model, out, **flags, backend="vllm", add_bos_token=True)
+    assert given["add_bos_token"] is True and given["batch_size"] == "8"
+    result = read(tmp_path / "scores" / "small_arc.json")
+    assert result["device"] == "vllm" and result["how"]["backend"] == "vllm" and result["samples"] == 2
+    with pytest.raises(UsageError, match="made with other arguments .*backend 'vllm'"):
+        evaluate.harness(model, out, **flags, add_bos_token=True)
+    with pytest.raises(UsageError, match="--model .*vllm opens a whole checkpoint"):
+        evaluate.harness(model, str(tmp_path / "other"), base=tiny("gpt2"), **flags, backend="vllm")
+    with pytest.raises(UsageError, match="--backend vllm: takes no weights quantized"):
+        evaluate.harness(model, out, **flags, backend="vllm", load_in_8bit=True)
 
 
 @pytest.mark.parametrize(
