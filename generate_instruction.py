@@ -48,12 +48,12 @@ EXPECTED = 12  # tasks kept of an answer: an estimate for --dry_run only
 
 
 def encode_prompt(prompt_instructions: Sequence[dict[str, str]], prompt_path: str | None = None) -> str:
-    """The prompt: prompt.txt, the numbered examples, and the number that the answer goes on with."""
+    """Return the prompt: prompt.txt, the numbered examples, and the number that the answer goes on with."""
     return self_instruct.encode_prompt(prompt_instructions, load_prompt(prompt_path or ROOT / "prompt.txt"))
 
 
 def post_process_gpt3_response(num_prompt_instructions: int, response: dict[str, Any] | None) -> list[dict[str, str]]:
-    """The usable tasks of an answer with "text" and "finish_reason", exactly as in 2023."""
+    """Return the usable tasks of an answer with "text" and "finish_reason", exactly as in 2023."""
     return self_instruct.rows_of_response(num_prompt_instructions, response)
 
 
@@ -207,7 +207,7 @@ def generate_responses(
         UsageError: a bad flag, file, key, address or model, the limit of cost, or rows without an answer.
     """
     spent, answerer = budget.budget(), ModelBackend(model, sampling.sampling(), backend)
-    refuse_overwriting_input(output_path, "--output_path", data_path=data_path)
+    refuse_overwriting_input(output_path, data_path)
     if prompt not in ("auto", "plain", "alpaca"):
         raise UsageError(f"--prompt {prompt}: expected auto, plain or alpaca")
     rows = load_rows(data_path)
@@ -222,7 +222,7 @@ def generate_responses(
         prompts = [format_prompt(row, own) for row in rows]
 
     def requests() -> Iterator[Request]:
-        """Once the endpoint is known."""
+        """Yield the requests, once the endpoint is known."""
         asked = plain if prompt == "auto" and opened.api == "chat" else prompts
         yield from answerer.requests(dict(enumerate(asked)))
 
@@ -251,7 +251,7 @@ def export(
         eval_path: file for them; not given, output_path with _eval before its ending.
         seed: of the choice of rows that are held out.
     """
-    refuse_overwriting_input(output_path, "--output_path", regen_path=regen_path)
+    refuse_overwriting_input(output_path, regen_path)
     try:
         rows = utils.jload(regen_path)
         rows = [{name: row[name] for name in ("instruction", "input", "output")} for row in rows]

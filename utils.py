@@ -153,8 +153,8 @@ def complete_all(
     backoff: float,
     batch_size: int,
 ) -> list[list[Choice]]:
-    """n choices for each prompt. As in 2023, `index` counts within a batch of `batch_size` prompts, and `total_tokens`
-    is the sum of the batch."""
+    """Return n choices for each prompt. As in 2023, `index` counts within a batch of `batch_size` prompts, and
+    `total_tokens` is the sum of the batch."""
     n = fields["n"]
     sampling = to_sampling({**fields, **other_fields})
     completions = _run(_complete_all(prompts, sampling, n, model, backoff, batch_size))
@@ -165,7 +165,7 @@ def complete_all(
 
 
 def to_sampling(fields: Mapping[str, Any]) -> Sampling:
-    """A Sampling of 2023's fields. What has no effect at its default is not sent: not every server knows it."""
+    """Return a Sampling of 2023's fields. What has no effect at its default is not sent: not every server knows it."""
     if fields["stream"]:
         raise UsageError("OpenAIDecodingArguments.stream: expected False, got True. Streaming is not supported.")
     known = {name: fields[name] for name in SAMPLING if name in fields}
@@ -223,14 +223,15 @@ async def _complete_all(
 
 
 def copies(sampling: Sampling, n: int) -> list[Sampling]:
-    """For n completions of a prompt: `n` itself is ignored by some servers. A seed counts up, or all would be equal."""
+    """Return a Sampling for each of n completions of a prompt: `n` itself is ignored by some servers. A seed counts up,
+    or all would be equal."""
     if sampling.seed is None:
         return [sampling] * n
     return [replace(sampling, seed=sampling.seed + i) for i in range(n)]
 
 
 def _run(coroutine: Coroutine[Any, Any, list[Completion]]) -> list[Completion]:
-    """asyncio.run, also where an event loop is running already, as in a notebook."""
+    """Call asyncio.run, also where an event loop is running already, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

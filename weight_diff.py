@@ -11,24 +11,29 @@ of the largest tensor in float32.
 """
 
 import functools
-import json
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from alpaca.common import commands
-from alpaca.common.errors import UsageError, format_bytes, reported
-from alpaca.common.files import new_folder
+from alpaca.common.errors import InputError, UsageError, format_bytes, names_flags, reported
+from alpaca.common.files import new_folder, read_json
 from alpaca.data.prompts import format_prompt
 from alpaca.data.tokenizer import copy_slow_files
 from alpaca.models.device import check_device
 from alpaca.weights import exact_diff
-from alpaca.weights.checkpoint_2023 import write_files_of_2023
-from alpaca.weights.exact_diff import ExactDiff, is_exact_diff
-from alpaca.weights.float_diff import FloatDiff, NaiveSum
-from alpaca.weights.reader import find_folder, open_weights
-from alpaca.weights.recovery import copy_files, load_recovered, most_common_dtype, open_diff, recover_in_memory
+from alpaca.weights.exact_diff import ExactDiff
+from alpaca.weights.float_diff import FloatDiff, write_files_of_2023
+from alpaca.weights.reader import EXACT_DIFF, find_folder, folder_kind, open_weights
+from alpaca.weights.recovery import (
+    NaiveSum,
+    copy_files,
+    load_recovered,
+    most_common_dtype,
+    open_diff,
+    recover_in_memory,
+)
 from alpaca.weights.writer import FLOATS, Pipeline, cast, plan_shards, write_model
 
 if TYPE_CHECKING:
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
 QUESTION = "List three technologies that make life easier."  # as in 2023
 
 
+@names_flags
 def make_diff(
     path_raw: str,
     path_tuned: str,
@@ -63,14 +69,14 @@ def make_diff(
     check_device(device)
     _check_choice("method", method, ("exact", "float"))
     plan_shards([], "diff", max_shard_size)
-    with open_weights(path_raw, "--path_raw") as base, open_weights(path_tuned, "--path_tuned") as tuned:
+    with open_weights(path_raw) as base, open_weights(path_tuned) as tuned:
         if base.folder.resolve() == tuned.folder.resolve():
-            raise UsageError(f"--path_tuned {path_tuned}: is the base itself")
+            raise InputError(f"{path_tuned}: is the base itself", path_tuned)
         tuned.require_config()
         diff = FloatDiff(base, tuned, sign=-1) if method == "float" else None
         size = sum(spec.nbytes for spec in diff.own) if diff else tuned.nbytes
         inputs = (base.folder, tuned.folder)
-        with new_folder(path_diff, "--path_diff", size, overwrite, inputs) as folder:
+        with new_folder(path_diff, size, overwrite, inputs) as folder:
             with Pipeline(size, "make_diff") as pipe:
                 if diff is None:
                     lines = exact_diff.make(pipe, base, tuned, folder, max_shard_size)
@@ -104,7 +110,7 @@ def recover(
         device: cpu or cuda, where the recovered model is loaded to.
         test_inference: load the recovered model and let it answer a question (2023: by default).
         check_integrity_naively: 2023's check, the sum of the weights of Alpaca-7B; True makes another sum an error, not
-            given it is told, for diffs in the format of 2023.
+            given the sum is printed, for diffs in the format of 2023.
         dtype: float32, float16 or bfloat16 for the recovered weights; not given, the tuned model's (2023: float32).
         max_shard_size: largest size of one file.
         overwrite: replace path_tuned if it is a checkpoint or a diff.
@@ -128,6 +134,7 @@ def recover(
     )
 
 
+@names_flags
 def verify(path_diff: str, path_tuned: str, path_raw: str | None = None, digest: str | None = None) -> None:
     """Verify that a folder is, bit for bit, what recover makes of a diff.
 
@@ -141,19 +148,19 @@ def verify(path_diff: str, path_tuned: str, path_raw: str | None = None, digest:
     Raises:
         UsageError: the message names the tensors or the file that differ.
     """
-    with open_weights(path_tuned, "--path_tuned") as tuned:
-        folder = find_folder(path_diff, "--path_diff")
-        if is_exact_diff(folder):
-            diff = ExactDiff(folder, "--path_diff", digest)
+    with open_weights(path_tuned) as tuned:
+        folder = find_folder(path_diff)
+        if folder_kind(folder) == EXACT_DIFF:
+            diff = ExactDiff(folder, digest)
             with Pipeline(tuned.nbytes, "verify") as pipe:
                 diff.verify(pipe, tuned)
-            print(f"proved: {path_tuned} is {diff.told}", flush=True)
+            print(f"proved: {path_tuned} is {diff.summary}", flush=True)
             if path_raw is not None:
                 _recover(path_raw, path_diff, digest=digest)
         elif path_raw is None:
             raise UsageError(f"--path_diff {path_diff}: is in the format of 2023, without digests; give --path_raw too")
         else:
-            with open_weights(path_raw, "--path_raw") as base, open_diff(base, path_diff, digest) as diff:
+            with open_weights(path_raw) as base, open_diff(base, path_diff, digest) as diff:
                 with Pipeline(diff.weights.nbytes, "verify") as pipe:
                     diff.verify(pipe, tuned)
             kinds = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tuned.tensors.values()}))
@@ -163,6 +170,7 @@ def verify(path_diff: str, path_tuned: str, path_raw: str | None = None, digest:
 # ---- recover, with the model or without ----
 
 
+@names_flags
 def _recover(
     path_raw: str,
     path_diff: str,
@@ -176,44 +184,58 @@ def _recover(
     digest: str | None = None,
     load: bool = False,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase] | None":
-    """`recover`, which loads the model only if it is to answer or to be returned."""
+    """Do what `recover` does, but load the model only if it is to answer or to be returned."""
     dtype = str(dtype).removeprefix("torch.") if dtype is not None else None
     check_device(device)
     _check_choice("dtype", dtype, (None, *FLOATS))
     plan_shards([], "model", max_shard_size)
-    load, kind, state = load or test_inference, FLOATS.get(dtype), None
-    with open_weights(path_raw, "--path_raw") as base, open_diff(base, path_diff, digest) as diff:
+    load = load or test_inference
+    kind = FLOATS.get(dtype)
+    state = None
+    with open_weights(path_raw) as base, open_diff(base, path_diff, digest) as diff:
         for note in diff.notes():
             print(note, flush=True)
-        config = json.loads(diff.files["config.json"].read_text(encoding="utf-8"))
+        config = read_json(diff.files["config.json"])
         summed = isinstance(diff, FloatDiff) if check_integrity_naively is None else check_integrity_naively
         naive = NaiveSum(diff.specs, config, diff.aliases) if summed else None
-        size, nbytes = (sum(spec.nbytes for spec in specs) for specs in (cast(diff.specs, kind), diff.specs))
-        sum_line = functools.partial(naive.check, check_integrity_naively is True) if naive else str
+        size = sum(spec.nbytes for spec in cast(diff.specs, kind))
+        nbytes = sum(spec.nbytes for spec in diff.specs)
         if path_tuned is not None:
             inputs = (base.folder, diff.folder)
-            with new_folder(path_tuned, "--path_tuned", size, overwrite, inputs) as folder:
+            with new_folder(path_tuned, size, overwrite, inputs) as folder:
                 with Pipeline(nbytes, "recover") as pipe:
                     write_model(diff, pipe, folder, max_shard_size, kind, naive and naive.add)
                 copy_files(diff.files, folder, kind)
                 copy_slow_files(base.folder, folder)
-                told = sum_line()
+                lines = _sum_lines(naive, required=check_integrity_naively is True)
         else:
             state = recover_in_memory(diff, kind, load, naive and naive.add)
-            told = sum_line()
-        print(*[told] * bool(told), _verdict(diff, path_raw, path_diff, path_tuned, dtype), sep="\n", flush=True)
+            lines = _sum_lines(naive, required=check_integrity_naively is True)
+        print(*lines, _verdict(diff, path_raw, path_diff, path_tuned, dtype), sep="\n", flush=True)
         return _load(diff, path_tuned, state, device, kind, test_inference) if load else None
+
+
+def _sum_lines(naive: NaiveSum | None, required: bool) -> list[str]:
+    """Return the line of 2023's check. Raise UsageError if it is `required` that the sum is that of Alpaca-7B."""
+    if naive is None:
+        return []
+    right, line = naive.check()
+    if required and not right:
+        raise UsageError(
+            f"--check_integrity_naively: {line}; base or diff is damaged or another; for another model omit this flag"
+        )
+    return [f"naive integrity check: {line}"]
 
 
 def _verdict(
     diff: ExactDiff | FloatDiff, path_raw: str, path_diff: str, path_tuned: str | None, dtype: str | None
 ) -> str:
-    """The last line: what is known now."""
+    """Return the last line: what is known now."""
     if path_tuned is None:
-        return f"{diff.verdict}: {path_raw} and {path_diff} give {diff.told}; nothing was written"
+        return f"{diff.verdict}: {path_raw} and {path_diff} give {diff.summary}; nothing was written"
     if dtype is None:
-        return f"{diff.verdict}: {path_tuned} is {diff.told}"
-    return f"{diff.verdict}: {path_raw} and {path_diff} give {diff.told}; {path_tuned} is that, cast to {dtype}"
+        return f"{diff.verdict}: {path_tuned} is {diff.summary}"
+    return f"{diff.verdict}: {path_raw} and {path_diff} give {diff.summary}; {path_tuned} is that, cast to {dtype}"
 
 
 def _load(
@@ -224,7 +246,7 @@ def _load(
     dtype: torch.dtype | None,
     test_inference: bool,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The recovered model, from its folder or from memory, and its tokenizer."""
+    """Load the recovered model, from its folder or from memory, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
     from alpaca.data.tokenizer import open_tokenizer
@@ -251,7 +273,7 @@ def _check_choice(name: str, value: str | None, choices: Iterable[str | None]) -
 
 
 def main() -> None:
-    """The command line: recover without the model that it returns from Python."""
+    """Run the command line: recover without the model that it returns from Python."""
 
     @functools.wraps(recover)
     def command(*values: Any, **flags: Any) -> None:

@@ -7,7 +7,7 @@ item. One command, one run:
     python -m benchmarks.train --render                                            # the tables of results/ again
 
 The rivals need `pip install -c constraints.txt -r benchmarks/requirements.txt`. What is compared, and how, is in
-benchmarks/README.md; who takes part, in benchmarks/contenders.py.
+docs/benchmarks.md; who takes part, in benchmarks/contenders.py.
 """
 
 import argparse

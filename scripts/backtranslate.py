@@ -88,8 +88,10 @@ def train_backward(
     flags = given | BACKWARD_FLAGS | train_flags
     if "gradient_accumulation_steps" not in flags:
         flags["gradient_accumulation_steps"] = _accumulation(flags["per_device_train_batch_size"], nproc_per_node)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc_per_node}"]
-    command = [sys.executable, *torchrun * (nproc_per_node > 1), str(TRAIN)]
+    command = [sys.executable]
+    if nproc_per_node > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc_per_node}"]
+    command += [str(TRAIN)]
     command += [f"--{name}={value}" for name, value in flags.items()]
     print(shlex.join(command), flush=True)
     if not dry_run:
@@ -154,7 +156,7 @@ def augment(
     spent, answerer = budget.budget(), ModelBackend(model, sampling.sampling(), backend, seed)
     if backend.api == "auto":
         raise UsageError("--api auto: expected completions, or chat")
-    refuse_overwriting_input(output_path, "--output_path", data_path=data_path)
+    refuse_overwriting_input(output_path, data_path)
     filters = Filters(min_chars, max_chars, max_capitals, min_english)
     templates = load_prompt_template(prompt_template, backward=True)
     texts = load_texts(data_path, data_split, text_field)
@@ -188,7 +190,7 @@ def augment(
 
 
 def _backward_templates(opened: Model, model: str) -> Mapping[str, str]:
-    """Those in the model's folder; a model that has none is asked as train.py --backward trains."""
+    """Return the templates in the model's folder; a model that has none is asked as train.py --backward trains."""
     templates = getattr(opened, "templates", PROMPT_DICT)
     if templates is PROMPT_DICT:
         return BACKWARD_PROMPT_DICT
@@ -203,7 +205,7 @@ def _backward_templates(opened: Model, model: str) -> Mapping[str, str]:
 
 
 def _counts(numbers: Mapping[str, Sequence[int]]) -> str:
-    """What was left out: a line for each reason."""
+    """Return what was left out: a line for each reason."""
     return "".join(
         f"\n  {name}: {len(found):,} (rows {format_first(found)})" for name, found in numbers.items() if found
     )
@@ -253,8 +255,8 @@ def curate(
     if (data_path is None) != (model is None) or (data_path is None and ratings_path is None):
         raise UsageError("expected --data_path and --model to rate pairs, or --ratings_path to choose from ratings")
     ratings_path = ratings_path or f"{output_path}.ratings.jsonl"
-    refuse_overwriting_input(output_path, "--output_path", data_path=data_path, ratings_path=ratings_path)
-    refuse_overwriting_input(ratings_path, "--ratings_path", data_path=data_path)
+    refuse_overwriting_input(output_path, data_path, ratings_path)
+    refuse_overwriting_input(ratings_path, data_path)
     if data_path is None:
         curation = Curation(raw_rows(ratings_path), ratings_path)
     else:
@@ -284,8 +286,8 @@ def _rate(
     budget: Budget,
     drop_failed: bool,
 ) -> list[Row]:
-    """The rows with what the rater says of them. Rating k of row n is request k * len(rows) + n, so that more ratings
-    come behind those that there are."""
+    """Return the rows with what the rater says of them. Rating k of row n is request k * len(rows) + n, so that more
+    ratings come behind those that there are."""
     model, pairs = rater.open(chat=templates is None), len(rows)
     rated = PromptSet([rating_prompt(row) for row in rows], model, templates)
     asked = fitting(model, {number: rated.prompt_of(number) for number in range(pairs)}, rater.sampling)
@@ -333,7 +335,7 @@ def mix(
         tags: add the sentences.
         seed: of the shuffle.
     """
-    refuse_overwriting_input(output_path, "--output_path", seed_path=seed_path, augmented_path=augmented_path)
+    refuse_overwriting_input(output_path, seed_path, augmented_path)
     augmented = load_rows(augmented_path) if augmented_path else []
     if any("ratings" in row for row in augmented):
         raise UsageError(f"--augmented_path {augmented_path}: has all rated pairs; give curate's --output_path")

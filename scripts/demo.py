@@ -30,9 +30,7 @@ from alpaca.data.prompts import load_prompt_template
 from alpaca.data.rows import Row, load_rows
 from alpaca.inference.demo import Answer, DemoEngine, DemoModel
 from alpaca.inference.local_model import LocalModel
-from alpaca.weights.exact_diff import is_exact_diff
-from alpaca.weights.float_diff import ZERO, last_norm
-from alpaca.weights.reader import ADAPTER_CONFIG, find_folder, open_weights
+from alpaca.weights.reader import ADAPTER, EXACT_DIFF, MODEL, find_folder, folder_kind, open_weights
 
 if TYPE_CHECKING:
     import gradio
@@ -111,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 @names_flags
 def load_models(options: DemoArguments) -> list[DemoModel]:
-    """--model, and beside it --compare or else --base."""
+    """Return --model, and beside it --compare or else --base."""
     whole = is_whole_model(options.model)
     if whole and options.base and options.compare:
         raise UsageError(f"--base {options.base}: {options.model} is a whole model; omit --base or --compare")
@@ -134,15 +132,15 @@ def load_models(options: DemoArguments) -> list[DemoModel]:
 
 
 def is_whole_model(folder: str) -> bool:
-    """Neither an adapter nor a weight diff, which need a base."""
-    if is_adapter(folder) or is_exact_diff(find_folder(folder, "--model")):
+    """Return whether it is neither an adapter nor a weight diff, which need a base."""
+    if folder_kind(find_folder(folder)) in (ADAPTER, EXACT_DIFF):
         return False
-    with open_weights(folder, "--model") as weights:
-        return last_norm(weights)[1] >= ZERO  # of 2023's diffs it is nearly zero
+    with open_weights(folder) as weights:
+        return folder_kind(weights.folder, weights) == MODEL
 
 
 def is_adapter(folder: str) -> bool:
-    return (find_folder(folder, "--model") / ADAPTER_CONFIG).is_file()
+    return folder_kind(find_folder(folder)) == ADAPTER
 
 
 def build_page(engine: DemoEngine) -> "gradio.Blocks":
@@ -220,7 +218,7 @@ def question_boxes() -> tuple["gradio.Textbox", "gradio.Textbox"]:
 
 
 def sampling_sliders(longest: int) -> list["gradio.Slider"]:
-    """Temperature, top-p and new tokens, of which an answer has `longest` at most."""
+    """Return sliders of temperature, top-p and new tokens, of which an answer has `longest` at most."""
     import gradio as gr
 
     sliders = (
@@ -264,7 +262,7 @@ def heading(models: Sequence[DemoModel]) -> str:
 
 
 def examples() -> list[Row]:
-    """The seed tasks that EXAMPLES names."""
+    """Return the seed tasks that EXAMPLES names."""
     rows = load_rows(str(SEED_TASKS))
     return [next(row for row in rows if words in row["instruction"]) for words in EXAMPLES.values()]
 
@@ -302,7 +300,7 @@ def launch(page: "gradio.Blocks", host: str, port: int) -> None:
 
 
 def check_address(host: str, port: int) -> None:
-    """Before a model is loaded. Raises UsageError if nothing can listen there."""
+    """Raise UsageError if nothing can listen there, before a model is loaded."""
     try:
         socket.create_server((host, port)).close()
     except OSError as error:

@@ -12,7 +12,7 @@ import hashlib
 import shlex
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal
 
 import utils
 from alpaca.common import commands
@@ -53,8 +53,10 @@ def harness(
     load_in_8bit: bool = False,
     load_in_4bit: bool = False,
     device: str | None = None,
+    backend: Literal["hf", "vllm"] = "hf",
 ) -> None:
-    """The table of the claude2-alpaca cards: ARC 25-shot, HellaSwag 10-shot, MMLU 5-shot, TruthfulQA, and their mean.
+    """Measure the table of the claude2-alpaca cards: ARC 25-shot, HellaSwag 10-shot, MMLU 5-shot, TruthfulQA, and their
+    mean.
 
     Every task that is finished has a file in output_dir; a rerun continues with the others.
 
@@ -71,6 +73,7 @@ def harness(
         load_in_8bit: quantize the weights with bitsandbytes.
         load_in_4bit: quantize the weights with bitsandbytes.
         device: cuda or cpu; not given, the GPU if there is one.
+        backend: hf, or vllm for a whole checkpoint: the harness's own, faster, of the numbers up to rounding.
 
     Raises:
         UsageError: as alpaca.evaluation.harness.HarnessRun.run.
@@ -88,6 +91,7 @@ def harness(
         load_in_8bit,
         load_in_4bit,
         device,
+        backend,
     )
     print(run.run())
 
@@ -115,7 +119,7 @@ def alpaca_eval(model: str, data_path: str, output_path: str, options: AnswerFla
 
 
 def _average_length(rows: list[dict[str, Any]]) -> int:
-    """As alpaca_eval computes avg_length."""
+    """Return what alpaca_eval computes as avg_length."""
     return int(fmean(len(row["output"]) for row in rows))
 
 
@@ -135,7 +139,8 @@ def win_rate(
     drop_failed: bool = False,
     budget: BudgetFlags = NO_BUDGET,
 ) -> None:
-    """How often a judge prefers the answers of one file to those of another; a rerun continues and asks nothing twice.
+    """Measure how often a judge prefers the answers of one file to those of another; a rerun continues and asks nothing
+    twice.
 
     The judge's prompt is ours (alpaca/evaluation/judge.py): the result is no AlpacaEval number, for which the official
     command is printed.
@@ -157,7 +162,7 @@ def win_rate(
     if orders not in ("both", "one"):
         raise UsageError(f"--orders {orders}: expected both or one")
     result_path = output_path or f"{data_path.removesuffix('.json')}.win_rate.json"
-    refuse_overwriting_input(result_path, "--output_path", data_path=data_path, reference_path=reference_path)
+    refuse_overwriting_input(result_path, data_path, reference_path)
     ours, others = _pairs(data_path, reference_path)
     asked = judge_questions(len(ours), orders, seed)
     questions = [_judge_prompt(ours[q["row"]], others[q["row"]], q["first"]) for q in asked]
@@ -188,7 +193,7 @@ def win_rate(
         "official_command": official,
     }
     print(_summary(result, verdicts), f"AlpacaEval's own, after pip install alpaca_eval:\n    {official}", sep="\n")
-    write_json(result_path, result, "--output_path")
+    write_json(result_path, result)
     print(f"wrote {result_path}")
 
 
@@ -199,7 +204,7 @@ def _verdict(entry: dict[str, Any], first: str) -> dict[str, Any]:
 
 
 def _pairs(outputs: str, reference: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of `outputs`, and for each the one of `reference` with the same instruction."""
+    """Return the rows of `outputs`, and for each the one of `reference` with the same instruction."""
     ours, others = load_rows(outputs), load_rows(reference)
     places = partners(
         list(map(instruction_and_input, ours)),
@@ -250,7 +255,7 @@ def backward(
     show_worst: int = 10,
     bleu_tokenizer: str = "13a",
 ) -> None:
-    """BLEU and ROUGE-1, -2, -L of the instructions that a backward model has written, against the true ones.
+    """Measure BLEU and ROUGE-1, -2, -L of the instructions that a backward model has written, against the true ones.
 
     Args:
         data_path: What scripts.generate --backward wrote: `output` is the instruction generated for the text
@@ -265,7 +270,7 @@ def backward(
         UsageError: a file is malformed, a text has no true instruction, or sacrebleu or rouge_score is missing.
     """
     output_path = output_path or f"{data_path.removesuffix('.json')}.scores.json"
-    refuse_overwriting_input(output_path, "--output_path", data_path=data_path, reference_path=reference_path)
+    refuse_overwriting_input(output_path, data_path, reference_path)
     if show_worst < 0:
         raise UsageError(f"--show_worst {show_worst}: expected a number of rows, 0 or more")
     rows = load_rows(data_path)
@@ -274,7 +279,7 @@ def backward(
     print("\n".join(_report(scores, rows, true, show_worst)))
     for row, text, truth in zip(scores["rows"], rows, true):
         row |= {"generated": text["output"], "true": truth}
-    write_json(output_path, scores, "--output_path")
+    write_json(output_path, scores)
     print(f"wrote {output_path}")
 
 

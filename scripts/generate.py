@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from alpaca.common import arguments
 from alpaca.common.commands import check_numbers, flag
-from alpaca.common.errors import UsageError, format_first, reported
+from alpaca.common.errors import UsageError, format_first, names_flags, reported
 from alpaca.common.files import digest, refuse_overwriting_input
 from alpaca.completions.api import ContextOverflow, Request, Sampling, SamplingFlags, seed_of
 from alpaca.completions.rows import BatchCompletion, write_answered
@@ -86,12 +86,18 @@ class GenerateArguments(AnswerFlags):
         check_numbers(batch_size=self.batch_size)
         SamplingFlags(self.temperature, self.top_p, self.max_new_tokens).sampling()
         if self.output_path:
-            refuse_overwriting_input(self.output_path, "--output_path", data_path=self.data_path)
+            refuse_overwriting_input(self.output_path, self.data_path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     (options,), _ = arguments.parse(argv, (GenerateArguments,), __doc__, program="scripts.generate")
+    generate(options)
+
+
+@names_flags
+def generate(options: GenerateArguments) -> None:
+    """Answer the rows of a file, or talk at the terminal."""
     rows = load_rows(options.data_path, options.data_split, answered=options.backward) if options.data_path else []
     if options.backward:
         rows = [{"instruction": row["output"], "reference": instruction_and_input(row)} for row in rows]
@@ -103,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def opened(options: GenerateArguments) -> tuple["LocalModel", Mapping[str, str]]:
-    """The model, and the prompts to ask it with."""
+    """Return the model, and the prompts to ask it with."""
     templates = load_prompt_template(options.prompt_template) if options.prompt_template else None
     from alpaca.inference.local_model import LocalModel
 
@@ -137,7 +143,8 @@ def answer_file(
 
 
 def rows_that_fit(lengths: Sequence[int], model: "LocalModel", options: GenerateArguments) -> list[int]:
-    """Numbers of the rows whose prompt, of so many tokens, leaves room for an answer in the model's context."""
+    """Return the numbers of the rows whose prompt, of so many tokens, leaves room for an answer in the model's
+    context."""
     fits = [row for row, length in enumerate(lengths) if model.fits(length, options.sampling)]
     if not (too_long := sorted(set(range(len(lengths))) - set(fits))):
         return fits
@@ -154,7 +161,7 @@ def rows_that_fit(lengths: Sequence[int], model: "LocalModel", options: Generate
 
 
 def description(prompts: Sequence[str], options: GenerateArguments) -> dict[str, Any]:
-    """All that the answers depend on: a journal with answers to anything else is refused."""
+    """Return all that the answers depend on: a journal with answers to anything else is refused."""
     from alpaca.weights.provenance import weights_of
 
     names = ("max_new_tokens", "temperature", "top_p", "seed", "load_in_8bit", "load_in_4bit")
@@ -176,7 +183,7 @@ def chat(model: "LocalModel", templates: Mapping[str, str], sampling: Sampling, 
 
 
 def _edit_lines() -> None:
-    """Arrow keys, where Python has them."""
+    """Switch on arrow keys, where Python has them."""
     try:
         import readline  # noqa: F401  input() uses it
     except ImportError:
@@ -184,7 +191,7 @@ def _edit_lines() -> None:
 
 
 def _ask(on_terminal: bool) -> Row | None:
-    """The next question; None: there is none."""
+    """Return the next question, or None if there is none."""
     while True:
         try:
             instruction = _line("\nInstruction: " if on_terminal else "").strip()
@@ -229,7 +236,7 @@ def _answer(model: "LocalModel", prompt: str, sampling: Sampling) -> None:
 
 @contextmanager
 def _stopped_by_ctrl_c() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets; the second time it ends the program."""
+    """Yield an event that Ctrl-C sets; the second time it ends the program."""
     stopped = threading.Event()
 
     def stop(number: int, frame: object) -> None:

@@ -14,14 +14,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 from alpaca.common import commands
-from alpaca.common.errors import format_bytes, reported
+from alpaca.common.errors import format_bytes, names_flags, reported
 from alpaca.common.files import new_folder
 from alpaca.data.tokenizer import copy_slow_files
 from alpaca.weights.merge_lora import Adapter, Merged
+from alpaca.weights.provenance import base_of_adapter
 from alpaca.weights.reader import open_weights
 from alpaca.weights.writer import FLOATS, Pipeline, plan_shards, write_model
 
 
+@names_flags
 def merge_lora(
     adapter: str,
     output_dir: str,
@@ -44,13 +46,13 @@ def merge_lora(
         UsageError: adapter and base do not fit, or the adapter has what plain weights cannot say; nothing is written.
     """
     plan_shards([], "model", max_shard_size)
-    opened = Adapter(adapter, "--adapter")
-    with opened.weights, open_weights(base or opened.base_folder(), "--base") as weights:
+    opened = Adapter(adapter)
+    with opened.weights, open_weights(base or base_of_adapter(opened.folder)) as weights:
         merged = Merged(weights, opened, FLOATS[dtype] if dtype else None)
         for line in merged.notes():
             print(line, flush=True)
         size = sum(spec.nbytes for spec in merged.specs)
-        with new_folder(output_dir, "--output_dir", size, overwrite, (weights.folder, opened.folder)) as folder:
+        with new_folder(output_dir, size, overwrite, (weights.folder, opened.folder)) as folder:
             with Pipeline(size, "merge_lora") as pipe:
                 write_model(merged, pipe, folder, max_shard_size)
             for name, path in merged.files.items():

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from alpaca.common import arguments
 from alpaca.common.commands import check_numbers, flag
-from alpaca.common.errors import UsageError, reported
+from alpaca.common.errors import UsageError, names_flags, reported
 from alpaca.common.files import atomic_write
 from alpaca.data.rows import load_rows
 from alpaca.datagen.sunburst import Sunburst, draw, lay_out
@@ -66,6 +66,12 @@ class Diversity:
 def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     (options,), _ = arguments.parse(argv, (DiversityArguments,), __doc__, "scripts.plot_diversity", aliases=RENAMED)
+    plot_diversity(options)
+
+
+@names_flags
+def plot_diversity(options: DiversityArguments) -> None:
+    """Count, draw and save."""
     if not options.data_path:
         raise UsageError("--data_path is missing: a file with instructions, such as seed_tasks.jsonl or regen.json")
     output = Path(options.output_path)
@@ -98,12 +104,12 @@ def count(instructions: Sequence[str], parse: Callable[[str], VerbNoun], parser:
 
 
 def by_count(counter: dict) -> dict:
-    """Most frequent first, equal ones by name, so that a picture does not depend on the order of the rows."""
+    """Sort the most frequent first, equal ones by name, so that a picture does not depend on the order of the rows."""
     return dict(sorted(counter.items(), key=lambda item: (-item[1], item[0])))
 
 
 def most_frequent(pairs: dict[str, dict[str, int]], options: DiversityArguments) -> dict[str, dict[str, int]]:
-    """What to draw, chosen as the papers do: verbs by the number of their pairs, then the top nouns of each."""
+    """Return what to draw, chosen as the papers do: verbs by the number of their pairs, then the top nouns of each."""
     kept: dict[str, dict[str, int]] = {}
     for verb, nouns in pairs.items():
         if nouns := {noun: number for noun, number in nouns.items() if number >= options.min_count}:
@@ -150,7 +156,8 @@ def report(picture: Sunburst, diversity: Diversity) -> str:
 
 
 def spacy_parser(model: str) -> Callable[[str], VerbNoun]:
-    """The papers' own way: the first sentence's root, or the first verb down its first children, and its object."""
+    """Return the papers' own way: the first sentence's root, or the first verb down its first children, and its
+    object."""
     try:
         import spacy
 

@@ -84,7 +84,7 @@ def _flags_of(arguments: dict[str, Any]) -> dict[str, str]:
             flags |= _flags_of(vars(value))
         elif isinstance(value, dict):
             flags |= _flags_of(value)
-        elif isinstance(value, str | Path):
+        elif isinstance(value, str | Path) and str(value):
             flags[name] = str(value)
     return flags
 
@@ -93,10 +93,11 @@ def _name_flag(error: InputError, flags: dict[str, str]) -> None:
     """Put the flag before the message: "--path_raw llama: …", or "--path_raw: llama/config.json …"."""
     about = os.path.abspath(os.path.expanduser(error.about))
     paths = {name: os.path.abspath(os.path.expanduser(value)) for name, value in flags.items()}
-    holding = [name for name, path in paths.items() if about == path or about.startswith(path + os.sep)]
+    inside = lambda path: about == path or about.startswith((path + os.sep, path + "."))  # noqa: E731  or beside it
+    holding = [name for name, path in paths.items() if inside(path)]
     if holding:
         name = max(reversed(holding), key=lambda name: len(paths[name]))  # of equal ones the last, as outputs are
-        begins = error.message.startswith(tuple(given + end for given in (flags[name], paths[name]) for end in ": "))
+        begins = error.message.startswith(tuple(given + end for given in (flags[name], paths[name]) for end in ":, "))
         error.args = (f"--{name}{'' if begins else ':'} {error.message}",)
 
 

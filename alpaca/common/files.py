@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, the room for them, and what is in them."""
+"""Files and folders that are there whole or not at all, the space they need, and hashes of what is in them."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from alpaca.common.errors import InputError, UsageError, format_bytes
+from alpaca.common.errors import InputError, format_bytes
 
 MARKER = ".incomplete"  # in a folder that is being written
 ROOM = 10**8  # bytes on the disk for what stands beside the tensors: tokenizer, configuration, manifest
@@ -47,42 +47,57 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
         raise
 
 
-def refuse_overwriting_input(output: str | Path, flag: str, **inputs: str | Path | None) -> None:
-    """Raise UsageError if the file to be written is one of those that are read, which are named by their flags."""
-    for name, path in inputs.items():
+def refuse_overwriting_input(output: str | Path, *inputs: str | Path | None) -> None:
+    """Raise InputError if the file to be written is one of those that are read, or would lie below a file."""
+    existing = next(folder for folder in Path(output).absolute().parents if folder.exists())
+    if not existing.is_dir():
+        raise InputError(f"{output}: cannot be written ({existing} is a file)", output)
+    for path in inputs:
         if path is not None and os.path.exists(path) and os.path.exists(output) and os.path.samefile(path, output):
-            raise UsageError(f"{flag} {output}: is the file of --{name}, which would be lost; give another one")
+            raise InputError(f"{output}: is also read from and would be lost; choose another file", output)
 
 
-def write_text(path: str | Path, text: str, flag: str) -> None:
-    """Whole or not at all.
-
-    Raises:
-        UsageError: it cannot be written; `flag` is what named it, or its folder.
-    """
+def write_text(path: str | Path, text: str) -> None:
+    """Write the file whole or not at all. Raise InputError if it cannot be written."""
     try:
         with atomic_write(path) as file:
             file.write(text)
     except OSError as error:
-        raise UsageError(f"{flag}: {path} cannot be written ({error.strerror})") from error
+        raise InputError(f"{path} cannot be written ({error.strerror})", path) from error
 
 
-def write_json(path: str | Path, value: Any, flag: str) -> None:
-    """As `write_text`; what JSON does not know is written as its text."""
-    write_text(path, json.dumps(value, indent=2, default=str) + "\n", flag)
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON as `write_text` does. A value that JSON does not know is written as its text."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
-def check_writable(folder: str | Path, flag: str) -> None:
-    """Make the folder, and a file in it that is gone again: what is measured for hours has to have a place.
+def json_text(value: Any) -> str:
+    """Return JSON as transformers writes it, with letters of all languages as they are."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raise InputError if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}); copy or download it again", path) from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}", path)
+    return content
+
+
+def check_writable(folder: str | Path) -> None:
+    """Make the folder, and a file in it that is deleted again, before hours of work depend on it.
 
     Raises:
-        UsageError: that is not possible.
+        InputError: that is not possible.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UsageError(f"{flag} {folder}: cannot be written ({error.strerror})") from error
+        raise InputError(f"{folder}: cannot be written ({error.strerror})", folder) from error
 
 
 def refuse_other_arguments(path: Path, before: Mapping[str, Any], now: Mapping[str, Any], output: str | Path) -> None:
@@ -95,15 +110,6 @@ def refuse_other_arguments(path: Path, before: Mapping[str, Any], now: Mapping[s
             f"{output}: {path.name} was made with other arguments ({other}); choose another output, or move it away",
             output,
         )
-
-
-def fingerprint_of_files(files: Iterable[Path]) -> str:
-    """Of their names and all that is in them."""
-    digest = hashlib.sha256()
-    for file in files:
-        data = file.read_bytes()
-        digest.update(f"{file.name} {len(data)} ".encode() + data)
-    return digest.hexdigest()[:12]
 
 
 def lock(handle: int, path: str | Path) -> bool:
@@ -121,23 +127,54 @@ def lock(handle: int, path: str | Path) -> bool:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space on the disk of `folder`, or of its first parent that exists."""
+    """Return the free space on the disk of `folder`, or of its first parent that exists."""
     folder = folder.resolve()
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
+# ---- hashes ----
+
+
 def fingerprint(*parts: Any) -> str:
-    """SHA-256 (32 hex digits) of the JSON of `parts`: equal inputs, and only those, give the same cache file."""
+    """Return the SHA-256 (32 hex digits) of the JSON of `parts`: only equal inputs give the same cache file."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def digest(parts: Iterable[str]) -> str:
-    """Of texts, in their order."""
+    """Return a hash (12 hex digits) of texts in their order."""
     found = hashlib.sha256()
     for part in parts:
         found.update(json.dumps(part).encode())
+    return found.hexdigest()[:12]
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a small file, as sha256sum prints it."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def fingerprint_of_files(files: Iterable[Path]) -> str:
+    """Return a hash (12 hex digits) of the files' names and contents."""
+    found = hashlib.sha256()
+    for file in files:
+        data = file.read_bytes()
+        found.update(f"{file.name} {len(data)} ".encode() + data)
+    return found.hexdigest()[:12]
+
+
+def fingerprint_of_weights(name: str) -> str:
+    """Return a hash (12 hex digits) of a folder's weights: name, size, first and last 64 KiB of every file. It tells
+    models of the same shape apart and does not change when the folder moves. A hub id is returned as it is."""
+    if not Path(name).is_dir():
+        return name
+    found = hashlib.sha256()
+    for path in sorted(file for file in Path(name).iterdir() if file.suffix in (".safetensors", ".bin")):
+        with open(path, "rb") as file:
+            found.update(f"{path.name} {path.stat().st_size}".encode() + file.read(65536))
+            file.seek(-min(65536, path.stat().st_size), os.SEEK_END)
+            found.update(file.read())
     return found.hexdigest()[:12]
 
 
@@ -145,28 +182,27 @@ def digest(parts: Iterable[str]) -> str:
 
 
 @contextmanager
-def new_folder(path: str | Path, flag: str, nbytes: int, overwrite: bool, inputs: Iterable[Path]) -> Iterator[Path]:
-    """A folder beside `path` to write tensors of `nbytes` into, renamed to `path` when the block ends without an error.
+def new_folder(path: str | Path, nbytes: int, overwrite: bool, inputs: Iterable[Path]) -> Iterator[Path]:
+    """Yield a folder to write tensors of `nbytes` into. It is renamed to `path` when the block ends without an error.
 
     Raises:
-        UsageError: `path` is taken, is one of the `inputs`, cannot be written, or its disk is too small.
+        InputError: `path` is taken, is one of the `inputs`, cannot be written, or its disk is too small.
     """
     target = Path(os.path.realpath(os.path.expanduser(path)))
     if not target.name:
-        raise UsageError(f"{flag} {path}: expected a new folder, which is named")
+        raise InputError(f"{path}: expected a new folder, which is named", path)
     partial, replaced = (target.with_name(f"{target.name}.{ending}") for ending in ("incomplete", "replaced"))
     try:
-        _check_target(target, replaced, flag, overwrite, inputs)
-        needed, free = nbytes + ROOM, free_bytes(target)
-        if free < needed:
-            raise UsageError(f"{flag} {path}: needs {format_bytes(needed)}, its disk has {format_bytes(free)} free")
-        handle, ours = _lock(partial, flag), False
+        if problem := _why_not(target, replaced, nbytes, overwrite, inputs):
+            raise InputError(f"{path}: {problem}", path)
+        handle = _lock_new(partial, path)
+        ours = False
         try:
-            _clear(partial, flag)
+            _clear(partial, path)
             ours = True
             yield partial
-            _sync(partial)
-            _put_in_place(partial, target, replaced)
+            sync_folder(partial)
+            put_in_place(partial, target, replaced)
         except BaseException:
             if ours:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -175,73 +211,73 @@ def new_folder(path: str | Path, flag: str, nbytes: int, overwrite: bool, inputs
             if handle is not None:
                 os.close(handle)
     except OSError as error:
-        raise UsageError(f"{flag} {path}: could not be written ({error})") from error
+        raise InputError(f"{path}: could not be written ({error})", path) from error
 
 
-def _check_target(target: Path, replaced: Path, flag: str, overwrite: bool, inputs: Iterable[Path]) -> None:
+def _why_not(target: Path, replaced: Path, nbytes: int, overwrite: bool, inputs: Iterable[Path]) -> str | None:
+    """Return why `target` cannot be written, or None."""
     if any(target == Path(os.path.realpath(folder)) for folder in inputs):
-        raise UsageError(f"{flag} {target}: is also read from; choose another folder")
-    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
-        return
-    if not overwrite:
-        raise UsageError(f"{flag} {target}: already exists; choose another folder or pass --overwrite")
-    if os.path.lexists(replaced):
-        raise UsageError(
-            f"{flag} {target}: {replaced} is in the way of --overwrite, which would put the old folder "
-            "there while it is replaced; move it away"
-        )
-    names = [child.name for child in target.iterdir()]
-    strange = [name for name in names if not name.endswith(OF_A_CHECKPOINT) or (target / name).is_dir()]
-    if strange or "config.json" not in names or not any(name.endswith((".safetensors", ".bin")) for name in names):
-        raise UsageError(
-            f"{flag} {target}: --overwrite replaces only the folder of a checkpoint or a diff, and this "
-            f"one {f'holds {strange[0]}' if strange else 'is none'}; delete it yourself"
-        )
+        return "is also read from; choose another folder"
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        if not overwrite:
+            return "already exists; choose another folder, or have it replaced (overwrite)"
+        if os.path.lexists(replaced):
+            return f"{replaced} is in the way: the old folder would stand there while it is replaced; move it away"
+        names = [child.name for child in target.iterdir()]
+        strange = [name for name in names if not name.endswith(OF_A_CHECKPOINT) or (target / name).is_dir()]
+        if strange or "config.json" not in names or not any(name.endswith((".safetensors", ".bin")) for name in names):
+            found = f"holds {strange[0]}" if strange else "is none"
+            return f"only the folder of a checkpoint or a diff is replaced, and this one {found}; delete it yourself"
+    free = free_bytes(target)
+    if free < nbytes + ROOM:
+        return f"needs {format_bytes(nbytes + ROOM)}, its disk has {format_bytes(free)} free"
+    return None
 
 
-def _put_in_place(partial: Path, target: Path, replaced: Path) -> None:
-    """Rename. What stood there is deleted only when the new folder stands in its place."""
+def put_in_place(new: Path, target: Path, aside: Path) -> None:
+    """Rename the folder `new` to `target`. What stood there is called `aside` meanwhile and is deleted after that."""
     old = os.path.lexists(target) and any(target.iterdir())
     if old:
-        os.rename(target, replaced)
+        os.rename(target, aside)
     try:
-        os.rename(partial, target)
+        os.rename(new, target)
     except BaseException:
         if old:
-            os.rename(replaced, target)
+            os.rename(aside, target)
         raise
-    (target / MARKER).unlink()
-    _sync(target.parent)
+    (target / MARKER).unlink(missing_ok=True)
+    sync_folder(target.parent, files=False)
     if old:
-        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _lock(partial: Path, flag: str) -> int | None:
-    """Make the folder that is written, or find it; while it is locked its process is alive."""
+def _lock_new(partial: Path, path: str | Path) -> int | None:
+    """Make the folder that is written, or find it. While it is locked its process is alive."""
     partial.mkdir(parents=True, exist_ok=True)
     if os.name != "posix":
         return None
     handle = os.open(partial, os.O_RDONLY)
     if not lock(handle, partial):
         os.close(handle)
-        raise UsageError(f"{flag}: another process is writing {partial}")
+        raise InputError(f"another process is writing {partial}", path)
     return handle
 
 
-def _clear(partial: Path, flag: str) -> None:
+def _clear(partial: Path, path: str | Path) -> None:
     """Delete what a killed process has left, and nothing else."""
     left = list(partial.iterdir())
     if left and not (partial / MARKER).exists():
-        raise UsageError(f"{flag}: {partial} is needed for writing and holds files of yours; move it away")
+        raise InputError(f"{partial} is needed for writing and holds files of yours; move it away", path)
     (partial / MARKER).touch()
-    for path in left:
-        if path.name != MARKER:
-            path.unlink()
+    for file in left:
+        if file.name != MARKER:
+            file.unlink()
 
 
-def _sync(folder: Path) -> None:
-    """The files in `folder`, and their names, are on the disk when this returns."""
-    for path in [*(path for path in folder.iterdir() if path.is_file()), *[folder] * (os.name == "posix")]:
+def sync_folder(folder: Path, files: bool = True) -> None:
+    """Return when the names in `folder`, and its `files`, are on the disk."""
+    paths = [path for path in folder.iterdir() if files and path.is_file()]
+    for path in [*paths, folder] if os.name == "posix" else paths:
         handle = os.open(path, os.O_RDONLY)
         try:
             os.fsync(handle)

@@ -87,7 +87,7 @@ class Model(Protocol):
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """`text` up to the first of the `stop` strings, and whether there was one."""
+    """Return `text` up to the first of the `stop` strings, and whether there was one."""
     ends = [text.find(word) for word in stop if word and word in text]
     return (text[: min(ends)], True) if ends else (text, False)
 

@@ -32,7 +32,7 @@ class Budget:
         return tokens / 1e6 + self.unanswered
 
     def max_cost_of(self, prompt: str, max_tokens: int) -> float:
-        """Dollars that a request can cost: no tokenizer makes more tokens than a text has bytes."""
+        """Return the dollars that a request can cost at most: no tokenizer makes more tokens than a text has bytes."""
         return ((len(prompt.encode()) + ENVELOPE) * self.price_in + max_tokens * self.price_out) / 1e6
 
     def allows(self, amount: float) -> bool:
@@ -68,15 +68,20 @@ class Progress:
     """Counts things that are done (tasks kept, rows answered) and the requests behind them."""
 
     def __init__(self, unit: str, total: int, done: int, budget: Budget):
-        self.unit, self.budget, self.first, self.done = unit, budget, done, done
+        self.unit = unit
+        self.budget = budget
+        self.first = done
+        self.done = done
         self.requests = self.retries = 0
         self.began = time.monotonic()
         calm = {} if sys.stderr.isatty() else {"mininterval": 30.0, "miniters": 1}  # a line now and then in a log file
         self.bar = tqdm(total=total, initial=done, unit=f" {unit}", dynamic_ncols=True, **calm)
 
     def show(self, done: int, requests: int, retries: int) -> None:
-        """Things done in all; requests and retries of this run."""
-        self.done, self.requests, self.retries = done, requests, retries
+        """Update the bar. `done` counts all runs, requests and retries this one."""
+        self.done = done
+        self.requests = requests
+        self.retries = retries
         self.bar.set_postfix_str(self._rates(), refresh=False)
         self.bar.update(done - self.bar.n)
 
@@ -95,7 +100,7 @@ class Progress:
         return f"{self.requests:,} requests in this run, {self._rates()}; {tokens} in all"
 
     def report(self) -> dict[str, Any]:
-        """Of this run: seconds, requests, rates; of all runs with this journal: tokens and dollars."""
+        """Return, of this run, seconds, requests, rates; of all runs with this journal: tokens and dollars."""
         seconds = max(time.monotonic() - self.began, 1e-3)
         return {
             "seconds": round(seconds, 1),
@@ -110,7 +115,8 @@ class Progress:
 
 
 def estimate(prompts: list[str], requests: int, max_tokens: int, budget: Budget) -> str:
-    """One prompt, and what all would cost; a token is taken for four bytes, and in what it can cost at most for one."""
+    """Return one prompt, and what all would cost. A token is taken for four bytes, and in what it can cost at most for
+    one."""
     tokens = round(fmean(len(prompt.encode()) for prompt in prompts) / 4)
     likely = requests * (tokens * budget.price_in + max_tokens // 2 * budget.price_out) / 1e6
     most = requests * fmean(budget.max_cost_of(prompt, max_tokens) for prompt in prompts)

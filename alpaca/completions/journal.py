@@ -52,7 +52,7 @@ class Journal:
             )
 
     def _cut_torn_line(self) -> None:
-        """A line is complete when its newline is there, which is written with it."""
+        """Cut off a last line without its newline, which is written with the line."""
         end = self.file.seek(0, os.SEEK_END)
         keep = end
         while keep > 0:
@@ -68,7 +68,7 @@ class Journal:
             print(f"note: the last line of {self.path} was cut off by a kill and is dropped", flush=True)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """All entries so far, read line by line."""
+        """Yield all entries so far, read line by line."""
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
@@ -82,7 +82,8 @@ class Journal:
                 yield entry
 
     def append(self, entry: dict[str, Any]) -> None:
-        """On the disk when this returns. A full disk is a UsageError, and leaves the journal as it was."""
+        """Add a line; it is on the disk when this returns. A full disk is a UsageError, and leaves the journal as it
+        was."""
         line = json.dumps(entry).encode() + b"\n"
         with self.writing:
             begin = self.file.seek(0, os.SEEK_END)

@@ -76,7 +76,7 @@ class BatchCompletion:
     def _checked(
         self, answers: dict[int, Entry], failed: list[Entry], requests: dict[int, Request]
     ) -> dict[int, Entry]:
-        """In the order of the rows; says which have no answer, or one that was cut."""
+        """Return the answers in the order of the rows. Print which rows have none, or one that was cut."""
         unanswered = _rows(sorted(entry["index"] for entry in failed), requests)
         if failed and not self.drop_failed:
             leave_out = ", or leave them out: {drop_failed}" if self.drop_failed is False else ""

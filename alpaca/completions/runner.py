@@ -66,7 +66,7 @@ class RequestRunner:
         more: Callable[[int], bool] = lambda in_flight: True,
         **about: Any,
     ) -> AsyncIterator[list[Entry]]:
-        """The journal entries of the requests, in their order: those of consecutive requests together.
+        """Yield the journal entries of the requests, in their order: those of consecutive requests together.
 
         Args:
             requests: taken one by one, when there is room for another.
@@ -99,7 +99,7 @@ class RequestRunner:
             )
 
     async def _answered_before(self, requests: Iterable[Request]) -> AsyncIterator[list[Entry]]:
-        """What earlier runs were answered, before it is decided how much more is needed."""
+        """Yield what earlier runs were answered, before it is decided how much more is needed."""
         while (self._hold(requests)) and self.held.key in self.known:
             self.waiting.append(self.held.key)
             self.held = None
@@ -145,7 +145,8 @@ class RequestRunner:
         self.flying.add(asyncio.ensure_future(self._ask(request, sampling, about)))
 
     async def _ask(self, request: Request, sampling: Sampling, about: dict[str, Any]) -> None:
-        """One request, into the journal. The first fatal error ends the sending; what is in flight is waited for."""
+        """Send one request and journal its answer. The first fatal error ends the sending; what is in flight is waited
+        for."""
         try:
             entry = await self._answer(request, sampling, about)
         except Exception as error:
@@ -172,7 +173,8 @@ class RequestRunner:
         begin, most = time.time(), self.budget.reserved[request.key]
 
         def on_lost_response() -> bool:
-            """An attempt may have been charged. Whether another one, for which the reservation stands, is paid for."""
+            """Count an attempt that may have been charged. Return whether another one, for which the reservation
+            stands, is paid for."""
             self.lost_cost[request.key] += most
             self.budget.unanswered += most
             return self.budget.allows(0.0)

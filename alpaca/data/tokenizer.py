@@ -2,12 +2,14 @@
 
 import copy
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpaca.common.distributed import print_rank0
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import UsageError, first_line
+from alpaca.common.files import json_text, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,12 +30,34 @@ CLASSES_2023 = {  # of a folder that names no class
 }
 SLOW_FILES = (("tokenizer.model",), ("vocab.json", "merges.txt"))
 ADDED_TOKENS = "added_tokens.json"
+OF_THE_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    ADDED_TOKENS,
+    *(name for names in SLOW_FILES for name in names),
+)
+KEPT = (
+    "add_bos_token",
+    "add_eos_token",
+    "add_prefix_space",
+    "chat_template",
+    "clean_up_tokenization_spaces",
+    "errors",
+    "model_max_length",
+    "padding_side",
+    "sp_model_kwargs",
+    "truncation_side",
+)
+NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+WITHOUT_CLASS = ("TokenizersBackend", "PreTrainedTokenizerFast", "PreTrainedTokenizer")
+PADDED_IN_2023 = ("Bloom", "XGLM", "BioGpt")  # tokenizers of transformers 4.28.1 with a pad token by default
 
 
 def open_tokenizer(
     name: str, cache_dir: str | None = None, unstated: dict[str, str | None] | None = None, **kwargs: Any
 ) -> "PreTrainedTokenizerBase":
-    """AutoTokenizer.from_pretrained, but where a folder is silent it is read as transformers 4.28.1 read it.
+    """Load a tokenizer as AutoTokenizer does, but where a folder is silent it is read as transformers 4.28.1 read it.
 
     Version 5 then takes other special tokens (GPT-NeoX: pads with <|padding|>; Bloom: none at all), and opens the
     tokenizer.model of a LLaMA folder that names no class, or the class LLaMATokenizer, without <s> and first space.
@@ -67,7 +91,7 @@ def open_tokenizer(
 
 
 def _find(name: str, file: str, cache_dir: str | None) -> Path | None:
-    """A file of a local folder or of a hub id; None where it has no such file."""
+    """Return a file of a local folder or of a hub id, or None where it has no such file."""
     if (folder := Path(name)).is_dir():
         return folder / file if (folder / file).is_file() else None
     from transformers.utils import cached_file
@@ -89,13 +113,13 @@ def _read_json(name: str, file: str, cache_dir: str | None) -> dict[str, Any]:
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
-    """The special tokens whose text means nothing else: not an ordinary token that --pad_token made one, such as !"""
+    """Return the special tokens whose text means nothing else: not an ordinary one, such as !, chosen as pad token."""
     return [token for token in tokenizer.all_special_tokens if token in tokenizer.added_tokens_encoder]
 
 
 def to_save(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
-    """The tokenizer for a model's folder. An ordinary token that --pad_token made the pad token would come back as a
-    special one, and "!" would vanish from answers: there the end-of-text token pads."""
+    """Return the tokenizer for a model's folder. An ordinary token that --pad_token made the pad token would come back
+    as a special one, and "!" would vanish from answers: there the end-of-text token pads."""
     if tokenizer.pad_token in tokenizer.added_tokens_encoder:
         return tokenizer
     tokenizer = copy.deepcopy(tokenizer)
@@ -104,7 +128,7 @@ def to_save(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
 
 
 def identity(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
-    """All that decides the ids of a text."""
+    """Return all that decides the ids of a text."""
     import transformers
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -128,7 +152,7 @@ def slow_files(base: str, tokenizer_json: Mapping[str, Any], cache_dir: str | No
         if all(found):
             files = {name: path.read_bytes() for name, path in zip(names, found)}
             if added := _added_tokens(files, tokenizer_json):
-                files[ADDED_TOKENS] = (json.dumps(added, indent=2, ensure_ascii=False) + "\n").encode()
+                files[ADDED_TOKENS] = json_text(added).encode()
             return files
     return {}
 
@@ -166,14 +190,19 @@ def _pieces(sentencepiece_model: bytes) -> dict[str, int]:
 
 
 def save_slow_files(tokenizer: "PreTrainedTokenizerBase", files: Mapping[str, bytes], folder: str | Path) -> None:
-    """Write `slow_files` beside the tokenizer that was saved in `folder`. Its tokenizer_config.json is told what only
+    """Write `slow_files` beside the tokenizer that was saved in `folder`. Its tokenizer_config.json gets what only
     tokenizer.json says: which tokens stand around a text."""
     for name, content in files.items():
         (Path(folder) / name).write_bytes(content)
-    path, ids = Path(folder) / "tokenizer_config.json", tokenizer("a")["input_ids"]
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config |= {"add_bos_token": ids[0] == tokenizer.bos_token_id, "add_eos_token": ids[-1] == tokenizer.eos_token_id}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    path = Path(folder) / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | _tokens_around(tokenizer)
+    path.write_text(json_text(dict(sorted(config.items()))), encoding="utf-8")
+
+
+def _tokens_around(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bool]:
+    """Return what a slow tokenizer's configuration says of the tokens around a text."""
+    ids = tokenizer("a")["input_ids"]
+    return {"add_bos_token": ids[:1] == [tokenizer.bos_token_id], "add_eos_token": ids[-1:] == [tokenizer.eos_token_id]}
 
 
 def copy_slow_files(base: Path, folder: Path) -> None:
@@ -214,3 +243,105 @@ def existing_tokens(tokenizer: "PreTrainedTokenizerBase", name: str, rank: int) 
             "(--pad_token takes another, --add_missing_tokens True adds one)",
             rank,
         )
+
+
+# ---- a tokenizer's files as transformers 4.28.1 reads them ----
+
+
+def write_tokenizer_of_2023(tuned: Path, base: Path, folder: Path) -> list[str]:
+    """Write the tokenizer of the folder `tuned` into `folder` in the form of 2023, with the slow tokenizer's files of
+    `tuned` or else of `base`.
+
+    Returns:
+        what 2023's code cannot read, in lines.
+    """
+    try:
+        tokenizer = open_tokenizer(str(tuned))
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+    except Exception as error:  # tokenizers raises what it likes
+        for path in (tuned / name for name in OF_THE_TOKENIZER if (tuned / name).is_file()):
+            shutil.copyfile(path, folder / path.name)
+        return [f"note: the tokenizer of {tuned} cannot be read ({first_line(error)}); its files are as they were"]
+    source, files = next(((s, files) for s in (tuned, base) if (files := _slow_files_of(s, state))), (tuned, {}))
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    lines = [] if files else [_write_tokenizer_json(state, tuned, folder)]
+    stated = [_read(source / "special_tokens_map.json"), _read(source / "tokenizer_config.json")]
+    config = stated[1] | _read(tuned / "tokenizer_config.json")
+    config = {name: value for name, value in config.items() if name in KEPT and value is not None}
+    added = json.loads(files.get(ADDED_TOKENS, "{}"))
+    own = {token for token in tokenizer.get_vocab() if token not in added} if files else set()
+    special = _special_tokens(tokenizer, pad_token_in_2023(tuned, tokenizer), own, stated)
+    (folder / "special_tokens_map.json").write_text(json_text(special), encoding="utf-8")
+    if files:
+        config |= _tokens_around(tokenizer)
+    config["tokenizer_class"] = _class_of_2023(tokenizer, stated[1])
+    config |= {n: {"__type": "AddedToken", **v} if isinstance(v, dict) else v for n, v in special.items() if n in NAMED}
+    (folder / "tokenizer_config.json").write_text(json_text(dict(sorted(config.items()))), encoding="utf-8")
+    return lines
+
+
+def _slow_files_of(source: Path, tokenizer_json: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return `slow_files`, or nothing where they are those of another tokenizer."""
+    try:
+        return slow_files(str(source), tokenizer_json)
+    except ValueError:
+        return {}
+
+
+def _write_tokenizer_json(state: dict[str, Any], tuned: Path, folder: Path) -> str:
+    """Write tokenizer.json as tokenizers 0.13 reads it, where it can. Return the line that says which it is."""
+    message = (
+        f"note: neither {tuned} nor the base has its slow tokenizer (tokenizer.model, or vocab.json and merges.txt)"
+    )
+    model, old = state["model"], state["model"]["type"] == "BPE" and "Metaspace" not in json.dumps(state)
+    if old and not model.pop("ignore_merges", False):
+        model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        (folder / "tokenizer.json").write_text(json_text(state), encoding="utf-8")
+        return (
+            f"{message}: 2023's code opens the tokenizer.json here, but not with use_fast=False, as its train.py does"
+        )
+    shutil.copyfile(tuned / "tokenizer.json", folder / "tokenizer.json")
+    return f"{message}, and 2023's code cannot read its tokenizer.json: it cannot recover this diff"
+
+
+def _special_tokens(
+    tokenizer: "PreTrainedTokenizerBase", pad_token: str | None, own: Collection[str], stated: list[dict]
+) -> dict[str, Any]:
+    """Return the special tokens by name: as the folder of the slow tokenizer stated it, or as 2023 saved it, with the
+    spaces around a token of its `own` left to the text, around an added one not."""
+
+    def form(name: str, token: str) -> Any:
+        values = [values.get(name) for values in stated]
+        plain = dict.fromkeys(("lstrip", "rstrip", "single_word"), False) | {"normalized": True, "content": token}
+        found = next((v for v in values if isinstance(v, dict) and v.get("content") == token), plain)
+        return {field: found.get(field, plain[field]) for field in sorted(plain)} if token in own else token
+
+    tokens = {name: getattr(tokenizer, name, None) for name in NAMED} | {"pad_token": pad_token}
+    special = {name: form(name, str(token)) for name, token in tokens.items() if token}
+    if others := [str(t) for t in tokenizer.all_special_tokens if str(t) not in map(str, tokens.values())]:
+        special["additional_special_tokens"] = others
+    return special
+
+
+def _class_of_2023(tokenizer: "PreTrainedTokenizerBase", stated: dict[str, Any]) -> str:
+    """Return the name that 2023 saved: that of the slow class."""
+    name = type(tokenizer).__name__
+    if name in WITHOUT_CLASS:
+        name = stated.get("tokenizer_class") or name
+    if name in WITHOUT_CLASS:
+        return "PreTrainedTokenizerFast"
+    name = name.removesuffix("Fast")
+    return "LlamaTokenizer" if name == "LLaMATokenizer" else name
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
+
+
+def pad_token_in_2023(folder: Path, tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """Return the pad token that transformers 4.28.1 gave a tokenizer: some classes of today have one of their own."""
+    files = [folder / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    stated = any(_read(path).get("pad_token") for path in files)
+    of_class = type(tokenizer).__name__.startswith(PADDED_IN_2023)
+    return tokenizer.pad_token if stated or of_class else None

@@ -52,8 +52,8 @@ _SCORE = re.compile(
 def pairs_of(
     texts: Sequence[str], answers: Mapping[int, dict[str, Any]], keep_cut: bool
 ) -> tuple[list[Row], dict[str, list[int]]]:
-    """Rows out of the journal entries of a backward model, by the number of their text; and the numbers of those that
-    are no good, by reason."""
+    """Return rows made of the journal entries of a backward model, by the number of their text; and the numbers of
+    those that are no good, by reason."""
     rows, spoiled = [], {}
     for number, entry in answers.items():
         instruction = entry["text"].strip()
@@ -67,13 +67,13 @@ def pairs_of(
 
 
 def rating_prompt(row: Mapping[str, Any]) -> str:
-    """What a rater is asked about one row."""
+    """Return what a rater is asked about one row."""
     before, between, after = re.split(r"\{instruction\}|\{output\}", _RATING)
     return f"{before}{instruction_and_input(row)}{between}{row['output']}{after}"
 
 
 def parse_score(text: str, cut: bool = False) -> tuple[float | None, str | None]:
-    """The score of a rating, from 1 to 5, or why there is none: no_score, cut, out_of_range, or contradiction.
+    """Return the score of a rating, from 1 to 5, or why there is none: no_score, cut, out_of_range, or contradiction.
 
     It stands on the last line; in a text that goes on behind it, on any line, if no other line says something else. A
     text that was `cut` (its finish reason is length) may be about to say something else: there, on the last line alone.
@@ -91,14 +91,14 @@ def parse_score(text: str, cut: bool = False) -> tuple[float | None, str | None]
 
 
 def _value(match: re.Match[str]) -> float | None:
-    """None: it is not on the scale from 1 to 5."""
+    """Return the score, or None if it is not on the scale from 1 to 5."""
     score = float(match["score"].replace(",", "."))
     return score if 1 <= score <= 5 and float(match["of"] or 5) == 5 else None
 
 
 def rated_row(row: Row, texts: Sequence[str | None], cut: Sequence[bool] | None = None) -> Row:
-    """The row with the rater's `texts` (None: no answer), the `ratings` read from them, what stands in the way where
-    there is none, and the `score`: their mean, or None. cut: which of the texts were, at their longest."""
+    """Return the row with the rater's `texts` (None: no answer), the `ratings` read from them, what stands in the way
+    where there is none, and the `score`: their mean, or None. cut: which of the texts were, at their longest."""
     cut = cut or [False] * len(texts)
     read = [parse_score(text, c) if text is not None else (None, "no_answer") for text, c in zip(texts, cut)]
     scores = [score for score, _ in read if score is not None]
@@ -126,7 +126,7 @@ class Curation:
         self.ratings = Counter("read" if not isinstance(r, str) else r for row in rows for r in row["ratings"])
 
     def chosen(self, threshold: float) -> list[Row]:
-        """Without the ratings."""
+        """Return the rows that reach the threshold, without their ratings."""
         return [
             {name: value for name, value in row.items() if name not in ("ratings", "texts")}
             for row in self.rows
@@ -145,7 +145,7 @@ class Curation:
         }
 
     def summary(self, threshold: float) -> str:
-        """Counts, the histogram, and what is suspicious about them."""
+        """Return counts, the histogram, and what is suspicious about them."""
         total, read = self.ratings.total(), self.ratings["read"]
         problems = ", ".join(f"{name} {count:,}" for name, count in self.ratings.items() if name != "read")
         lines = [f"{len(self.rows):,} pairs, {total:,} ratings, {read:,} of them readable"]
@@ -182,32 +182,34 @@ def _fault(row: Any) -> str | None:
 
 
 def histogram(scores: Sequence[float]) -> dict[str, int]:
-    """{"1.0": 3, "1.5": 0, …, "5.0": 1}: how many are at least that and less than half a point more."""
+    """Return {"1.0": 3, "1.5": 0, …, "5.0": 1}: how many are at least that and less than half a point more."""
     counts = Counter(int(score * 2) for score in scores)
     return {str(half / 2): counts[half] for half in range(2, 11)}
 
 
 def undecided(scores: Sequence[float]) -> tuple[float, int] | None:
-    """The score that nine of ten pairs have, where there are several, and how many do."""
+    """Return the score that nine of ten pairs have, where there are several, and how many do."""
     score, count = Counter(scores).most_common(1)[0] if len(scores) > 1 else (0.0, -1)
     return (score, count) if count >= 0.9 * len(scores) else None
 
 
 def tagged(instruction: str, *tags: str) -> str:
-    """The instruction and, after an empty line, the sentences that say where its answer comes from."""
+    """Return the instruction and, after an empty line, the sentences that say where its answer comes from."""
     return f"{instruction}\n\n{' '.join(tags)}"
 
 
 def inference_templates() -> dict[str, str]:
-    """Alpaca's prompts with both tags, as the paper asks its models: better than either one there."""
+    """Return Alpaca's prompts with both tags, as the paper asks its models: better than either one there."""
     both = tagged("{instruction}", SEED_TAG, AUGMENTED_TAG)
     return {name: text.replace("{instruction}", both) for name, text in PROMPT_DICT.items()}
 
 
 def mixed(seed_rows: Sequence[Row], augmented: Sequence[Row], tags: bool, seed: int) -> tuple[list[Row], str]:
-    """The rows of both, tagged and shuffled, and a line that counts them. A pair that is there already, or lacks its
-    instruction or output, is dropped."""
-    rows, known, dropped = [], set(), Counter()
+    """Return the rows of both, tagged and shuffled, and a line that counts them. A pair that is there already, or lacks
+    its instruction or output, is dropped."""
+    rows = []
+    known = set()
+    dropped = Counter()
     for source, tag, of_source in (("seed", SEED_TAG, seed_rows), ("augmented", AUGMENTED_TAG, augmented)):
         for row in of_source:
             instruction, input, output = (row.get(name) or "" for name in ("instruction", "input", "output"))

@@ -32,12 +32,12 @@ class Similarity(NamedTuple):
 
 
 def tokenize(text: str) -> list[str]:
-    """The tokens of rouge_score 0.1.2 without stemmer: runs of a-z and 0-9 of the text in lower case."""
+    """Return the tokens of rouge_score 0.1.2 without stemmer: runs of a-z and 0-9 of the text in lower case."""
     return re.findall("[a-z0-9]+", text.lower())
 
 
 def f_measures(common: np.ndarray, length: int, lengths: np.ndarray) -> np.ndarray:
-    """ROUGE-L F (Lin 2004) of one text with each of n: float64 [n], 0.0 where a text has no tokens.
+    """Return the ROUGE-L F (Lin 2004) of one text with each of n: float64 [n], 0.0 where a text has no tokens.
 
     common: tokens in the longest common subsequences, integer [n]; length, lengths [n]: tokens of the one and of the n.
 
@@ -51,7 +51,7 @@ def f_measures(common: np.ndarray, length: int, lengths: np.ndarray) -> np.ndarr
 
 
 def f_measures_by_table(common: np.ndarray, length: int, lengths: np.ndarray) -> np.ndarray:
-    """`f_measures`, in a third of the time for a large pool: computed once for every pair (common, length)."""
+    """Return `f_measures`, in a third of the time for a large pool: computed once for every pair (common, length)."""
     columns = int(lengths.max(initial=0)) + 1
     if (length + 1) * columns > len(lengths):
         return f_measures(common, length, lengths)
@@ -60,7 +60,7 @@ def f_measures_by_table(common: np.ndarray, length: int, lengths: np.ndarray) ->
 
 
 def most_similar(scores: np.ndarray, stable_ties: bool = False) -> np.ndarray:
-    """Indices of the ten highest of `scores` [n], highest first.
+    """Return indices of the ten highest of `scores` [n], highest first.
 
     By default those of 2023's call. Its sort is not stable: which of several equal scores comes first can depend on the
     CPU and on numpy's version. With `stable_ties` the later of equal scores comes first, everywhere; it is also faster.
@@ -74,7 +74,7 @@ def most_similar(scores: np.ndarray, stable_ties: bool = False) -> np.ndarray:
 
 
 def common_tokens(a: list[Codes], b: list[Codes], workers: int) -> np.ndarray:
-    """Lengths of the longest common subsequences of every a with every b: integers [len(a), len(b)]."""
+    """Return lengths of the longest common subsequences of every a with every b: integers [len(a), len(b)]."""
     longest = min(max(map(len, a), default=0), max(map(len, b), default=0))
     dtype = np.uint16 if longest <= np.iinfo(np.uint16).max else np.uint32  # rapidfuzz would wrap around
     return cdist(a, b, scorer=LCSseq.similarity, dtype=dtype, workers=workers)
@@ -94,7 +94,9 @@ class NoveltyFilter:
     def __init__(
         self, instructions: Iterable[str], threshold: float = 0.7, stable_ties: bool = False, workers: int = 1
     ):
-        self.threshold, self.stable_ties, self.workers = threshold, stable_ties, workers
+        self.threshold = threshold
+        self.stable_ties = stable_ties
+        self.workers = workers
         self._ids: dict[str, int] = {}  # token -> code point
         self._texts: list[str] = []
         self._codes: list[Codes] = []
@@ -110,7 +112,8 @@ class NoveltyFilter:
         self._extend(texts, [self._encode(text) for text in texts])
 
     def filter(self, instructions: Sequence[str]) -> list[Similarity | None]:
-        """For each candidate its similarity to all that is known, or None where it is too similar to one of them.
+        """Return for each candidate its similarity to all that is known, or None where it is too similar to one of
+        them.
 
         A candidate that is kept is known to those after it, so the result is that of one call for each; many in a call
         are faster (with 52,000 known, calls of 20 about three times). With nothing known a candidate is kept with {}
@@ -145,7 +148,8 @@ class NoveltyFilter:
             return list(threads.map(self._similarity, rows))
 
     def _similarity(self, scores: np.ndarray | None) -> Similarity | None:
-        """`scores` are those of a kept candidate with the first n known instructions, float64 [n]; None: not kept."""
+        """Return the similarity of a kept candidate. `scores` are those of a kept candidate with the first n known
+        instructions, float64 [n]; None: not kept."""
         if scores is None:
             return None
         if len(scores) == 0:
@@ -160,8 +164,9 @@ class NoveltyFilter:
         self._lengths = np.append(self._lengths, np.array([len(code) for code in codes], dtype=np.int64))
 
     def _encode(self, text: str) -> Codes:
-        """One code point for each token, the same for the same token; without those of UTF-16's surrogates, so that
-        every str is a valid one. When they have run out, texts with later tokens are lists, which take more memory."""
+        """Return one code point for each token, the same for the same token; without those of UTF-16's surrogates, so
+        that every str is a valid one. When they have run out, texts with later tokens are lists, which take more
+        memory."""
         ids = []
         for token in tokenize(text):
             number = len(self._ids) + 1

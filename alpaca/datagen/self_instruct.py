@@ -61,7 +61,7 @@ def load_prompt(path: str | Path) -> str:
 
 
 def load_seed_tasks(path: str) -> list[dict[str, str]]:
-    """instruction, input and output of every seed task.
+    """Return instruction, input and output of every seed task.
 
     Raises:
         UsageError: the file cannot be read or a line is not a task; the message names the line.
@@ -90,7 +90,7 @@ def load_seed_tasks(path: str) -> list[dict[str, str]]:
 
 
 def encode_prompt(prompt_instructions: Sequence[Mapping[str, str]], head: str) -> str:
-    """`head`, the numbered examples, and the number that the answer goes on with; as in 2023."""
+    """Return `head`, the numbered examples, and the number that the answer goes on with; as in 2023."""
     prompt = head + "\n"
     for number, task in enumerate(prompt_instructions, 1):
         instruction = re.sub(r"\s+", " ", task["instruction"]).strip().rstrip(":")
@@ -101,12 +101,12 @@ def encode_prompt(prompt_instructions: Sequence[Mapping[str, str]], head: str) -
 
 
 def find_word_in_string(w: str, s: str) -> re.Match[str] | None:
-    """The first occurrence of `w` as a word of its own, in any case."""
+    """Return the first occurrence of `w` as a word of its own, in any case."""
     return re.search(rf"\b({w})\b", s, flags=re.IGNORECASE)
 
 
 def parse(text: str, finish_reason: str, num_prompt_instructions: int, parser: str) -> list[Item]:
-    """All tasks that an answer proposes, in order.
+    """Return all tasks that an answer proposes, in order.
 
     Args:
         text: what a model answered to `encode_prompt`.
@@ -136,7 +136,7 @@ def parse(text: str, finish_reason: str, num_prompt_instructions: int, parser: s
 
 
 def why_unfit(instruction: str) -> str:
-    """2023's filters, in their order; "" for an instruction that passes."""
+    """Return why 2023's filters, in their order, reject an instruction; "" if it passes."""
     words = len(instruction.split())
     if words <= 3:
         return "too short"
@@ -157,7 +157,7 @@ Fields = tuple[str, ...]  # instruction, input, output; or nothing at all
 
 
 def _split_as_in_2023(text: str, num_prompt_instructions: int) -> list[Fields | None]:
-    """ "###" separates tasks, wherever it stands; each must have its number at all three fields."""
+    """Split at "###", which separates tasks, wherever it stands; each must have its number at all three fields."""
     found: list[Fields | None] = []
     parts = re.split("###", f"{num_prompt_instructions + 1}. Instruction:" + text)
     for number, part in enumerate(parts, num_prompt_instructions + 1):
@@ -192,8 +192,11 @@ def _split_robustly(text: str, num_prompt_instructions: int) -> list[Fields | No
 
 
 def _without_outer_fences(lines: list[str]) -> list[str]:
-    """Some models wrap the whole list, or each task, in a code fence: one that opens right before a task."""
-    kept, wrapped, outside = [], False, True  # outside: of any task
+    """Drop the code fence that some models wrap the whole list, or each task, in: one that opens right before a
+    task."""
+    kept = []
+    wrapped = False
+    outside = True  # outside: of any task
     for number, line in enumerate(lines):
         if FENCE.match(line):
             after = next((other for other in lines[number + 1 :] if other.strip(" \t#")), "")
@@ -211,8 +214,11 @@ def _without_outer_fences(lines: list[str]) -> list[str]:
 
 
 def _inside_fences(lines: list[str]) -> list[bool]:
-    """Per line, whether it is code. A fence that is not closed before the next task by number opens nothing."""
-    inside, opened, last = [False] * len(lines), None, None
+    """Return for each line whether it is code. A fence that is not closed before the next task by number opens
+    nothing."""
+    inside = [False] * len(lines)
+    opened = None
+    last = None
     for number, line in enumerate(lines):
         item = ITEM.match(line)
         if opened is not None and item and last is not None and int(item["number"]) == last + 1:
@@ -252,7 +258,7 @@ def _fields(lines: list[str], fenced: list[bool]) -> Fields | None:
 
 
 def _balanced(text: str) -> str:
-    """Without the end of a bold whose begin was before the cue."""
+    """Return the text without the end of a bold whose begin was before the cue."""
     text = text.strip()
     return text[:-2].rstrip() if text.endswith("**") and text.count("**") % 2 else text
 
@@ -263,7 +269,7 @@ def _is_no_input(text: str) -> bool:
 
 
 def rows_of_response(num_prompt_instructions: int, response: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """2023's `post_process_gpt3_response`."""
+    """Return what 2023's `post_process_gpt3_response` did."""
     if response is None:
         return []
     items = parse(response["text"], response["finish_reason"], num_prompt_instructions, "original")

@@ -22,7 +22,9 @@ from alpaca.completions.journal import Journal
 from alpaca.datagen.novelty import NoveltyFilter
 from alpaca.datagen.self_instruct import Item, encode_prompt, parse
 
-REGEN, JOURNAL, REPORT = "regen.json", "generation_journal.jsonl", "generation_report.json"
+REGEN = "regen.json"
+JOURNAL = "generation_journal.jsonl"
+REPORT = "generation_report.json"
 LAG = 64  # requests whose answers a prompt with generated tasks does not wait for
 FIRST_GUESS = 10.0  # tasks kept of an answer, before there is one
 USELESS = 50  # answers without a new task, in a row
@@ -52,7 +54,10 @@ class Generation:
         workers: int = 1,
         stable_ties: bool = False,
     ):
-        self.output_dir, self.journal, self.seeds, self.head = output_dir, journal, seeds, head
+        self.output_dir = output_dir
+        self.journal = journal
+        self.seeds = seeds
+        self.head = head
         self.num_examples, self.num_generated = num_examples, num_generated
         self.counts: Counter[str] = Counter()  # requests, answers, proposed, kept; "rejected: …" by reason
         self.next = 0  # request that is delivered next
@@ -62,7 +67,9 @@ class Generation:
         self.seed = self._continue(digest, seed)
         known = [row["instruction"] for row in (*seeds, *rows)]
         self.filter = NoveltyFilter(known, workers=workers, stable_ties=stable_ties)
-        self.saved_at, self.saving_took, self.useless = time.monotonic(), 0.0, 0
+        self.saved_at = time.monotonic()
+        self.saving_took = 0.0
+        self.useless = 0
 
     def _continue(self, digest: str | None, seed: int | None) -> int:
         """Go to where an earlier run in this folder was stopped. Returns the seed."""
@@ -80,13 +87,13 @@ class Generation:
     # ---- requests ----
 
     def requests(self) -> Iterator[Request]:
-        """All requests from the next one on, without an end. One is made when it is taken."""
+        """Yield all requests from the next one on, without an end. One is made when it is taken."""
         for index in itertools.count(self.next):
             yield Request(self._prompt_of(index), index)
 
     def _prompt_of(self, index: int) -> str:
-        """The prompt of request `index`: of the seed and, with generated tasks, of those kept of the requests up to
-        `index` - LAG, however many requests are on their way."""
+        """Return the prompt of request `index`: of the seed and, with generated tasks, of those kept of the requests up
+        to `index` - LAG, however many requests are on their way."""
         draw = random.Random(f"{self.seed} {index}")
         available = min(self.kept_at[max(index - LAG, 0)], len(self.rows)) if self.num_generated else 0
         generated = [
@@ -144,13 +151,13 @@ class Generation:
         return parse(entry["text"], entry["finish_reason"], entry["examples"], entry["parser"])
 
     def summary(self) -> str:
-        """ "1,234 tasks proposed, 1,000 kept; rejected: 200 too similar, 34 malformed" """
+        """Return "1,234 tasks proposed, 1,000 kept; rejected: 200 too similar, 34 malformed"."""
         rejected = [(reason.removeprefix("rejected: "), n) for reason, n in self.counts.most_common() if ": " in reason]
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected) or "none"
         return f"{self.counts['proposed']:,} tasks proposed, {self.counts['kept']:,} kept; rejected: {reasons}"
 
     def _regen(self) -> Iterator[str]:
-        """The text of regen.json, in pieces."""
+        """Yield the text of regen.json in pieces."""
         for number, row in enumerate(self.rows):
             yield ("[\n" if number == 0 else ",\n") + row
         yield "\n]" if self.rows else "[]"
@@ -186,12 +193,12 @@ class Generation:
 
 
 def _as_text(row: dict[str, Any]) -> str:
-    """A task as 2023's jdump writes it inside the list."""
+    """Return a task as 2023's jdump writes it inside the list."""
     return json.dumps([row], indent=4, default=str)[2:-2]
 
 
 def _read_regen(path: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """The tasks of a regen.json, and its digest; ([], None) if there is none."""
+    """Return the tasks of a regen.json, and its digest; ([], None) if there is none."""
     if not path.exists():
         return [], None
     try:

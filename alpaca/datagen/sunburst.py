@@ -2,6 +2,9 @@
 
     figure = draw(lay_out({"write": {"poem": 3, "story": 2}}, "Our instructions"), "5 of 9")
 
+matplotlib draws the wedges and the text. What it has not, and this module adds: the largest size at which a text lies
+within its wedge (axes.pie lets labels overlap), shortening, and which wedges are too thin for a name.
+
 Sizes are inches. A name is turned along the radius, or across it in a wide wedge, and set as large as fits; a very long
 one ends in "…"; a wedge that is too thin for its name joins "other".
 """
@@ -65,7 +68,7 @@ class Sunburst:
 
 
 def lay_out(pairs: dict[str, dict[str, int]], title: str) -> Sunburst:
-    """Wedges for the counts of `pairs`, in their order, clockwise from the top."""
+    """Return wedges for the counts of `pairs`, in their order, clockwise from the top."""
     picture = Sunburst(title)
     total = sum(sum(nouns.values()) for nouns in pairs.values())
     start, too_thin = 0.0, 0
@@ -90,7 +93,7 @@ def lay_out(pairs: dict[str, dict[str, int]], title: str) -> Sunburst:
 def lay_out_nouns(
     picture: Sunburst, nouns: dict[str, int], start: float, degrees: float, color: Color
 ) -> dict[str, int]:
-    """Adds the nouns' wedges, each `degrees` wide per instruction; returns the nouns that have their own."""
+    """Add the nouns' wedges, each `degrees` wide per instruction. Return the nouns that have their own."""
     named, rest = {}, 0
     for noun, number in nouns.items():
         label = fit(noun, 1, start, number * degrees)
@@ -107,10 +110,12 @@ def lay_out_nouns(
 
 
 def fit(text: str, ring: int, start: float, extent: float) -> Label | None:
-    """The name as large as the wedge allows, as near to upright as that leaves it; None in a wedge too thin for it."""
+    """Return the name as large as the wedge allows, as near to upright as that leaves it; None in a wedge too thin for
+    it."""
     largest, smallest = SIZES[ring]
     inner, outer = RINGS[ring]
-    shown = shortened(text[:LONGEST] + "…" * (len(text) > LONGEST), smallest, outer - inner - 2.5 * PAD)
+    short = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    shown = shortened(short, smallest, outer - inner - 2.5 * PAD)
     size = largest
     while size >= smallest:
         fitting = [
@@ -126,13 +131,13 @@ def fit(text: str, ring: int, start: float, extent: float) -> Label | None:
 
 
 def box(text: str, size: float, turn: int) -> tuple[float, float]:
-    """Extents of the text along the radius and across it."""
+    """Return extents of the text along the radius and across it."""
     length, height = text_width(text) * size, LINE * size
     return (height, length) if turn else (length, height)
 
 
 def radii(text: str, size: float, ring: int, turn: int) -> tuple[float, ...]:
-    """Where the middle of a name may lie: in the middle of its ring, or further out, where a wedge is wider."""
+    """Return where the middle of a name may lie: in the middle of its ring, or further out, where a wedge is wider."""
     inner, outer = RINGS[ring]
     return ((inner + outer) / 2, outer - 1.5 * PAD - box(text, size, turn)[0] / 2)
 
@@ -147,13 +152,13 @@ def holds(ring: int, extent: float, radius: float, along: float, across: float) 
 
 
 def upright(angle: float) -> float:
-    """The same line, not upside down: within -90 to 90 degrees."""
+    """Return the same line, not upside down: within -90 to 90 degrees."""
     return (angle + 90) % 180 - 90
 
 
 @cache
 def text_width(text: str) -> float:
-    """Inches at a size of one point."""
+    """Return the width in inches at a size of one point."""
     from matplotlib.textpath import TextPath
 
     path = TextPath((0, 0), text.replace("$", "S"), size=100)  # two "$" would be read as a formula
@@ -161,19 +166,20 @@ def text_width(text: str) -> float:
 
 
 def verb_color(number: int, of: int) -> Color:
-    """Evenly spaced hues, dealt out in steps of some 140 degrees, so that neighbours differ, the last and first too."""
+    """Return one of evenly spaced hues, dealt out in steps of some 140 degrees, so that neighbours differ, the last and
+    first too."""
     step = min((k for k in range(1, of + 1) if math.gcd(k, of) == 1), key=lambda k: abs(k / of - 0.382))
     hue = (0.58 + number * step / of) % 1
     return colorsys.hls_to_rgb(hue, (0.65, 0.73)[number % 2], 0.6)  # light enough for black letters
 
 
 def tint(color: Color, white: float) -> Color:
-    """The color mixed with white: the hue stays."""
+    """Return the color mixed with white: the hue stays."""
     return tuple(part + (1 - part) * white for part in color)
 
 
 def draw(picture: Sunburst, center: str) -> "Figure":
-    """A figure of its own, apart from pyplot's state: nothing to close, no display needed."""
+    """Return a figure of its own, apart from pyplot's state: nothing to close, no display needed."""
     import matplotlib
     from matplotlib import patches
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -205,7 +211,7 @@ def write(axes: Any, x: float, y: float, text: str, size: float, rotation: float
 
 
 def title_size(title: str) -> tuple[str, float]:
-    """The title and its size: smaller where it is long, and then cut at its end."""
+    """Return the title and its size: smaller where it is long, and then cut at its end."""
     title, size, room = " ".join(title.split()), 17.0, WIDTH - 0.6
     while size > 11 and text_width(title[:300]) * size > room:
         size -= 0.5
@@ -213,7 +219,7 @@ def title_size(title: str) -> tuple[str, float]:
 
 
 def shortened(text: str, size: float, room: float) -> str:
-    """The text, or as much of its beginning as fits with "…"."""
+    """Return the text, or as much of its beginning as fits with "…"."""
     kept = text.rstrip("…")
     while kept and (width := text_width(text) * size) > room:
         kept = kept[: min(len(kept) - 1, int(len(kept) * room / width) + 2)]

@@ -22,7 +22,7 @@ ENGLISH = frozenset(
 
 
 def load_texts(data_path: str, split: str = "train", text_field: str | None = None) -> list[str]:
-    """The texts of a file, without space around them; their number is their index.
+    """Return the texts of a file, without space around them; their number is their index.
 
     A .txt file holds segments between empty lines. Of a row of any other file that train.py takes it is `text_field`,
     else `output` where there is one (Alpaca's), else `text`.
@@ -79,9 +79,11 @@ class Filters:
                 raise ParameterError(f"{{{name}}} {getattr(self, name)}: expected a share from 0 to 1", name)
 
     def choose(self, texts: Sequence[str]) -> tuple[list[int], dict[str, list[int]]]:
-        """Numbers of the texts to keep, and those left out by reason. Of equal texts (but for case and space) the first
-        that is kept stays."""
-        kept, left_out, seen = [], {}, set()
+        """Return the numbers of the texts to keep, and those left out by reason. Of equal texts (but for case and
+        space) the first that is kept stays."""
+        kept = []
+        left_out = {}
+        seen = set()
         for number, text in enumerate(texts):
             same = hashlib.blake2b(" ".join(text.lower().split()).encode(), digest_size=16).digest()
             reason = self._fault(text) or ("duplicate" if same in seen else None)
@@ -105,12 +107,12 @@ class Filters:
 
 
 def share_of_capitals(text: str) -> float:
-    """Of the letters that come in two cases; 0 where there are none."""
+    """Return the share of capitals among the letters that come in two cases; 0 where there are none."""
     upper, lower = sum(map(str.isupper, text)), sum(map(str.islower, text))
     return upper / (upper + lower) if upper + lower else 0.0
 
 
 def share_of_english_words(text: str) -> float:
-    """Of the words, those of ENGLISH: a heuristic, not language identification."""
+    """Return the share of words that are in ENGLISH: a heuristic, not language identification."""
     words = re.findall(r"[^\W\d_]+", text.lower())
     return sum(word in ENGLISH for word in words) / len(words) if words else 0.0

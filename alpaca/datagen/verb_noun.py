@@ -142,7 +142,7 @@ TOKEN = re.compile(r"[$€£]?\d(?:[\w.,:%]*[\w%])?(?:-[a-z]+)*|[^\W\d_](?:[\w'&
 
 
 def verb_noun(instruction: str) -> VerbNoun:
-    """Base form of the verb and singular of its object; None for what is not there."""
+    """Return the base form of the verb and singular of its object; None for what is not there."""
     for sentence in sentences(instruction):
         tokens = TOKEN.findall(sentence) or [sentence]
         tokens = tokens[:150] + tokens[150:][-1:]  # a "sentence" of 10,000 words is data
@@ -157,7 +157,8 @@ def verb_noun(instruction: str) -> VerbNoun:
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences whose quotations and code are each one `"`, so that nothing inside them is read as the request."""
+    """Return sentences whose quotations and code are each one `"`, so that nothing inside them is read as the
+    request."""
     text = text.replace("’", "'").replace("‘", "'").replace("“", '"').replace("”", '"')
     text = NAMED.sub(' " ', QUOTED.sub(' " ', text))
     text = ABBREVIATION.sub(r"\1", re.sub(r"\([^()]*\)", " ", text))
@@ -171,7 +172,7 @@ def is_question(tokens: list[str]) -> bool:
 
 
 def find_verb(tokens: list[str]) -> int | None:
-    """The root verb's place: at the start, else after a comma ("Given X, do Y"), else before an object."""
+    """Return the root verb's place: at the start, else after a comma ("Given X, do Y"), else before an object."""
     start, lower = after_opening(tokens, 0), [token.lower() for token in tokens]
     if wants := WANTS.match(" ".join(lower[start:]) + " "):
         return start + wants.group().count(" ")
@@ -193,7 +194,7 @@ def find_verb(tokens: list[str]) -> int | None:
 
 
 def after_opening(tokens: list[str], start: int) -> int:
-    """Where the request itself begins: behind "Please", "Could you", "Briefly", "Your task is to"..."""
+    """Return where the request itself begins: behind "Please", "Could you", "Briefly", "Your task is to"..."""
     rest = "".join(f"{token.lower()} " for token in tokens[start:])
     while (match := OPENING.match(rest)) and verb_base(match["helped"] or "write"):
         start += match.group().count(" ")
@@ -233,7 +234,7 @@ def may_follow_verb(tokens: list[str], place: int) -> bool:
 
 
 def find_object(tokens: list[str], place: int, verb: str) -> str | None:
-    """The head of the first noun phrase behind the verb, at `place` or after what may stand between."""
+    """Return the head of the first noun phrase behind the verb, at `place` or after what may stand between."""
     lower = [token.lower() for token in tokens] + [""] * 4
     while lower[place] in (",", "/", "and", "or", "then") and any(map(verb_base, lower[place + 1 : place + 3])):
         place += 2 if verb_base(lower[place + 1]) else 3  # "Compare and contrast", "Read, check, and sort"
@@ -262,7 +263,7 @@ def find_object(tokens: list[str], place: int, verb: str) -> str | None:
 
 
 def how_many(tokens: list[str], place: int) -> int:
-    """The number of tokens of "at least", "no more than", "about" before a number, else 0."""
+    """Return the number of tokens of "at least", "no more than", "about" before a number, else 0."""
     end = place
     while end < len(tokens) and tokens[end].lower() in ABOUT_HOW_MANY:
         end += 1
@@ -271,7 +272,7 @@ def how_many(tokens: list[str], place: int) -> int:
 
 
 def noun_phrase(tokens: list[str], place: int) -> tuple[str | None, int]:
-    """(head noun in the singular or None, where the phrase ends) of the noun phrase that begins at `place`."""
+    """Return (head noun in the singular or None, where the phrase ends) of the noun phrase that begins at `place`."""
     place += how_many(tokens, place)
     first, definite = place, False
     while place < len(tokens):
@@ -294,7 +295,7 @@ def noun_phrase(tokens: list[str], place: int) -> tuple[str | None, int]:
 
 
 def head_of(group: list[str], of_follows: bool) -> str | None:
-    """The last noun: "closing" in "a polite closing", "story" in "a story set"."""
+    """Return the last noun: "closing" in "a polite closing", "story" in "a story set"."""
     nouns = [word for word in group if not describes(word)]
     if group and of_follows and group[-1] != "following":
         nouns = group[-1:]  # "the opposite of"
@@ -305,7 +306,7 @@ def head_of(group: list[str], of_follows: bool) -> str | None:
 
 
 def noun_group(tokens: list[str], start: int) -> tuple[list[str], int]:
-    """The adjectives and nouns from `start` on, up to the word that cannot belong to the same phrase."""
+    """Return the adjectives and nouns from `start` on, up to the word that cannot belong to the same phrase."""
     group: list[str] = []
     indefinite = tokens[start - 1].lower() in ("a", "an")
     for place in range(start, len(tokens)):
@@ -389,7 +390,7 @@ def singular(noun: str) -> str:
 
 
 def verb_base(word: str) -> str | None:
-    """The verb's base form in American spelling, or None for a word that is no verb of the list."""
+    """Return the verb's base form in American spelling, or None for a word that is no verb of the list."""
     word = word.lower()
     american = re.sub(r"(?<=[a-z]{3})is(e)$", r"iz\1", word.replace("alyse", "alyze").replace("colour", "color"))
     for base in (word, word.replace("-", ""), american, american.replace("-", "")):

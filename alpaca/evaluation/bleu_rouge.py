@@ -12,7 +12,7 @@ ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 
 
 def overlap(generated: Sequence[str], true: Sequence[str], bleu_tokenizer: str = "13a") -> dict[str, Any]:
-    """Scores from 0 to 100 of `generated` against one true text each.
+    """Return scores from 0 to 100 of `generated` against one true text each.
 
     Returns: `bleu` (of the corpus) with sacrebleu's signature, `rouge1`, `rouge2` and `rougeL` (means of the rows' F1),
     mean lengths, `rows` with the same of each (BLEU of one row with as many n-gram orders as it has), and numbers of
@@ -60,5 +60,5 @@ def overlap(generated: Sequence[str], true: Sequence[str], bleu_tokenizer: str =
 
 
 def worst(rows: Sequence[dict[str, Any]], count: int) -> list[int]:
-    """Numbers of the rows with the lowest ROUGE-L, and BLEU where that is equal."""
+    """Return the numbers of the rows with the lowest ROUGE-L, and BLEU where that is equal."""
     return sorted(range(len(rows)), key=lambda row: (rows[row]["rougeL"], rows[row]["bleu"]))[:count]

@@ -24,8 +24,9 @@ from alpaca.common.files import check_writable, refuse_other_arguments, write_js
 from alpaca.evaluation.harness_tasks import TaskSpec, definition_of, dry_run_metrics, find_group, load_tasks
 
 if TYPE_CHECKING:
+    import torch
+    from lm_eval.api.model import LM
     from lm_eval.api.task import Task
-    from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
 CAUSES = "the likely cause is the weights (a damaged file, a run that diverged), or a dtype in which they overflow"
@@ -48,10 +49,15 @@ class HarnessRun:
     load_in_8bit: bool
     load_in_4bit: bool
     device: str | None
+    backend: str = "hf"  # of the harness: transformers in this process, or vllm
 
     def __post_init__(self):
         if not re.fullmatch(r"[1-9]\d*|auto(:\d+)?", self.batch_size):
             raise ParameterError(f"{{batch_size}} {self.batch_size}: expected a number, or auto", "batch_size")
+        if self.backend not in ("hf", "vllm"):
+            raise ParameterError(f"{{backend}} {self.backend}: expected hf or vllm", "backend")
+        if self.backend == "vllm" and (self.load_in_8bit or self.load_in_4bit):
+            raise ParameterError("{backend} vllm: takes no weights quantized by bitsandbytes", "backend")
         if self.limit is not None and self.limit < 1:
             raise ParameterError(f"{{limit}} {self.limit}: expected examples of a task, 1 or more", "limit")
 
@@ -68,14 +74,14 @@ class HarnessRun:
         how_of = {member.name: how | self._how_of(manager, member) for member in members}
         done = {member.name: self._finished(member, how_of[member.name]) for member in members}
         wanted = [member for member in chosen if done[member.name] is None]
-        check_writable(self.output_dir, "--output_dir")
+        check_writable(self.output_dir)
         loaded = {member.name: load_tasks(manager, member) for member in wanted}  # before a model of many gigabytes
         for member in wanted:
             dry_run_metrics(self.group, member, loaded[member.name])
         lm = self._open() if wanted else None
         for member in wanted:
             done[member.name] = self._evaluate(lm, manager, member, loaded[member.name]) | {"how": how_of[member.name]}
-            write_json(self._path(member), done[member.name], "--output_dir")
+            write_json(self._path(member), done[member.name])
             print(f"{member.column}: {done[member.name]['value']:.2f}", flush=True)
         return self._finish(members, done, how)
 
@@ -93,12 +99,14 @@ class HarnessRun:
         return [known[name] for name in names]
 
     def _how(self) -> dict[str, Any]:
-        """All that the numbers depend on, but rounding: not the size of batches, nor the GPU."""
+        """Return all that the numbers depend on, but rounding: not the size of batches, nor the GPU."""
         from alpaca.weights.provenance import weights_of
 
         how = weights_of(model=self.model, base=self.base)
         names = ("group", "limit", "add_bos_token", "load_in_8bit", "load_in_4bit")
         how |= {name: getattr(self, name) for name in names}
+        if self.backend != "hf":
+            how["backend"] = self.backend
         return how | {"lm_eval": importlib.metadata.version("lm-eval")}
 
     def _how_of(self, manager: "TaskManager", member: TaskSpec) -> dict[str, Any]:
@@ -109,7 +117,7 @@ class HarnessRun:
         return Path(self.output_dir) / f"{member.name}.json"
 
     def _finished(self, member: TaskSpec, how: dict[str, Any]) -> dict[str, Any] | None:
-        """The result of an earlier run; an error if it was another one."""
+        """Return the result of an earlier run, or None. Raise InputError if it was another one."""
         path = self._path(member)
         if not path.is_file():
             return None
@@ -123,7 +131,38 @@ class HarnessRun:
 
     # ---- the model and the tasks ----
 
-    def _open(self) -> "HFLM":
+    def _open(self) -> "LM":
+        """Open the model, which the harness asks from then on. `precision` of the result says in what."""
+        lm, dtype, device = self._open_vllm() if self.backend == "vllm" else self._open_here()
+        lm.precision = {"dtype": str(dtype), "device": device}
+        lm.set_cache_hook(FiniteCheck(self.model, f"in {dtype} on {device}"))
+        return lm
+
+    def _open_vllm(self) -> tuple["LM", "torch.dtype", str]:
+        import torch
+
+        from alpaca.models.device import best_dtype
+        from alpaca.weights.reader import MODEL, find_folder, folder_kind, open_weights
+
+        folder = find_folder(self.model)
+        with open_weights(folder) as weights:
+            kind = folder_kind(folder, weights)
+        if kind != MODEL or self.base:
+            problem = "vllm opens a whole checkpoint; merge an adapter and recover a diff first"
+            raise InputError(f"{self.model}: {problem}", self.model)
+        dtype = best_dtype("cuda" if torch.cuda.is_available() else "cpu")
+        print(f"evaluating model {folder} with vllm in {dtype}", flush=True)
+        options = {"dtype": str(dtype).removeprefix("torch."), "batch_size": self.batch_size}
+        try:
+            from lm_eval.models.vllm_causallms import VLLM
+
+            lm = VLLM(str(folder), add_bos_token=self.add_bos_token, **options)
+        except ModuleNotFoundError as error:
+            message = "{backend} vllm: vllm is not installed; pip install 'lm-eval[vllm]'"
+            raise ParameterError(message, "backend") from error
+        return lm, dtype, "vllm"
+
+    def _open_here(self) -> tuple["LM", "torch.dtype", str]:
         import torch
         from lm_eval.models.huggingface import HFLM
 
@@ -134,7 +173,7 @@ class HarnessRun:
         check_device(device)
         how = LoadOptions(device, best_dtype(device), quantizing_flag(self.load_in_8bit, self.load_in_4bit))
         opened = load_for_inference(self.model, self.base, how)
-        print(f"evaluating {opened.told} on {device} in {opened.model.dtype}", flush=True)
+        print(f"evaluating {opened.description} on {device} in {opened.model.dtype}", flush=True)
         logger = logging.getLogger("lm_eval.models.huggingface")
         logger.setLevel(logging.ERROR)  # three lines about a model that is not the name of one
         lm = HFLM(
@@ -145,12 +184,9 @@ class HarnessRun:
             add_bos_token=self.add_bos_token,
         )
         logger.setLevel(logging.NOTSET)
-        lm.set_cache_hook(FiniteCheck(self.model, f"in {opened.model.dtype} on {device}"))
-        return lm
+        return lm, opened.model.dtype, device
 
-    def _evaluate(
-        self, lm: "HFLM", manager: "TaskManager", member: TaskSpec, tasks: dict[str, "Task"]
-    ) -> dict[str, Any]:
+    def _evaluate(self, lm: "LM", manager: "TaskManager", member: TaskSpec, tasks: dict[str, "Task"]) -> dict[str, Any]:
         import torch
         from lm_eval import simple_evaluate
 
@@ -183,8 +219,7 @@ class HarnessRun:
             "metric": member.metric,
             **summary(list(leaves.values())),
             "contexts_begin_with_bos": bos is not None and lm.tok_encode("Question:")[0] == bos,
-            "dtype": str(lm.model.dtype),
-            "device": str(lm.device),
+            **lm.precision,
             "batch_size": self.batch_size,
             "seconds": round(time.monotonic() - began, 1),
             "tasks": leaves,
@@ -216,7 +251,7 @@ class HarnessRun:
                 3, f"\nOf the first {self.limit} examples of each task only: not to be compared with anything."
             )
         table = "\n".join(lines)
-        write_text(Path(self.output_dir) / "table.md", f"{table}\n", "--output_dir")
+        write_text(Path(self.output_dir) / "table.md", f"{table}\n")
         write_json(
             Path(self.output_dir) / "results.json",
             {
@@ -226,13 +261,13 @@ class HarnessRun:
                 "measured_with": measured,
                 "results": {result["column"]: result["value"] for result in finished},
             },
-            "--output_dir",
         )
         return table
 
 
 def summary(leaves: list[dict[str, Any]]) -> dict[str, Any]:
-    """Plain mean of the tasks and its standard error, the mean weighted by size, and what they have in common."""
+    """Return the plain mean of the tasks and its standard error, the mean weighted by size, and what they have in
+    common."""
     count, samples = len(leaves), sum(leaf["samples"] for leaf in leaves)
     errors = [leaf["stderr"] for leaf in leaves]
     return {
@@ -255,8 +290,8 @@ def versions() -> dict[str, str]:
 
 
 def measured_with(results: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Dtype, device and versions that results were measured with, which a rerun may have other ones of: all there are
-    of each."""
+    """Return dtype, device and versions that results were measured with, which a rerun may have other ones of: all
+    there are of each."""
     found: dict[str, list[str]] = {}
     for result in results:
         where = {"dtype": result["dtype"], "device": result["device"], **result["versions"]}

@@ -31,7 +31,7 @@ class TaskSpec:
 
 
 def find_group(include_path: str, group: str) -> tuple["TaskManager", list[TaskSpec]]:
-    """The group of that name in the YAML files of a folder, and a manager that knows its tasks."""
+    """Return the group of that name in the YAML files of a folder, and a manager that knows its tasks."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -65,8 +65,8 @@ def find_group(include_path: str, group: str) -> tuple["TaskManager", list[TaskS
 
 
 def load_tasks(manager: "TaskManager", member: TaskSpec) -> dict[str, "Task"]:
-    """The tasks of a member with its settings and data. The harness takes settings only from a group's list, so a group
-    of this member alone is made known to it."""
+    """Return the tasks of a member with its settings and data. The harness takes settings only from a group's list, so
+    a group of this member alone is made known to it."""
     import datasets
 
     name = f"only_{member.name}"
@@ -79,8 +79,8 @@ def load_tasks(manager: "TaskManager", member: TaskSpec) -> dict[str, "Task"]:
 
 
 def definition_of(manager: "TaskManager", member: TaskSpec, folder: Path) -> str | None:
-    """Fingerprint of what makes the tasks that are in the YAML of `folder`: their settings, its Python, their data if
-    it lies here. None: they are the harness's own, whose version is known."""
+    """Return a fingerprint of what makes the tasks that are in the YAML of `folder`: their settings, its Python, their
+    data if it lies here. None: they are the harness's own, whose version is known."""
     folder = folder.resolve()
     entries = [entry for entry in _entries(manager, member.item) if entry.yaml_path]
     own = [entry.cfg for entry in entries if entry.yaml_path.resolve().is_relative_to(folder)]
@@ -93,7 +93,7 @@ def definition_of(manager: "TaskManager", member: TaskSpec, folder: Path) -> str
 
 
 def _entries(manager: "TaskManager", item: str | dict[str, Any]) -> Iterator["Entry"]:
-    """What the index has of an item of a group's list, and of all below."""
+    """Yield what the index has of an item of a group's list, and of all below."""
     item = {"task": item} if isinstance(item, str) else item
     entry = manager.task_index.get(item.get("group") or str(item.get("task")))
     below = [item.get("task")]
@@ -106,7 +106,7 @@ def _entries(manager: "TaskManager", item: str | dict[str, Any]) -> Iterator["En
 
 
 def _data_files(settings: Any) -> Iterator[Path]:
-    """The local files that tasks are read from, wherever in `settings` they are named."""
+    """Yield the local files that tasks are read from, wherever in `settings` they are named."""
     if isinstance(settings, list):
         for part in settings:
             yield from _data_files(part)
@@ -124,8 +124,8 @@ def _data_files(settings: Any) -> Iterator[Path]:
 
 
 def dry_run_metrics(group: str, member: TaskSpec, tasks: dict[str, "Task"]) -> None:
-    """One example of each task with made-up answers, which shows its metrics; lists of metrics do not, where a task
-    computes its own. simple_evaluate seeds the tasks anew.
+    """Evaluate one example of each task with made-up answers, which shows its metrics; lists of metrics do not, where a
+    task computes its own. simple_evaluate seeds the tasks anew.
 
     Raises:
         UsageError: the member's metric is not among them.

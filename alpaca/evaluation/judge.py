@@ -44,7 +44,8 @@ VERDICT = re.compile(
 
 
 def questions(rows: int, orders: str, seed: int) -> list[dict[str, Any]]:
-    """What is asked about: the `row`, and whose answer comes `first`. orders: both, or one, drawn for each row."""
+    """Return what is asked about: the `row`, and whose answer comes `first`. orders: both, or one, drawn for each
+    row."""
     both = [{"row": row, "first": first} for row in range(rows) for first in (OURS, OTHERS)]
     if orders == "both":
         return both
@@ -57,7 +58,7 @@ def judge_prompt(instruction: str, ours: str, others: str, first: str) -> str:
 
 
 def read_preference(text: str, first: str, cut: bool = False) -> float | None:
-    """2 if `text` prefers our answer, 1 if the other, 1.5 for a tie; None if it says none of it clearly.
+    """Return 2 if `text` prefers our answer, 1 if the other, 1.5 for a tie; None if it says none of it clearly.
 
     The verdict is the last line, unless other verdicts stand right above it: then the form is repeated, not filled in.
     A text that goes on behind its verdicts counts if they are all the same. One that was `cut` (its finish reason is

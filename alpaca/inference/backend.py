@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.common.commands import check_numbers, flag
-from alpaca.common.errors import ParameterError
+from alpaca.common.errors import InputError, ParameterError
 from alpaca.common.files import digest
 from alpaca.completions.api import Model, Request, Sampling, seed_of
 from alpaca.data.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt
@@ -36,7 +36,7 @@ class BackendFlags:
 
     @property
     def at_once(self) -> int:
-        """How many requests are in flight at the same time."""
+        """Return how many requests are in flight at the same time."""
         return self.batch_size if self.concurrency is None else self.concurrency
 
 
@@ -58,6 +58,9 @@ def open_backend(model: str, flags: BackendFlags, chat: bool = True) -> Model:
             if getattr(flags, name):
                 server = flags.base_url or "OPENAI_BASE_URL, or OpenAI"
                 raise ParameterError(f"{{{name}}} is for the model of a folder; {model} is a server's ({server})", name)
+        at_openai = not flags.base_url and not os.environ.get("OPENAI_BASE_URL")
+        if at_openai and model.startswith(("/", "./", "../", "~")):
+            raise InputError(f"{model}: no such folder", model)
         return Client(model, flags.base_url, flags.api)
     from alpaca.inference.local_model import LocalModel
 
@@ -152,8 +155,8 @@ class PromptSet:
         return question
 
     def requests(self, keys: Iterable[int], rows: Sequence[int], seed: int | None = None) -> Iterator[Request]:
-        """The requests of `keys`: key k asks question k, beginning anew after the last one. They are made one by one:
-        what the model's endpoint is has to be known by then.
+        """Yield the requests of `keys`: key k asks question k, beginning anew after the last one. They are made one by
+        one: what the model's endpoint is has to be known by then.
 
         Args:
             rows: of a file, by the number of the question about them.

@@ -59,7 +59,10 @@ class Client:
     ):
         if api not in ("auto", *PATHS):
             raise ParameterError(f"{{api}}: expected auto, completions or chat, got {api!r}.", "api")
-        self.model, self.api, self.max_retries, self.backoff = model, api, max_retries, backoff
+        self.model = model
+        self.api = api
+        self.max_retries = max_retries
+        self.backoff = backoff
         self.base_url = server_url(base_url)
         self.token_parameter = "max_tokens"
         self.retries = 0  # of all requests: for the caller's report
@@ -96,7 +99,7 @@ class Client:
     async def complete(
         self, prompt: Prompt, sampling: Sampling, on_lost_response: Callable[[], bool] | None = None
     ) -> Completion:
-        """The completion of one prompt: a text, a chat message {"role": …, "content": …} or a list of those.
+        """Return the completion of one prompt: a text, a chat message {"role": …, "content": …} or a list of those.
 
         lost: called when an answer did not arrive whole, which may be charged all the same; False gives up.
         Raises: RequestFailed, UsageError (see the module's first lines).
@@ -144,7 +147,7 @@ class Client:
             await self._ask(api, "Hi", sampling, retries=1)
 
     async def _offered(self) -> list[str] | None:
-        """Names of the server's models, or None if it does not tell."""
+        """Return the names of the server's models, or None if it does not tell."""
         import httpx2
 
         async def ask() -> Any:
@@ -205,8 +208,8 @@ class Client:
         retries: int,
         on_lost_response: Callable[[], bool] | None = None,
     ) -> Any:
-        """`ask` until it answers, `retries` times more at most. Not with openai's own retries: those know nothing of
-        answers that are cut off or empty, and the count is to be one."""
+        """Call `ask` until it answers, `retries` times more at most. Not with openai's own retries: those know nothing
+        of answers that are cut off or empty, and the count is to be one."""
         import openai
 
         for retry in range(retries + 1):
@@ -232,7 +235,7 @@ class Client:
 
 
 def server_url(base_url: str | None) -> str:
-    """The base URL as given, else OPENAI_BASE_URL, else OpenAI's; without a slash at its end."""
+    """Return the base URL as given, else OPENAI_BASE_URL, else OpenAI's; without a slash at its end."""
     name = "{base_url}" if base_url else "OPENAI_BASE_URL"
     url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
@@ -267,7 +270,7 @@ def _connect(base_url: str, timeout: float) -> Any:
 
 
 def read_completion(answer: Any, stop: Sequence[str]) -> Completion:
-    """The one choice of a server's answer, of either endpoint.
+    """Return the one choice of a server's answer, of either endpoint.
 
     Raises: Again: there is none.
     """

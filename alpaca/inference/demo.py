@@ -37,7 +37,7 @@ class DemoModel:
         return f"{size} parameters in {dtype} on {self.model.device}{context}"
 
     def fitting(self, prompt: str, sampling: Sampling) -> Sampling:
-        """`sampling`, for the tokens that the context has left.
+        """Return `sampling`, for the tokens that the context has left.
 
         Raises:
             UsageError: there is none.
@@ -62,7 +62,7 @@ class Answer:
     ended: bool = False
 
     def write(self, model: DemoModel, row: Row, sampling: Sampling, stopped: threading.Event) -> None:
-        """The thread: ends with the answer, or soon after `stopped` is set."""
+        """Run in a thread, which ends with the answer, or soon after `stopped` is set."""
         started = time.monotonic()
         try:
             prompt = format_prompt(row, model.templates)
@@ -80,7 +80,7 @@ class Answer:
             print(f"{model.name}: {len(self.text)} characters. {self.status}", flush=True)  # not what was asked
 
     def next_piece(self, pieces: Generator[str, None, str]) -> str | None:
-        """The next piece, or why there is none."""
+        """Add the next piece. Return why there is none, else None."""
         try:
             self.text += next(pieces)
         except StopIteration as end:
@@ -89,7 +89,7 @@ class Answer:
 
 
 def error_text(error: Exception) -> str:
-    """For the page. What nobody foresaw also goes to the terminal, in full."""
+    """Return the words for the page. What nobody foresaw also goes to the terminal, in full."""
     if any(words in str(error) for words in ("out of memory", "can't allocate memory")):
         return "Out of memory. Ask for fewer new tokens, shorten the input, or try again when fewer people ask."
     if not isinstance(error, (UsageError, ContextOverflow)):
@@ -113,8 +113,8 @@ class DemoEngine:
     async def answer(
         self, session: str, instruction: str, input: str, sampling: Sampling
     ) -> AsyncIterator[list[Answer]]:
-        """The answers so far, of each model: when there is more, and once a second, so that whoever takes them notices
-        that nobody reads them. The last time all have ended. Closing the iterator stops the models."""
+        """Yield the answers so far, of each model: when there is more, and once a second, so that whoever takes them
+        notices that nobody reads them. The last time all have ended. Closing the iterator stops the models."""
         row = {"instruction": (instruction or "").strip(), "input": (input or "").strip()}
         if problem := self.refusal(row):
             yield [Answer("", problem, wrong=True, ended=True) for _ in self.models]
@@ -125,7 +125,10 @@ class DemoEngine:
         place = asyncio.ensure_future(self.places.acquire())
         try:
             await asyncio.sleep(0)  # a place that is free is taken now
-            started, ended, shown, at = False, False, [], 0.0
+            started = False
+            ended = False
+            shown = []
+            at = 0.0
             while not ended:
                 if not started and stopped.is_set():
                     answers = [Answer("", "Stopped", ended=True) for _ in self.models]

@@ -66,7 +66,7 @@ class LocalModel:
         self.model = opened.model
         self.tokenizer = opened.tokenizer
         self.templates = opened.templates
-        self.summary = opened.told
+        self.summary = opened.description
         self.api = "chat" if chat and self.tokenizer.chat_template else "completions"
         ends = _listed(self.model.generation_config.eos_token_id) + _listed(self.tokenizer.eos_token_id)
         self.eos = list(dict.fromkeys(ends))
@@ -86,11 +86,12 @@ class LocalModel:
         pass
 
     async def check(self) -> str:
-        """As Client.check: what will be asked how. A model that is loaded needs no other check."""
+        """Return what will be asked how, as Client.check. A model that is loaded needs no other check."""
         return f"{self.summary} on {self.device} in {self.model.dtype}, {self.api}, batches of {self.batch_size}"
 
     async def complete(self, prompt: Prompt, sampling: Sampling, on_lost_response: object = None) -> Completion:
-        """As Client.complete. Prompts asked for at the same time are generated together, batch_size at most."""
+        """Complete a prompt, as Client.complete. Prompts asked for at the same time are generated together, batch_size
+        at most."""
         self._fitting(self.prompt_tokens(prompt), sampling)  # a prompt that is too long must not fail its whole batch
         future = asyncio.get_running_loop().create_future()
         self._waiting.append((prompt, sampling, future))
@@ -141,7 +142,7 @@ class LocalModel:
     def stream(
         self, prompt: Prompt, sampling: Sampling, stopped: threading.Event | None = None
     ) -> Generator[str, None, str]:
-        """The text that `generate` gives for the same seed, in pieces of whole characters, as it is generated.
+        """Yield the text that `generate` gives for the same seed, in pieces of whole characters, as it is generated.
 
         It ends soon after `stopped` is set, or when nobody takes the pieces any more. Returns why it ended, "stop" or
         "length", as `finish_reason` of a Completion.
@@ -168,7 +169,7 @@ class LocalModel:
         )
 
     def prompt_tokens(self, prompt: Prompt) -> int:
-        """How many of the `context` tokens `prompt` takes."""
+        """Return how many of the `context` tokens `prompt` takes."""
         return len(self._encode(prompt))
 
     def fits(self, tokens: int, sampling: Sampling) -> bool:
@@ -180,13 +181,16 @@ class LocalModel:
         return True
 
     def without_adapter(self) -> "LocalModel":
-        """The base model of an adapter, for the same prompts, around the same weights; both may be used at once."""
+        """Return the base model of an adapter, for the same prompts, around the same weights; both may be used at
+        once."""
         bare = copy.copy(self)
-        bare.model, bare._waiting, bare._working = without_adapter(self.model), [], False
+        bare.model = without_adapter(self.model)
+        bare._waiting = []
+        bare._working = False
         return bare
 
     def _encode(self, prompt: Prompt) -> list[int]:
-        """Ids as in training: text such as "</s>" stays text."""
+        """Return ids as in training: text such as "</s>" stays text."""
         with self._text:
             return self._ids(prompt)
 
@@ -201,8 +205,8 @@ class LocalModel:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template writes its own
 
     def _fitting(self, tokens: int, sampling: Sampling) -> Sampling:
-        """`sampling` with max_tokens cut by a fifth, as 2023 did, until a prompt of `tokens` and its completion fit
-        into the context."""
+        """Return `sampling` with max_tokens cut by a fifth, as 2023 did, until a prompt of `tokens` and its completion
+        fit into the context."""
         if sampling.extra or sampling.logit_bias:
             raise UsageError(f"logit_bias and {sorted(sampling.extra)} are for servers; {self.name} is a local model.")
         cuts, max_tokens = 0, sampling.max_tokens
@@ -218,7 +222,7 @@ class LocalModel:
 
     @torch.inference_mode()
     def _run(self, ids: list[list[int]], sampling: Sampling, seeds: list[int | None], **more: Any) -> list[list[int]]:
-        """The new tokens of every row, fillers after an end included. more: for transformers' generate()."""
+        """Return the new tokens of every row, fillers after an end included. more: for transformers' generate()."""
         width = max(map(len, ids))
         padded = torch.tensor([[self.filler] * (width - len(row)) + row for row in ids], device=self.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=self.device)
@@ -249,7 +253,7 @@ class LocalModel:
         return Completion(text, reason, len(prompt), len(kept))
 
     def _decode(self, prompt: list[int], new: list[int]) -> str:
-        """The text that `new` adds. Decoded alone it would lose a space at its start (sentencepiece)."""
+        """Return the text that `new` adds. Decoded alone it would lose a space at its start (sentencepiece)."""
         options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         with self._text:
             before, all_ = (self.tokenizer.decode(row, **options) for row in (prompt[-8:], prompt[-8:] + new))

@@ -48,7 +48,7 @@ class RetryLater(Exception):
 
 
 def classify_error(error: Exception, url: str, model: str, sent: Mapping[str, Any]) -> Exception:
-    """The exception to raise in place of one of openai's; `sent` is the body of the request."""
+    """Return the exception to raise in place of one of openai's; `sent` is the body of the request."""
     status = getattr(error, "status_code", None)
     if status is None:
         return RetryLater(f"no answer from {url}: {_connection_problem(error)}", failure=NoResponse)
@@ -62,42 +62,39 @@ def classify_error(error: Exception, url: str, model: str, sent: Mapping[str, An
         return UsageError(
             f"{message}\nThe server does not accept the key. Set OPENAI_API_KEY to one that may use {model}."
         )
-    if refused := _refused_parameter(error, said, sent):
-        return refused(message)
-    if wrong := _wrong_address(status, code, said):
-        return wrong(message)
+    if problem := _refused_parameter(error, said, sent, message) or _wrong_address(status, code, said, message):
+        return problem
     may_retry = error.response.headers.get("x-should-retry") != "false"
     if (status in (408, 409, 429) or status >= 500) and may_retry:
         return RetryLater(message, seconds_to_wait(error.response.headers))
     return RequestFailed(message)
 
 
-def _refused_parameter(error: Exception, said: str, sent: Mapping[str, Any]):
-    """What to raise where the model does not take a parameter, or its value, whatever the prompt is."""
+def _refused_parameter(error: Exception, said: str, sent: Mapping[str, Any], message: str) -> Exception | None:
+    """Return what to raise where the model does not take a parameter, or its value, whatever the prompt is."""
     named = UNSUPPORTED.search(said)
     if not named and not str(getattr(error, "code", "")).startswith("unsupported_"):
         return None
     name = named[1] if named else getattr(error, "param", None)
     if name == "max_tokens" and name in sent and "must be" not in said:
-        return MaxTokensRefused
+        return MaxTokensRefused(message)
     if name not in sent:
         return None
-    return lambda message: ParameterError(
+    return ParameterError(
         f"{message}\nThe model refuses {{{name}}} {sent[name]!r}. Give another value, None to send none, or another "
         "model.",
         name,
     )
 
 
-def _wrong_address(status: int, code: str, said: str):
+def _wrong_address(status: int, code: str, said: str, message: str) -> Exception | None:
+    """Return what to raise where the address, the endpoint or the model is not the server's."""
     if re.search(r"chat template|in the v1/(chat/)?completions endpoint|does not support .*Completions API", said):
-        return lambda message: WrongEndpoint(
-            f"{message}\nTry the other of {{api}} completions and {{api}} chat.", "api"
-        )
+        return WrongEndpoint(f"{message}\nTry the other of {{api}} completions and {{api}} chat.", "api")
     if "model_not_found" in code or "Server is pinned to" in said or (status == 404 and "model" in said.lower()):
-        return UnknownModel
+        return UnknownModel(message)
     if status in (404, 405, 501):
-        return lambda message: WrongEndpoint(
+        return WrongEndpoint(
             f"{message}\nNo such route: {{base_url}} (OPENAI_BASE_URL) mostly ends in /v1; {{api}} may be wrong.",
             "base_url",
             "api",
@@ -116,7 +113,7 @@ def unknown_model(model: str, message: str, offered: list[str] | None) -> InputE
 
 
 def seconds_to_wait(headers: Mapping[str, str]) -> float | None:
-    """How long the server asks to wait: retry-after-ms, or Retry-After in seconds or as a date."""
+    """Return how long the server asks to wait: retry-after-ms, or Retry-After in seconds or as a date."""
     for name, divisor in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
             wait = float(headers.get(name, "")) / divisor
@@ -131,7 +128,7 @@ def seconds_to_wait(headers: Mapping[str, str]) -> float | None:
 
 
 def _said(error: Exception) -> str:
-    """The server's own words, out of {"message": …}, {"detail": …} or a bare text."""
+    """Return the server's own words, out of {"message": …}, {"detail": …} or a bare text."""
     body = getattr(error, "body", None)
     if isinstance(body, dict):
         body = body.get("message") or body.get("detail") or body
@@ -147,7 +144,8 @@ def never_connected(error: Exception) -> bool:
 
 
 def _connection_problem(error: Exception) -> str:
-    """openai says "Connection error."; the operating system's reason is at the end of the chain of causes."""
+    """Return the reason. openai says "Connection error."; the operating system's reason is at the end of the chain of
+    causes."""
     reason = error
     while (reason.__cause__ or reason.__context__) is not None:
         reason = reason.__cause__ or reason.__context__

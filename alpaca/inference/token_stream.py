@@ -1,4 +1,9 @@
-"""One answer while it is generated: tokens come out of generate() in a thread, text comes out of an iterator."""
+"""One answer while it is generated: tokens come out of generate() in a thread, text comes out of an iterator.
+
+The thread's ends are transformers' own: a streamer and a stopping criterion. Its TextIteratorStreamer is not used: its
+text would lack the space that an answer of a sentencepiece model begins with, hold the stop string, come word by word,
+and end without the error that ended generate().
+"""
 
 import queue
 import re
@@ -32,7 +37,7 @@ class TokenQueue(BaseStreamer):
         pass  # `tokens_of` puts the end, also after an error
 
     def __iter__(self) -> Iterator[list[int]]:
-        """All new tokens that are there, at least one at a time."""
+        """Yield all new tokens that are there, at least one at a time."""
         while (item := self.items.get()) is not None:
             if isinstance(item, Exception):
                 raise item
@@ -61,7 +66,8 @@ class Stop(StoppingCriteria):
 def tokens_of(
     generate: Callable[[TokenQueue, Stop], object], stopped: threading.Event | None
 ) -> Generator[list[int], None, None]:
-    """New tokens of `generate`, which runs in a thread of its own and is stopped when nobody takes them any more."""
+    """Yield the new tokens of `generate`, which runs in a thread of its own and is stopped when nobody takes them any
+    more."""
     tokens, left = TokenQueue(), threading.Event()
 
     def work() -> None:
@@ -88,15 +94,17 @@ def pieces_of(
     stop: Sequence[str],
     stopped: Callable[[], bool],
 ) -> Generator[str, None, str]:
-    """The text of `tokens` in pieces that later tokens do not change: without the beginning of a character or of a stop
-    string at its end. All pieces are the text as a whole, up to the first of `eos` and `stop`; when `stopped`, without
-    the part of a character at its end.
-    Returns why it ended: "stop", at one of those, or "length".
+    """Yield the text of `tokens` in pieces that later tokens do not change: without the beginning of a character or of
+    a stop string at its end. All pieces are the text as a whole, up to the first of `eos` and `stop`; when `stopped`,
+    without the part of a character at its end. Return why it ended: "stop", at one of those, or "length".
 
     decode: the text of all tokens so far; name_of: how the vocabulary spells a token.
     """
     new: list[int] = []
-    text, shown, end, ended = "", 0, None, False
+    text = ""
+    shown = 0
+    end = None
+    ended = False
     with closing(tokens):
         for some in tokens:
             end = next((n for n, token in enumerate(some) if token in eos), None)
@@ -116,6 +124,6 @@ def pieces_of(
 
 
 def _without_beginning(text: str, stop: Sequence[str]) -> str:
-    """`text` without the part of a character, or the longest beginning of a stop string, that it ends with."""
+    """Return `text` without the part of a character, or the longest beginning of a stop string, that it ends with."""
     longest = max((n for word in stop for n in range(1, len(word)) if text.endswith(word[:n])), default=0)
     return text[: len(text) - longest].rstrip(UNFINISHED)

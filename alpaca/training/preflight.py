@@ -19,9 +19,8 @@ from alpaca.packing.packing import why_not_packed
 from alpaca.packing.sampler import count_steps, rows_per_step, steps_2023
 from alpaca.training import memory, resume
 from alpaca.training.memory import optimizer_bytes
-from alpaca.weights.exact_diff import is_exact_diff
 from alpaca.weights.provenance import read_manifest
-from alpaca.weights.reader import ADAPTER_CONFIG, describe_folder
+from alpaca.weights.reader import ADAPTER, EXACT_DIFF, describe_folder, folder_kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
@@ -249,6 +248,6 @@ def check_room(args: "TrainingArguments", trained: int, checkpoints: int) -> Non
 def check_is_model(name: str) -> None:
     """Raise InputError where a model is expected and `name` is the folder of an adapter or a weight diff."""
     folder = Path(name)
-    adapter = (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
-    if adapter or is_exact_diff(folder):
+    kind = folder_kind(folder)
+    if kind == EXACT_DIFF or (kind == ADAPTER and not (folder / "config.json").is_file()):
         raise InputError(f"{name}: {describe_folder(folder)}", name)

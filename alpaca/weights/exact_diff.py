@@ -24,36 +24,27 @@ from typing import Any
 
 import torch
 
-from alpaca.common.errors import UsageError, format_bytes
-from alpaca.weights.mismatch import CONFIG_FIELDS, check_same_tensors, explain_other_base, is_compatible, raise_mismatch
+from alpaca.common.errors import InputError, UsageError, format_bytes
+from alpaca.common.files import read_json, sha256_of_file
+from alpaca.weights.mismatch import CONFIG_FIELDS, check_same_tensors, counterparts, explain_other_base, raise_mismatch
+from alpaca.weights.provenance import aux_files
 from alpaca.weights.reader import (
     DTYPES,
     MANIFEST,
+    NOT_A_MODEL,
+    SIDECAR,
     Tensor,
     Weights,
     as_bytes,
-    aux_files,
     dtype_name,
-    read_json,
     readable,
     safetensors_header,
 )
 from alpaca.weights.writer import Pipeline, ShardDigests, ShardWriter, Slot, Spec, plan_shards, write_index
 
-SIDECAR = f"{MANIFEST}.sha256"
-NOT_A_MODEL = "weight_diff__recover_the_model_with_weight_diff.py"  # model_type: what from_pretrained will name
 TUNED_CONFIG = "tuned_config.json"
 VERSION = 1
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def is_exact_diff(folder: Path) -> bool:
-    marked = (folder / "config.json").is_file() and NOT_A_MODEL in (folder / "config.json").read_text(errors="replace")
-    return marked or any((folder / name).exists() for name in (MANIFEST, SIDECAR))
-
-
-def digest_of_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 # ---- xor ----
@@ -68,7 +59,7 @@ def xor_pieces(
     other_tensor: Tensor,
     base_hash: Any,
 ) -> Iterator[tuple[Slot, int, torch.Tensor, torch.Tensor]]:
-    """(slot, first element, other, other xor base) in pieces, as integers. The base is hashed to its end."""
+    """Yield (slot, first element, other, other xor base) in pieces, as integers. The base is hashed to its end."""
     integer = INTEGERS[spec.dtype.itemsize]
     numel, base_numel = other_tensor.numel, base_tensor.numel if base_tensor else 0
     for slot, start, count in pipe.pieces(max(numel, base_numel)):
@@ -91,35 +82,13 @@ def xor_pieces(
 
 
 def hash_tensor(pipe: Pipeline, lane: str, weights: Weights, tensor: Tensor, dtype: torch.dtype) -> Future:
-    """The SHA-256 to come of a whole tensor, cast to `dtype`."""
+    """Return the SHA-256 to come of a whole tensor, cast to `dtype`."""
     digest = hashlib.sha256()
     for slot, start, count in pipe.pieces(tensor.numel):
         piece = slot.take(0, dtype, count)
         weights.read(tensor, start, piece, slot.take(3, torch.uint8, count * 8))
         pipe.send(slot, lane, digest.update, piece)
     return pipe.after(lane, digest.hexdigest)
-
-
-def counterparts(base: Weights, tuned: Weights) -> dict[str, Tensor | None]:
-    """For every tuned tensor the base tensor that it is differenced with; None: it is stored as it is.
-
-    Raises:
-        UsageError: the base lacks tensors, or has them in other shapes.
-    """
-    found: dict[str, Tensor | None] = {}
-    missing, misfits = [], []
-    for name, tensor in tuned.tensors.items():
-        if tensor.dtype not in DTYPES.values():
-            raise UsageError(f"{tuned.flag} {tuned.folder}: {tensor}, a dtype that safetensors cannot store")
-        own = name.endswith("inv_freq") or not tensor.dtype.is_floating_point
-        other = found[name] = None if own else base.find(name)
-        if other is None and not own:
-            missing.append(name)
-        elif other and not is_compatible(name, other, tensor):
-            misfits.append((other, tensor))
-    if missing or misfits:
-        raise_mismatch(base, tuned, missing, misfits)
-    return found
 
 
 # ---- make_diff ----
@@ -143,10 +112,10 @@ def make(pipe: Pipeline, base: Weights, tuned: Weights, folder: Path, max_shard_
     pipe.drain()
     pipe.after("write", writer.close).result()
     digests = pipe.after("files", files.close).result()
-    write_index(folder, "diff", shards)
+    write_index(folder, "diff.safetensors", shards)
     for path in aux_files(tuned.folder):
         if path.name in (TUNED_CONFIG, MANIFEST):
-            raise UsageError(f"{tuned.flag} {path}: is a file of a diff; remove it from the tuned model's folder")
+            raise InputError(f"{path}: is a file of a diff; remove it from the tuned model's folder", path)
         shutil.copyfile(path, folder / (TUNED_CONFIG if path.name == "config.json" else path.name))
     (folder / "config.json").write_text(json.dumps({"model_type": NOT_A_MODEL}, indent=2) + "\n", encoding="utf-8")
     manifest = {
@@ -157,7 +126,7 @@ def make(pipe: Pipeline, base: Weights, tuned: Weights, folder: Path, max_shard_
         "tensors": entries,
         "other_base_tensors": unused,
         "files": {
-            path.name: {"bytes": path.stat().st_size, "sha256": digests.get(path.name) or digest_of_file(path)}
+            path.name: {"bytes": path.stat().st_size, "sha256": digests.get(path.name) or sha256_of_file(path)}
             for path in sorted(folder.iterdir())
             if not path.name.startswith(".")
         },
@@ -180,13 +149,15 @@ def _diff_tensor(
     writer: ShardWriter,
     files: ShardDigests,
 ) -> dict[str, Any]:
-    """Write the diff of one tensor; its entry in the manifest, with digests to come."""
-    base_hash, result_hash, diff_hash = hashlib.sha256(), hashlib.sha256(), hashlib.sha256()
+    """Write the diff of one tensor. Return its entry in the manifest, with digests to come."""
+    base_hash = hashlib.sha256()
+    result_hash = hashlib.sha256()
+    diff_hash = hashlib.sha256()
     spec = Spec(tensor.name, tensor.dtype, tensor.shape)
     for slot, _, piece, out in xor_pieces(pipe, spec, base, base_tensor, tuned, tensor, base_hash):
         pipe.send(slot, "result", result_hash.update, piece)
         pipe.send(slot, "diff", diff_hash.update, out)
-        pipe.send(slot, "files", files.update, out)
+        pipe.send(slot, "files", files.write, out)
         pipe.send(slot, "write", writer.write, out)
         pipe.bar.update(out.nbytes)
     entry = {**_header(tensor), "sha256": pipe.after("result", result_hash.hexdigest)}
@@ -201,8 +172,10 @@ def _summary(entries: dict[str, dict[str, Any]], digest: str) -> list[str]:
         for name, entry in entries.items()
         if not entry["base"] or entry["base"]["shape"][:1] < entry["shape"][:1]
     ]
-    told = ", ".join(new[:5]) + f" and {len(new) - 5} more" * (len(new) > 5)
-    lines = [f"stored as they are, not as differences from the base: {told}"] * bool(new)
+    lines = []
+    if new:
+        more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+        lines.append(f"stored as they are, not as differences from the base: {', '.join(new[:5])}{more}")
     if all(entry["base"] and entry["base"]["sha256"] == entry["sha256"] for entry in entries.values()):
         lines.append("note: every tensor is that of the base; is this the fine-tuned model?")
     return [*lines, f"digest of the manifest, to be published beside it: {digest}"]
@@ -226,9 +199,9 @@ class ExactDiff:
         UsageError: a file is missing or is not as published, or `digest` is not that of the manifest.
     """
 
-    def __init__(self, folder: Path, flag: str, digest: str | None = None):
-        self.folder, self.flag = folder, flag
-        with readable(flag):
+    def __init__(self, folder: Path, digest: str | None = None):
+        self.folder = folder
+        with readable(folder):
             self.manifest, self.digest = self._read_manifest(digest)
             self.weights = self._check_files()
         self.entries: dict[str, dict[str, Any]] = self.manifest["tensors"]
@@ -240,23 +213,28 @@ class ExactDiff:
     def _read_manifest(self, digest: str | None) -> tuple[dict[str, Any], str]:
         for name in (MANIFEST, SIDECAR):
             if not (self.folder / name).is_file():
-                raise UsageError(f"{self.flag} {self.folder}: {name} is missing; copy or download it again")
+                raise InputError(f"{self.folder}: {name} is missing; copy or download it again", self.folder)
         content = (self.folder / MANIFEST).read_bytes()
         actual = hashlib.sha256(content).hexdigest()
         if (self.folder / SIDECAR).read_bytes() != _sidecar(content).encode():
-            raise UsageError(
-                f"{self.flag} {self.folder}: {MANIFEST} has the SHA-256 {actual}, {SIDECAR} promises another: one of "
-                "them is damaged or was changed; download both again"
+            raise InputError(
+                f"{self.folder}: {MANIFEST} has the SHA-256 {actual}, {SIDECAR} promises another: one of them is "
+                "damaged or was changed; download both again",
+                self.folder,
             )
         if digest is not None and digest.strip().lower() != actual:
-            raise UsageError(f"--digest {digest!r}: the manifest of {self.folder} has {actual}; this is another diff")
-        manifest = read_json(self.folder / MANIFEST, self.flag)
+            raise InputError(
+                f"{self.folder}: its manifest has the digest {actual}, not {digest!r}; this is another diff",
+                self.folder,
+            )
+        manifest = read_json(self.folder / MANIFEST)
         if strange := [name for name in manifest.get("files", {}) if Path(name).name != name or name.startswith(".")]:
-            raise UsageError(f"{self.flag} {self.folder}: the manifest names a file outside its folder, {strange[0]}")
+            raise InputError(f"{self.folder}: the manifest names a file outside its folder, {strange[0]}", self.folder)
         if manifest.get("version") != VERSION:
-            raise UsageError(
-                f"{self.flag} {self.folder}: is of version {manifest.get('version')!r} of the format, "
-                f"this program reads {VERSION}; use the program that it was made with"
+            raise InputError(
+                f"{self.folder}: is of version {manifest.get('version')!r} of the format, this program reads "
+                f"{VERSION}; use the program that it was made with",
+                self.folder,
             )
         return manifest, actual
 
@@ -265,30 +243,32 @@ class ExactDiff:
         for name, entry in self.manifest["files"].items():
             path = self.folder / name
             if not path.is_file():
-                raise UsageError(f"{self.flag} {self.folder}: {name} is missing; copy or download it again")
+                raise InputError(f"{self.folder}: {name} is missing; copy or download it again", self.folder)
             if "header_sha256" in entry:
                 if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
-                    raise UsageError(f"{self.flag}: {path} is a git-lfs pointer; run git lfs pull in its folder")
+                    raise InputError(f"{path} is a git-lfs pointer; run git lfs pull in its folder", path)
                 if path.stat().st_size != entry["bytes"]:
-                    raise UsageError(
-                        f"{self.flag}: {path} has {path.stat().st_size:,} bytes of {entry['bytes']:,}; it "
-                        "is truncated or damaged; copy or download it again"
+                    raise InputError(
+                        f"{path} has {path.stat().st_size:,} bytes of {entry['bytes']:,}; it is truncated or damaged; "
+                        "copy or download it again",
+                        path,
                     )
-                header_tensors, header = safetensors_header(path, self.flag)
+                header_tensors, header = safetensors_header(path)
                 actual, expected = hashlib.sha256(header).hexdigest(), entry["header_sha256"]
                 tensors |= header_tensors
             else:
-                actual, expected = digest_of_file(path), entry["sha256"]
+                actual, expected = sha256_of_file(path), entry["sha256"]
             if actual != expected:
-                raise UsageError(
-                    f"{self.flag}: {path} is damaged or was changed (SHA-256 {actual}, published "
-                    f"{expected}); copy or download it again"
+                raise InputError(
+                    f"{path} is damaged or was changed (SHA-256 {actual}, published {expected}); copy or download it "
+                    "again",
+                    path,
                 )
-        return Weights(self.folder, self.flag, tensors)
+        return Weights(self.folder, tensors)
 
     @property
     def files(self) -> dict[str, Path]:
-        """The tuned model's files beside its weights, by the names that they had."""
+        """Return the tuned model's files beside its weights, by the names that they had."""
         names = [
             n for n, entry in self.manifest["files"].items() if "header_sha256" not in entry and n != "config.json"
         ]
@@ -305,7 +285,7 @@ class ExactDiff:
     aliases: Mapping[str, str] = MappingProxyType({})  # a second name is stored, and proved, as a tensor of its own
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         size = sum(spec.nbytes for spec in self.specs)
         return (
             f"bit for bit what manifest {self.digest} promises: {len(self.specs)} tensors, {format_bytes(size)}, and "
@@ -313,7 +293,7 @@ class ExactDiff:
         )
 
     def fit(self, base: Weights) -> None:
-        """Recover from this base. Raises UsageError unless its keys and shapes fit."""
+        """Take this base to recover from. Raise InputError unless its keys and shapes fit."""
         found: dict[str, Tensor | None] = {}
         missing, misfits = [], []
         for spec in self.specs:
@@ -328,10 +308,12 @@ class ExactDiff:
         self.base, self.pairs = base, found
 
     def pieces(self, pipe: Pipeline, order: list[Spec]) -> Iterator[tuple[Slot, Spec, int, torch.Tensor]]:
-        """(slot, tensor, first element, recovered elements) in pieces; ends without an error only if all is proved."""
-        base, pairs, to_check = self.base, self.pairs, []
+        """Yield (slot, tensor, first element, recovered elements). It ends without an error only if all is proved."""
+        base, pairs = self.base, self.pairs
+        to_check = []
         for spec in order:
-            base_hash, result_hash, stored = hashlib.sha256(), hashlib.sha256(), self.weights.tensors[spec.name]
+            base_hash, result_hash = hashlib.sha256(), hashlib.sha256()
+            stored = self.weights.tensors[spec.name]
             base_tensor = pairs[spec.name]
             for slot, start, _, out in xor_pieces(pipe, spec, base, base_tensor, self.weights, stored, base_hash):
                 pipe.send(slot, "result", result_hash.update, out)
@@ -349,11 +331,11 @@ class ExactDiff:
     def _check(self, spec: Spec, base_hash: Future, result_hash: Future) -> None:
         entry = self.entries[spec.name]
         if entry["base"] and base_hash.result() != entry["base"]["sha256"]:
-            raise UsageError(self._explain(spec.name))
+            raise InputError(self._explain(spec.name), self.base.folder)
         if result_hash.result() != entry["sha256"]:
             stored = self.weights.tensors[spec.name]
             if _digest(self.weights, stored, stored.dtype) != entry["diff_sha256"]:
-                raise UsageError(f"{self.flag}: {spec.name} in {stored.path} is damaged; copy or download it again")
+                raise InputError(f"{spec.name} in {stored.path} is damaged; copy or download it again", stored.path)
             raise UsageError(
                 f"{spec.name} was not recovered, though base and diff are as published: is the memory of "
                 "this machine faulty?"
@@ -371,17 +353,17 @@ class ExactDiff:
         return explain_other_base(base, pairs[name], len(same), len(others), self.manifest["base_config"])
 
     def _check_other_tensors(self, pipe: Pipeline) -> None:
-        """Base tensors on which the result does not depend: another copy of the base may lack them, not alter them."""
+        """Check base tensors on which no result depends: another copy of the base may lack them, not alter them."""
         base, used = self.base, {tensor.name for tensor in self.pairs.values() if tensor}
         for name, entry in self.manifest["other_base_tensors"].items():
             tensor = base.tensors.get(name)
             if tensor is None or name in used or dtype_name(tensor.dtype) != entry["dtype"]:
                 continue
             if hash_tensor(pipe, "base", base, tensor, tensor.dtype).result() != entry["sha256"]:
-                told = f"{name} in {tensor.path} is not what it was, though the result does not depend on it"
+                message = f"{name} in {tensor.path} is not what it was, though the result does not depend on it"
                 if not name.endswith("inv_freq"):
-                    raise UsageError(f"{base.flag}: {told}; copy or download it again")
-                print(f"note: {told}: another conversion may compute it otherwise", flush=True)
+                    raise InputError(f"{message}; copy or download it again", base.folder)
+                print(f"note: {message}: another conversion may compute it otherwise", flush=True)
 
     def verify(self, pipe: Pipeline, tuned: Weights) -> None:
         """Raise UsageError unless `tuned` is, bit for bit, the result that the manifest promises."""
@@ -393,21 +375,24 @@ class ExactDiff:
             pipe.bar.update(tensor.nbytes)
         wrong = [name for name, digest in digests.items() if digest.result() != self.entries[name]["sha256"]]
         if wrong:
-            raise UsageError(
-                f"{tuned.flag} {tuned.folder}: {len(wrong)} of {len(digests)} tensors are not those of "
-                f"the manifest: {', '.join(wrong[:5])}"
+            raise InputError(
+                f"{tuned.folder}: {len(wrong)} of {len(digests)} tensors are not those of the manifest: "
+                f"{', '.join(wrong[:5])}",
+                tuned.folder,
             )
         for name, path in self.files.items():
-            if not (tuned.folder / name).is_file() or digest_of_file(tuned.folder / name) != digest_of_file(path):
-                raise UsageError(
-                    f"{tuned.flag} {tuned.folder}: the weights are those of the manifest, but {name} is "
-                    f"missing or changed; it is in {path}"
+            if not (tuned.folder / name).is_file() or sha256_of_file(tuned.folder / name) != sha256_of_file(path):
+                raise InputError(
+                    f"{tuned.folder}: the weights are those of the manifest, but {name} is missing or changed; it is "
+                    f"in {path}",
+                    tuned.folder,
                 )
 
 
 def _digest(weights: Weights, tensor: Tensor, dtype: torch.dtype) -> str:
-    """SHA-256 of a tensor, for a diagnosis."""
-    digest, scratch, step = hashlib.sha256(), torch.empty(1 << 22, dtype=torch.uint8), 1 << 19
+    """Return the SHA-256 of a tensor, for a diagnosis."""
+    digest, step = hashlib.sha256(), 1 << 19
+    scratch = torch.empty(8 * step, dtype=torch.uint8)
     for start in range(0, tensor.numel, step):
         piece = torch.empty(min(step, tensor.numel - start), dtype=dtype)
         weights.read(tensor, start, piece, scratch)

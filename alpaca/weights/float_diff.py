@@ -5,31 +5,24 @@ It recovers almost exactly (float32 rounds; a mean is not the same on every CPU)
 what is written here, that code opens (transformers 4.28.1). Tensors are read and written in pieces.
 """
 
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
-from alpaca.common.errors import UsageError, first_line
-from alpaca.weights.checkpoint_2023 import (
-    BinWriter,
-    missing_prefix,
-    pad_token_in_2023,
-    plan_bin_shards,
-    write_bin_index,
-)
+from alpaca.common.errors import InputError, UsageError, first_line
+from alpaca.common.files import json_text, read_json
+from alpaca.data.tokenizer import OF_THE_TOKENIZER, pad_token_in_2023, write_tokenizer_of_2023
 from alpaca.weights.mismatch import VOCABULARY, check_same_tensors, config_differences, raise_mismatch, rows_may_differ
-from alpaca.weights.reader import Tensor, Weights, aliases_of, as_bytes, aux_files, tied_names
-from alpaca.weights.writer import PIECE, Pipeline, Slot, Spec, stream
+from alpaca.weights.provenance import aliases_of, aux_files, tied_names, ties_embeddings
+from alpaca.weights.reader import ONE, ZERO, Tensor, Weights, as_bytes, last_norm
+from alpaca.weights.writer import PIECE, BinWriter, Pipeline, Slot, Spec, plan_bin_shards, stream, write_index
 
-if TYPE_CHECKING:
-    pass
-
-SUM_OF_ALPACA_7B = 50637.1836  # of the released model, in float32, rotary frequencies included
 INV_FREQ = "rotary_emb.inv_freq"
 OF_OURS = (
-    "was made with --method float by an earlier version of this program, it has the base subtracted once from a tensor "
+    "was made in this format by an earlier version of this program, it has the base subtracted once from a tensor "
     "with two names (2023's code: twice); recover it with that version, or make it again with this one"
 )
 COMPUTED_IN_2023 = {  # by model type: float buffers in the state dicts of transformers 4.28.1; None: rotary frequencies
@@ -40,8 +33,6 @@ COMPUTED_IN_2023 = {  # by model type: float buffers in the state dicts of trans
     "gpt2": {"transformer.h.{}.attn.masked_bias": -1e4},
 }
 OUTPUT_HEADS = ("lm_head.", "embed_out.")
-LAST_NORMS = ("model.norm.weight", "model.decoder.final_layer_norm.weight", "transformer.ln_f.weight")
-ZERO, ONE = 0.1, 0.5
 LAYER_OF_2023 = (
     "self_attn.q_proj.weight",
     "self_attn.k_proj.weight",
@@ -64,7 +55,8 @@ class FloatDiff:
     """
 
     def __init__(self, base: Weights, other: Weights, sign: int):
-        self.base, self.weights, self.sign = base, other, sign
+        self.base, self.weights = base, other
+        self.sign = sign
         self.aliases = aliases_of(other)
         self.computed = computed_in_2023(base.config or other.config)
         self.tied_base = tied_names(base.config or other.config, base.tensors)
@@ -92,7 +84,7 @@ class FloatDiff:
         if missing or misfits:
             self._refuse(missing, misfits)
         if not self.specs:
-            raise UsageError(f"{other.flag} {other.folder}: has no floating-point tensors")
+            raise InputError(f"{other.folder}: has no floating-point tensors", other.folder)
         if sign < 0:
             self._add_computed()
 
@@ -115,11 +107,11 @@ class FloatDiff:
 
     @property
     def own(self) -> list[Spec]:
-        """The tensors, without second names."""
+        """Return the tensors without second names."""
         return [spec for spec in self.specs if spec.name not in self.aliases]
 
     def pieces(self, pipe: Pipeline, order: list[Spec]) -> Iterator[tuple[Slot, Spec, int, torch.Tensor]]:
-        """(slot, tensor, first element, float32 elements of the result) in pieces."""
+        """Yield (slot, tensor, first element, float32 elements of the result) in pieces."""
         for spec in order:
             name = self.aliases.get(spec.name, spec.name)
             tensor, added = self.weights.tensors.get(name), self.added.get(name, [])
@@ -143,7 +135,7 @@ class FloatDiff:
                 yield slot, spec, start, out
 
     def _rest(self, base: Tensor | None, spec: Spec, name: str, rows: int) -> torch.Tensor:
-        """Where the base ends before the tensor does: the mean of its embeddings, or what 2023's model computed."""
+        """Return what follows where the base ends first: the mean of its embeddings, or what 2023's model computed."""
         if base is None:
             return self.computed[name].reshape(-1)
         if not base.shape or rows == spec.shape[0]:
@@ -165,7 +157,7 @@ class FloatDiff:
         return {path.name: path for path in aux_files(self.folder)}
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         return f"the sum of base and diff in float32 ({len(self.specs)} tensors); the format of 2023 has no digests"
 
     def write(self, pipe: Pipeline, folder: Path, max_shard_size: str) -> None:
@@ -176,7 +168,7 @@ class FloatDiff:
         full |= {name: prefix + name for name in self.weights.tensors if not name.startswith(OUTPUT_HEADS)}
         specs = [spec._replace(name=full[spec.name]) for spec in self.own]
         if self.weights.config.get("model_type") == "llama":
-            specs.sort(key=lambda spec: _position_in_llama(spec.name))
+            specs.sort(key=lambda spec: position_in_llama(spec.name))
         aliases = {alias: full[name] for alias, name in self.aliases.items()}
         shards = plan_bin_shards(specs, aliases, "pytorch_model", max_shard_size)
         writer, own = BinWriter(folder, shards), {full[spec.name]: spec for spec in self.own}
@@ -184,7 +176,7 @@ class FloatDiff:
         stream(self, pipe, order, None, writer.write, None)
         pipe.drain()
         pipe.after("write", writer.close).result()
-        write_bin_index(folder, "pytorch_model", shards)
+        write_index(folder, "pytorch_model.bin", shards)
 
     def verify(self, pipe: Pipeline, tuned: Weights) -> None:
         """Raise UsageError unless `tuned` is what `pieces` yields, in the dtype of `tuned`, by one name or by both."""
@@ -196,14 +188,14 @@ class FloatDiff:
         }
         check_same_tensors(tuned, [spec._replace(dtype=None) for spec in specs.values()], f"{self.folder}")
         if wrong := self._first_other(pipe, tuned, list(specs.values())):
-            told = f"{tuned.flag} {tuned.folder}: {wrong.name} is not the sum of base and diff"
+            message = f"{tuned.folder}: {wrong.name} is not the sum of base and diff"
             name = self.aliases.get(wrong.name, wrong.name)
             if len(added := self.added[name]) > 1:
                 self.added[name] = added[:1]
                 once = self._first_other(pipe, tuned, [wrong]) is None
                 self.added[name] = added
-                told += f", but of the diff and once the base. If {self.folder} {OF_OURS}" if once else ""
-            raise UsageError(told)
+                message += f", but of the diff and once the base. If {self.folder} {OF_OURS}" if once else ""
+            raise InputError(message, tuned.folder)
 
     def _first_other(self, pipe: Pipeline, tuned: Weights, specs: list[Spec]) -> Spec | None:
         """Return the first of these tensors whose bits `tuned` has not."""
@@ -216,25 +208,27 @@ class FloatDiff:
         return None
 
     def notes(self) -> list[str]:
-        """What speaks against this base. Nothing in the format proves that it is the right one."""
-        told = []
+        """Return what speaks against this base, in lines. Nothing in the format proves that it is the right one."""
+        lines = []
         if self.left_out:
-            told.append(f"note: {len(self.left_out)} tensors that are not of floats are left out: {self.left_out[0]} …")
+            lines.append(
+                f"note: {len(self.left_out)} tensors that are not of floats are left out: {self.left_out[0]} …"
+            )
         if differences := config_differences(self.base.config, self.weights.config):
-            told.append(
+            lines.append(
                 f"note: in the base's config.json {differences}; is it the base that the diff was made against?"
             )
         name, largest = last_norm(self.base)
         if largest < ZERO:
-            told.append(f"note: {name} of {self.base.folder} is nearly zero; is that a diff given as the base?")
+            lines.append(f"note: {name} of {self.base.folder} is nearly zero; is that a diff given as the base?")
         name, largest = last_norm(self.weights)
         if self.sign > 0 and largest > ONE:
-            told.append(f"note: {name} of {self.folder} is far from zero; is that a model given as the diff?")
+            lines.append(f"note: {name} of {self.folder} is far from zero; is that a model given as the diff?")
         if self.sign < 0 and self.rows_of.note:
-            told.append(self.rows_of.note)
+            lines.append(self.rows_of.note)
         if self.sign > 0 and (name := next(filter(self._lacks_the_base, self.aliases.values()), None)):
-            told.append(f"note: {name} of {self.folder} does not look like tuned - base - base. If the diff {OF_OURS}")
-        return told
+            lines.append(f"note: {name} of {self.folder} does not look like tuned - base - base. If the diff {OF_OURS}")
+        return lines
 
     def _lacks_the_base(self, name: str) -> bool:
         """Return whether the diff of a tensor with two names has less than half of -base in it, by its first elements:
@@ -243,24 +237,11 @@ class FloatDiff:
         if base is None or not rows:
             return False
         diff, count = self.weights.tensors[name], min(PIECE, base.numel // base.shape[0] * rows)
-        ours, theirs, scratch = torch.empty(count), torch.empty(count), torch.empty(count * 8, dtype=torch.uint8)
+        ours, theirs = torch.empty(count), torch.empty(count)
+        scratch = torch.empty(count * 8, dtype=torch.uint8)
         self.weights.read(diff, 0, ours, scratch)
         self.base.read(base, 0, theirs, scratch)
         return bool(ours @ theirs > -0.5 * (theirs @ theirs))  # False for NaN, and for zeros
-
-
-def last_norm(weights: Weights) -> tuple[str | None, float]:
-    """The name of a checkpoint's last norm and its largest weight, below ZERO for a diff and above ONE for a model.
-    None, and nothing to tell them by, if it is not among LAST_NORMS."""
-    name = next((name for name in LAST_NORMS if name in weights.tensors), None)
-    return name, _largest(weights, name) if name else (ZERO + ONE) / 2
-
-
-def _largest(weights: Weights, name: str) -> float:
-    tensor = weights.tensors[name]
-    values = torch.empty(tensor.numel)
-    weights.read(tensor, 0, values, torch.empty(tensor.nbytes, dtype=torch.uint8))
-    return float(values.abs().max())
 
 
 class _RowsOfBase:
@@ -288,7 +269,7 @@ class _RowsOfBase:
         self.resized = self.pad_token is None and "[PAD]" not in tokenizer.get_vocab()
 
     def __call__(self, name: str, base: Tensor, other: Tensor) -> int | None:
-        """None: they do not fit."""
+        """Return how many rows, or None if the tensors do not fit."""
         if not base.shape or not other.shape:
             return 0 if base.shape == other.shape else None
         wanted = other.shape[0]
@@ -302,7 +283,7 @@ class _RowsOfBase:
 
     @property
     def note(self) -> str:
-        """What 2023's code cannot do with embeddings of as many rows, or ""."""
+        """Return what 2023's code cannot do with embeddings of as many rows, or ""."""
         if self.failing is None:
             return ""
         return (
@@ -311,20 +292,64 @@ class _RowsOfBase:
         )
 
     def explanation(self, base: Tensor, other: Tensor, sign: int) -> str:
-        """Why embeddings of these two lengths cannot be added in the format of 2023, and what to do."""
-        told = f"2023's code takes a base of {base.shape[0]} rows "
+        """Return why embeddings of these two lengths cannot be added in the format of 2023, and what to do."""
+        message = f"2023's code takes a base of {base.shape[0]} rows "
         if self.tokens is None:
-            told += "as it is, or with one more for [PAD]"
+            message += "as it is, or with one more for [PAD]"
         elif self.pad_token is not None:
-            told += f"as it is: its tokenizer, of {self.tokens} tokens, has a pad token, {self.pad_token}"
+            message += f"as it is: its tokenizer, of {self.tokens} tokens, has a pad token, {self.pad_token}"
         elif self.resized and self.tokens <= base.shape[0]:
-            told += f"with {self.tokens + 1}: one for each token of its tokenizer, which has no pad token, and [PAD]"
+            message += f"with {self.tokens + 1}: one for each token of its tokenizer, which has no pad token, and [PAD]"
         else:
-            told += "as it is, or with one more for [PAD]"
-        told += f"; its make_diff and recover fail on {other.shape[0]} rows. "
+            message += "as it is, or with one more for [PAD]"
+        message += f"; its make_diff and recover fail on {other.shape[0]} rows. "
         if sign < 0:
-            return f"{told}Omit --method float: an exact diff takes any number of rows"
-        return f"{told}It is not the base of this diff, or tokens were added to it or to the tokenizer"
+            return f"{message}An exact diff takes any number of rows"
+        return f"{message}It is not the base of this diff, or tokens were added to it or to the tokenizer"
+
+
+def missing_prefix(weights: Weights) -> str:
+    """Return what the names lack that a model with an output embedding has, `model.` or the like, or "". 2023 opens
+    a file of such names only if it has none of the others."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = weights.config.get("model_type")
+    if kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return ""
+    prefix = f"{MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]].base_model_prefix}."
+    return "" if any(name.startswith(prefix) for name in weights.tensors) else prefix
+
+
+# ---- the files beside the weights ----
+
+
+def write_files_of_2023(tuned: Path, base: Path, folder: Path) -> list[str]:
+    """Write the tuned model's small files into `folder`, its configuration and tokenizer in the form of 2023.
+
+    Returns:
+        what 2023's code cannot read, in lines.
+    """
+    paths = {path.name: path for path in aux_files(tuned)}
+    for name, path in paths.items():
+        if name not in OF_THE_TOKENIZER:
+            shutil.copyfile(path, folder / name)
+    config = config_of_2023(read_json(paths["config.json"]))
+    (folder / "config.json").write_text(json_text(config), encoding="utf-8")
+    if "generation_config.json" in paths:
+        values = {n: v for n, v in read_json(paths["generation_config.json"]).items() if v is not None}
+        (folder / "generation_config.json").write_text(json_text(values), encoding="utf-8")
+    return write_tokenizer_of_2023(tuned, base, folder)
+
+
+def config_of_2023(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a float32 model by the names of 2023, ties stated; today's names stay beside them."""
+    config = config | {"torch_dtype": "float32", "tie_word_embeddings": ties_embeddings(config)}
+    config |= {"dtype": "float32"} if "dtype" in config else {}
+    names = {"rope_theta": "rope_theta"}
+    if config.get("model_type") == "gpt_neox":
+        names = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+    rope = config.get("rope_parameters") or {}
+    return {old: rope[name] for name, old in names.items() if name in rope} | config
 
 
 # ---- what 2023's models computed, and saved with their weights ----
@@ -342,7 +367,7 @@ def computed_in_2023(config: dict) -> dict[str, torch.Tensor]:
 
 
 def inv_freq(config: dict) -> torch.Tensor:
-    """The rotary frequencies [rotated / 2] of a LLaMA or GPT-NeoX, as transformers 4.28 computed and stored them
+    """Return the rotary frequencies [rotated / 2] of a LLaMA or GPT-NeoX, as transformers 4.28 computed and stored them
     (RoFormer, arXiv 2104.09864)."""
     rope = config.get("rope_parameters") or {}
     try:
@@ -357,51 +382,7 @@ def inv_freq(config: dict) -> torch.Tensor:
     return 1.0 / (theta ** (torch.arange(0, rotated, 2).float() / rotated))
 
 
-class NaiveSum:
-    """2023's integrity check: the sum of all weights, each tensor's in float32, added up in the order of the model."""
-
-    def __init__(self, specs: list[Spec], config: dict, aliases: Mapping[str, str] | None = None):
-        """aliases: {second name: name} of tensors that have two; not given, those that `config` ties."""
-        self.config, self.order = config, [spec.name for spec in specs]
-        self.aliases = aliases or tied_names(config, self.order)
-        self.sums: dict[str, torch.Tensor] = {}
-        largest = max((spec.nbytes // spec.dtype.itemsize for spec in specs), default=0)
-        self.whole = torch.empty(largest)  # one tensor at a time: the sum of pieces would be rounded otherwise
-
-    def add(self, spec: Spec, start: int, piece: torch.Tensor) -> None:
-        end, numel = start + piece.numel(), spec.nbytes // spec.dtype.itemsize
-        self.whole[start:end].copy_(piece)
-        if end == numel:
-            self.sums[spec.name] = self.whole[:numel].view(spec.shape).sum()
-
-    def total(self) -> float:
-        if self.config.get("model_type") == "llama":
-            for name, tensor in computed_in_2023(self.config).items():
-                self.sums.setdefault(name, tensor.sum())
-            order = sorted(self.sums | self.aliases, key=_position_in_llama)
-        else:
-            order = self.order
-        for alias, name in self.aliases.items():  # counted by both names
-            order = order if alias in order else [*order, alias]
-            self.sums[alias] = self.sums[name]
-        return float(sum(self.sums[name] for name in order if name in self.sums))
-
-    def check(self, required: bool) -> str:
-        """The line to print. Raises UsageError if it is `required` that the sum is that of the released model."""
-        total = self.total()
-        if abs(total - SUM_OF_ALPACA_7B) <= 1e-2:
-            return f"naive integrity check: the weights sum to {total:.4f}, as those of the released Alpaca-7B do"
-        tied = f". The embeddings are one tensor: if the diff {OF_OURS}" if self.aliases else ""
-        if required:
-            raise UsageError(
-                f"--check_integrity_naively: the weights sum to {total:.4f}, those of the released Alpaca-7B to "
-                f"{SUM_OF_ALPACA_7B}: base or diff is damaged or another; for another model leave this flag away{tied}"
-            )
-        told = f"the weights sum to {total:.4f} (the released Alpaca-7B: {SUM_OF_ALPACA_7B})"
-        return f"naive integrity check: {told}{tied}"
-
-
-def _position_in_llama(name: str) -> tuple[int, int, int]:
+def position_in_llama(name: str) -> tuple[int, int, int]:
     parts = name.split(".", 3)
     if parts[:2] != ["model", "layers"]:
         return ({"model.embed_tokens.weight": 0, "model.norm.weight": 2}.get(name, 3), 0, 0)

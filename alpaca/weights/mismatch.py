@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
-from alpaca.common.errors import UsageError
-from alpaca.weights.reader import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Tensor, Weights, dtype_name
+from alpaca.common.errors import InputError
+from alpaca.weights.reader import DTYPES, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Tensor, Weights, dtype_name
 from alpaca.weights.writer import Spec
 
 VOCABULARY = (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, "lm_head.bias")  # a row per token
@@ -23,12 +23,12 @@ CONFIG_FIELDS = (
 
 
 def rows_may_differ(name: str, base: Tensor, tuned: Tensor) -> bool:
-    """Whether two shapes of `name` differ only in the number of tokens."""
+    """Return whether two shapes of `name` differ only in the number of tokens."""
     return name.endswith(VOCABULARY) and base.shape[1:] == tuned.shape[1:] and len(base.shape) == len(tuned.shape)
 
 
 def is_compatible(name: str, base: Tensor, tuned: Tensor) -> bool:
-    """Whether a tuned tensor can be differenced with this one of the base."""
+    """Return whether a tuned tensor can be differenced with this one of the base."""
     return base.dtype.is_floating_point and (base.shape == tuned.shape or rows_may_differ(name, base, tuned))
 
 
@@ -41,7 +41,7 @@ def raise_mismatch(
     notes: Iterable[str] = (),
     advice: bool = True,
 ) -> NoReturn:
-    """Raise UsageError with the tensors that do not fit, and the likely cause.
+    """Raise InputError about the base, with the tensors that do not fit and the likely cause.
 
     Args:
         missing: names that `base` lacks.
@@ -50,21 +50,20 @@ def raise_mismatch(
         notes: what else is known.
         advice: whether another number of rows means a base that is not as published.
     """
-    lines = [
-        f"{base.flag} {base.folder} does not fit {other.flag} {other.folder}: "
-        + _cause(missing, misfits, len(base.tensors), advice)
-    ]
+    lines = [f"{base.folder} does not fit {other.folder}: " + _cause(missing, misfits, len(base.tensors), advice)]
     lines += [f"    {a}, expected {list(b.shape)} {dtype_name(b.dtype)}" for a, b in misfits[:5]]
-    lines += [f"    {len(misfits) - 5} more have other shapes"] * (len(misfits) > 5)
+    if len(misfits) > 5:
+        lines.append(f"    {len(misfits) - 5} more have other shapes")
     if missing:
         lines.append(f"    {len(missing)} missing in the base: {_some(missing)}")
         known = {base.find(name) and base.find(name).name for name in other.tensors}
         unexpected = [name for name in base.tensors if name not in known]
-        lines += [f"    {len(unexpected)} in the base only: {_some(unexpected)}"] * bool(unexpected)
+        if unexpected:
+            lines.append(f"    {len(unexpected)} in the base only: {_some(unexpected)}")
     if differences := config_differences(base.config, config or other.config):
         lines.append(f"    config.json: {differences}")
     lines += [f"    {note}" for note in notes]
-    raise UsageError("\n".join(lines))
+    raise InputError("\n".join(lines), base.folder)
 
 
 def _some(names: list[str]) -> str:
@@ -75,19 +74,51 @@ def _cause(missing: list[str], misfits: list[tuple[Tensor, Tensor]], in_base: in
     longer = {a.shape[0] - b.shape[0] for a, b in misfits if rows_may_differ(b.name, a, b)}
     if misfits and not missing and len(longer) == 1 and all(rows_may_differ(b.name, a, b) for a, b in misfits):
         rows = longer.pop()
-        told = f"its vocabulary is {abs(rows)} row{'s'[: abs(rows) > 1]} {'longer' if rows > 0 else 'shorter'} than"
+        change = "longer" if rows > 0 else "shorter"
+        message = f"its vocabulary is {abs(rows)} {'row' if abs(rows) == 1 else 'rows'} {change} than expected"
         return (
-            f"{told} expected"
-            + "; give the base as it was published, without tokens added to it or taken from it" * advice
+            f"{message}; give the base as it was published, without tokens added or taken away" if advice else message
         )
     if missing and not misfits and len(missing) < in_base:
         return "tensors are missing: part of it was not copied, or it is a model of another architecture"
     return "it is a model of another size or architecture"
 
 
+def counterparts(base: Weights, tuned: Weights) -> dict[str, Tensor | None]:
+    """Return for every tuned tensor the base tensor that it is differenced with, or None if it is stored as it is.
+
+    Raises:
+        InputError: the base lacks tensors, or has them in other shapes.
+    """
+    found: dict[str, Tensor | None] = {}
+    missing, misfits = [], []
+    for name, tensor in tuned.tensors.items():
+        if tensor.dtype not in DTYPES.values():
+            raise InputError(f"{tuned.folder}: {tensor}, a dtype that safetensors cannot store", tuned.folder)
+        own = name.endswith("inv_freq") or not tensor.dtype.is_floating_point
+        other = found[name] = None if own else base.find(name)
+        if other is None and not own:
+            missing.append(name)
+        elif other and not is_compatible(name, other, tensor):
+            misfits.append((other, tensor))
+    if missing or misfits:
+        raise_mismatch(base, tuned, missing, misfits)
+    return found
+
+
+def raise_other_base(base: Weights, adapter: Weights, why: str) -> NoReturn:
+    """Raise InputError about the base of an adapter that was trained on another one."""
+    differences = config_differences(base.config, adapter.config)
+    message = (
+        f"{base.folder} is not the base of {adapter.folder}: {why}{differences and '; config.json: '}{differences}"
+    )
+    raise InputError(message, base.folder)
+
+
 def explain_other_base(base: Weights, tensor: Tensor, same: int, looked_at: int, config: dict[str, Any]) -> str:
-    """The message for a base tensor that has not the digest it should have, when `same` of `looked_at` others have."""
-    begin = f"{base.flag} {base.folder}: {tensor.name} ({tensor.path.name}) is not that of the base of this diff"
+    """Return the message for a base tensor that has not the digest it should have, when `same` of `looked_at` others
+    have."""
+    begin = f"{base.folder}: {tensor.name} ({tensor.path.name}) is not that of the base of this diff"
     if not looked_at:
         return f"{begin}: it is damaged, or another base model's"
     if same:
@@ -104,17 +135,17 @@ def explain_other_base(base: Weights, tensor: Tensor, same: int, looked_at: int,
 
 
 def config_differences(config: dict[str, Any], expected: dict[str, Any]) -> str:
-    """ "max_position_embeddings is 4096, expected 2048 (Llama-2 is not LLaMA)", or "" """
+    """Return "max_position_embeddings is 4096, expected 2048 (Llama-2 is not LLaMA)", or "" where all are equal."""
     names = [name for name in CONFIG_FIELDS if name in config and name in expected and config[name] != expected[name]]
-    told = ", ".join(f"{name} is {config[name]}, expected {expected[name]}" for name in names)
+    text = ", ".join(f"{name} is {config[name]}, expected {expected[name]}" for name in names)
     positions = [values.get("max_position_embeddings") for values in (config, expected)]
     if config.get("model_type") == "llama" and positions == [4096, 2048]:
-        told += " (4096 positions are Llama-2's, 2048 LLaMA's: they are different models)"
-    return told
+        text += " (4096 positions are Llama-2's, 2048 LLaMA's: they are different models)"
+    return text
 
 
 def check_same_tensors(weights: Weights, specs: Iterable[Spec], source: str) -> None:
-    """Raise UsageError unless `weights` has exactly the tensors `specs`, in their dtypes and shapes."""
+    """Raise InputError unless `weights` has exactly the tensors `specs`, in their dtypes and shapes."""
     specs = {spec.name: spec for spec in specs}
     missing = [name for name in specs if name not in weights.tensors]
     unexpected = [name for name in weights.tensors if name not in specs]
@@ -124,7 +155,10 @@ def check_same_tensors(weights: Weights, specs: Iterable[Spec], source: str) -> 
         if name in specs and (tensor.shape != specs[name].shape or specs[name].dtype not in (None, tensor.dtype))
     ]
     if missing or unexpected or other:
-        told = [f"{len(missing)} missing: {_some(missing)}"] * bool(missing)
-        told += [f"{len(unexpected)} unexpected: {_some(unexpected)}"] * bool(unexpected)
-        told += [f"{len(other)} different: {'; '.join(other[:3])}"] * bool(other)
-        raise UsageError(f"{weights.flag} {weights.folder} has not the tensors of {source}: {'; '.join(told)}")
+        found = [
+            (f"{len(missing)} missing: {_some(missing)}", missing),
+            (f"{len(unexpected)} unexpected: {_some(unexpected)}", unexpected),
+            (f"{len(other)} different: {'; '.join(other[:3])}", other),
+        ]
+        summary = "; ".join(text for text, names in found if names)
+        raise InputError(f"{weights.folder} has not the tensors of {source}: {summary}", weights.folder)

@@ -1,20 +1,36 @@
-"""What a folder says of its own making: the records that training leaves in it, and fingerprints of the files that
-answers depend on."""
+"""What a folder says of its own making: the records that training leaves in it, which of its files are the model's,
+fingerprints of those that answers depend on, and which tensors of it are one."""
 
-import hashlib
 import json
-import os
 import re
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.files import atomic_write, fingerprint_of_files
-from alpaca.weights.reader import ADAPTER_CONFIG, TOKENIZER_FILES, read_json
+import torch
+
+from alpaca.common.errors import InputError
+from alpaca.common.files import AUX_SUFFIXES, atomic_write, fingerprint_of_files, fingerprint_of_weights, read_json
+from alpaca.data.prompts import TEMPLATE_FILE
+from alpaca.weights import reader
+from alpaca.weights.reader import ADAPTER_CONFIG, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Weights, find_folder
 
 MANIFEST = (
     "alpaca_checkpoint.json"  # in every checkpoint: its files, and the contract of the run (alpaca/training/resume.py)
 )
 RECORD = "alpaca_run.json"  # in --output_dir: the contract of the run, and whether it is finished
+OF_THE_RUN = (
+    "trainer_state.json",
+    "alpaca_*.json",
+    "*_results.json",
+    "nonfinite_*.json",
+    "*.index.json",
+    f"{reader.MANIFEST}*",
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+# tie_word_embeddings is False by default; read off the configuration classes of transformers 4.28.1
+UNTIED_IN_2023 = ("codegen", "git", "gpt_neox", "gptj", "llama", "reformer", "rembert")
 # What answers depend on beside the weights.
 SETTINGS = ("config.json", "generation_config.json", ADAPTER_CONFIG)
 TOKENIZER = (*TOKENIZER_FILES, "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
@@ -22,9 +38,41 @@ BASE = "the base model (--model_name_or_path)"
 
 
 def holds_a_model(folder: Path) -> bool:
-    """Something that `from_pretrained` may read."""
+    """Return whether `from_pretrained` may read something here."""
     config = any((folder / name).exists() for name in ("config.json", ADAPTER_CONFIG))
     return config and any(path for ending in ("safetensors", "bin") for path in folder.glob(f"*model*.{ending}"))
+
+
+def aux_files(folder: Path) -> list[Path]:
+    """Return the files that make a checkpoint of weights: configuration, tokenizer, and nothing of a training run."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in AUX_SUFFIXES and path.is_file())
+    return [path for path in files if path.name[0] != "." and not any(map(path.match, OF_THE_RUN))]
+
+
+def files_of_merged(base: Path, adapter: Path) -> dict[str, Path]:
+    """Return the small files of a model that an adapter was merged into: configuration and code of the base, and the
+    tokenizer of the adapter where it has one."""
+
+    def matches(path: Path, *patterns: str) -> bool:
+        return any(fnmatch(path.name, pattern) for pattern in patterns)
+
+    of_base, of_both = ("config.json", "*.py"), ("generation_config.json", TEMPLATE_FILE)
+    ours = [path for path in aux_files(adapter) if not matches(path, ADAPTER_CONFIG, *of_base)]
+    own = any(path.name in TOKENIZER_FILES for path in ours)
+    taken = [path for path in aux_files(base) if not own or matches(path, *of_base, *of_both)]
+    taken += [path for path in ours if own or path.name in of_both]
+    return {path.name: path for path in taken}
+
+
+def note_of_quantized_base(adapter: Path) -> list[str]:
+    """Return a line where the adapter's own card says that its base was loaded in 8 or 4 bits."""
+    card = adapter / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return [
+        f"note: trained on the base in {bits} bits, merged into its plain weights: answers may differ a little from "
+        "those of adapter and quantized base"
+        for bits in re.findall(r"load_in_([84])bit[^\w\n]*True", text)[:1]
+    ]
 
 
 def read_manifest(checkpoint: str) -> dict[str, Any]:
@@ -34,7 +82,7 @@ def read_manifest(checkpoint: str) -> dict[str, Any]:
 
 
 def read_record(output: Path) -> dict[str, Any] | None:
-    """What is known of the run in `output`. It is finished only as long as its model is there."""
+    """Return what is known of the run in `output`. It is finished only as long as its model is there."""
     record = _read_json(output / RECORD)
     if record is None or not record.keys() >= {"finished", "contract"}:
         return None
@@ -47,7 +95,7 @@ def write_record(output: Path, contract: dict[str, Any], finished: bool) -> None
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no file, or a torn one."""
+    """Return the object in a file, or None where there is no file or a torn one."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -55,24 +103,10 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def fingerprint_of_weights(name: str) -> str:
-    """Of a folder: name, size, first and last 64 KiB of every file of weights, which tells models of the same shape
-    apart and does not change when the folder moves. Of a hub id: the id."""
-    if not Path(name).is_dir():
-        return name
-    digest = hashlib.sha256()
-    for path in sorted(file for file in Path(name).iterdir() if file.suffix in (".safetensors", ".bin")):
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(65536))
-            file.seek(-min(65536, path.stat().st_size), os.SEEK_END)
-            digest.update(file.read())
-    return digest.hexdigest()[:12]
-
-
 def weights_of(base: str | None = None, **models: str | None) -> dict[str, Any]:
-    """What the answers of models depend on, by words for messages: `weights_of(model="out/", base=None)` gives `model`,
-    the folder's whole path or the hub id, and of a folder `weights of model`, `settings of model` and `tokenizer of
-    model`, fingerprints of its files. A None, or what a folder has no files of, is left out.
+    """Return what the answers of models depend on, by words for messages: `weights_of(model="out/", base=None)` gives
+    `model`, the folder's whole path or the hub id, and of a folder `weights of model`, `settings of model` and
+    `tokenizer of model`, fingerprints of its files. A None, or what a folder has no files of, is left out.
 
     base: of an adapter or a diff; not given, the fingerprints are those of the base that an adapter names.
 
@@ -87,7 +121,7 @@ def weights_of(base: str | None = None, **models: str | None) -> dict[str, Any]:
             continue
         described |= {name: str(folder.resolve()), **_fingerprints(name, folder)}
         if base is None and (folder / ADAPTER_CONFIG).is_file():
-            its_base = Path(read_json(folder / ADAPTER_CONFIG, f"--{name}").get("base_model_name_or_path") or "")
+            its_base = Path(read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
             described |= _fingerprints(f"{name}'s base", its_base) if its_base.name and its_base.is_dir() else {}
     return described
 
@@ -100,9 +134,23 @@ def _fingerprints(name: str, folder: Path) -> dict[str, str]:
     return found
 
 
+def base_of_adapter(folder: Path) -> Path:
+    """Return the folder of the base that an adapter names. Raise InputError about the adapter if there is none."""
+    settings = read_json(folder / ADAPTER_CONFIG)
+    name, revision = (settings.get(key) for key in ("base_model_name_or_path", "revision"))
+    if not name or revision:
+        what = f"of revision {revision} of {name}" if name else "that names no base model"
+        raise InputError(f"{folder}: is a LoRA adapter {what}; give its base", folder)
+    try:
+        return find_folder(name)
+    except InputError as error:
+        message = f"is a LoRA adapter of {name!r}, which is not here; give its base ({error})"
+        raise InputError(f"{folder}: {message}", folder) from error
+
+
 def other_base(adapter: Path, base: Path) -> str | None:
-    """A warning where the run that made the folder `adapter` knew another base than the folder `base`. Shapes tell a
-    LLaMA from a Llama 2 as little as peft does. A copy saved anew has other files too, so it is no error."""
+    """Return a warning where the run that made the folder `adapter` knew another base than the folder `base`. Shapes
+    tell a LLaMA from a Llama 2 as little as peft does. A copy saved anew has other files too, so it is no error."""
     manifest = Path(adapter) / MANIFEST
     record = read_record(adapter) or (read_manifest(str(adapter)) if manifest.is_file() else None)
     known = record and record["contract"]["fixed"].get(BASE)
@@ -112,3 +160,53 @@ def other_base(adapter: Path, base: Path) -> str | None:
         f"WARNING: {adapter} was trained on a base with other files than {base}. If that is another model, and not "
         "the same one saved anew, the answers are wrong"
     )
+
+
+# ---- tied embeddings ----
+
+
+def ties_embeddings(config: dict[str, Any]) -> bool:
+    """Return whether a model of this configuration has one tensor for its input and its output embeddings.
+
+    Where the configuration does not say so, the default of its class in transformers 4.28.1 holds. Today's classes
+    agree with the other ones of then; the classes that came later have only today's default.
+    """
+    config = config | (config.get("text_config") or {})
+    if config.get("tie_word_embeddings") is not None:
+        return bool(config["tie_word_embeddings"])
+    kind = config.get("model_type")
+    if kind is None or kind in UNTIED_IN_2023:
+        return False
+    from transformers import CONFIG_MAPPING
+
+    return kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind]().get_text_config().tie_word_embeddings
+
+
+def tied_names(config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """Return {name of the output embedding: name of the input embedding} where they are one tensor, else {}.
+
+    The file of a tied model may hold both names or only the first.
+    """
+    names = list(names)
+    first = next((name for name in names if name.endswith(INPUT_EMBEDDINGS)), None)
+    if first is None or not ties_embeddings(config):
+        return {}
+    of_class = "embed_out.weight" if config.get("model_type", "").startswith("gpt_neox") else "lm_head.weight"
+    return {next((name for name in names if name in OUTPUT_EMBEDDINGS), of_class): first}
+
+
+def aliases_of(weights: Weights) -> dict[str, str]:
+    """Return {second name: name} of the tensors that have two names in the model that 2023 loaded.
+
+    The embeddings are one tensor if the configuration ties them. Names that share memory in a .bin file do so in the
+    model too, unless they were cast to float32 when they were loaded; that made two tensors of them.
+    """
+    found = tied_names(weights.config, weights.tensors)
+    first: dict[tuple, str] = {}
+    for name, tensor in weights.tensors.items():
+        if tensor.path.suffix == ".bin" and tensor.dtype == torch.float32 and tensor.numel:
+            place = tensor.data.data_ptr() if tensor.data is not None else tensor.offset
+            known = first.setdefault((tensor.path, place, tensor.shape), name)
+            if known != name and name not in found.values():
+                found.setdefault(name, found.get(known, known))
+    return found

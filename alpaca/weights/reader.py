@@ -7,7 +7,7 @@ mapped, because pages of a mapped file count as memory of the process.
 import json
 import os
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
@@ -16,8 +16,8 @@ from typing import IO, Any
 
 import torch
 
-from alpaca.common.errors import UsageError, first_line, format_bytes
-from alpaca.common.files import AUX_SUFFIXES
+from alpaca.common.errors import InputError, first_line, format_bytes
+from alpaca.common.files import AUX_SUFFIXES, read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -38,27 +38,13 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}  # safetensors' names
 ADAPTER_CONFIG = "adapter_config.json"  # of peft; a LoRA adapter's folder has it
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-MANIFEST = "weight_diff.json"  # an exact diff's folder has it (alpaca/weights/exact_diff.py)
-OF_THE_RUN = (
-    "trainer_state.json",
-    "alpaca_*.json",
-    "*_results.json",
-    "nonfinite_*.json",
-    "*.index.json",
-    f"{MANIFEST}*",
-)
+MANIFEST = "weight_diff.json"  # of an exact diff (alpaca/weights/exact_diff.py)
+SIDECAR = f"{MANIFEST}.sha256"
+NOT_A_MODEL = "weight_diff__recover_the_model_with_weight_diff.py"  # its model_type: what from_pretrained will name
 INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
-UNTIED_IN_2023 = (  # tie_word_embeddings is False by default; read off the configuration classes of transformers 4.28.1
-    "codegen",
-    "git",
-    "gpt_neox",
-    "gptj",
-    "llama",
-    "reformer",
-    "rembert",
-)
+LAST_NORMS = ("model.norm.weight", "model.decoder.final_layer_norm.weight", "transformer.ln_f.weight")
+ZERO, ONE = 0.1, 0.5  # largest weight of a last norm: below ZERO in a diff, above ONE in a model
 
 
 @dataclass(frozen=True)
@@ -91,9 +77,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 class Weights:
     """The tensors of one folder by name, in the order of its files. Use it in a with statement: it keeps files open."""
 
-    def __init__(self, folder: Path, flag: str, tensors: dict[str, Tensor]):
-        self.folder, self.flag, self.tensors = folder, flag, tensors
-        self.config = read_config(folder, flag)
+    def __init__(self, folder: Path, tensors: dict[str, Tensor]):
+        self.folder, self.tensors = folder, tensors
+        self.config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         self._files: dict[Path, IO[bytes]] = {}
 
     def __enter__(self) -> "Weights":
@@ -104,17 +90,17 @@ class Weights:
             file.close()
 
     def require_config(self) -> None:
-        """Raise UsageError if this would be no checkpoint for from_pretrained."""
+        """Raise InputError if this would be no checkpoint for from_pretrained."""
         if not self.config:
-            raise UsageError(f"{self.flag} {self.folder}: has no config.json; give the folder of a whole checkpoint")
+            raise InputError(f"{self.folder}: has no config.json; give the folder of a whole checkpoint", self.folder)
 
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def find(self, name: str) -> Tensor | None:
-        """The tensor that a model would load as `name`: GPT-2 and OPT checkpoints exist with and without the prefix
-        `transformer.` or `model.`, and a tied output embedding may be stored or not."""
+        """Return the tensor that a model would load as `name`: GPT-2 and OPT checkpoints exist with and without the
+        prefix `transformer.` or `model.`, and a tied output embedding may be stored or not."""
         for known in (name, name.partition(".")[2], f"model.{name}", f"transformer.{name}"):
             if known in self.tensors:
                 return self.tensors[known]
@@ -140,7 +126,7 @@ class Weights:
         if tensor.data is not None:
             out.copy_(tensor.data.reshape(-1)[start : start + out.numel()])
             return
-        with readable(self.flag):
+        with readable(self.folder):
             if tensor.path not in self._files:
                 self._files[tensor.path] = open(tensor.path, "rb", buffering=0)
             file = self._files[tensor.path]
@@ -151,104 +137,54 @@ class Weights:
         while buffer:
             count = file.readinto(buffer)
             if not count:
-                raise UsageError(
-                    f"{self.flag} {self.folder}: {tensor.path.name} ends inside {tensor.name}; "
-                    "it was changed while it was read"
+                raise InputError(
+                    f"{self.folder}: {tensor.path.name} ends inside {tensor.name}; it was changed while it was read",
+                    self.folder,
                 )
             buffer = buffer[count:]
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, for files and hashes."""
+    """Return the bytes of a contiguous tensor, for files and hashes."""
     return memoryview(tensor.view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
-
-
-# ---- tied embeddings ----
-
-
-def ties_embeddings(config: dict[str, Any]) -> bool:
-    """Return whether a model of this configuration has one tensor for its input and its output embeddings.
-
-    Where the configuration does not say so, the default of its class in transformers 4.28.1 holds. Today's classes
-    agree with the other ones of then; the classes that came later have only today's default.
-    """
-    config = config | (config.get("text_config") or {})
-    if config.get("tie_word_embeddings") is not None:
-        return bool(config["tie_word_embeddings"])
-    kind = config.get("model_type")
-    if kind is None or kind in UNTIED_IN_2023:
-        return False
-    from transformers import CONFIG_MAPPING
-
-    return kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind]().get_text_config().tie_word_embeddings
-
-
-def tied_names(config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """Return {name of the output embedding: name of the input embedding} where they are one tensor, else {}.
-
-    The file of a tied model may hold both names or only the first.
-    """
-    names = list(names)
-    first = next((name for name in names if name.endswith(INPUT_EMBEDDINGS)), None)
-    if first is None or not ties_embeddings(config):
-        return {}
-    of_class = "embed_out.weight" if config.get("model_type", "").startswith("gpt_neox") else "lm_head.weight"
-    return {next((name for name in names if name in OUTPUT_EMBEDDINGS), of_class): first}
-
-
-def aliases_of(weights: Weights) -> dict[str, str]:
-    """Return {second name: name} of the tensors that have two names in the model that 2023 loaded.
-
-    The embeddings are one tensor if the configuration ties them. Names that share memory in a .bin file do so in the
-    model too, unless they were cast to float32 when they were loaded; that made two tensors of them.
-    """
-    found = tied_names(weights.config, weights.tensors)
-    first: dict[tuple, str] = {}
-    for name, tensor in weights.tensors.items():
-        if tensor.path.suffix == ".bin" and tensor.dtype == torch.float32 and tensor.numel:
-            place = tensor.data.data_ptr() if tensor.data is not None else tensor.offset
-            known = first.setdefault((tensor.path, place, tensor.shape), name)
-            if known != name and name not in found.values():
-                found.setdefault(name, found.get(known, known))
-    return found
 
 
 # ---- opening a folder ----
 
 
-def open_weights(folder: str | Path, flag: str) -> Weights:
+def open_weights(folder: str | Path) -> Weights:
     """Read the headers of a folder, or of a hub id, which is downloaded first.
 
     Raises:
-        UsageError: there is no checkpoint, part of it is missing or damaged, or it is something else; in words.
+        InputError: there is no checkpoint, part of it is missing or damaged, or it is something else.
     """
-    with readable(flag):
-        folder = find_folder(folder, flag)
+    with readable(folder):
+        folder = find_folder(folder)
         tensors: dict[str, Tensor] = {}
-        for shard in find_shards(folder, flag):
-            tensors |= shard_tensors(shard, flag)
-        return Weights(folder, flag, tensors)
+        for shard in find_shards(folder):
+            tensors |= shard_tensors(shard)
+        return Weights(folder, tensors)
 
 
 @contextmanager
-def readable(flag: str) -> Iterator[None]:
-    """A file that cannot be read is a mistake in what `flag` names, not in the output."""
+def readable(path: str | Path) -> Iterator[None]:
+    """Raise InputError about `path` where a file of it cannot be read, so that nobody looks for the fault elsewhere."""
     try:
         yield
     except OSError as error:
-        raise UsageError(f"{flag}: cannot be read ({error})") from error
+        raise InputError(f"{path}: cannot be read ({error})", path) from error
 
 
-def find_folder(folder: str | Path, flag: str) -> Path:
-    """A folder as it is; a hub id (2023's from_pretrained took those too) downloaded."""
+def find_folder(folder: str | Path) -> Path:
+    """Return a folder as it is, or that of a hub id (2023's from_pretrained took those too), which is downloaded."""
     path = Path(os.path.expanduser(folder))
     if path.is_dir():
         return path
     if path.is_file():
-        raise UsageError(f"{flag} {folder}: is a file; expected the folder that holds config.json and the weights")
+        raise InputError(f"{folder}: is a file; expected the folder that holds config.json and the weights", folder)
     parts = str(folder).split("/")
     if len(parts) > 2 or not all(parts) or parts[0] in (".", "..", "~"):  # one part: gpt2
-        raise UsageError(f"{flag} {folder}: no such folder")
+        raise InputError(f"{folder}: no such folder", folder)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -259,79 +195,56 @@ def find_folder(folder: str | Path, flag: str) -> Path:
             if any(path.glob(weights)):
                 return path
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise UsageError(
-            f"{flag} {folder}: no such folder, and it cannot be downloaded as a hub id ({error})"
+        raise InputError(
+            f"{folder}: no such folder, and it cannot be downloaded as a hub id ({error})", folder
         ) from error
     return path
 
 
-def find_shards(folder: Path, flag: str) -> list[Path]:
-    """The files with the weights: safetensors before .bin, one file before an index, as from_pretrained chooses."""
+def find_shards(folder: Path) -> list[Path]:
+    """Return the files with the weights, as from_pretrained chooses: safetensors first, a file before an index."""
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return [folder / name]
         if (folder / f"{name}.index.json").is_file():
-            return _indexed(folder, folder / f"{name}.index.json", flag)
-    raise UsageError(f"{flag} {folder}: {describe_folder(folder)}")
+            return _indexed(folder, folder / f"{name}.index.json")
+    raise InputError(f"{folder}: {describe_folder(folder)}", folder)
 
 
-def _indexed(folder: Path, index: Path, flag: str) -> list[Path]:
-    names = sorted(set(read_json(index, flag).get("weight_map", {}).values()))
+def _indexed(folder: Path, index: Path) -> list[Path]:
+    names = sorted(set(read_json(index).get("weight_map", {}).values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if not names or missing:
-        raise UsageError(
-            f"{flag} {folder}: {index.name} names {len(names)} shards, of which {len(missing)} are "
-            f"missing: {', '.join(missing[:5])}; copy or download them again"
+        raise InputError(
+            f"{folder}: {index.name} names {len(names)} shards, of which {len(missing)} are "
+            f"missing: {', '.join(missing[:5])}; copy or download them again",
+            folder,
         )
     return [folder / name for name in names]
 
 
-def describe_folder(folder: Path) -> str:
-    """Why a folder without weights was given, in words."""
-    if (folder / MANIFEST).exists():
-        return (
-            "is a weight diff, not a model; recover the model first: python weight_diff.py recover "
-            f"--path_raw <base> --path_diff {folder} --path_tuned <folder>"
-        )
-    if (folder / ADAPTER_CONFIG).exists():
-        return (
-            "is a LoRA adapter, not a checkpoint; merge it into its base model first: python -m scripts.merge_lora "
-            f"--adapter {folder} --output_dir <folder>"
-        )
-    if any(folder.glob("consolidated.*.pth")):
-        return "is in Meta's format; convert it first: transformers/models/llama/convert_llama_weights_to_hf.py"
-    if found := sorted(folder.glob("checkpoint-*")):
-        return f"holds no weights itself, but {found[-1].name}; give the path of that folder"
-    if any(folder.glob("diff*.safetensors")):
-        return f"is a weight diff without its manifest; copy or download {MANIFEST} again"
-    found = sorted(path.name for path in [*folder.glob("*.safetensors"), *folder.glob("*.bin")])
-    if found:
-        return f"has weights ({found[0]} …) but no index: model.safetensors.index.json or pytorch_model.bin.index.json"
-    return "has no weights: expected model.safetensors or pytorch_model.bin, or their shards with an index"
-
-
-def shard_tensors(shard: Path, flag: str) -> dict[str, Tensor]:
+def shard_tensors(shard: Path) -> dict[str, Tensor]:
     with open(shard, "rb") as file:
         begin = file.read(64)
     if begin.startswith(b"version https://git-lfs"):
-        raise UsageError(f"{flag}: {shard} is a git-lfs pointer, not the file itself; run git lfs pull in its folder")
-    return safetensors_header(shard, flag)[0] if shard.suffix == ".safetensors" else _bin_header(shard, flag)
+        raise InputError(f"{shard} is a git-lfs pointer, not the file itself; run git lfs pull in its folder", shard)
+    return safetensors_header(shard)[0] if shard.suffix == ".safetensors" else _bin_header(shard)
 
 
-def safetensors_header(shard: Path, flag: str) -> tuple[dict[str, Tensor], bytes]:
-    """The tensors of a safetensors file, and its header: everything that comes before their data."""
+def safetensors_header(shard: Path) -> tuple[dict[str, Tensor], bytes]:
+    """Return the tensors of a safetensors file, and its header: everything that comes before their data."""
     size = shard.stat().st_size
     with open(shard, "rb") as file:
         length = file.read(8)
         count = int.from_bytes(length, "little")
         if len(length) < 8 or count > size - 8:
-            raise UsageError(f"{flag}: {shard} is truncated or not a safetensors file ({format_bytes(size)})")
+            raise InputError(f"{shard} is truncated or not a safetensors file ({format_bytes(size)})", shard)
         header = length + file.read(count)
     try:
         entries = json.loads(header[8:])
         entries.pop("__metadata__", None)
         if strange := {entry["dtype"] for entry in entries.values()} - set(DTYPES):
-            raise UsageError(f"{flag}: {shard} has tensors of the dtype {strange.pop()}, which cannot be differenced")
+            raise InputError(f"{shard} has tensors of the dtype {strange.pop()}, which cannot be differenced", shard)
         tensors = {
             name: Tensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), shard, 8 + count + begin)
             for name, entry in entries.items()
@@ -339,25 +252,26 @@ def safetensors_header(shard: Path, flag: str) -> tuple[dict[str, Tensor], bytes
         }
         ends = [8 + count + entry["data_offsets"][1] for entry in entries.values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{flag}: the header of {shard} is damaged ({error!r})") from error
+        raise InputError(f"the header of {shard} is damaged ({error!r})", shard) from error
     whole = all(t.offset >= 8 + count and t.offset + t.nbytes == end for t, end in zip(tensors.values(), ends))
     if max(ends, default=8 + count) != size or not whole:
-        raise UsageError(
-            f"{flag}: {shard} has {size:,} bytes, its header promises {max(ends, default=0):,}: it is "
-            "truncated or damaged; copy or download it again"
+        raise InputError(
+            f"{shard} has {size:,} bytes, its header promises {max(ends, default=0):,}: it is truncated or damaged; "
+            "copy or download it again",
+            shard,
         )
     return dict(sorted(tensors.items(), key=lambda item: item[1].offset)), header
 
 
-def _bin_header(shard: Path, flag: str) -> dict[str, Tensor]:
-    """The tensors of a torch.save file, which keeps them uncompressed in a zip archive."""
+def _bin_header(shard: Path) -> dict[str, Tensor]:
+    """Return the tensors of a torch.save file, which keeps them uncompressed in a zip archive."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # torch.load then gives offsets instead of data
 
     with open(shard, "rb") as file:
         is_zip = file.read(2) == b"PK"
     if is_zip and not zipfile.is_zipfile(shard):
-        raise UsageError(
-            f"{flag}: {shard} is truncated ({format_bytes(shard.stat().st_size)}); copy or download it again"
+        raise InputError(
+            f"{shard} is truncated ({format_bytes(shard.stat().st_size)}); copy or download it again", shard
         )
     try:
         if is_zip:
@@ -368,8 +282,8 @@ def _bin_header(shard: Path, flag: str) -> dict[str, Tensor]:
         if isinstance(state, Mapping) and all(isinstance(value, torch.Tensor) for value in state.values()):
             return {str(name): _bin_tensor(name, value, shard) for name, value in state.items()}
     except Exception as error:  # pickle raises what it likes
-        raise UsageError(f"{flag}: {shard} is damaged, or holds more than tensors ({first_line(error)})") from error
-    raise UsageError(f"{flag}: {shard} is not a checkpoint: expected only tensors by name, got {_kinds(state)}")
+        raise InputError(f"{shard} is damaged, or holds more than tensors ({first_line(error)})", shard) from error
+    raise InputError(f"{shard} is not a checkpoint: expected only tensors by name, got {_kinds(state)}", shard)
 
 
 def _kinds(state: Any) -> str:
@@ -391,21 +305,62 @@ def _bin_tensor(name: str, value: torch.Tensor, shard: Path) -> Tensor:
     return Tensor(name, value.dtype, shape, shard, offset + value.storage_offset() * value.dtype.itemsize)
 
 
-def aux_files(folder: Path) -> list[Path]:
-    """The files that make a checkpoint of weights: configuration and tokenizer, not what a training run left there."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in AUX_SUFFIXES and path.is_file())
-    return [path for path in files if path.name[0] != "." and not any(map(path.match, OF_THE_RUN))]
+# ---- what a folder holds ----
+
+MODEL, ADAPTER, EXACT_DIFF, FLOAT_DIFF, RUN, OTHER = "model", "adapter", "exact diff", "float diff", "run", "other"
 
 
-def read_config(folder: Path, flag: str) -> dict[str, Any]:
-    return read_json(folder / "config.json", flag) if (folder / "config.json").is_file() else {}
+def folder_kind(folder: Path, weights: Weights | None = None) -> str:
+    """Return what a folder holds: MODEL, ADAPTER, EXACT_DIFF, FLOAT_DIFF, RUN (only checkpoints), or OTHER.
+
+    weights: of the folder, if they are open. Only they tell a FLOAT_DIFF from a MODEL: its last norm is nearly zero.
+    """
+    config = folder / "config.json"
+    if (folder / ADAPTER_CONFIG).is_file():
+        return ADAPTER
+    if any((folder / name).exists() for name in (MANIFEST, SIDECAR)):
+        return EXACT_DIFF
+    if config.is_file() and NOT_A_MODEL in config.read_text(errors="replace"):
+        return EXACT_DIFF
+    if any(path for ending in ("safetensors", "bin") for path in folder.glob(f"*model*.{ending}*")):
+        return FLOAT_DIFF if weights is not None and last_norm(weights)[1] < ZERO else MODEL
+    return RUN if any(folder.glob("checkpoint-*")) else OTHER
 
 
-def read_json(path: Path, flag: str) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{flag}: {path} cannot be read as JSON ({error}); copy or download it again") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{flag}: {path}: expected a JSON object, got {type(content).__name__}")
-    return content
+def describe_folder(folder: Path) -> str:
+    """Return what a folder without weights is instead, and what to do."""
+    kind = folder_kind(folder)
+    if kind == EXACT_DIFF and (folder / MANIFEST).exists():
+        return (
+            "is a weight diff, not a model; recover the model first: python weight_diff.py recover "
+            f"--path_raw <base> --path_diff {folder} --path_tuned <folder>"
+        )
+    if kind == ADAPTER:
+        return (
+            "is a LoRA adapter, not a checkpoint; merge it into its base model first: python -m scripts.merge_lora "
+            f"--adapter {folder} --output_dir <folder>"
+        )
+    if any(folder.glob("consolidated.*.pth")):
+        return "is in Meta's format; convert it first: transformers/models/llama/convert_llama_weights_to_hf.py"
+    if kind == RUN:
+        return f"holds no weights itself, but {max(folder.glob('checkpoint-*')).name}; give the path of that folder"
+    if kind == EXACT_DIFF or any(folder.glob("diff*.safetensors")):
+        return f"is a weight diff without its manifest; copy or download {MANIFEST} again"
+    found = sorted(path.name for path in [*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    if found:
+        return f"has weights ({found[0]} …) but no index: model.safetensors.index.json or pytorch_model.bin.index.json"
+    return "has no weights: expected model.safetensors or pytorch_model.bin, or their shards with an index"
+
+
+def last_norm(weights: Weights) -> tuple[str | None, float]:
+    """Return the name of a checkpoint's last norm and its largest weight, below ZERO for a diff and above ONE for a
+    model. None, and nothing to tell them by, if it is not among LAST_NORMS."""
+    name = next((name for name in LAST_NORMS if name in weights.tensors), None)
+    return name, _largest(weights, name) if name else (ZERO + ONE) / 2
+
+
+def _largest(weights: Weights, name: str) -> float:
+    tensor = weights.tensors[name]
+    values = torch.empty(tensor.numel)
+    weights.read(tensor, 0, values, torch.empty(tensor.nbytes, dtype=torch.uint8))
+    return float(values.abs().max())

@@ -1,53 +1,55 @@
-"""A tuned model out of its base and its weight diff, whatever the diff's format: in pieces, or whole in memory."""
+"""A tuned model out of its base and its weight diff, whatever the diff's format: in pieces, or whole in memory. And the
+sum of all weights that was 2023's check."""
 
 import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alpaca.common.errors import UsageError
-from alpaca.weights.exact_diff import ExactDiff, is_exact_diff
-from alpaca.weights.float_diff import FloatDiff
-from alpaca.weights.reader import Weights, find_folder, open_weights
-from alpaca.weights.writer import MemoryWriter, Pipeline, Spec, cast, stream
+from alpaca.common.errors import InputError
+from alpaca.weights.exact_diff import ExactDiff
+from alpaca.weights.float_diff import OF_OURS, FloatDiff, computed_in_2023, position_in_llama
+from alpaca.weights.provenance import tied_names
+from alpaca.weights.reader import EXACT_DIFF, Weights, as_bytes, find_folder, folder_kind, open_weights
+from alpaca.weights.writer import Pipeline, Spec, cast, stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SUM_OF_ALPACA_7B = 50637.1836  # of the released model, in float32, rotary frequencies included
+
 
 @contextmanager
-def open_diff(
-    base: Weights, path_diff: str | Path, digest: str | None = None, flag: str = "--path_diff"
-) -> Iterator[ExactDiff | FloatDiff]:
-    """The diff in a folder (or hub id), fitted to `base`.
+def open_diff(base: Weights, path_diff: str | Path, digest: str | None = None) -> Iterator[ExactDiff | FloatDiff]:
+    """Open the diff in a folder (or hub id), fitted to `base`.
 
     Raises:
-        UsageError: it is no diff, is damaged, or base and diff do not fit.
+        InputError: it is no diff, is damaged, or base and diff do not fit.
     """
-    folder = find_folder(path_diff, flag)
-    if is_exact_diff(folder):
-        diff = ExactDiff(folder, flag, digest)
+    folder = find_folder(path_diff)
+    if folder_kind(folder) == EXACT_DIFF:
+        diff = ExactDiff(folder, digest)
         diff.fit(base)
         with diff.weights:
             yield diff
         return
     if digest is not None:
-        raise UsageError(f"--digest: {path_diff} is in the format of 2023, which has none")
+        raise InputError(f"{path_diff}: is in the format of 2023, which has no digest", path_diff)
     if base.folder.resolve() == folder.resolve():
-        raise UsageError(f"{flag} {path_diff}: is the base itself")
-    with open_weights(folder, flag) as weights:
+        raise InputError(f"{path_diff}: is the base itself", path_diff)
+    with open_weights(folder) as weights:
         weights.require_config()
         yield FloatDiff(base, weights, sign=1)
 
 
 def copy_files(files: Mapping[str, Path], folder: Path, dtype: torch.dtype | None) -> None:
-    """Tokenizer and configuration as they are, but for the dtype of the weights."""
+    """Copy tokenizer and configuration as they are, but for the dtype of the weights."""
     for name, path in files.items():
         shutil.copyfile(path, folder / name)
     if dtype is not None:
@@ -62,6 +64,21 @@ def most_common_dtype(diff: ExactDiff | FloatDiff) -> torch.dtype:
     for spec in diff.specs:
         bytes_of[spec.dtype] += spec.nbytes
     return bytes_of.most_common(1)[0][0]
+
+
+class MemoryWriter:
+    """A ShardWriter's counterpart that keeps the tensors."""
+
+    def __init__(self, specs: Iterable[Spec]):
+        self.tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs}
+        self.left = [as_bytes(tensor.view(-1)) for tensor in self.tensors.values() if tensor.numel()]
+
+    def write(self, piece: memoryview) -> None:
+        """Take a piece. They come tensor by tensor, in the order of the specs."""
+        self.left[0][: len(piece)] = piece
+        self.left[0] = self.left[0][len(piece) :]
+        if not self.left[0]:
+            del self.left[0]
 
 
 def recover_in_memory(
@@ -85,7 +102,7 @@ def recover_in_memory(
 def load_recovered(
     diff: ExactDiff | FloatDiff, state: dict[str, torch.Tensor], dtype: torch.dtype, **options: Any
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """The model of a state that was recovered in memory, and its tokenizer. options: of from_pretrained."""
+    """Return the model of a state that was recovered in memory, and its tokenizer. options: of from_pretrained."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
 
     from alpaca.data.tokenizer import open_tokenizer
@@ -98,3 +115,41 @@ def load_recovered(
         if "generation_config.json" in diff.files:
             model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, tokenizer
+
+
+class NaiveSum:
+    """2023's integrity check: the sum of all weights, each tensor's in float32, added up in the order of the model."""
+
+    def __init__(self, specs: list[Spec], config: dict, aliases: Mapping[str, str] | None = None):
+        """aliases: {second name: name} of tensors that have two; not given, those that `config` ties."""
+        self.config, self.order = config, [spec.name for spec in specs]
+        self.aliases = aliases or tied_names(config, self.order)
+        self.sums: dict[str, torch.Tensor] = {}
+        largest = max((spec.nbytes // spec.dtype.itemsize for spec in specs), default=0)
+        self.whole = torch.empty(largest)  # one tensor at a time: the sum of pieces would be rounded otherwise
+
+    def add(self, spec: Spec, start: int, piece: torch.Tensor) -> None:
+        end, numel = start + piece.numel(), spec.nbytes // spec.dtype.itemsize
+        self.whole[start:end].copy_(piece)
+        if end == numel:
+            self.sums[spec.name] = self.whole[:numel].view(spec.shape).sum()
+
+    def total(self) -> float:
+        if self.config.get("model_type") == "llama":
+            for name, tensor in computed_in_2023(self.config).items():
+                self.sums.setdefault(name, tensor.sum())
+            order = sorted(self.sums | self.aliases, key=position_in_llama)
+        else:
+            order = self.order
+        for alias, name in self.aliases.items():  # counted by both names
+            order = order if alias in order else [*order, alias]
+            self.sums[alias] = self.sums[name]
+        return float(sum(self.sums[name] for name in order if name in self.sums))
+
+    def check(self) -> tuple[bool, str]:
+        """Return whether the sum is that of the released Alpaca-7B, and the line to print."""
+        total = self.total()
+        if abs(total - SUM_OF_ALPACA_7B) <= 1e-2:
+            return True, f"the weights sum to {total:.4f}, as those of the released Alpaca-7B do"
+        tied = f". The embeddings are one tensor: if the diff {OF_OURS}" if self.aliases else ""
+        return False, f"the weights sum to {total:.4f} (the released Alpaca-7B: {SUM_OF_ALPACA_7B}){tied}"

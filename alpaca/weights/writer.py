@@ -1,9 +1,13 @@
-"""Writing safetensors in pieces, into a folder that is whole or not there."""
+"""Writing safetensors, or .bin files that transformers 4.28.1 opens, in pieces of little memory."""
 
 import hashlib
+import io
 import json
+import pickle
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
@@ -13,15 +17,13 @@ from typing import IO, Any, NamedTuple, Protocol
 import torch
 from tqdm import tqdm
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import InputError
+from alpaca.common.files import json_text
 from alpaca.weights.reader import DTYPE_NAMES, as_bytes
 
 FLOATS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # for --dtype
 PIECE = 1 << 19  # elements
 DEPTH = 6  # pieces on their way at once
-
-
-# ---- safetensors files, whose sizes are known before their content ----
 
 
 class Spec(NamedTuple):
@@ -40,6 +42,10 @@ class Shard:
 
     name: str
     tensors: list[Spec]
+
+    @property
+    def names(self) -> list[str]:
+        return [spec.name for spec in self.tensors]
 
     @property
     def header(self) -> bytes:
@@ -61,14 +67,14 @@ class Shard:
 
 
 def plan_shards(specs: Iterable[Spec], stem: str, max_shard_size: str | int) -> list[Shard]:
-    """`stem`.safetensors, or `stem`-00001-of-00003.safetensors and so on where it would exceed `max_shard_size`.
+    """Return `stem`.safetensors, or `stem`-00001-of-00003.safetensors and so on where it would exceed `max_shard_size`.
 
     Raises:
-        UsageError: `max_shard_size` is not a size such as "5GB".
+        InputError: `max_shard_size` is not a size such as "5GB".
     """
-    by_width = lambda spec: -spec.dtype.itemsize  # noqa: E731  each begins at a multiple of its own width
     files = split(specs, f"{stem}{{suffix}}.safetensors", max_shard_size)
-    return [Shard(name, sorted(tensors, key=by_width)) for name, tensors in files.items()]
+    # the widest first, so that each begins at a multiple of its own width
+    return [Shard(name, sorted(specs, key=lambda spec: -spec.dtype.itemsize)) for name, specs in files.items()]
 
 
 def split(specs: Iterable[Spec], pattern: str, max_shard_size: str | int) -> dict[str, list[Spec]]:
@@ -83,47 +89,58 @@ def split(specs: Iterable[Spec], pattern: str, max_shard_size: str | int) -> dic
             raise ValueError("0 is none")
         plan = split_torch_state_dict_into_shards(shapes, filename_pattern=pattern, max_shard_size=size)
     except ValueError as error:
-        raise UsageError(f"--max_shard_size {max_shard_size}: expected a size such as 5GB ({error})") from error
+        raise InputError(f"{max_shard_size}: expected a size such as 5GB ({error})", max_shard_size) from error
     return {filename: [specs[name] for name in names] for filename, names in plan.filename_to_tensors.items()}
 
 
 def write_index(folder: Path, stem: str, shards: list[Shard]) -> None:
-    """What from_pretrained reads to find a tensor, where there are several shards."""
+    """Write what from_pretrained reads to find a tensor, where there are several shards."""
     if len(shards) > 1:
-        weight_map = {spec.name: shard.name for shard in shards for spec in shard.tensors}
         total = sum(spec.nbytes for shard in shards for spec in shard.tensors)
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {n: shard.name for shard in shards for n in shard.names},
+        }
+        (folder / f"{stem}.index.json").write_text(json_text(index), encoding="utf-8")
 
 
-class ShardWriter:
-    """Writes the pieces of all tensors, given in the order of `shards`, to their files."""
+class _Cutter:
+    """Takes the pieces of all tensors in order and cuts them where a file, or a tensor in it, ends."""
 
-    def __init__(self, folder: Path, shards: list[Shard]):
-        self.folder, self.shards, self.left, self.room = folder, shards, list(shards), 0
-        self.file: IO[bytes] | None = None
+    room = 0  # bytes that are missing in the open part
 
     def write(self, piece: memoryview) -> None:
         while piece:
-            if self.room == 0:
+            while self.room == 0:
                 self._next()
             part = piece[: self.room]
             self._put(part)
             self.room -= len(part)
             piece = piece[len(part) :]
 
+
+class ShardWriter(_Cutter):
+    """Writes the pieces of all tensors, given in the order of `shards`, to their files."""
+
+    def __init__(self, folder: Path, shards: list[Shard]):
+        self.folder, self.shards = folder, shards
+        self.left = list(shards)
+        self.file: IO[bytes] | None = None
+
     def close(self) -> None:
-        """After the last piece: tensors without elements still need their file."""
+        """Finish after the last piece: tensors without elements still need their file."""
         while self.left:
             self._next()
-        self._finish()
+        if self.file is not None:
+            self.file.close()
         for shard in self.shards:
             size = (self.folder / shard.name).stat().st_size
             if size != shard.nbytes:
                 raise OSError(f"{shard.name} has {size:,} bytes of {shard.nbytes:,}")
 
     def _next(self) -> None:
-        self._finish()
+        if self.file is not None:
+            self.file.close()
         shard = self.left.pop(0)
         self.file = open(self.folder / shard.name, "wb", buffering=0)
         self._put(memoryview(shard.header))
@@ -133,27 +150,13 @@ class ShardWriter:
         while part:
             part = part[self.file.write(part) :]
 
-    def _finish(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.file = None
 
-
-class ShardDigests:
+class ShardDigests(_Cutter):
     """SHA-256 of the files that a ShardWriter writes, from the same pieces."""
 
     def __init__(self, shards: list[Shard]):
-        self.left, self.room, self.digests = list(shards), 0, {}
+        self.left, self.digests = list(shards), {}
         self.current = hashlib.sha256()
-
-    def update(self, piece: memoryview) -> None:
-        while piece:
-            if self.room == 0:
-                self._next()
-            part = piece[: self.room]
-            self.current.update(part)
-            self.room -= len(part)
-            piece = piece[len(part) :]
 
     def close(self) -> dict[str, str]:
         while self.left:
@@ -165,20 +168,8 @@ class ShardDigests:
         self.current = self.digests[shard.name] = hashlib.sha256(shard.header)
         self.room = shard.nbytes - len(shard.header)
 
-
-class MemoryWriter:
-    """A ShardWriter's counterpart that keeps the tensors."""
-
-    def __init__(self, specs: Iterable[Spec]):
-        self.tensors = {spec.name: torch.empty(spec.shape, dtype=spec.dtype) for spec in specs}
-        self.left = [as_bytes(tensor.view(-1)) for tensor in self.tensors.values() if tensor.numel()]
-
-    def write(self, piece: memoryview) -> None:
-        """Pieces come tensor by tensor, in the order of the specs."""
-        self.left[0][: len(piece)] = piece
-        self.left[0] = self.left[0][len(piece) :]
-        if not self.left[0]:
-            del self.left[0]
+    def _put(self, part: memoryview) -> None:
+        self.current.update(part)
 
 
 class Slot:
@@ -189,10 +180,15 @@ class Slot:
         self.futures: list[Future] = []
 
     def take(self, number: int, dtype: torch.dtype, count: int) -> torch.Tensor:
-        """Buffer `number` as a tensor [count]."""
+        """Return buffer `number` as a tensor [count]."""
         while len(self.buffers) <= number:
             self.buffers.append(torch.empty(PIECE * 8, dtype=torch.uint8))
         return self.buffers[number][: count * dtype.itemsize].view(dtype)
+
+    def wait(self) -> None:
+        for future in self.futures:
+            future.result()
+        self.futures.clear()
 
 
 class Pipeline:
@@ -219,22 +215,19 @@ class Pipeline:
         self.bar.close()
 
     def pieces(self, numel: int) -> Iterator[tuple[Slot, int, int]]:
-        """(a free slot, first element, number of elements) for every piece of a tensor of `numel` elements."""
+        """Yield (a free slot, first element, number of elements) for every piece of a tensor of `numel` elements."""
         for start in range(0, numel, PIECE):
             slot = self.slots[self.turn]
             self.turn = (self.turn + 1) % DEPTH
-            for future in slot.futures:
-                future.result()
-            slot.futures.clear()
+            slot.wait()
             yield slot, start, min(PIECE, numel - start)
 
     def send(self, slot: Slot, lane: str, function: Callable[[memoryview], Any], piece: torch.Tensor) -> None:
-        """`lane` calls `function` with the bytes of `piece`, after what it was sent before."""
+        """Let `lane` call `function` with the bytes of `piece`, after what it was sent before."""
         slot.futures.append(self._submit(lane, function, as_bytes(piece)))
 
     def after(self, lane: str, function: Callable[[], Any]) -> Future:
-        """What `function` returns when `lane` has done all that it was sent. It does not tell of pieces that failed;
-        `drain` does."""
+        """Return the future of `function`, called after all that `lane` was sent. Pieces that failed: see `drain`."""
         return self._submit(lane, function)
 
     def _submit(self, lane: str, function: Callable, *args: Any) -> Future:
@@ -245,9 +238,7 @@ class Pipeline:
     def drain(self) -> None:
         """Wait for all lanes."""
         for slot in self.slots:
-            for future in slot.futures:
-                future.result()
-            slot.futures.clear()
+            slot.wait()
 
 
 # ---- a model, from whatever yields its tensors in pieces ----
@@ -259,7 +250,7 @@ class Source(Protocol):
     specs: list[Spec]
 
     def pieces(self, pipe: Pipeline, order: list[Spec]) -> Iterator[tuple[Slot, Spec, int, torch.Tensor]]:
-        """(slot, tensor, first element, elements) in pieces; buffers 4 and 5 of the slot are the caller's."""
+        """Yield (slot, tensor, first element, elements) in pieces; buffers 4 and 5 of the slot are the caller's."""
         ...
 
 
@@ -282,7 +273,7 @@ def write_model(
     stream(source, pipe, [by_name[spec.name] for shard in shards for spec in shard.tensors], dtype, writer.write, see)
     pipe.drain()
     pipe.after("write", writer.close).result()
-    write_index(folder, "model", shards)
+    write_index(folder, "model.safetensors", shards)
 
 
 def stream(
@@ -301,3 +292,109 @@ def stream(
             piece = slot.take(4, dtype, piece.numel()).copy_(piece)
         if write is not None:
             pipe.send(slot, "write", write, piece)
+
+
+# ---- .bin files, as torch.save writes them: a zip archive of a pickle of names and an entry for every tensor ----
+
+
+@dataclass(frozen=True)
+class BinShard(Shard):
+    """A .bin file of float32 tensors; `aliases` are {second name: name} of tensors that have two."""
+
+    aliases: dict[str, str]
+
+    @property
+    def names(self) -> list[str]:
+        return [*super().names, *self.aliases]
+
+    @property
+    def pickled(self) -> bytes:
+        """Return the pickle of {name: tensor} whose storages are the entries "0", "1" … of the archive."""
+        keys = {spec.name: _Storage(str(number), prod(spec.shape)) for number, spec in enumerate(self.tensors)}
+        state = {spec.name: _Stored(keys[spec.name], spec.shape) for spec in self.tensors}
+        state |= {alias: state[name] for alias, name in self.aliases.items()}
+        file = io.BytesIO()
+        _Pickler(file, protocol=2).dump(state)
+        return file.getvalue()
+
+
+class _Storage(NamedTuple):
+    key: str
+    numel: int
+
+
+class _Stored:
+    """Pickles as a contiguous float32 tensor that lies in `storage`."""
+
+    def __init__(self, storage: _Storage, shape: tuple[int, ...]):
+        self.storage, self.shape = storage, shape
+
+    def __reduce__(self) -> tuple:
+        strides = tuple(prod(self.shape[i + 1 :]) for i in range(len(self.shape)))
+        return torch._utils._rebuild_tensor_v2, (self.storage, 0, tuple(self.shape), strides, False, OrderedDict())
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, value: object) -> tuple | None:
+        if isinstance(value, _Storage):
+            return "storage", torch.FloatStorage, value.key, "cpu", value.numel
+        return None
+
+
+def plan_bin_shards(
+    specs: Iterable[Spec], aliases: Mapping[str, str], stem: str, max_size: str | int
+) -> list[BinShard]:
+    """Return the files of float32 tensors; a second name stands in the file of its tensor."""
+    return [
+        BinShard(file, tensors, {a: name for a, name in aliases.items() if name in {spec.name for spec in tensors}})
+        for file, tensors in split(specs, f"{stem}{{suffix}}.bin", max_size).items()
+    ]
+
+
+class BinWriter(_Cutter):
+    """A ShardWriter's counterpart for .bin files. The archive's checksums are right."""
+
+    def __init__(self, folder: Path, shards: list[BinShard]):
+        self.folder, self.left = folder, list(shards)
+        self.tensors: list[tuple[str, Spec]] = []  # of the open archive, still to come, with their entries' names
+        self.archive: zipfile.ZipFile | None = None
+        self.entry: IO[bytes] | None = None
+
+    def _put(self, part: memoryview) -> None:
+        self.entry.write(part)
+
+    def close(self) -> None:
+        """Finish after the last piece: tensors without elements still need their entry."""
+        while self.left or self.tensors:
+            self._next()
+        self._finish()
+
+    def _next(self) -> None:
+        """Open the entry of the next tensor."""
+        self._close_entry()
+        if not self.tensors:
+            self._finish()
+            shard = self.left.pop(0)
+            self.archive = zipfile.ZipFile(self.folder / shard.name, "w")
+            top = Path(shard.name).stem
+            for name, content in (("data.pkl", shard.pickled), ("byteorder", b"little"), ("version", b"3\n")):
+                self.archive.writestr(zipfile.ZipInfo(f"{top}/{name}"), content)
+            self.tensors = [(f"{top}/data/{number}", spec) for number, spec in enumerate(shard.tensors)]
+        if self.tensors:
+            name, spec = self.tensors.pop(0)
+            info = zipfile.ZipInfo(name)
+            before = self.archive.fp.tell() + 30 + len(name) + 20 + 4  # headers: of a file, of zip64, of the padding
+            padding = -before % 64  # torch.save begins a tensor at such bytes
+            info.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
+            self.entry, self.room = self.archive.open(info, "w", force_zip64=True), spec.nbytes
+
+    def _close_entry(self) -> None:
+        if self.room:
+            raise OSError(f"{self.archive.filename} lacks {self.room:,} bytes of a tensor")
+        if self.entry is not None:
+            self.entry.close()
+
+    def _finish(self) -> None:
+        self._close_entry()
+        if self.archive is not None:
+            self.archive.close()

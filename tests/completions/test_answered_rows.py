@@ -97,27 +97,27 @@ def test_a_base_url_of_the_environment_wins_over_a_folder_and_is_named(tiny, mon
 
 
 @pytest.mark.parametrize(
-    "command, flag",
+    "command",
     [
-        (lambda path: generate.main(["--model=x", f"--data_path={path}", f"--output_path={path}"]), "--data_path"),
-        (lambda path: evaluate.alpaca_eval("x", path, path), "--data_path"),
-        (lambda path: evaluate.win_rate("other.json", path, "judge", output_path=path), "--reference_path"),
-        (lambda path: evaluate.backward(path, output_path=path), "--data_path"),
-        (lambda path: backtranslate.augment(path, path, "x"), "--data_path"),
-        (lambda path: backtranslate.curate(path, path, "x"), "--data_path"),
-        (lambda path: backtranslate.curate("a5.json", path, "x", ratings_path=path), "--data_path"),
-        (lambda path: backtranslate.mix(path, path), "--seed_path"),
-        (lambda path: generate_instruction.generate_responses(path, path, "x"), "--data_path"),
-        (lambda path: generate_instruction.export(path, path), "--regen_path"),
+        lambda path: generate.main(["--model=x", f"--data_path={path}", f"--output_path={path}"]),
+        lambda path: evaluate.alpaca_eval("x", path, path),
+        lambda path: evaluate.win_rate("other.json", path, "judge", output_path=path),
+        lambda path: evaluate.backward(path, output_path=path),
+        lambda path: backtranslate.augment(path, path, "x"),
+        lambda path: backtranslate.curate(path, path, "x"),
+        lambda path: backtranslate.curate("a5.json", path, "x", ratings_path=path),
+        lambda path: backtranslate.mix(path, path),
+        lambda path: generate_instruction.generate_responses(path, path, "x"),
+        lambda path: generate_instruction.export(path, path),
     ],
 )
-def test_no_command_writes_over_what_it_reads(tmp_path, command, flag):
+def test_no_command_writes_over_what_it_reads(tmp_path, command):
     path = write_rows(tmp_path / "rows.json", 3)
     before = (tmp_path / "rows.json").read_bytes()
-    with pytest.raises(UsageError, match=f"is the file of {flag}, which would be lost"):
+    with pytest.raises(UsageError, match="is also read from and would be lost"):
         command(path)
     assert (tmp_path / "rows.json").read_bytes() == before
-    refuse_overwriting_input(tmp_path / "new.json", "--output_path", data_path=path, reference=None)
+    refuse_overwriting_input(tmp_path / "new.json", path, None)
 
 
 def test_a_judges_answer_that_was_cut_is_no_verdict(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from support.completion_server import BAD_KEY, CompletionServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import UsageError, names_flags
 from alpaca.evaluation import judge as judging
 from alpaca.weights.provenance import weights_of
 from scripts import evaluate, generate
@@ -415,7 +416,7 @@ def test_what_the_answers_of_a_model_depend_on(tmp_path, monkeypatch):
         (tmp_path / folder / name).write_text(files[folder].get(name, "") + " ")
         assert [key for key, value in weights_of(model="lora").items() if value != before[key]] == [what] * bool(what)
     (tmp_path / "lora" / "adapter_config.json").write_text("{")
-    with pytest.raises(UsageError, match="--model: .*adapter_config.json cannot be read"):
+    with pytest.raises(UsageError, match="lora/adapter_config.json cannot be read"):
         weights_of(model="lora")
 
 
@@ -495,6 +496,34 @@ def test_harness(tiny, tasks, tmp_path, capsys):
         evaluate.harness(str(tmp_path / "nan"), str(tmp_path / "none"), None, "small", str(tasks))
 
 
+@pytest.mark.slow
+def test_the_harness_asks_vllm(tiny, tasks, tmp_path, monkeypatch):
+    """With a stand-in for vllm, which is not installed here; what the harness gives its backend is recorded."""
+    from lm_eval.models.huggingface import HFLM
+
+    given, flags = {}, dict(group="small", include_path=str(tasks), tasks="small_arc", limit=2)
+    model, out = tiny("llama"), str(tmp_path / "scores")
+    with pytest.raises(UsageError, match="--backend vllm: vllm is not installed"):
+        evaluate.harness(model, out, **flags, backend="vllm")
+
+    def stand_in(pretrained, **options):
+        given.update(options)
+        return HFLM(pretrained=pretrained, device="cpu", batch_size=options["batch_size"], dtype=options["dtype"])
+
+    vllm = types.SimpleNamespace(VLLM=stand_in)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", vllm)
+    evaluate.harness(model, out, **flags, backend="vllm", add_bos_token=True)
+    assert given["add_bos_token"] is True and given["batch_size"] == "8"
+    result = read(tmp_path / "scores" / "small_arc.json")
+    assert result["device"] == "vllm" and result["how"]["backend"] == "vllm" and result["samples"] == 2
+    with pytest.raises(UsageError, match="made with other arguments .*backend 'vllm'"):
+        evaluate.harness(model, out, **flags, add_bos_token=True)
+    with pytest.raises(UsageError, match="--model .*vllm opens a whole checkpoint"):
+        evaluate.harness(model, str(tmp_path / "other"), base=tiny("gpt2"), **flags, backend="vllm")
+    with pytest.raises(UsageError, match="--backend vllm: takes no weights quantized"):
+        evaluate.harness(model, out, **flags, backend="vllm", load_in_8bit=True)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -516,7 +545,7 @@ def test_harness_flags(tasks, tmp_path, flags, message):
     )
     flags = dict(model="tiny", output_dir=str(tmp_path / "out"), group="small", include_path=str(tasks)) | flags
     with pytest.raises(UsageError, match=message):
-        evaluate.harness(**flags)
+        names_flags(evaluate.harness)(**flags)
 
 
 @pytest.mark.slow

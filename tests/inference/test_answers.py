@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 import weight_diff
 from alpaca.common.errors import UsageError
-from alpaca.completions.api import Sampling
+from alpaca.completions.api import Sampling, seed_of
 from alpaca.data.prompts import format_prompt
 from alpaca.inference.local_model import LocalModel
 from alpaca.inference.token_stream import pieces_of
@@ -104,7 +104,7 @@ def test_the_base_of_an_adapter_may_have_moved(tiny, adapter, tmp_path):
     config = json.loads((moved / "adapter_config.json").read_text())
     for name, told in (
         (str(tmp_path / "gone"), f"is a LoRA adapter of '{tmp_path / 'gone'}', which is not here; give"),
-        (None, "is a LoRA adapter that names no base model; give --base"),
+        (None, "is a LoRA adapter that names no base model; give its base"),
     ):
         (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": name}))
         with pytest.raises(UsageError, match=told):
@@ -156,10 +156,10 @@ def test_a_diff_and_its_base_are_the_tuned_model(tiny, tuned, capsys):
     told = capsys.readouterr().out
     assert "proved: " in told and "recovered, but not proved: " in told
     for folder, base, message in (
-        ("exact", None, "is a weight diff, which needs the model it was made against; give --base"),
+        ("exact", None, "is a weight diff, which needs the model it was made against; give its base"),
         ("exact", tuned / "model", "is another base model of the same shapes"),
-        ("float", None, "model.norm.weight is nearly zero, as in a weight diff, which needs its base; give --base"),
-        ("model", tiny("llama"), "is a whole model, which needs no base; leave it away"),
+        ("float", None, "model.norm.weight is nearly zero, as in a weight diff, which needs its base; give its base"),
+        ("model", tiny("llama"), "is a whole model, which needs no base; omit it"),
     ):
         with pytest.raises(UsageError, match=message):
             LocalModel(tuned / folder, base=base)
@@ -302,13 +302,13 @@ def test_rows_are_answered_in_their_order_and_a_rerun_continues(tiny, tuned, tmp
     got = answers(tmp_path, tuned / "model", **flags)
     assert asked == [4] * 5, "no answer is asked for twice"
     cut = (tmp_path / "out.json.journal.jsonl").read_text().count('"finish_reason": "length"')
-    assert f"{cut} answers were cut at --max_new_tokens" in capsys.readouterr().out and cut > 9
+    assert f"{cut} answers were cut at 8 tokens" in capsys.readouterr().out and cut > 9
     (tmp_path / "out.json.journal.jsonl").unlink()
     assert got == answers(tmp_path, tuned / "model", **flags | {"batch_size": 3}), "as if never interrupted"
     templates = json.loads((tuned / "model" / "prompt_template.json").read_text())
     model = LocalModel(tuned / "model")
     for number, (row, answered) in enumerate(zip(rows, got)):
-        sampling = Sampling(8, 1.0, 0.9, seed=generate.GenerateArguments("x", interactive=True).seed_of(number))
+        sampling = Sampling(8, 1.0, 0.9, seed=seed_of(42, number))
         text = model.generate([format_prompt(row, templates)], sampling)[0].text.strip()
         assert answered == {**row, "output": text, "generator": "model"}
     for change in ({"max_new_tokens": 9}, {"model": tiny("llama")}, {"temperature": 0.0}):

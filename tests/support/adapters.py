@@ -10,7 +10,8 @@ LLAMA = dict(target_modules=["q_proj", "k_proj", "down_proj"])
 
 
 def make_adapter(base, folder, rows=0, seed=0, **settings) -> Path:
-    """An adapter as after training: no tensor of it is what it was at the start. `rows`: added to the embeddings."""
+    """Make an adapter as after training: no tensor of it is what it was at the start. `rows`: added to the
+    embeddings."""
     model = AutoModelForCausalLM.from_pretrained(base)
     if rows:
         model.resize_token_embeddings(model.config.vocab_size + rows, mean_resizing=False)

@@ -14,7 +14,7 @@ INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
 def state_of(folder) -> dict[str, torch.Tensor]:
-    """All tensors of a folder, by the libraries that wrote the formats."""
+    """Return all tensors of a folder, by the libraries that wrote the formats."""
     files = sorted(Path(folder).glob("*.safetensors"))
     state = {}
     for file in files or sorted(Path(folder).glob("*.bin")):
@@ -35,7 +35,7 @@ def assert_same(folder, expected: dict[str, torch.Tensor]):
 
 
 def write(folder, template, state, layout="one", **config) -> Path:
-    """A checkpoint: the files of `template`, these tensors, in one file, in shards or as 2023's .bin shards."""
+    """Write a checkpoint: the files of `template`, these tensors, in one file, in shards or as 2023's .bin shards."""
     folder = Path(folder)
     shutil.copytree(template, folder, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin*"))
     values = json.loads((folder / "config.json").read_text()) | config
@@ -56,7 +56,7 @@ def write(folder, template, state, layout="one", **config) -> Path:
 
 
 def tune(state, dtype, rows=0, seed=0, strange=True) -> dict[str, torch.Tensor]:
-    """Weights near those of `state`, with `rows` more or fewer in the embeddings, and the strangest values."""
+    """Return weights near those of `state`, with `rows` more or fewer in the embeddings, and the strangest values."""
     generator, tuned = torch.Generator().manual_seed(seed), {}
     for name, tensor in state.items():
         if rows and name.endswith(("embed_tokens.weight", "wte.weight", "lm_head.weight")):
@@ -74,5 +74,5 @@ def make(base, tuned, diff, **flags):
 
 
 def recover(base, diff, tuned=None, **flags):
-    """What the command line does: without loading the model."""
+    """Recover as the command line does: without loading the model."""
     weight_diff._recover(str(base), str(diff), tuned and str(tuned), **flags)

@@ -12,10 +12,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import weight_diff
 from alpaca.common.errors import UsageError
-from alpaca.weights import float_diff
-from alpaca.weights.float_diff import NaiveSum, inv_freq
-from alpaca.weights.reader import aliases_of, open_weights, ties_embeddings
-from alpaca.weights.recovery import open_diff, recover_in_memory
+from alpaca.weights import float_diff, recovery
+from alpaca.weights.float_diff import inv_freq
+from alpaca.weights.provenance import aliases_of, ties_embeddings
+from alpaca.weights.reader import open_weights
+from alpaca.weights.recovery import NaiveSum, open_diff, recover_in_memory
 
 RAW, TUNED, DIFF = (GOLDEN / "weight_diff" / name for name in ("raw", "tuned", "diff"))
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -34,7 +35,7 @@ def of_2023(base, other, sign, inv_freq_of_base=None) -> dict[str, torch.Tensor]
 def with_inv_freq(state, config) -> dict[str, torch.Tensor]:
     """In the order of 2023's state dict, which the file of 2023 has."""
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": inv_freq(config) for i in range(2)}
-    return dict(sorted((state | buffers).items(), key=lambda item: float_diff._position_in_llama(item[0])))
+    return dict(sorted((state | buffers).items(), key=lambda item: float_diff.position_in_llama(item[0])))
 
 
 def give_pad_token(folder):
@@ -81,7 +82,7 @@ def test_the_released_diff_in_miniature(released, tmp_path, capsys, monkeypatch)
         torch.testing.assert_close(expected[name], tensor, rtol=0, atol=1e-6)
     total = float(sum(expected[name].sum() for name in tuned))
     assert f"the weights sum to {total:.4f} (the released Alpaca-7B: 50637.1836)" in capsys.readouterr().out
-    monkeypatch.setattr(float_diff, "SUM_OF_ALPACA_7B", total)
+    monkeypatch.setattr(recovery, "SUM_OF_ALPACA_7B", total)
     recover(base, diff, tmp_path / "checked", check_integrity_naively=True)
     assert f"naive integrity check: the weights sum to {total:.4f}, as those of the released" in capsys.readouterr().out
     weight_diff.verify(str(diff), str(tmp_path / "result"), path_raw=str(base))
@@ -101,7 +102,7 @@ def test_a_wrong_sum_is_an_error_only_where_it_was_asked_for(released, tmp_path,
 def test_the_sum_is_that_of_2023(tiny):
     """In the order of the model, which is not that of the file; a tied embedding counts twice, as in a state dict."""
     for architecture in ("llama", "gpt2"):
-        with open_weights(tiny(architecture), "--path") as weights:
+        with open_weights(tiny(architecture)) as weights:
             config = weights.config | ({"tie_word_embeddings": True} if architecture == "gpt2" else {})
             specs = [float_diff.Spec(t.name, t.dtype, t.shape) for t in weights.tensors.values()]
             naive, state = NaiveSum(specs, config), state_of(tiny(architecture))
@@ -216,7 +217,7 @@ def test_shapes_that_do_not_fit(released, tmp_path):
     part = {name: tensor for name, tensor in state_of(base).items() if "layers.1" not in name}
     with pytest.raises(UsageError, match="tensors are missing.*\n    9 missing in the base: model.layers.1"):
         recover(write(tmp_path / "part", base, part), diff)
-    with pytest.raises(UsageError, match="--digest: .* is in the format of 2023, which has none"):
+    with pytest.raises(UsageError, match="--path_diff .*: is in the format of 2023, which has no digest"):
         recover(base, diff, digest="0" * 64)
 
 
@@ -290,7 +291,7 @@ def test_the_sum_counts_a_tied_tensor_by_both_names(kind, names, tmp_path):
         part = state_of(golds["diff"])
         part.pop("lm_head.weight")
         diff = write(tmp_path / "one", folder, part)
-    with open_weights(golds["raw"], "--path_raw") as raw:
+    with open_weights(golds["raw"]) as raw:
         with open_diff(raw, diff if names == "one name" else golds["diff"]) as opened:
             naive = NaiveSum([*opened.specs], opened.weights.config, opened.aliases)
             found = recover_in_memory(opened, None, see=naive.add)
@@ -319,7 +320,7 @@ def test_names_that_share_memory_in_a_file(dtype, tmp_path):
     raw, tuned = (
         edit_config(share(tmp_path / k, golds[k], states[k], "lm_head.weight", name), **untied) for k in states
     )
-    with open_weights(tuned, "--path_tuned") as weights:
+    with open_weights(tuned) as weights:
         assert aliases_of(weights) == ({"lm_head.weight": name} if dtype == torch.float32 else {})
     make(raw, tuned, tmp_path / "diff", method="float")
     base, other = (states[k][name].float() for k in ("raw", "tuned"))
@@ -382,7 +383,7 @@ def test_rows_that_2023_cut_are_named(tiny, tmp_path):
         UsageError, match="takes a base of 1007 rows as it is.*1000 tokens, has a pad token, <pad>"
     ) as e:
         make(tiny("opt"), tuned, tmp_path / "diff", method="float")
-    assert "Omit --method float: an exact diff takes any number of rows" in str(e.value)
+    assert "An exact diff takes any number of rows" in str(e.value)
     assert "as it was published" not in str(e.value) and not (tmp_path / "diff").exists()
     make(tiny("opt"), tuned, tmp_path / "diff")
     recover(tiny("opt"), tmp_path / "diff", tmp_path / "result")

@@ -46,12 +46,16 @@ CASES = {  # name: (architecture, rows added, settings of peft)
     "conv1d": ("gpt2", 0, dict(**GPT2, bias="lora_only")),
     "tied tokens": ("gpt2", 2, dict(**GPT2, trainable_token_indices=last)),
     "biases": ("opt", 0, dict(target_modules=["q_proj", "fc1"], bias="all")),
+    "dora": ("llama", 0, dict(**LLAMA, use_dora=True, rank_pattern={"layers.1.self_attn.q_proj": 2})),
+    "dora of embeddings": ("llama", 0, dict(target_modules=["embed_tokens", "lm_head", "v_proj"], use_dora=True)),
+    "dora conv1d": ("gpt2", 0, dict(**GPT2, use_dora=True)),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_as_peft_merges(tiny, tmp_path, case, monkeypatch):
     monkeypatch.setattr(writer, "PIECE", 999)  # elements: tensors of many pieces that begin inside a row
+    monkeypatch.setattr(merging, "BLOCK", 300)  # elements that peft merges at once
     architecture, rows, settings = CASES[case]
     base = tiny(architecture)
     settings = {name: value(base) if callable(value) else value for name, value in settings.items()}
@@ -144,7 +148,7 @@ def set_config(adapter, **values):
 
 REFUSED = {
     "expected a LoRA adapter, got peft_type IA3": dict(peft_type="IA3"),
-    "use_dora = true": dict(use_dora=True),
+    "lacks lora_magnitude_vector of model.layers.0.mlp.down_proj.weight": dict(use_dora=True),
     "layer_replication = [[0, 2]]": dict(layer_replication=[[0, 2]]),
     'target_parameters = ["experts"]': dict(target_parameters=["experts"]),
     "lora_bias = true": dict(lora_bias=True),
@@ -154,8 +158,8 @@ REFUSED = {
     "expected a matrix of rank 8, as adapter_config.json says": dict(r=8),
     "lacks lm_head, which its adapter_config.json promises": dict(modules_to_save=["lm_head"]),
     "lacks trainable_tokens_delta": dict(trainable_token_indices=[3]),
-    "names a revision of the base": dict(revision="v2"),
-    "--base /nowhere: no such folder": dict(base_model_name_or_path="/nowhere"),
+    "is a LoRA adapter of revision v2 of ": dict(revision="v2"),
+    "/nowhere: no such folder": dict(base_model_name_or_path="/nowhere"),
 }
 
 
@@ -176,23 +180,46 @@ def test_what_cannot_be_merged_is_named(adapter, tmp_path, message):
 
 def test_every_setting_of_peft_is_decided():
     """What a new peft can say is refused when it is used; here somebody should look whether it has an effect."""
-    known = {*merging.MERGED, *merging.WITHOUT_EFFECT}
-    refused = {
+    computed_by_peft = {
+        "r",
+        "lora_alpha",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
         "use_dora",
-        "use_qalora",
-        "use_bdlora",
-        "lora_bias",
-        "layer_replication",
-        "target_parameters",
-        "kasa_config",
-        "alora_invocation_tokens",
-        "arrow_config",
-        "monteclora_config",
-        "velora_config",
-        "megatron_config",
     }
-    assert {setting.name for setting in dataclasses.fields(LoraConfig)} <= known | refused
-    assert not known & refused
+    read_here = {
+        "peft_type",
+        "bias",
+        "modules_to_save",
+        "trainable_token_indices",
+        "ensure_weight_tying",
+        "init_lora_weights",
+        "base_model_name_or_path",
+        "revision",
+    }
+    without_effect = {  # on what training has ended with; whether weights are transposed is seen at the model's layers
+        "task_type",
+        "peft_version",
+        "auto_mapping",
+        "inference_mode",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "fan_in_fan_out",
+        "megatron_core",
+        "qalora_group_size",
+        "loftq_config",
+        "eva_config",
+        "corda_config",
+        "lora_ga_config",
+        "runtime_config",
+    }
+    known = computed_by_peft | read_here | without_effect
+    assert {setting.name for setting in dataclasses.fields(LoraConfig)} <= known | set(merging.REFUSED)
+    assert not known & set(merging.REFUSED)
 
 
 def test_another_base_is_named_with_both_shapes(adapter, tiny, tmp_path):
@@ -206,7 +233,34 @@ def test_another_base_is_named_with_both_shapes(adapter, tiny, tmp_path):
         with pytest.raises(UsageError) as error:
             merge_lora(str(adapter), str(tmp_path / "merged"), base=str(base))
         first = "model.layers.0.mlp.down_proj.weight"
-        assert f"--base {base} is not the base of --adapter {adapter}: {first} {told}" in str(error.value)
+        assert f"--base {base} is not the base of {adapter}: {first} {told}" in str(error.value)
+
+
+def test_no_more_than_a_block_of_rows_is_merged_at_once(adapter, tmp_path, monkeypatch):
+    """What a merge takes of memory does not depend on the size of a matrix, nor on their number."""
+    sizes, merge = [], merging._MergedWeight._merge
+
+    def record(self, row):
+        merge(self, row)
+        sizes.append(self.block.numel())
+
+    monkeypatch.setattr(merging._MergedWeight, "_merge", record)
+    monkeypatch.setattr(merging, "BLOCK", 300)
+    merge_lora(str(adapter), str(tmp_path / "merged"))
+    assert max(sizes) <= 300 and len(sizes) > 30
+
+
+def test_a_layer_that_the_model_lacks_is_named(adapter, tiny, tmp_path):
+    """The base has a tensor of that name, but its model has no such layer."""
+    state = state_of(tiny("llama"))
+    extra = {"model.layers.7.mlp.down_proj.weight": state["model.layers.1.mlp.down_proj.weight"]}
+    base = write(tmp_path / "base", tiny("llama"), state | extra)
+    shutil.copytree(adapter, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors = {name.replace("layers.1.mlp", "layers.7.mlp"): tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match="model.layers.7.mlp.down_proj is no layer of a LlamaForCausalLM"):
+        merge_lora(str(tmp_path / "adapter"), str(tmp_path / "merged"), base=str(base))
 
 
 def test_rows_that_nobody_trained_are_not_invented(tiny, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, run, train, write_rows
 from safetensors.torch import save_file
+from support.adapters import LLAMA, make_adapter
 from support.checkpoints import INTEGER, STRANGE, assert_same, bits, make, recover, state_of, tune, write
 from support.imports import loaded_by
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -24,6 +25,7 @@ from alpaca.common import files
 from alpaca.common.errors import UsageError
 from alpaca.common.files import MARKER, new_folder
 from alpaca.weights import writer
+from alpaca.weights.reader import ADAPTER, EXACT_DIFF, FLOAT_DIFF, MODEL, OTHER, RUN, folder_kind, open_weights
 
 
 @pytest.fixture
@@ -256,13 +258,13 @@ def test_a_manifest_changed_together_with_its_digest_needs_the_published_one(lla
     text = (diff / "weight_diff.json").read_bytes()
     published = hashlib.sha256(text).hexdigest()
     recover(base, diff, digest=f" {published.upper()}\n")
-    with pytest.raises(UsageError, match="--digest ''"):
+    with pytest.raises(UsageError, match="its manifest has the digest .*, not ''"):
         recover(base, diff, digest="")  # an empty shell variable
     changed = text.replace(b'"operation": "xor"', b'"operation": "XOR"')
     (diff / "weight_diff.json").write_bytes(changed)
     (diff / "weight_diff.json.sha256").write_text(f"{hashlib.sha256(changed).hexdigest()}  weight_diff.json\n")
     recover(base, diff)
-    with pytest.raises(UsageError, match="--digest .* this is another diff"):
+    with pytest.raises(UsageError, match="--path_diff .*: its manifest has the digest .* this is another diff"):
         recover(base, diff, digest=published)
 
 
@@ -400,6 +402,25 @@ def test_swapped_arguments(llama, tmp_path):
         recover(base, diff)
 
 
+def test_what_a_folder_holds(llama, tiny, tmp_path):
+    base, tuned, diff = llama
+    make(base, tuned, tmp_path / "float", method="float")
+    adapter = make_adapter(tiny("llama"), tmp_path / "adapter", **LLAMA)
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    assert [folder_kind(folder) for folder in (base, diff, adapter, tmp_path / "run")] == [
+        MODEL,
+        EXACT_DIFF,
+        ADAPTER,
+        RUN,
+    ]
+    assert folder_kind(tmp_path) == OTHER
+    for folder, kind in ((base, MODEL), (tmp_path / "float", FLOAT_DIFF)):
+        with open_weights(folder) as weights:
+            assert folder_kind(folder, weights) == kind
+    (diff / "weight_diff.json").unlink()
+    assert folder_kind(diff) == EXACT_DIFF
+
+
 def test_a_diff_that_is_not_all_there(llama):
     base, _, diff = llama
     for name, message in (("diff.safetensors", "is missing"), ("tokenizer_config.json", "is missing")):
@@ -457,7 +478,9 @@ def test_the_base_given_as_the_tuned_model_is_said(llama, tmp_path, capsys):
 def test_nothing_is_overwritten_unasked(llama, tmp_path):
     base, tuned, diff = llama
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    with pytest.raises(UsageError, match="--path_diff .*already exists; choose another folder or pass --overwrite"):
+    with pytest.raises(
+        UsageError, match="--path_diff .*already exists; choose another folder, or have it replaced .overwrite."
+    ):
         make(base, tuned, diff)
     for flags in ({}, {"overwrite": True}):
         with pytest.raises(UsageError, match="--path_tuned .*is also read from"):
@@ -467,7 +490,7 @@ def test_nothing_is_overwritten_unasked(llama, tmp_path):
     home = tmp_path / "home"
     (home / "folder").mkdir(parents=True)
     (home / "config.json").touch()
-    with pytest.raises(UsageError, match="--overwrite replaces only the folder of a .* holds folder"):
+    with pytest.raises(UsageError, match="only the folder of a .* is replaced, and this one holds folder"):
         recover(base, diff, home, overwrite=True)
     assert (home / "folder").exists()
     (tmp_path / "empty").mkdir()
@@ -524,7 +547,7 @@ def test_no_folder_but_its_own_is_deleted(llama, tmp_path, monkeypatch):
     theirs.mkdir()
     (theirs / "thesis.txt").touch()
     recover(base, diff, tmp_path / "result")
-    with pytest.raises(UsageError, match="result.replaced is in the way of --overwrite"):
+    with pytest.raises(UsageError, match="result.replaced is in the way: the old folder would"):
         recover(base, diff, tmp_path / "result", overwrite=True)
     assert (theirs / "thesis.txt").exists()
     shutil.rmtree(theirs)
@@ -562,7 +585,7 @@ def test_what_a_killed_process_left_is_cleared_but_nothing_else(llama, tmp_path)
 
 def test_two_processes_do_not_write_one_folder(llama, tmp_path):
     base, _, diff = llama
-    with new_folder(tmp_path / "result", "--path_tuned", 0, False, ()) as first:
+    with new_folder(tmp_path / "result", 0, False, ()) as first:
         (first / "half").touch()
         with pytest.raises(UsageError, match="another process is writing .*result.incomplete"):
             recover(base, diff, tmp_path / "result")
