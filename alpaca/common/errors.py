@@ -164,3 +164,8 @@ def format_bytes(size: float) -> str:
 def format_first(numbers: Sequence[int]) -> str:
     """ "0, 1, 2 …", of at most ten"""
     return ", ".join(map(str, numbers[:10])) + " …" * (len(numbers) > 10)
+
+
+def format_rows(first: int, last: int) -> str:
+    """Return "row 3" or "rows 3 to 5"."""
+    return f"row {first}" if first == last else f"rows {first} to {last}"

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from alpaca.common.errors import InputError, UsageError, format_bytes
+from alpaca.common.errors import InputError, UsageError, format_bytes, format_rows
 from alpaca.common.files import read_json, sha256_of_file
 from alpaca.weights.mismatch import CONFIG_FIELDS, check_same_tensors, counterparts, explain_other_base, raise_mismatch
 from alpaca.weights.provenance import aux_files
@@ -168,7 +168,7 @@ def _diff_tensor(
 
 def _summary(entries: dict[str, dict[str, Any]], digest: str) -> list[str]:
     new = [
-        f"{name} (rows {entry['base']['shape'][0]} to {entry['shape'][0] - 1})" if entry["base"] else name
+        f"{name} ({format_rows(entry['base']['shape'][0], entry['shape'][0] - 1)})" if entry["base"] else name
         for name, entry in entries.items()
         if not entry["base"] or entry["base"]["shape"][:1] < entry["shape"][:1]
     ]
