@@ -134,7 +134,9 @@ class Client:
         try:
             await self._try("completions")
         except (RequestFailed, WrongEndpoint) as error:
-            raise UsageError(f"{no_chat}\n{error}\nNeither the chat nor the completion endpoint answers.") from error
+            problems = "\n".join(getattr(problem, "message", str(problem)) for problem in (no_chat, error))
+            message = f"{problems}\nNeither the chat nor the completion endpoint answers."
+            raise ParameterError(message, "api", "base_url") from error
         self.api = "completions"
         return "no answer to a chat request"
 
