@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 
-from alpaca.common.commands import HelpFormatter, unknown_flag
+from alpaca.common.commands import HELP, HelpFormatter, unknown_flag
 from alpaca.common.commands import flag as flag
 from alpaca.common.errors import UsageError, names_flags
 
@@ -38,6 +38,8 @@ class FlagParser(transformers.HfArgumentParser):
             for action in group._group_actions:
                 if action.dest in hidden:
                     action.help = SUPPRESS
+                elif action.dest == "help":
+                    action.help = HELP
 
     def error(self, message: str):
         raise UsageError(message)

@@ -271,6 +271,9 @@ def check_numbers(**flags: int) -> None:
 # ---- help ----
 
 
+HELP = "Show this page and end."
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The description keeps its line breaks; a flag is shown in one spelling, its default only where it has one, and
     --no_x as "not --x"."""
@@ -295,7 +298,7 @@ def help_parser(program: str, description: str | None) -> argparse.ArgumentParse
     parser = argparse.ArgumentParser(
         program, usage=f"{program} [flags]", description=description, formatter_class=HelpFormatter, add_help=False
     )
-    parser.add_argument("-h", "--help", action="help", help="Show this page and end.")
+    parser.add_argument("-h", "--help", action="help", help=HELP)
     return parser
 
 
@@ -334,5 +337,6 @@ def _argument_texts(section: str) -> dict[str, str]:
     texts = {}
     for match in re.finditer(r"^    (\*{0,2}\w+): (.*(?:\n {8,}.*)*)", section, re.MULTILINE):
         text = " ".join(match[2].split())
-        texts[match[1]] = text[:1].upper() + text[1:] + ("" if text.endswith((".", "?", ")")) else ".")
+        begin = text[:1] if re.match(r"\w+(,| or) ", text) else text[:1].upper()  # "cuda or cpu" are values
+        texts[match[1]] = begin + text[1:] + ("" if text.endswith((".", "?", ")")) else ".")
     return texts

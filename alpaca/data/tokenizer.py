@@ -3,12 +3,12 @@
 import copy
 import json
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpaca.common.distributed import print_rank0
-from alpaca.common.errors import UsageError, first_line
+from alpaca.common.errors import InputError, first_line
 from alpaca.common.files import json_text, read_json
 
 if TYPE_CHECKING:
@@ -233,9 +233,7 @@ def existing_tokens(tokenizer: "PreTrainedTokenizerBase", name: str, rank: int) 
     """Do without new tokens, so that the base's embedding stays as it is: where there is no pad token, rows are padded
     with unk or else eos. That eos is learned all the same: what is padding is told by lengths, not by ids."""
     if not tokenizer.eos_token:
-        raise UsageError(
-            f"--model_name_or_path {name}: its tokenizer has no end-of-text token; --add_missing_tokens True adds one"
-        )
+        raise InputError(f"{name}: its tokenizer has no end-of-text token; add_missing_tokens adds one", name)
     if not tokenizer.pad_token:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         print_rank0(
@@ -262,10 +260,12 @@ def write_tokenizer_of_2023(tuned: Path, base: Path, folder: Path) -> list[str]:
         for path in (tuned / name for name in OF_THE_TOKENIZER if (tuned / name).is_file()):
             shutil.copyfile(path, folder / path.name)
         return [f"note: the tokenizer of {tuned} cannot be read ({first_line(error)}); its files are as they were"]
-    source, files = next(((s, files) for s in (tuned, base) if (files := _slow_files_of(s, state))), (tuned, {}))
+    source, files, lines = _first_slow_files((tuned, base), state)
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    lines = [] if files else [_write_tokenizer_json(state, tuned, folder)]
+    if not files:
+        lines.append(_write_tokenizer_json(state, tuned, folder))
+    source = source or tuned
     stated = [_read(source / "special_tokens_map.json"), _read(source / "tokenizer_config.json")]
     config = stated[1] | _read(tuned / "tokenizer_config.json")
     config = {name: value for name, value in config.items() if name in KEPT and value is not None}
@@ -281,12 +281,18 @@ def write_tokenizer_of_2023(tuned: Path, base: Path, folder: Path) -> list[str]:
     return lines
 
 
-def _slow_files_of(source: Path, tokenizer_json: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return `slow_files`, or nothing where they are those of another tokenizer."""
-    try:
-        return slow_files(str(source), tokenizer_json)
-    except ValueError:
-        return {}
+def _first_slow_files(
+    folders: Iterable[Path], tokenizer_json: Mapping[str, Any]
+) -> tuple[Path | None, dict[str, bytes], list[str]]:
+    """Return the first folder with `slow_files`, and those; and a line for every one with another tokenizer's."""
+    lines = []
+    for folder in folders:
+        try:
+            if files := slow_files(str(folder), tokenizer_json):
+                return folder, files, lines
+        except ValueError as error:
+            lines.append(f"note: {without_slow_files(folder, error)}")
+    return None, {}, lines
 
 
 def _write_tokenizer_json(state: dict[str, Any], tuned: Path, folder: Path) -> str:

@@ -373,6 +373,9 @@ class _Layers:
         from peft import LoraConfig, inject_adapter_in_model
 
         names = {change.module: f"{change.module}.lora_A.weight" for change in adapter.changes.values() if change.lora}
+        layers = dict(self.model.named_modules())
+        if strange := [name for name in names if name not in layers]:
+            raise adapter._error(f"{strange[0]} is no layer of a {type(self.model).__name__}, which the base is")
         if not names:
             return
         config = LoraConfig.from_pretrained(adapter.folder)

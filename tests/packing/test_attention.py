@@ -235,7 +235,7 @@ def test_what_is_not_implemented_is_refused():
         packed_attention(module, *states, torch.ones(1), pack=pack)
     with pytest.raises(NotImplementedError, match="is_causal"):
         packed_attention(SimpleNamespace(is_causal=False), *states, None, pack=pack)
-    with pytest.raises(UsageError, match="--batching"):
+    with pytest.raises(UsageError, match="Use padded batches"):
         packed_attention(module, *states, None)
     with pytest.raises(ValueError, match="10 tokens"):
         packed_attention(module, *inputs(11)[0], None, pack=pack)

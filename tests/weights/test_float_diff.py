@@ -546,7 +546,9 @@ def test_slow_files_of_another_tokenizer_are_not_taken(tiny, tmp_path, capsys):
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     (base / "vocab.json").write_text(json.dumps(vocabulary))
     make(base, tuned, tmp_path / "diff", method="float")
-    assert "has its slow tokenizer" in capsys.readouterr().out and not (tmp_path / "diff" / "vocab.json").exists()
+    out = capsys.readouterr().out
+    assert f"slow tokenizer's files of {base} are left out: token {vocabulary[a]} of vocab.json is {a!r}" in out
+    assert "has its slow tokenizer" in out and not (tmp_path / "diff" / "vocab.json").exists()
 
 
 def test_a_base_without_a_slow_tokenizer(tiny, tmp_path, capsys):

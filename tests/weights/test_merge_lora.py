@@ -236,6 +236,33 @@ def test_another_base_is_named_with_both_shapes(adapter, tiny, tmp_path):
         assert f"--base {base} is not the base of {adapter}: {first} {told}" in str(error.value)
 
 
+def test_no_more_than_a_block_of_rows_is_merged_at_once(adapter, tmp_path, monkeypatch):
+    """What a merge takes of memory does not depend on the size of a matrix, nor on their number."""
+    sizes, merge = [], merging._MergedWeight._merge
+
+    def record(self, row):
+        merge(self, row)
+        sizes.append(self.block.numel())
+
+    monkeypatch.setattr(merging._MergedWeight, "_merge", record)
+    monkeypatch.setattr(merging, "BLOCK", 300)
+    merge_lora(str(adapter), str(tmp_path / "merged"))
+    assert max(sizes) <= 300 and len(sizes) > 30
+
+
+def test_a_layer_that_the_model_lacks_is_named(adapter, tiny, tmp_path):
+    """The base has a tensor of that name, but its model has no such layer."""
+    state = state_of(tiny("llama"))
+    extra = {"model.layers.7.mlp.down_proj.weight": state["model.layers.1.mlp.down_proj.weight"]}
+    base = write(tmp_path / "base", tiny("llama"), state | extra)
+    shutil.copytree(adapter, tmp_path / "adapter")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors = {name.replace("layers.1.mlp", "layers.7.mlp"): tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match="model.layers.7.mlp.down_proj is no layer of a LlamaForCausalLM"):
+        merge_lora(str(tmp_path / "adapter"), str(tmp_path / "merged"), base=str(base))
+
+
 def test_rows_that_nobody_trained_are_not_invented(tiny, tmp_path):
     base = tiny("llama")
     adapter = make_adapter(base, tmp_path / "adapter", 2, **LLAMA, trainable_token_indices=last(base))
