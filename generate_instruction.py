@@ -40,7 +40,7 @@ from alpaca.inference.backend import BackendFlags, ModelBackend, open_backend
 
 ROOT = Path(__file__).resolve().parent
 STOP_OF_2023 = ("\n20", "20.", "20.")  # the list has 20 tasks
-NO_BUDGET, SAMPLING, FIVE_AT_ONCE = BudgetFlags(), SamplingFlags(), BackendFlags(batch_size=5)
+NO_BUDGET, SAMPLING, ANY_BACKEND = BudgetFlags(), SamplingFlags(), BackendFlags()
 EXPECTED = 12  # tasks kept of an answer: an estimate for --dry_run only
 
 
@@ -188,7 +188,7 @@ def generate_responses(
     data_path: str,
     output_path: str,
     model: str,
-    backend: BackendFlags = FIVE_AT_ONCE,
+    backend: BackendFlags = ANY_BACKEND,
     prompt: str = "auto",
     sampling: SamplingFlags = SAMPLING,
     budget: BudgetFlags = NO_BUDGET,

@@ -25,7 +25,7 @@ from alpaca.common import arguments
 from alpaca.common.arguments import flag
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, names_flags, reported
-from alpaca.completions.api import Sampling
+from alpaca.completions.api import Sampling, SamplingFlags
 from alpaca.data.prompts import load_prompt_template
 from alpaca.data.rows import Row, load_rows
 from alpaca.inference.demo import Answer, DemoEngine, DemoModel
@@ -221,9 +221,10 @@ def sampling_sliders(longest: int) -> list["gradio.Slider"]:
     """Return sliders of temperature, top-p and new tokens, of which an answer has `longest` at most."""
     import gradio as gr
 
+    usual = SamplingFlags()
     sliders = (
-        ("temperature", "Temperature", (0, 2, 0.7), 0.05, "0 always takes the likeliest token"),
-        ("top_p", "Top-p", (0.05, 1, 0.9), 0.05, "Draws from the likeliest tokens that make up this share"),
+        ("temperature", "Temperature", (0, 2, usual.temperature), 0.05, "0 always takes the likeliest token"),
+        ("top_p", "Top-p", (0.05, 1, usual.top_p), 0.05, "Draws from the likeliest tokens that make up this share"),
         ("max_tokens", "Max new tokens", (1, longest, min(512, longest)), 1, "The answer is cut there"),
     )
     return [gr.Slider(*at, step=step, label=label, elem_id=name, info=info) for name, label, at, step, info in sliders]

@@ -93,7 +93,7 @@ class Generation:
 
     def _prompt_of(self, index: int) -> str:
         """Return the prompt of request `index`: of the seed and, with generated tasks, of those kept of the requests up
-        to `index` - LAG, however many requests are on their way."""
+        to `index` - LAG, however many requests are in flight."""
         draw = random.Random(f"{self.seed} {index}")
         available = min(self.kept_at[max(index - LAG, 0)], len(self.rows)) if self.num_generated else 0
         generated = [
@@ -210,5 +210,5 @@ def _read_regen(path: Path) -> tuple[list[dict[str, Any]], str | None]:
             if not all(isinstance(row[name], str) for name in ("instruction", "input", "output")):
                 raise ValueError(f"row {number}: instruction, input and output must be texts")
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is not a list of tasks ({error!r}); move it away to begin anew", path) from error
+        raise InputError(f"{path} is not a list of tasks ({error!r}); move it away to start over", path) from error
     return rows, hashlib.sha256(content).hexdigest()

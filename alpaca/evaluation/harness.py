@@ -4,7 +4,8 @@
 
 The group's `metadata.table` says for each member which column it is and which metric stands there. A member that is a
 group itself (MMLU's 57 subjects) counts with the plain mean of its tasks, as on the Open LLM Leaderboard; the harness
-would weight them by size, which is written beside it.
+would weight them by size, which is written beside it. Its own groups can do the plain mean (weight_by_size: false), but
+MMLU's own YAML does not, and a group is measured whole: no file for each member, from which a rerun could go on.
 """
 
 import importlib.metadata

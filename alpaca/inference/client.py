@@ -101,7 +101,7 @@ class Client:
     ) -> Completion:
         """Return the completion of one prompt: a text, a chat message {"role": …, "content": …} or a list of those.
 
-        lost: called when an answer did not arrive whole, which may be charged all the same; False gives up.
+        on_lost_response: called when an answer did not arrive whole, which may be charged all the same; False gives up.
         Raises: RequestFailed, UsageError (see the module's first lines).
         """
         if self.api == "auto":
@@ -134,7 +134,9 @@ class Client:
         try:
             await self._try("completions")
         except (RequestFailed, WrongEndpoint) as error:
-            raise UsageError(f"{no_chat}\n{error}\nNeither the chat nor the completion endpoint answers.") from error
+            problems = "\n".join(getattr(problem, "message", str(problem)) for problem in (no_chat, error))
+            message = f"{problems}\nNeither the chat nor the completion endpoint answers."
+            raise ParameterError(message, "api", "base_url") from error
         self.api = "completions"
         return "no answer to a chat request"
 
@@ -272,7 +274,7 @@ def _connect(base_url: str, timeout: float) -> Any:
 def read_completion(answer: Any, stop: Sequence[str]) -> Completion:
     """Return the one choice of a server's answer, of either endpoint.
 
-    Raises: Again: there is none.
+    Raises: RetryLater: there is none.
     """
     try:
         choice = answer["choices"][0]

@@ -177,6 +177,22 @@ def test_a_dry_run_asks_nothing_and_names_the_cost(commands, name, tmp_path, cap
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_flags_are_accepted_by_their_names_of_today_and_before(commands, name, capsys):
+    command, flags, _ = commands[name]
+    today = {
+        "model_name": "model",
+        "outputs": "data_path",
+        "reference": "reference_path",
+        "max_tokens": "max_new_tokens",
+    }
+    before = flags | {"max_tokens": 77, "price_out": 1.0, "dry_run": True}
+    command(**before)
+    printed = capsys.readouterr().out
+    command(**{today.get(flag, flag): value for flag, value in before.items()})
+    assert capsys.readouterr().out == printed and "(at most 77)" in printed
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_the_limit_of_cost_holds(commands, name):
     command, flags, requests = commands[name]
     with CompletionServer() as server:
