@@ -300,7 +300,7 @@ def test_a_quantized_base(adapter, tiny, tmp_path, capsys):
 def test_the_command_writes_all_or_nothing_and_never_over_something(adapter, tmp_path, monkeypatch):
     words = ["merge_lora", "--adapter", str(adapter), "--output_dir", str(tmp_path / "merged")]
     monkeypatch.setattr("sys.argv", [*words, "--bas", "x"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(UsageError, match="unknown flag --bas; did you mean --base?"):
         main()
     assert not (tmp_path / "merged").exists()
     monkeypatch.setattr("sys.argv", words)
