@@ -251,19 +251,26 @@ def export(
         eval_path: file for them; not given, output_path with _eval before its ending.
         seed: of the choice of rows that are held out.
     """
+    path = Path(output_path)
+    eval_path = eval_path or str(path.with_name(f"{path.stem}_eval{path.suffix}"))
     refuse_overwriting_input(output_path, regen_path)
+    if eval_size:
+        refuse_overwriting_input(eval_path, regen_path)
+        if path.absolute() == Path(eval_path).absolute():
+            raise UsageError(f"--eval_path {eval_path}: is the file of --output_path, too; choose another file")
     try:
         rows = utils.jload(regen_path)
         rows = [{name: row[name] for name in ("instruction", "input", "output")} for row in rows]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"--regen_path {regen_path}: is not a list of tasks ({error!r})") from error
-    held_out = round(eval_size * len(rows)) if eval_size < 1 else int(eval_size)
-    if not 0 <= held_out < len(rows):
+    held_out = 0
+    if 0 <= eval_size < len(rows):
+        held_out = round(eval_size * len(rows)) if eval_size < 1 else int(eval_size)
+    if not 0 <= eval_size < len(rows) or held_out == len(rows):
         raise UsageError(f"--eval_size {eval_size}: expected fewer than the {len(rows)} rows of {regen_path}")
     chosen = set(random.Random(seed).sample(range(len(rows)), held_out))
     if held_out:
-        path = Path(output_path)
-        write_rows(eval_path or path.with_name(f"{path.stem}_eval{path.suffix}"), [rows[n] for n in sorted(chosen)])
+        write_rows(eval_path, [rows[n] for n in sorted(chosen)])
     write_rows(output_path, [row for number, row in enumerate(rows) if number not in chosen])
 
 

@@ -71,7 +71,7 @@ def make_diff(
     plan_shards([], "diff", max_shard_size)
     with open_weights(path_raw) as base, open_weights(path_tuned) as tuned:
         if base.folder.resolve() == tuned.folder.resolve():
-            raise InputError(f"{path_tuned}: is the base itself", path_tuned)
+            raise InputError(f"{path_tuned}: is the base itself", path_tuned, written=True)
         tuned.require_config()
         diff = FloatDiff(base, tuned, sign=-1) if method == "float" else None
         size = sum(spec.nbytes for spec in diff.own) if diff else tuned.nbytes

@@ -257,6 +257,8 @@ def curate(
     ratings_path = ratings_path or f"{output_path}.ratings.jsonl"
     refuse_overwriting_input(output_path, data_path, ratings_path)
     refuse_overwriting_input(ratings_path, data_path)
+    if Path(ratings_path).absolute() == Path(output_path).absolute():
+        raise UsageError(f"--ratings_path {ratings_path}: is the file of --output_path, too; choose another file")
     if data_path is None:
         curation = Curation(raw_rows(ratings_path), ratings_path)
     else:

@@ -2,7 +2,7 @@ r"""How diverse instructions are: their most frequent root verbs, and each verb'
 two-ring picture of the self-instruct (arXiv 2212.10560, figure 2) and Alpaca papers.
 
     python -m scripts.plot_diversity --data_path seed_tasks.jsonl --output_path diversity
-    python -m scripts.plot_diversity --data_path regen.json --output_path regen --min_count 3 --title "Our data"
+    python -m scripts.plot_diversity --data_path regen.json --output_path figure --min_count 3 --title "Our data"
     python -m scripts.plot_diversity --data_path regen.json --parser spacy --spacy_model en_core_web_md
 
 Writes <output_path>.png, .svg and .json, and prints how many of the instructions the picture stands for. An
@@ -23,7 +23,7 @@ from pathlib import Path
 from alpaca.common import arguments
 from alpaca.common.commands import check_numbers, flag
 from alpaca.common.errors import UsageError, names_flags, reported
-from alpaca.common.files import atomic_write
+from alpaca.common.files import atomic_write, refuse_overwriting_input
 from alpaca.data.rows import load_rows
 from alpaca.datagen.sunburst import Sunburst, draw, lay_out
 from alpaca.datagen.verb_noun import VerbNoun, verb_noun
@@ -76,6 +76,8 @@ def plot_diversity(options: DiversityArguments) -> None:
         raise UsageError("--data_path is missing: a file with instructions, such as seed_tasks.jsonl or regen.json")
     output = Path(options.output_path)
     output = str(output.with_suffix("") if output.suffix in SUFFIXES else output)
+    for suffix in SUFFIXES:
+        refuse_overwriting_input(output + suffix, options.data_path)
     parse = verb_noun if options.parser == "rules" else spacy_parser(options.spacy_model)
     diversity = count([row["instruction"] for row in load_rows(options.data_path)], parse, options.parser)
     if not diversity.with_pair:

@@ -10,7 +10,7 @@ from typing import Any
 
 import transformers
 
-from alpaca.common.commands import HELP, HelpFormatter, unknown_flag
+from alpaca.common.commands import HELP, HelpFormatter, names_a_path, unknown_flag
 from alpaca.common.commands import flag as flag
 from alpaca.common.errors import UsageError, names_flags
 
@@ -45,8 +45,9 @@ class FlagParser(transformers.HfArgumentParser):
         raise UsageError(message)
 
     def known(self) -> list[str]:
-        names = [field.name for flags in self.dataclass_types for field in dataclasses.fields(flags) if field.init]
-        return ["help", *names, *(f"no_{name}" for name in names)]
+        return [
+            option[2:] for option in self._option_string_actions if option.startswith("--") and "-" not in option[2:]
+        ]
 
 
 def parse(
@@ -74,9 +75,11 @@ def parse(
     words, notes = translate(list(argv)) if translate else (list(argv), [])
     words, renamed = rename_flags(words, aliases or {})
     notes += renamed
-    for name, _ in split_flags(words):
+    for name, values in split_flags(words):
         if name not in parser.known():
             raise unknown_flag(name, parser.known(), program)
+        if values == [""] and names_a_path(name):
+            raise UsageError(f"--{name}: needs a value")
     namespace = parser.parse_args(words)
     if adapt:
         notes += adapt(namespace, parser)
@@ -107,7 +110,7 @@ def split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
         elif word == "-h":
             flags.append(("help", []))
         elif not flags:
-            raise UsageError(f"expected a flag such as --data_path, got {word!r}")
+            raise UsageError(f"expected a flag, which begins with --, got {word!r}")
         else:
             flags[-1][1].append(word)
     return flags

@@ -31,10 +31,12 @@ SYNONYMS = {  # what other trainers call a flag -> ours; a command has the first
     **dict.fromkeys(("epochs", "num_epochs"), ("num_train_epochs",)),
     **dict.fromkeys(("cutoff_len", "max_seq_length", "max_seq_len", "max_length"), ("model_max_length",)),
     **dict.fromkeys(("base_model", "base_model_name"), ("model_name_or_path", "base", "path_raw", "model")),
-    **dict.fromkeys(("model_path", "model_name", "model"), ("model_name_or_path", "model", "model_name", "path_tuned")),
+    "base": ("path_raw",),
+    "model_name_or_path": ("model", "adapter", "path_tuned"),
+    **dict.fromkeys(("model_path", "model_name", "model"), ("model_name_or_path", "model", "adapter", "path_tuned")),
     **dict.fromkeys(("dataset", "dataset_name", "train_file", "train_data", "data", "input_file"), ("data_path",)),
     **dict.fromkeys(("val_file", "validation_file", "eval_file"), ("eval_data_path",)),
-    **dict.fromkeys(("out", "out_dir", "output"), ("output_dir", "output_path", "path_tuned", "path_diff")),
+    **dict.fromkeys(("out", "out_dir", "output"), ("output_dir", "output_path")),
     **dict.fromkeys(("lora_rank", "lora_dim", "rank"), ("lora_r",)),
     **dict.fromkeys(("use_lora", "lora", "use_peft"), ("lora_r 8",)),
     **dict.fromkeys(("qlora", "use_qlora", "load_4bit"), ("load_in_4bit True",)),
@@ -198,7 +200,7 @@ def _today(given: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, An
     """
     for old in renamed.keys() & given.keys():
         if renamed[old] in given:
-            raise UsageError(f"--{old} is an older name of --{renamed[old]}; give only one of them")
+            raise UsageError(f"--{old} is another name of --{renamed[old]}; give only one of them")
     return {renamed.get(name, name): value for name, value in given.items()}
 
 
@@ -212,15 +214,18 @@ def _split(words: Sequence[str], known: list[str]) -> tuple[dict[str, str | None
     unnamed: list[str] = []
     name = None  # of a flag that may get the next word as its value
     for word in words:
-        if match := re.match(r"--?([A-Za-z][\w-]*)(=?)(.*)", word, re.DOTALL):
+        if match := re.fullmatch(r"--?([A-Za-z][\w-]*)(?:(=)(.*))?", word, re.DOTALL):
             name = match[1].replace("-", "_")
             initials = [flag for flag in known if flag[0] == name] if len(name) == 1 else []
             name = initials[0] if len(initials) == 1 else name  # -o, as fire's help showed it
-            if name not in known and name.removeprefix("no") in known and not match[2]:  # --nooverwrite
-                given[name[2:]], name = "False", None
+            positive = name.removeprefix("no").removeprefix("_")
+            if name not in known and positive in known and not match[2]:  # --nooverwrite, --no_overwrite
+                given[positive], name = "False", None
             else:
                 given[name] = match[3] if match[2] else None
                 name = None if match[2] else name
+        elif word.startswith("--") and len(word) > 2:
+            raise UsageError(f"{word}: is no flag; expected --name value or --name=value")
         elif name is not None:
             given[name], name = word, None
         else:
@@ -236,7 +241,7 @@ def _value(name: str, text: str | None, annotation: Any) -> Any:
         if str(text if text is not None else True).lower() not in words:
             raise UsageError(f"--{name} {text}: expected True or False")
         return words[str(text if text is not None else True).lower()]
-    if text is None:
+    if text is None or (text == "" and names_a_path(name)):
         raise UsageError(f"--{name}: needs a value")
     if type(None) in kinds and text == "None":
         return None
@@ -249,6 +254,10 @@ def _value(name: str, text: str | None, annotation: Any) -> Any:
             except ValueError as error:
                 raise UsageError(f"--{name} {text}: expected a {expected}") from error
     return Path(text) if Path in kinds else text
+
+
+def names_a_path(name: str) -> bool:
+    return re.search(r"(_path|_dir|^path_\w+|^adapter|^model|^base|^model_name_or_path)$", name) is not None
 
 
 def kinds_of(annotation: Any) -> tuple[Any, ...]:
@@ -328,7 +337,8 @@ def help_of_tasks(program: str, tasks: Mapping[str, Callable[..., None]]) -> str
     """Return the help of a program of several tasks: the first sentence of each."""
     lines = [f"usage: {program} task [flags]", "", "tasks:"]
     for name, task in tasks.items():
-        lines += [f"  {name}", f"      {(inspect.getdoc(task) or '').splitlines()[0]}"]
+        first = " ".join((inspect.getdoc(task) or "").partition("\n\n")[0].split())
+        lines += [f"  {name}", f"      {first.partition('. ')[0].rstrip('.')}."]
     return "\n".join([*lines, "", f"{program} task --help shows the flags of a task."])
 
 

@@ -15,6 +15,8 @@ from typing import Any, NoReturn
 
 from alpaca.common.distributed import die_with_launcher
 
+WRITTEN = ("output", "path_tuned", "path_diff", "ratings_path", "eval_path")  # flags of what a command writes
+
 
 class UsageError(ValueError):
     """A mistake of the user's: shown as one message, without a traceback."""
@@ -27,9 +29,10 @@ class InputError(UsageError):
     (`names_flags`).
     """
 
-    def __init__(self, message: str, about: str | Path):
+    def __init__(self, message: str, about: str | Path, written: bool = False):
+        """`written`: of equal paths the mistake is in that of what is made, not in that of what it is made from."""
         super().__init__(message)
-        self.message, self.about = message, str(about)
+        self.message, self.about, self.written = message, str(about), written
 
 
 class ParameterError(UsageError):
@@ -61,16 +64,16 @@ def names_flags(command: Callable) -> Callable:
     def with_flags(*values: Any, **flags: Any) -> Any:
         try:
             return command(*values, **flags)
-        except InputError as error:
+        except (InputError, ParameterError) as error:
             bound = inspect.signature(command).bind(*values, **flags)
             bound.apply_defaults()
-            _name_flag(error, _flags_of(bound.arguments))
-            raise
-        except ParameterError as error:
-            groups = [vars(value) for value in (*values, *flags.values()) if dataclasses.is_dataclass(value)]
-            names = [*inspect.signature(command).parameters, *(field for group in groups for field in group)]
-            names = getattr(command, "_renamed", {}) | {name: name for name in names}
-            error.args = (error.naming({name: f"--{flag}" for name, flag in names.items()}),)
+            if isinstance(error, InputError):
+                _name_flag(error, _flags_of(bound.arguments))
+            else:
+                groups = [value for value in bound.arguments.values() if dataclasses.is_dataclass(value)]
+                names = [*bound.arguments, *(field.name for group in groups for field in dataclasses.fields(group))]
+                names = getattr(command, "_renamed", {}) | {name: name for name in names}
+                error.args = (error.naming({name: f"--{flag}" for name, flag in names.items()}),)
             raise
 
     return with_flags
@@ -81,7 +84,7 @@ def _flags_of(arguments: dict[str, Any]) -> dict[str, str]:
     flags: dict[str, str] = {}
     for name, value in arguments.items():
         if dataclasses.is_dataclass(value):
-            flags |= _flags_of(vars(value))
+            flags |= _flags_of({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
         elif isinstance(value, dict):
             flags |= _flags_of(value)
         elif isinstance(value, str | Path) and str(value):
@@ -93,12 +96,21 @@ def _name_flag(error: InputError, flags: dict[str, str]) -> None:
     """Put the flag before the message: "--path_raw llama: …", or "--path_raw: llama/config.json …"."""
     about = os.path.abspath(os.path.expanduser(error.about))
     paths = {name: os.path.abspath(os.path.expanduser(value)) for name, value in flags.items()}
-    inside = lambda path: about == path or about.startswith((path + os.sep, path + "."))  # noqa: E731  or beside it
-    holding = [name for name, path in paths.items() if inside(path)]
-    if holding:
-        name = max(reversed(holding), key=lambda name: len(paths[name]))  # of equal ones the last, as outputs are
-        begins = error.message.startswith(tuple(given + end for given in (flags[name], paths[name]) for end in ":, "))
-        error.args = (f"--{name}{'' if begins else ':'} {error.message}",)
+    holding = [name for name, path in paths.items() if about == path or _is_beside(about, path)]
+    if not holding:
+        return
+    longest = max(len(paths[name]) for name in holding)
+    equal = [name for name in holding if len(paths[name]) == longest]
+    written = [name for name in equal if name.startswith(WRITTEN)] if error.written else []
+    name = (written or equal)[0]
+    begins = error.message.startswith(tuple(given + end for given in (flags[name], paths[name]) for end in ":, "))
+    error.args = (f"--{name}{'' if begins else ':'} {error.message}",)
+
+
+def _is_beside(about: str, path: str) -> bool:
+    """Whether `about` lies in the folder `path`, or beside the file `path` as its journal does. The working folder, the
+    default of some flags, holds everything and so tells nothing."""
+    return about.startswith((path + os.sep, path + ".")) and path != os.getcwd()
 
 
 class MalformedJSON(UsageError, json.JSONDecodeError):

@@ -50,11 +50,14 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
 def refuse_overwriting_input(output: str | Path, *inputs: str | Path | None) -> None:
     """Raise InputError if the file to be written is one of those that are read, or would lie below a file."""
     existing = next(folder for folder in Path(output).absolute().parents if folder.exists())
-    if not existing.is_dir():
-        raise InputError(f"{output}: cannot be written ({existing} is a file)", output)
+    if not existing.is_dir() or Path(output).is_dir():
+        problem = "is a folder" if Path(output).is_dir() else f"{existing} is a file"
+        raise InputError(f"{output}: cannot be written ({problem})", output, written=True)
     for path in inputs:
         if path is not None and os.path.exists(path) and os.path.exists(output) and os.path.samefile(path, output):
-            raise InputError(f"{output}: is also read from and would be lost; choose another file", output)
+            raise InputError(
+                f"{output}: is also read from and would be lost; choose another file", output, written=True
+            )
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -63,7 +66,7 @@ def write_text(path: str | Path, text: str) -> None:
         with atomic_write(path) as file:
             file.write(text)
     except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror})", path) from error
+        raise InputError(f"{path} cannot be written ({error.strerror})", path, written=True) from error
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -97,7 +100,7 @@ def check_writable(folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror})", folder) from error
+        raise InputError(f"{folder}: cannot be written ({error.strerror})", folder, written=True) from error
 
 
 def refuse_other_arguments(path: Path, before: Mapping[str, Any], now: Mapping[str, Any], output: str | Path) -> None:
@@ -190,11 +193,11 @@ def new_folder(path: str | Path, nbytes: int, overwrite: bool, inputs: Iterable[
     """
     target = Path(os.path.realpath(os.path.expanduser(path)))
     if not target.name:
-        raise InputError(f"{path}: expected a new folder, which is named", path)
+        raise InputError(f"{path}: expected a new folder, which is named", path, written=True)
     partial, replaced = (target.with_name(f"{target.name}.{ending}") for ending in ("incomplete", "replaced"))
     try:
         if problem := _why_not(target, replaced, nbytes, overwrite, inputs):
-            raise InputError(f"{path}: {problem}", path)
+            raise InputError(f"{path}: {problem}", path, written=True)
         handle = _lock_new(partial, path)
         ours = False
         try:
@@ -211,7 +214,7 @@ def new_folder(path: str | Path, nbytes: int, overwrite: bool, inputs: Iterable[
             if handle is not None:
                 os.close(handle)
     except OSError as error:
-        raise InputError(f"{path}: could not be written ({error})", path) from error
+        raise InputError(f"{path}: could not be written ({error})", path, written=True) from error
 
 
 def _why_not(target: Path, replaced: Path, nbytes: int, overwrite: bool, inputs: Iterable[Path]) -> str | None:

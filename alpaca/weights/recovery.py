@@ -42,7 +42,7 @@ def open_diff(base: Weights, path_diff: str | Path, digest: str | None = None) -
     if digest is not None:
         raise InputError(f"{path_diff}: is in the format of 2023, which has no digest", path_diff)
     if base.folder.resolve() == folder.resolve():
-        raise InputError(f"{path_diff}: is the base itself", path_diff)
+        raise InputError(f"{path_diff}: is the base itself", path_diff, written=True)
     with open_weights(folder) as weights:
         weights.require_config()
         yield FloatDiff(base, weights, sign=1)

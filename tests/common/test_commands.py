@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT
 
 import generate_instruction
+import weight_diff
 from alpaca.common import arguments, commands
 from alpaca.common.errors import UsageError
 
@@ -101,6 +102,7 @@ def test_every_synonym_names_a_flag_that_some_command_has():
     for one in (GenerateArguments, DemoArguments):
         known |= set(arguments.FlagParser((one,), None, "", ()).known())
     known |= set(inspect.signature(generate_instruction.generate_responses).parameters)
+    known |= set(inspect.signature(weight_diff.recover).parameters)
     for names in commands.SYNONYMS.values():
         assert names[0].split()[0] in known, names
 

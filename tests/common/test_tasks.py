@@ -57,7 +57,7 @@ def test_its_fields_are_keywords_for_python_too():
     [
         (["a", "--temperature", "hot"], "--temperature hot: expected a number"),
         (["a", "--top", "1"], "unknown flag --top; did you mean --top_p"),
-        (["a", "--temp=1", "--temperature=1"], "--temp is an older name of --temperature"),
+        (["a", "--temp=1", "--temperature=1"], "--temp is another name of --temperature"),
     ],
 )
 def test_they_are_checked_before_the_task_is_called(words, message):

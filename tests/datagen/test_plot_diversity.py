@@ -320,7 +320,7 @@ def test_bad_input(tmp_path):
         plot(tmp_path, ["Why?", "Explain why."])
     (tmp_path / "file").write_text("")
     bad.write_text('[{"instruction": "Write a poem.", "output": ""}]')
-    with pytest.raises(UsageError, match="--output_path .*: cannot be written"):
+    with pytest.raises(UsageError, match="--output_path:? .*: cannot be written"):
         main(["--data_path", str(bad), "--output", str(tmp_path / "file" / "figure")])
 
 
