@@ -149,6 +149,9 @@ class RequestRunner:
         for."""
         try:
             entry = await self._answer(request, sampling, about)
+        except UsageError as error:  # refused, and so not charged
+            self.stop_with = self.stop_with or error
+            entry = {"index": request.key, "kind": "refused", "unanswered": self.lost_cost[request.key]}
         except Exception as error:
             self.stop_with = self.stop_with or error
             return
@@ -159,6 +162,8 @@ class RequestRunner:
             self.journal.append(entry)
         except UsageError as error:
             self.stop_with = self.stop_with or error
+            return
+        if entry["kind"] == "refused":
             return
         self.known[request.key] = entry
         if entry["kind"] == "answer":
@@ -173,10 +178,12 @@ class RequestRunner:
         begin, most = time.time(), self.budget.reserved[request.key]
 
         def on_lost_response() -> bool:
-            """Count an attempt that may have been charged. Return whether another one, for which the reservation
-            stands, is paid for."""
+            """Count and journal an attempt that may have been charged. Return whether another one, for which the
+            reservation stands, is paid for."""
             self.lost_cost[request.key] += most
             self.budget.unanswered += most
+            if most:
+                self.journal.append({"kind": "lost", "index": request.key, "most": most})
             return self.budget.allows(0.0)
 
         if request.seed is not None:
@@ -209,15 +216,21 @@ class RequestRunner:
 
 def answered_before(journal: Journal, first: int, budget: Budget) -> dict[int, Entry]:
     """Return what earlier runs journaled of the requests from key `first` on; the cost of all is counted."""
-    known, sent = {}, {}
+    known: dict[int, Entry] = {}
+    pending: dict[int, float] = {}  # dollars that the attempts of a request cost at most, until an entry closes it
     for entry in journal:
-        if entry["kind"] == "sent":
-            budget.unanswered += sent.pop(entry["index"], 0.0)  # a kill, and the request was sent again
-            sent[entry["index"]] = entry["most"]
-        elif entry["kind"] in ("answer", "failed"):
-            sent.pop(entry["index"], None)
+        if entry["kind"] == "run":  # whatever is pending was killed
+            budget.unanswered += sum(pending.values())
+            pending.clear()
+        elif entry["kind"] == "sent":
+            budget.unanswered += pending.pop(entry["index"], 0.0)  # a kill, and the request was sent again
+            pending[entry["index"]] = entry["most"]
+        elif entry["kind"] == "lost":  # another attempt may follow, so what was sent stays pending as well
+            pending[entry["index"]] = pending.get(entry["index"], 0.0) + entry["most"]
+        elif entry["kind"] in ("answer", "failed", "refused"):
+            pending.pop(entry["index"], None)  # the entry has what was lost
             budget.count(entry)
-            if entry["index"] >= first:
+            if entry["kind"] != "refused" and entry["index"] >= first:
                 known[entry["index"]] = entry
-    budget.unanswered += sum(sent.values())
+    budget.unanswered += sum(pending.values())
     return known
