@@ -128,6 +128,7 @@ seen: list = []
         (["x", "--number=4", "--kind", "b", "--loud"], (Path("x"), 4, "b", True, None)),
         (["--path=x", "--loud", "False", "--name", "1e3"], (Path("x"), 3, "a", False, "1e3")),
         (["--path=a,b", "--title", "t", "--noloud"], (Path("a,b"), 3, "a", False, "t")),
+        (["--path=x", "--no_loud", "--name="], (Path("x"), 3, "a", False, "")),
     ],
 )
 def test_a_function_gets_its_flags(words, expected, capsys):
@@ -147,6 +148,8 @@ def test_a_function_gets_its_flags(words, expected, capsys):
         (["x", "--kind", "c"], "--kind c: expected one of a, b"),
         (["x", "--loud", "perhaps"], "--loud perhaps: expected True or False"),
         (["x", "--name"], "--name: needs a value"),
+        (["--name=", "--loud"], "example needs --path"),
+        (["x", "--na.me", "1"], "--na.me: is no flag; expected --name value or --name=value"),
         (["x", "4", "a", "True", "n", "more"], "expected a flag such as --path, got 'more'"),
     ],
 )

@@ -252,3 +252,26 @@ def test_a_parameter_is_named_as_the_flag_that_the_command_has():
         with pytest.raises(UsageError) as error:
             call()
         assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "about, written, named",
+    [
+        ("same", False, "--path_raw same: wrong"),
+        ("same", True, "--output_path same: wrong"),
+        ("same.journal.jsonl", True, "--output_path same.journal.jsonl: wrong"),
+        ("same/config.json", False, "--path_raw same/config.json: wrong"),
+        ("elsewhere/model", False, "elsewhere/model: wrong"),
+    ],
+)
+def test_of_flags_with_one_value_the_one_at_fault_is_named(about, written, named, tmp_path, monkeypatch):
+    """The working folder, a default of flags, is not what a path in it is about."""
+    monkeypatch.chdir(tmp_path)
+
+    @names_flags
+    def command(path_raw, data_path, output_path, output_dir="./"):
+        raise InputError(f"{about}: wrong", about, written)
+
+    with pytest.raises(InputError) as error:
+        command("same", "same", "same")
+    assert str(error.value).replace(": same", " same") == named

@@ -15,7 +15,7 @@ from alpaca.completions.api import Request, Sampling
 from alpaca.completions.rows import BatchCompletion, write_answered
 from alpaca.inference.backend import BackendFlags, ModelBackend, PromptSet, open_backend
 from alpaca.inference.client import Client
-from scripts import backtranslate, evaluate, generate
+from scripts import backtranslate, evaluate, generate, plot_diversity
 
 SAMPLING = Sampling(max_tokens=9)
 
@@ -109,6 +109,8 @@ def test_a_base_url_of_the_environment_wins_over_a_folder_and_is_named(tiny, mon
         lambda path: backtranslate.mix(path, path),
         lambda path: generate_instruction.generate_responses(path, path, "x"),
         lambda path: generate_instruction.export(path, path),
+        lambda path: generate_instruction.export(path, "new.json", eval_size=1, eval_path=path),
+        lambda path: plot_diversity.main(["--data_path", path, "--output_path", path.removesuffix(".json")]),
     ],
 )
 def test_no_command_writes_over_what_it_reads(tmp_path, command):
@@ -118,6 +120,20 @@ def test_no_command_writes_over_what_it_reads(tmp_path, command):
         command(path)
     assert (tmp_path / "rows.json").read_bytes() == before
     refuse_overwriting_input(tmp_path / "new.json", path, None)
+
+
+def test_no_command_writes_one_file_twice(tmp_path):
+    path, new = write_rows(tmp_path / "rows.json", 3), str(tmp_path / "new.json")
+    with pytest.raises(UsageError, match="--eval_path .* is the file of --output_path, too"):
+        generate_instruction.export(path, new, eval_size=1, eval_path=new)
+    with pytest.raises(UsageError, match="--ratings_path .* is the file of --output_path, too"):
+        backtranslate.curate(new, path, "x", ratings_path=new)
+    assert [file.name for file in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    with pytest.raises(UsageError, match="cannot be written .is a folder"):
+        generate_instruction.export(write_rows(tmp_path / "rows.json", 3), str(tmp_path))
 
 
 def test_a_judges_answer_that_was_cut_is_no_verdict(tmp_path):
