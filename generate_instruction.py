@@ -121,7 +121,8 @@ def generate_instruction_following_data(
         )
     if parser not in ("auto", *self_instruct.PARSERS):
         raise UsageError(f"--parser {parser}: expected auto, original or robust")
-    sampling = Sampling(max_tokens, temperature, top_p, logit_bias=_read_bias(logit_bias))
+    sampling = SamplingFlags(temperature, top_p, max_tokens).sampling()
+    sampling = replace(sampling, logit_bias=_read_bias(logit_bias))
     spent = budget.budget()
     if budget.dry_run:
         draw = random.Random(f"{seed} 0")

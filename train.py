@@ -42,7 +42,15 @@ from alpaca.models.load import base_slow_files, load_tokenizer, make_model
 from alpaca.models.lora import LoraArguments, check_lora
 from alpaca.training import legacy_flags
 from alpaca.training.checkpoint import find_checkpoint
-from alpaca.training.preflight import check_combinations, check_evaluation, check_is_model, prepare_run
+from alpaca.training.preflight import (
+    check_combinations,
+    check_evaluation,
+    check_is_model,
+    check_schedule,
+    check_trackers,
+    names_trackers,
+    prepare_run,
+)
 from alpaca.training.resume import mark_finished, mark_started
 from alpaca.training.trainer import AlpacaTrainer
 
@@ -165,6 +173,8 @@ class TrainingArguments(transformers.TrainingArguments):
         new_name = getattr(self, "activation_checkpointing", None)  # of transformers 5.18 and later
         recompute = self.activation_checkpointing = self.gradient_checkpointing if new_name is None else new_name
         super().__post_init__()
+        check_schedule(self)
+        check_trackers(self)
         self.gradient_checkpointing = recompute  # None, which transformers makes False: check_before_loading decides
         self.logging_nan_inf_filter = False  # it would wait for the device in every step; NonFiniteGuard looks anyway
         if self.fsdp and (policy := fsdp.mixed_precision_policy(self.mixed_precision)):
@@ -338,6 +348,7 @@ def train(argv: Sequence[str] | None = None) -> None:
 
 
 @names_flags
+@names_trackers
 def run(
     model_args: ModelArguments, data_args: DataArguments, lora_args: LoraArguments, training_args: TrainingArguments
 ) -> None:

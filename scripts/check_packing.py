@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
+from alpaca.common.commands import check_numbers
 from alpaca.common.errors import names_flags, reported
 from alpaca.models.embeddings import resize_embeddings
 from alpaca.models.load import load_model, load_tokenizer
@@ -59,6 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @names_flags
 def check_packing(model_args: ModelArguments, data_args: DataArguments, options: VerifyArguments) -> int:
+    check_numbers(
+        num_rows=options.num_rows,
+        per_device_train_batch_size=options.per_device_train_batch_size,
+        max_tokens_per_pack=options.max_tokens_per_pack,
+        model_max_length=options.model_max_length,
+    )
+    batch_size = options.per_device_train_batch_size
+    if options.num_rows % batch_size:
+        whole = micro_batches(options) * batch_size
+        print(f"note: --num_rows {options.num_rows} -> {whole}, whole micro-batches of {batch_size} rows")
     check_is_model(model_args.model_name_or_path)
     tokenizer, new_tokens = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)
@@ -79,6 +90,10 @@ def check_packing(model_args: ModelArguments, data_args: DataArguments, options:
     return 0 if exact else 1
 
 
+def micro_batches(options: VerifyArguments) -> int:
+    return max(options.num_rows // options.per_device_train_batch_size, 1)
+
+
 def compare(
     model: PreTrainedModel,
     rows: PackedBatchDataset,
@@ -89,7 +104,7 @@ def compare(
     """Print a line for each way of batching. Return whether those that train.py would use are exact; `notes` say why it
     would not pack, or not share prefixes."""
     batch_size = options.per_device_train_batch_size
-    accumulation = max(options.num_rows // batch_size, 1)
+    accumulation = micro_batches(options)
     padded, *ways = compare_step(
         model,
         rows,

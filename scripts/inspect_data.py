@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
+from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, names_flags, reported
 from alpaca.data.report import PROBLEMS
 from alpaca.data.tokenization import IGNORE_INDEX
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @names_flags
 def inspect_data(model_args: ModelArguments, data_args: DataArguments, options: InspectArguments) -> int:
+    check_numbers(model_max_length=options.model_max_length)
     check_is_model(model_args.model_name_or_path)
     tokenizer, _ = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)

@@ -9,11 +9,14 @@ command line, a data file and a cluster work before a real model is tried.
 
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from alpaca.common import commands
+from alpaca.common.commands import check_numbers
+from alpaca.common.errors import InputError, ParameterError, reported
 
 ROOT = Path(__file__).resolve().parent.parent
 Architecture = Literal["llama", "opt", "gpt2"]
@@ -33,7 +36,7 @@ def sentencepiece_tokenizer(texts: Iterable[str], vocab_size: int, output_dir: P
     import sentencepiece
 
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
+    options = dict(
         sentence_iterator=iter([line for text in texts for line in text.split("\n") if line]),
         model_writer=model,
         model_type="bpe",
@@ -47,6 +50,14 @@ def sentencepiece_tokenizer(texts: Iterable[str], vocab_size: int, output_dir: P
         hard_vocab_limit=False,
         minloglevel=2,
     )
+    try:
+        sentencepiece.SentencePieceTrainer.train(**options)
+    except RuntimeError as error:
+        if not (least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error))):
+            raise
+        raise ParameterError(
+            f"{{vocab_size}} {vocab_size}: expected at least {least[1]}, for the characters of the text", "vocab_size"
+        ) from error
     (output_dir / "tokenizer.model").write_bytes(model.getvalue())
     config = {
         "tokenizer_class": "LlamaTokenizer",
@@ -70,6 +81,8 @@ def byte_level_tokenizer(texts: Iterable[str], vocab_size: int, output_dir: Path
     else:
         special, extra = ["<|endoftext|>"], {}
         extra |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+    if vocab_size < (least := 256 + len(special)):
+        raise ParameterError(f"{{vocab_size}} {vocab_size}: expected at least {least}, for all bytes", "vocab_size")
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=special, show_progress=False)
     tokenizer.save_model(str(output_dir))
@@ -86,19 +99,31 @@ def make_tiny_model(
     seed: int = 0,
     texts: Iterable[str] | None = None,
 ) -> Path:
-    """Write tokenizer, config and float32 weights to `output_dir` and return it. Equal arguments, equal files."""
+    """Write tokenizer, config and float32 weights to `output_dir` and return it. Equal arguments, equal files.
+
+    Raises:
+        UsageError: no such model can be made, or the folder cannot be written.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    heads = max(hidden_size // 32, 2)
+    if hidden_size < 1 or hidden_size % (2 * heads):
+        raise ParameterError(
+            f"{{hidden_size}} {hidden_size}: {heads} attention heads cannot share it evenly; expected a multiple of 32",
+            "hidden_size",
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{output_dir}: cannot be written ({error.strerror})", output_dir) from error
     texts = list(own_text() if texts is None else texts)
     if architecture == "llama":
         sentencepiece_tokenizer(texts, vocab_size, output_dir)
     else:
         byte_level_tokenizer(texts, vocab_size, output_dir, architecture)
     tokenizer = AutoTokenizer.from_pretrained(output_dir)
-    heads = max(hidden_size // 32, 2)
     sizes = {
         "llama": dict(
             intermediate_size=hidden_size * 3,
@@ -143,6 +168,7 @@ def write(
         vocab_size: of the tokenizer, at most; a small text gives fewer tokens.
         seed: of the weights.
     """
+    check_numbers(num_hidden_layers=num_hidden_layers)
     path = make_tiny_model(output_dir, architecture, hidden_size, num_hidden_layers, vocab_size, seed)
     print(f"wrote a {architecture} model with random weights to {path}")
 
@@ -152,4 +178,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported("scripts.make_tiny_model"):
+        main()

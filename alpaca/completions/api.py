@@ -1,6 +1,7 @@
 """What is asked of a model, and what it answers: the interface between whoever asks and a server
 (alpaca/inference/client.py) or a model in this process (alpaca/inference/local_model.py)."""
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ class SamplingFlags:
     def sampling(self) -> Sampling:
         """Raise UsageError for a number that no model takes."""
         check_numbers(max_new_tokens=self.max_new_tokens)
-        if self.temperature is not None and self.temperature < 0:
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise UsageError(f"--temperature {self.temperature}: expected 0 (greedy) or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"--top_p {self.top_p}: expected more than 0, 1 at most")

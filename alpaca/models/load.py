@@ -1,5 +1,6 @@
 """The tokenizer and the model to train, as train.py's flags ask for them."""
 
+import copy
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca.common.distributed import barrier, print_rank0
-from alpaca.common.errors import InputError, UsageError
+from alpaca.common.errors import InputError, ParameterError, UsageError, first_line
 from alpaca.data.tokenizer import (
     SPECIAL_TOKENS,
     existing_tokens,
@@ -71,9 +72,23 @@ def base_slow_files(tokenizer: PreTrainedTokenizerBase, training_args: "Training
 def load_config(model_args: Any, training_args: "TrainingArguments", checkpoint: str | None = None) -> PreTrainedConfig:
     name = checkpoint or model_args.model_name_or_path
     try:
-        return AutoConfig.from_pretrained(name, cache_dir=training_args.cache_dir)
+        config = AutoConfig.from_pretrained(name, cache_dir=training_args.cache_dir)
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: the model could not be loaded: {error}", name) from error
+    if model_args.attn_implementation:
+        _check_attention(config, model_args.attn_implementation)
+    return config
+
+
+def _check_attention(config: PreTrainedConfig, attention: str) -> None:
+    """Raise ParameterError for an attention implementation that the model does not have here, without its weights."""
+    options = dict(dtype=torch.bfloat16, attn_implementation=attention)
+    try:
+        with deepspeed.unpartitioned(), torch.device("meta"):
+            AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+    except (OSError, ValueError, ImportError) as error:
+        message = f"{{attn_implementation}} {attention}: {first_line(error)}"
+        raise ParameterError(message, "attn_implementation") from error
 
 
 def load_model(

@@ -1,13 +1,19 @@
 """Checks before a run: values that would fail only after hours, how many steps it has, where it can be saved."""
 
+import functools
 import math
 import os
 import tempfile
+import traceback
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import get_scheduler
+from transformers.integrations import integration_utils
 
 from alpaca.common.distributed import all_gather_object, print_rank0
 from alpaca.common.errors import InputError, UsageError, format_bytes
@@ -30,10 +36,9 @@ def check_combinations(args: "TrainingArguments") -> None:
     """Raise UsageError for values that the Trainer would meet with a traceback, some of them only after hours."""
     if args.model_max_length < 1:
         raise UsageError(f"--model_max_length {args.model_max_length}: expected a positive number of tokens")
+    check_training_numbers(args)
     if not args.average_tokens_across_devices:
         raise UsageError("--average_tokens_across_devices False: use --loss_normalization microbatch for 2023's loss")
-    if args.gradient_accumulation_steps < 1:
-        raise UsageError(f"--gradient_accumulation_steps {args.gradient_accumulation_steps}: expected at least 1")
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         raise UsageError("--dataloader_persistent_workers: needs --dataloader_num_workers of at least 1")
     if args.use_liger_kernel and find_spec("liger_kernel") is None:
@@ -56,6 +61,66 @@ def check_combinations(args: "TrainingArguments") -> None:
     check_reproduction(args)
     if args.metric_for_best_model not in (None, "loss", "eval_loss"):
         raise UsageError(f"--metric_for_best_model {args.metric_for_best_model}: only eval_loss is computed")
+
+
+def check_training_numbers(args: "TrainingArguments") -> None:
+    """Raise UsageError for batches without rows, and for numbers that no run can have."""
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"--{name} {getattr(args, name)}: expected at least 1")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and math.isnan(value):
+            raise UsageError(f"--{name} {value}: expected a number")
+    if not 0 <= args.learning_rate < math.inf:
+        raise UsageError(f"--learning_rate {args.learning_rate}: expected 0 or more, and finite")
+    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
+        raise UsageError(f"--num_train_epochs {args.num_train_epochs}: expected more than 0, and finite")
+
+
+def check_schedule(args: "TrainingArguments") -> None:
+    """Raise UsageError where the schedule lacks an argument, or gets one that it does not take."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    steps = max(args.max_steps, 100)
+    try:
+        get_scheduler(
+            args.lr_scheduler_type,
+            optimizer,
+            args.get_warmup_steps(steps),
+            steps,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        given = f", --lr_scheduler_kwargs {args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
+        raise UsageError(f"--lr_scheduler_type {args.lr_scheduler_type.value}{given}: {error}") from error
+
+
+def check_trackers(args: "TrainingArguments") -> None:
+    """Raise UsageError for a tracker of --report_to that transformers does not know, or that is not installed."""
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    installed = {*integration_utils.get_available_reporting_integrations(), "azure_ml", "flyte"}  # not told of these
+    for name in args.report_to:
+        if name not in known:
+            raise UsageError(f"--report_to {name}: expected none, all or some of {', '.join(known)}")
+        if name not in installed:
+            raise UsageError(f"--report_to {name}: is not installed")
+
+
+def names_trackers(run: Callable[..., None]) -> Callable[..., None]:
+    """Make `run`, whose last argument has `report_to`, raise UsageError in place of what a tracker raises inside, such
+    as one without a login."""
+
+    @functools.wraps(run)
+    def with_trackers(*arguments: Any) -> None:
+        try:
+            run(*arguments)
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            if not any(frame.filename == integration_utils.__file__ for frame in frames):
+                raise
+            names = " ".join(arguments[-1].report_to)
+            raise UsageError(f"--report_to {names}: a tracker failed: {error}") from error
+
+    return with_trackers
 
 
 def check_reproduction(args: "TrainingArguments") -> None:
@@ -246,8 +311,13 @@ def check_room(args: "TrainingArguments", trained: int, checkpoints: int) -> Non
 
 
 def check_is_model(name: str) -> None:
-    """Raise InputError where a model is expected and `name` is the folder of an adapter or a weight diff."""
+    """Raise InputError where a model is expected and `name` is a path that is no folder, or the folder of an adapter or
+    a weight diff."""
     folder = Path(name)
+    if (folder.is_absolute() or name.startswith(("./", "../", "~"))) and not folder.is_dir():
+        whole = Path(os.path.expanduser(name))
+        hint = f"; did you mean {whole}?" if whole != folder and whole.is_dir() else ""
+        raise InputError(f"{name}: no such folder{hint}", name)
     kind = folder_kind(folder)
     if kind == EXACT_DIFF or (kind == ADAPTER and not (folder / "config.json").is_file()):
         raise InputError(f"{name}: {describe_folder(folder)}", name)

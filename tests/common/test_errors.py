@@ -12,6 +12,7 @@ from conftest import fork, run, train, write_rows
 import train as train_module
 from alpaca.common import commands
 from alpaca.common.errors import InputError, ParameterError, UsageError, names_flags
+from alpaca.training.preflight import names_trackers
 
 
 def mistake(tmp_path, tiny, **changed):
@@ -66,6 +67,39 @@ BAD_FLAGS = {
         "--max_tokens_per_pack 512: padded batches are not packed; drop --batching padded",
     ),
     "unknown batching": (dict(batching="sorted"), "invalid choice: 'sorted'"),
+    "batch of no rows": (
+        dict(per_device_train_batch_size="0"),
+        "--per_device_train_batch_size 0: expected at least 1",
+    ),
+    "evaluation batch of no rows": (
+        dict(per_device_eval_batch_size="0"),
+        "--per_device_eval_batch_size 0: expected at least 1",
+    ),
+    "epochs that are no number": (dict(num_train_epochs="nan"), "--num_train_epochs nan: expected a number"),
+    "fewer than no epochs": (
+        dict(num_train_epochs="-1", max_steps=None),
+        "--num_train_epochs -1.0: expected more than 0",
+    ),
+    "endless epochs": (dict(num_train_epochs="inf", max_steps=None), "--num_train_epochs inf: expected more than 0"),
+    "rate that is no number": (dict(learning_rate="nan"), "--learning_rate nan: expected a number"),
+    "negative rate": (dict(learning_rate="-1"), "--learning_rate -1.0: expected 0 or more"),
+    "decay that is no number": (dict(weight_decay="nan"), "--weight_decay nan: expected a number"),
+    "unknown tracker": (dict(report_to="foo"), "--report_to foo: expected none, all or some of "),
+    "tracker that is not installed": (dict(report_to="neptune"), "--report_to neptune: is not installed"),
+    "schedule without its end": (
+        dict(lr_scheduler_type="cosine_with_min_lr"),
+        "--lr_scheduler_type cosine_with_min_lr: One of min_lr or min_lr_rate should be set",
+    ),
+    "schedule with another's arguments": (
+        dict(lr_scheduler_type="cosine", lr_scheduler_kwargs='{"x": 1}'),
+        "--lr_scheduler_type cosine, --lr_scheduler_kwargs {'x': 1}: ",
+    ),
+    "unknown attention": (dict(attn_implementation="foo"), "--attn_implementation foo: Specified "),
+    "attention that is not installed": (
+        dict(attn_implementation="flash_attention_2"),
+        "--attn_implementation flash_attention_2: ",
+    ),
+    "model path that is no folder": (dict(model_name_or_path="./nomodel"), "--model_name_or_path ./nomodel: no such f"),
     "accumulation zero": (dict(gradient_accumulation_steps="0"), "--gradient_accumulation_steps 0"),
     "workers that persist": (dict(dataloader_persistent_workers="True"), "needs --dataloader_num_workers"),
     "batch that changes": (dict(auto_find_batch_size="True"), "changes the rows of a step in the middle of a run"),
@@ -118,6 +152,31 @@ def test_a_model_folder_without_weights(tmp_path, tiny):
     assert "the model could not be loaded" in mistake(tmp_path, tiny, model_name_or_path=folder)
 
 
+def test_a_tracker_that_cannot_start_is_one_message(tmp_path, tiny, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "file" / "logs"))
+    message = mistake(tmp_path, tiny, report_to="tensorboard")
+    assert message.startswith("--report_to tensorboard: a tracker failed: ") and "file" in message
+
+
+def test_other_errors_are_not_a_trackers():
+    with pytest.raises(ZeroDivisionError):
+        names_trackers(divmod)(1, 0)
+
+
+def test_a_home_folder_that_was_not_expanded_is_said(tmp_path, tiny, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "llama").mkdir()
+    message = mistake(tmp_path, tiny, model_name_or_path="~/llama")
+    assert message == f"--model_name_or_path ~/llama: no such folder; did you mean {tmp_path}/llama?"
+
+
+def test_a_mistake_of_make_tiny_model_has_no_traceback(tmp_path):
+    result = fork("scripts/make_tiny_model.py", ["--output_dir", tmp_path / "x", "--hidden_size", "7"], check=False)
+    assert result.returncode == 2 and "scripts.make_tiny_model: error: --hidden_size 7" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changed, message",
@@ -146,11 +205,29 @@ def test_under_torchrun_rank_0_speaks_once(tmp_path, tiny, changed, message):
         (["--output_dir=x", "--hidden", "64"], "unknown flag --hidden; did you mean --hidden_size?"),
         (["--output_dir=x", "--architecture", "bert"], "--architecture bert: expected one of llama, opt, gpt2"),
         (["--seed", "1"], "scripts.make_tiny_model needs --output_dir"),
+        (
+            ["--output_dir=x", "--hidden_size=0"],
+            "--hidden_size 0: 2 attention heads cannot share it evenly; expected a multiple of 32",
+        ),
+        (
+            ["--output_dir=x", "--hidden_size=7"],
+            "--hidden_size 7: 2 attention heads cannot share it evenly; expected a multiple of 32",
+        ),
+        (["--output_dir=x", "--num_hidden_layers=0"], "--num_hidden_layers 0: expected at least 1"),
+        (["--output_dir=x", "--vocab_size=3"], "--vocab_size 3: expected at least 460, for the characters of the text"),
+        (
+            ["--output_dir=x", "--vocab_size=3", "--architecture=opt"],
+            "--vocab_size 3: expected at least 260, for all bytes",
+        ),
+        (["--output_dir=/proc/x"], "--output_dir /proc/x: cannot be written (No such file or directory)"),
     ],
 )
-def test_small_commands_name_an_unknown_flag_before_a_missing_one(words, message):
+def test_small_commands_name_what_is_wrong_and_an_unknown_flag_before_a_missing_one(
+    words, message, tmp_path, monkeypatch
+):
     from scripts.make_tiny_model import main
 
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as error:
         main(words)
     assert str(error.value) == message

@@ -239,6 +239,7 @@ def test_sampling_is_checked_and_sent(commands, name):
     command, flags, _ = commands[name]
     for wrong, message in (
         (dict(temperature=-1.0), "--temperature -1.0"),
+        (dict(temperature=float("nan")), "--temperature nan"),
         (dict(top_p=1.5), "--top_p 1.5"),
         (dict(max_tokens=0), "--max_new_tokens 0"),
     ):

@@ -493,6 +493,9 @@ BAD = {
     "parser": ({"parser": "best"}, "--parser best: expected auto, original or robust"),
     "bias": ({"logit_bias": "[1]"}, "--logit_bias"),
     "cost without prices": ({"max_cost": 1.0}, "--max_cost 1.0: expected dollars above 0, with --price_in"),
+    "temperature": ({"temperature": -1.0}, "--temperature -1.0: expected 0 (greedy) or more"),
+    "no temperature": ({"temperature": float("nan")}, "--temperature nan: expected 0 (greedy) or more"),
+    "share": ({"top_p": 3.0}, "--top_p 3.0: expected more than 0, 1 at most"),
     "number": ({"num_instructions_to_generate": 0}, "--num_instructions_to_generate 0: expected at least 1"),
     "folder": (
         {"output_dir": "seeds/below", "base_url": "http://127.0.0.1:9/v1"},

@@ -10,6 +10,7 @@ import torch
 from conftest import history, largest_difference, train, write_rows
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from alpaca.common.errors import UsageError
 from alpaca.data.tokenization import IGNORE_INDEX
 from alpaca.packing import attention
 from alpaca.packing.check import select_packing
@@ -378,6 +379,25 @@ def test_measuring_the_matrix_rate_draws_nothing_from_the_run():
 
     state = torch.get_rng_state()
     assert matmul_rate(torch.device("cpu"), torch.float32) > 1e6 and torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("name", ["num_rows", "per_device_train_batch_size", "max_tokens_per_pack", "model_max_length"])
+def test_verify_refuses_to_compare_nothing(tmp_path, name):
+    from scripts.check_packing import main
+
+    with pytest.raises(UsageError, match=f"--{name} 0: expected at least 1"):
+        main([f"--model_name_or_path={tmp_path}", f"--data_path={tmp_path}", f"--{name}=0"])
+
+
+@pytest.mark.parametrize("num_rows, compared", [("2", 4), ("6", 4)])
+def test_verify_says_how_many_rows_it_compares(tiny, tmp_path, capsys, num_rows, compared):
+    from scripts.check_packing import main
+
+    words = [f"--model_name_or_path={tiny('llama')}", f"--data_path={write_rows(tmp_path / 'rows.json', 8)}"]
+    main([*words, f"--num_rows={num_rows}", f"--cache_dir={tmp_path}"])
+    said = capsys.readouterr().out
+    assert f"note: --num_rows {num_rows} -> {compared}, whole micro-batches of 4" in said
+    assert f"--loss_normalization token: {compared} rows" in said
 
 
 @pytest.mark.slow

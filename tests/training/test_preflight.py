@@ -141,6 +141,12 @@ def test_inspecting_rows(tmp_path, capsys):
         inspect(tmp_path, capsys, "--row", "1")
 
 
+@pytest.mark.parametrize("length", ["0", "-5"])
+def test_inspection_of_rows_without_tokens_is_refused(tmp_path, capsys, length):
+    with pytest.raises(UsageError, match=f"--model_max_length {length}: expected at least 1"):
+        inspect(tmp_path, capsys, f"--model_max_length={length}", rows=[ROW])
+
+
 def test_inspection_shows_rows_of_a_problem_and_fails_where_training_would_be_spoiled(tmp_path, capsys):
     rows = [{**ROW, "output": f"Blue {i}."} for i in range(9)] + [{**ROW, "output": "word " * 600}]
     code, output = inspect(tmp_path, capsys, "--problem", "no_eos", rows=rows)
