@@ -77,6 +77,8 @@ class ModelArguments:
     add_missing_tokens: bool | None = flag(
         None,
         "Add the pad, eos, bos and unk tokens that are missing. By default it does, as in 2023, but not with --lora_r.",
+        nargs="?",
+        const=True,
     )
 
 
