@@ -257,7 +257,7 @@ def _value(name: str, text: str | None, annotation: Any) -> Any:
 
 
 def names_a_path(name: str) -> bool:
-    return re.search(r"(_path|_dir|^path_\w+|^adapter|^model|^base|^model_name_or_path)$", name) is not None
+    return re.search(r"(_path|_dir|^path_\w+|^adapter|^base|^model(_name(_or_path)?)?)$", name) is not None
 
 
 def kinds_of(annotation: Any) -> tuple[Any, ...]:

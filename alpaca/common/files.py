@@ -154,7 +154,7 @@ def digest(parts: Iterable[str]) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Return the SHA-256 of a small file, as sha256sum prints it."""
+    """Return the SHA-256 of a file, which is read whole, as sha256sum prints it."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -8,7 +8,6 @@ by the name of their folder or file, never by a path of this machine; a licence 
 one, or for a data set of `LICENCES`. Which licence the model has is for its owner to say.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -25,7 +24,7 @@ from huggingface_hub import ModelCardData
 
 from alpaca.common.arguments import enum_value
 from alpaca.common.distributed import print_rank0
-from alpaca.common.files import atomic_write
+from alpaca.common.files import atomic_write, sha256_of_file
 from alpaca.data.chat_template import separator
 from alpaca.data.prompts import TEMPLATE_FILE, format_prompt
 from alpaca.data.report import PROBLEMS
@@ -130,7 +129,7 @@ def data_source(path: str, split: str) -> Source:
         return Source(shown, path, LICENCES.get(path), (f"Split: `{split}`",))
     if local.is_dir():
         return Source(f"`{local.resolve().name}` (a local data set)", details=(f"Split: `{split}`",))
-    digest, own = (hashlib.sha256(file.read_bytes()).hexdigest() for file in (local, ROOT / "seed_tasks.jsonl"))
+    digest, own = sha256_of_file(local), sha256_of_file(ROOT / "seed_tasks.jsonl")
     licence = LICENCES["seed_tasks.jsonl of this repository"] if digest == own else None
     return Source(f"`{local.name}` (a local file)", None, licence, (f"SHA-256 of the file: `{digest}`",))
 
