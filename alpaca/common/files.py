@@ -79,10 +79,22 @@ def json_text(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text, the one way in for JSON that somebody else wrote.
+
+    Raises:
+        ValueError: it is not JSON, is not UTF-8, is nested too deeply, or holds a number too long to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raise InputError if there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(Path(path).read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}); copy or download it again", path) from error
     if not isinstance(content, dict):
