@@ -249,6 +249,15 @@ def preprocess(
     return make_tokens(rows, masked, {name: np.flatnonzero(found).tolist() for name, found in noticed.items()})
 
 
+def _tokenize_fn(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    """Tokenize each text alone, cut at `model_max_length`; of 2023, for code that imports it. A length counts what is
+    not the pad token; in a text such as "</s>" the control token is parsed, unlike in `preprocess`."""
+    cut_at = dict(truncation=True, max_length=tokenizer.model_max_length)
+    ids = [torch.tensor(tokenizer(text, **cut_at)["input_ids"], dtype=torch.long) for text in strings]
+    lengths = [sum(token != tokenizer.pad_token_id for token in row.tolist()) for row in ids]
+    return dict(input_ids=ids, labels=ids, input_ids_lens=lengths, labels_lens=lengths)
+
+
 class SupervisedDataset(Dataset):
     """Rows of `data_path` as token ids and labels, tokenized once and cached, with a report."""
 
@@ -339,6 +348,11 @@ def smart_tokenizer_and_embedding_resize(
     """Add special tokens to `tokenizer` and make `model` fit, as in 2023."""
     num_new_tokens = tokenizer.add_special_tokens(special_tokens_dict)
     resize_embeddings(model, num_new_tokens, len(tokenizer))
+
+
+def safe_save_model_for_hf_trainer(trainer: transformers.Trainer, output_dir: str) -> None:
+    """Save the model of a trainer, gathered where it is sharded; of 2023, for code that imports it."""
+    trainer.save_model(output_dir)
 
 
 # ---- the run ----
