@@ -201,8 +201,11 @@ def save_slow_files(tokenizer: "PreTrainedTokenizerBase", files: Mapping[str, by
 
 def _tokens_around(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bool]:
     """Return what a slow tokenizer's configuration says of the tokens around a text."""
-    ids = tokenizer("a")["input_ids"]
-    return {"add_bos_token": ids[:1] == [tokenizer.bos_token_id], "add_eos_token": ids[-1:] == [tokenizer.eos_token_id]}
+    from alpaca.data.tokenization import tokens_around  # imports torch
+
+    front, behind = tokens_around(tokenizer)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return {"add_bos_token": front[:1] == [bos], "add_eos_token": behind[-1:] == [eos]}
 
 
 def copy_slow_files(base: Path, folder: Path) -> None:

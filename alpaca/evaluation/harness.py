@@ -142,6 +142,7 @@ class HarnessRun:
     def _open_vllm(self) -> tuple["LM", "torch.dtype", str]:
         import torch
 
+        from alpaca.data.tokenization import nothing_behind
         from alpaca.models.device import best_dtype
         from alpaca.weights.reader import MODEL, find_folder, folder_kind, open_weights
 
@@ -158,6 +159,7 @@ class HarnessRun:
             from lm_eval.models.vllm_causallms import VLLM
 
             lm = VLLM(str(folder), add_bos_token=self.add_bos_token, **options)
+            lm.tokenizer = nothing_behind(lm.tokenizer)
         except ModuleNotFoundError as error:
             message = "{backend} vllm: vllm is not installed; pip install 'lm-eval[vllm]'"
             raise ParameterError(message, "backend") from error
@@ -167,6 +169,7 @@ class HarnessRun:
         import torch
         from lm_eval.models.huggingface import HFLM
 
+        from alpaca.data.tokenization import nothing_behind
         from alpaca.inference.load import LoadOptions, load_for_inference
         from alpaca.models.device import best_dtype, check_device, quantizing_flag
 
@@ -179,7 +182,7 @@ class HarnessRun:
         logger.setLevel(logging.ERROR)  # three lines about a model that is not the name of one
         lm = HFLM(
             pretrained=opened.model,
-            tokenizer=opened.tokenizer,
+            tokenizer=nothing_behind(opened.tokenizer),
             backend="causal",
             batch_size=self.batch_size,
             add_bos_token=self.add_bos_token,
