@@ -291,7 +291,7 @@ def backward(
     refuse_overwriting_input(output_path, data_path, reference_path)
     if show_worst < 0:
         raise UsageError(f"--show_worst {show_worst}: expected a number of rows, 0 or more")
-    rows = load_rows(data_path)
+    rows = load_rows(data_path, also=("reference",))
     true = _true_instructions(rows, data_path, reference_path)
     scores = overlap([row["output"] for row in rows], true, bleu_tokenizer)
     print("\n".join(_report(scores, rows, true, show_worst)))

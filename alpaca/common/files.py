@@ -1,5 +1,6 @@
 """Files and folders that are there whole or not at all, the space they need, and hashes of what is in them."""
 
+import functools
 import hashlib
 import json
 import os
@@ -93,12 +94,17 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("is nested too deeply") from None
 
 
+@functools.cache
+def _decoder(pairs: Callable | None) -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=pairs)
+
+
 def decode_json(text: str, at: int = 0, pairs: Callable | None = None) -> tuple[Any, int]:
     """Return the JSON value that begins at `at`, and where the text goes on behind it, with `pairs` as json's
     object_pairs_hook. Raise JSONDecodeError for whatever is wrong with it."""
     at = _SPACE.match(text, at).end()
     try:
-        value, end = json.JSONDecoder(object_pairs_hook=pairs).raw_decode(text, at)
+        value, end = _decoder(pairs).raw_decode(text, at)
     except json.JSONDecodeError:
         raise
     except (RecursionError, ValueError) as error:  # ValueError: an integer of more than 4,300 digits
@@ -134,7 +140,7 @@ def foreign(problem: str, about: str | Path) -> Iterator[None]:
         raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise InputError(f"{problem} ({first_line(error.__cause__ or error)})", about) from error
+            raise InputError(f"{problem} ({first_line(error)})", about) from error
         raise
 
 

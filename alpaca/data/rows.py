@@ -23,7 +23,8 @@ from alpaca.data.prompts import backward_row
 FIELDS = ("instruction", "input", "output")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 DATA_SUFFIXES = (".json", ".jsonl", *DELIMITERS, ".parquet")
-MOST_BYTES = 2 * 10**9  # of a file, and of what a table unpacks to; a row counts 100 at least
+MOST_BYTES = 2 * 10**9  # of a file, and of what a table unpacks to, where a row counts ROW_BYTES more
+ROW_BYTES = 100
 MOST_LEVELS = 100  # of lists and objects in a row
 NO_TEXT = {  # how a file begins, and what is wrong with it
     b"version https://git-lfs": "is a git-lfs pointer, not the data; run `git lfs pull`",
@@ -36,6 +37,7 @@ NO_TEXT = {  # how a file begins, and what is wrong with it
     b"\xff\xfe": "is UTF-16, not UTF-8; convert it first",
     b"\xfe\xff": "is UTF-16, not UTF-8; convert it first",
 }
+OF_A_ROW, OF_A_CONVERSATION = {*FIELDS, "instances"}, {"text"}
 EMPTY = (None, "", [], {})
 OURS = (  # what our own programs write beside a row's fields, and the data of self-instruct and AlpacaEval has
     *("id", "name", "is_classification", "generator", "dataset", "datasplit", "text"),
@@ -123,12 +125,13 @@ def read_data(
             _check_row({"output": "", **part} if unanswered else part, number, data_path)
             rows.append(backward_row(part) if backward else part)
             numbers.append(number)
-        if any(isinstance(one, RowWithRepeats) for one in (row, *(row.get("instances") or ()))):
+        instances = row["instances"] if isinstance(row.get("instances"), list) else ()
+        if any(isinstance(one, RowWithRepeats) for one in (row, *instances)):
             found.append("repeated_field")
         for name in found:
             problems.setdefault(name, []).append(number)
-        columns = dict.fromkeys(name for one in (row, *parts) for name, value in one.items() if value not in EMPTY)
-        unread.update(name for name in columns if name not in (("text",) if conversation else (*FIELDS, "instances")))
+        read_here = OF_A_CONVERSATION if conversation else OF_A_ROW
+        unread.update({name for one in (row, *instances) for name in one.keys() - read_here if one[name] not in EMPTY})
     if not rows:
         why = "holds no rows"
         if read and problems:
@@ -306,19 +309,22 @@ def _read_parquet(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     rows: list[Row] = []
-    size = 0
     with foreign(f"{path}: cannot be read as parquet", path):
         with pyarrow.parquet.ParquetFile(path) as file:
-            metadata, schema = file.metadata, file.schema_arrow
-            _check_size(sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)), path, True)
-        texts = [field.name for field in schema if field.type in (pyarrow.string(), pyarrow.binary())]
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            size = max(ROW_BYTES * file.metadata.num_rows, sum(group.total_byte_size for group in groups))
+            _check_size(size, path, True)
+            texts = [field.name for field in file.schema_arrow if field.type in (pyarrow.string(), pyarrow.binary())]
+        batches, size = [], 0
         with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
-            for batch in file.iter_batches(batch_size=256):
-                size += 100 * batch.num_rows + sum(map(_unpacked_size, batch.columns))
+            for batch in file.iter_batches(batch_size=1024):
+                size += ROW_BYTES * batch.num_rows + sum(map(_unpacked_size, batch.columns))
                 _check_size(size, path, True)
-                columns = [x.dictionary_decode() if hasattr(x, "indices") else x for x in batch.columns]
-                values = zip(*(column.to_pylist() for column in columns))
-                rows += [_row(zip(batch.schema.names, row)) for row in values]
+                batches.append(batch)
+        for batch in batches:
+            columns = [column.dictionary_decode() if hasattr(column, "indices") else column for column in batch.columns]
+            values = zip(*(column.to_pylist() for column in columns))
+            rows += [_row(zip(batch.schema.names, row)) for row in values]
     return rows
 
 
