@@ -55,7 +55,7 @@ from alpaca.training.preflight import (
 from alpaca.training.resume import mark_finished, mark_started
 from alpaca.training.trainer import AlpacaTrainer
 
-TOKENS_VERSION = 2  # raise it when `preprocess` changes, so that no old cache is read
+TOKENS_VERSION = 3  # raise it when `preprocess` changes, so that no old cache is read
 DEFAULT_PAD_TOKEN, DEFAULT_EOS_TOKEN, DEFAULT_BOS_TOKEN, DEFAULT_UNK_TOKEN = SPECIAL_TOKENS.values()
 
 

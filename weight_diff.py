@@ -249,6 +249,7 @@ def _load(
     """Load the recovered model, from its folder or from memory, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
+    from alpaca.data.tokenization import prompt_ids
     from alpaca.data.tokenizer import open_tokenizer
 
     dtype = dtype or most_common_dtype(diff)
@@ -260,9 +261,9 @@ def _load(
     model.to(device).eval()
     if test_inference:
         prompt = format_prompt({"instruction": QUESTION})
-        inputs = tokenizer(prompt, return_tensors="pt").to(device)
-        output = model.generate(**inputs, max_new_tokens=100)
-        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
+        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=100)
+        answer = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
         print(f"Input: {prompt}\nCompletion: {answer}", flush=True)
     return model, tokenizer
 

@@ -10,19 +10,21 @@ harness and backward need `pip install -c constraints.txt -r scripts/requirement
 
 import hashlib
 import shlex
+from collections import defaultdict, deque
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
 import utils
 from alpaca.common import commands
-from alpaca.common.errors import UsageError, format_first, reported
+from alpaca.common.errors import InputError, UsageError, format_first, reported
 from alpaca.common.files import refuse_overwriting_input, write_json
 from alpaca.completions.api import SamplingFlags
 from alpaca.completions.budget import BudgetFlags, estimate
 from alpaca.completions.rows import BatchCompletion, write_rows
 from alpaca.data.prompts import instruction_and_input
-from alpaca.data.rows import load_rows, partners
+from alpaca.data.rows import load_rows
 from alpaca.evaluation.bleu_rouge import ROUGE, overlap, worst
 from alpaca.evaluation.harness import HarnessRun
 from alpaca.evaluation.judge import PROMPT, judge_prompt, read_preference, tally
@@ -218,6 +220,22 @@ def _pairs(outputs: str, reference: str) -> tuple[list[dict[str, Any]], list[dic
     return ours, [others[place] for place in places]
 
 
+def partners(wanted: Sequence[str], offered: Sequence[str], problem: str, about: str) -> list[int]:
+    """Return for each text of `wanted` the place of the same text in `offered`; for its second time there, the second
+    place.
+
+    Raises:
+        InputError: texts without a partner, of which `problem` begins the message: a mistake in `about`.
+    """
+    places: dict[str, deque[int]] = defaultdict(deque)
+    for place, text in enumerate(offered):
+        places[text].append(place)
+    found = [places[text].popleft() if places[text] else None for text in wanted]
+    if missing := [row for row, place in enumerate(found) if place is None]:
+        raise InputError(f"{problem} for {len(missing)} of {len(wanted)} rows (rows {missing[:10]})", about)
+    return found
+
+
 def _summary(result: dict[str, Any], verdicts: list[dict[str, Any]]) -> str:
     number = {
         name: "-" if value is None else f"{value:.2f}" if isinstance(value, float) else value
@@ -270,7 +288,7 @@ def backward(
     refuse_overwriting_input(output_path, data_path, reference_path)
     if show_worst < 0:
         raise UsageError(f"--show_worst {show_worst}: expected a number of rows, 0 or more")
-    rows = load_rows(data_path)
+    rows = load_rows(data_path, also=("reference",))
     true = _true_instructions(rows, data_path, reference_path)
     scores = overlap([row["output"] for row in rows], true, bleu_tokenizer)
     print("\n".join(_report(scores, rows, true, show_worst)))

@@ -38,7 +38,7 @@ RESET = "\033[0m"
 class InspectArguments:
     _argument_group_name = "inspection"
     rows: list[int] = field(default_factory=list, metadata={"help": "Numbers of rows to show, from 0."})
-    problem: str | None = flag(None, "Show the first rows with this problem.", choices=[None, *PROBLEMS])
+    problem: str | None = flag(None, "Show the first rows with this problem.", choices=list(PROBLEMS))
     limit: int = flag(5, "How many rows --problem shows.")
     model_max_length: int = flag(512, "Maximum sequence length in tokens, as in train.py.")
     cache_dir: str | None = flag(None, "Folder for downloads and tokenized data, as in train.py.")
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @names_flags
 def inspect_data(model_args: ModelArguments, data_args: DataArguments, options: InspectArguments) -> int:
-    check_numbers(model_max_length=options.model_max_length)
+    check_numbers(model_max_length=options.model_max_length, limit=options.limit)
     check_is_model(model_args.model_name_or_path)
     tokenizer, _ = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)

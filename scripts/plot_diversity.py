@@ -166,7 +166,7 @@ def spacy_parser(model: str) -> Callable[[str], VerbNoun]:
         nlp = spacy.load(model)
     except ImportError as error:
         raise UsageError("--parser spacy: spaCy is not installed; pip install spacy, or use --parser rules") from error
-    except OSError as error:
+    except Exception as error:  # spaCy raises what it likes about a folder
         raise UsageError(
             f"--spacy_model {model}: spaCy cannot load it; python -m spacy download {model}, or use --parser rules"
         ) from error

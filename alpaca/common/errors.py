@@ -122,6 +122,14 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
+def print_anything() -> None:
+    """Let every text be printed where the terminal or pipe cannot have all letters (PYTHONIOENCODING=ascii, a Windows
+    code page), or the text has half of one: as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if getattr(stream, "errors", None) in ("strict", "surrogateescape") and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 LOST_CONNECTION = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed", "failed to recv")
 
 
@@ -133,6 +141,7 @@ def reported(program: str) -> Iterator[None]:
     Under torchrun the process ends with its launcher. It also ends without the interpreter's shutdown, in which native
     threads of torch 2.13 now and then abort it (once in some 50 runs on CPU ranks): for torchrun the run has failed.
     """
+    print_anything()
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     if launched:
         die_with_launcher()

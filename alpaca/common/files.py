@@ -1,20 +1,23 @@
 """Files and folders that are there whole or not at all, the space they need, and hashes of what is in them."""
 
+import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from alpaca.common.errors import InputError, format_bytes
+from alpaca.common.errors import InputError, UsageError, first_line, format_bytes
 
 MARKER = ".incomplete"  # in a folder that is being written
 ROOM = 10**8  # bytes on the disk for what stands beside the tensors: tokenizer, configuration, manifest
 AUX_SUFFIXES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
+_SPACE = re.compile(r"[ \t\n\r]*")  # as JSON has it
 OF_A_CHECKPOINT = (".safetensors", ".bin", ".sha256", ".png", ".md", ".gitattributes", "LICENSE", *AUX_SUFFIXES)
 
 
@@ -89,6 +92,56 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("is nested too deeply") from None
+
+
+@functools.cache
+def _decoder(pairs: Callable | None) -> json.JSONDecoder:
+    return json.JSONDecoder(object_pairs_hook=pairs)
+
+
+def decode_json(text: str, at: int = 0, pairs: Callable | None = None) -> tuple[Any, int]:
+    """Return the JSON value that begins at `at`, and where the text goes on behind it, with `pairs` as json's
+    object_pairs_hook. Raise JSONDecodeError for whatever is wrong with it."""
+    at = _SPACE.match(text, at).end()
+    try:
+        value, end = _decoder(pairs).raw_decode(text, at)
+    except json.JSONDecodeError:
+        raise
+    except (RecursionError, ValueError) as error:  # ValueError: an integer of more than 4,300 digits
+        deep = isinstance(error, RecursionError)
+        problem = "the value is nested too deeply" if deep else str(error).partition(";")[0]
+        raise json.JSONDecodeError(problem, text, at) from None
+    return value, _SPACE.match(text, end).end()
+
+
+def json_items(text: str, pairs: Callable | None = None) -> Iterator[Any]:
+    """Yield the items of a JSON list. Raise JSONDecodeError as `decode_json`, also for what follows the list."""
+    at = _SPACE.match(text, text.index("[") + 1).end()
+    while text[at : at + 1] != "]":
+        value, at = decode_json(text, at, pairs)
+        yield value
+        if text[at : at + 1] not in (",", "]"):
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+        if text[at] == ",":
+            at = _SPACE.match(text, at + 1).end()
+            if text[at : at + 1] == "]":
+                raise json.JSONDecodeError("Expecting value", text, at)
+    if (end := _SPACE.match(text, at + 1).end()) < len(text):
+        raise json.JSONDecodeError("Extra data", text, end)
+
+
+@contextmanager
+def foreign(problem: str, about: str | Path) -> Iterator[None]:
+    """Turn whatever a library raises about somebody else's file into an InputError: "`problem` (the library's first
+    line)". A panic of a library in Rust is no Exception."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise InputError(f"{problem} ({first_line(error)})", about) from error
+        raise
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

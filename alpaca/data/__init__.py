@@ -1,6 +1,7 @@
 """From a file of rows to token ids.
 
-rows             reading rows: Alpaca's, Guanaco's, any file type
+rows             reading rows, from any file type
+formats          what a row may look like: Guanaco's conversations, self-instruct's tasks
 prompts          the two Alpaca prompts, and templates like them
 chat_template    the same prompts as a chat template of the tokenizer
 tokenizer        opening a tokenizer; its special tokens, the pad token

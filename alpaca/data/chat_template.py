@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from alpaca.common.distributed import print_rank0
 from alpaca.data.prompts import format_prompt
+from alpaca.data.tokenization import prompt_ids, tokens_around
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -93,7 +94,9 @@ def chat_template(tokenizer: "PreTrainedTokenizerBase", templates: Mapping[str, 
     for space in SPACES:
         try:
             written = _written(tokenizer, templates, space)
-            if all(_ids(tokenizer, row, written) == _trained_ids(tokenizer, row, templates) for row in rows):
+            if all(
+                _ids(tokenizer, row, written) == prompt_ids(tokenizer, format_prompt(row, templates)) for row in rows
+            ):
                 return written
         except ValueError:  # a placeholder such as {instruction!r}, or a tokenizer that takes no template
             return None
@@ -101,7 +104,7 @@ def chat_template(tokenizer: "PreTrainedTokenizerBase", templates: Mapping[str, 
 
 
 def _written(tokenizer: "PreTrainedTokenizerBase", templates: Mapping[str, str], space: str) -> str:
-    before, _ = _special_ids(tokenizer)
+    before, _ = tokens_around(tokenizer)
     alone = before == [tokenizer.bos_token_id]
     expressions = {
         "bos": "bos_token" if alone else _string("".join(tokenizer.convert_ids_to_tokens(before))),
@@ -141,22 +144,6 @@ def _string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
-    """Return the ids that the tokenizer itself puts before and behind a text."""
-    alone, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
-    start = next(n for n in range(len(whole)) if whole[n : n + len(alone)] == alone)
-    return whole[:start], whole[start + len(alone) :]
-
-
 def _ids(tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, str], template: str) -> list[int]:
     message = {"role": "user", "content": row["instruction"], "input": row["input"]}
     return tokenizer.apply_chat_template([message], chat_template=template, add_generation_prompt=True)["input_ids"]
-
-
-def _trained_ids(
-    tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, str], templates: Mapping[str, str]
-) -> list[int]:
-    """Return the ids of the prompt in training, without a token that is put behind every text: the answer stands
-    there."""
-    ids, (_, behind) = tokenizer(format_prompt(row, templates))["input_ids"], _special_ids(tokenizer)
-    return ids[: len(ids) - len(behind)]

@@ -4,11 +4,11 @@ is not always that into the dataset: a conversation gives several rows, or none)
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from string import Formatter
 
 from alpaca.common.errors import InputError
-from alpaca.data.rows import Data, Row
+from alpaca.data.rows import Data, Row, describe_unread
 from alpaca.data.tokenization import Tokens
 
 
@@ -36,6 +36,7 @@ PROBLEMS = {
     ),
     "duplicate": Problem("an earlier row word for word", "they count twice", 0.05),
     "repeated_prompt": Problem("an earlier prompt with another answer", "fine if meant so"),
+    "repeated_field": Problem("a field is given twice, in the row or in the header", "only the last of both is read"),
     # of conversations only:
     "no_pair": Problem("no human turn with an answer", "they are left out", 0.05),
     "ends_on_human": Problem("the conversation ends on a human turn", "that turn is left out"),
@@ -46,13 +47,15 @@ PROBLEMS = {
 
 @dataclass
 class DataReport:
-    """What is known of the rows: sizes in tokens, the `numbers` of rows, and row numbers per name of PROBLEMS."""
+    """What is known of the rows: sizes in tokens, the `numbers` of rows, row numbers per name of PROBLEMS, and what is
+    `unread` of the file, as alpaca.data.rows.Data has it."""
 
     name: str
     lengths: list[int]
     num_targets: int
     numbers: list[int]
     problems: dict[str, list[int]]
+    unread: Mapping[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lengths, total = sorted(self.lengths), sum(self.lengths)
@@ -69,6 +72,8 @@ class DataReport:
                 first = ", ".join(map(str, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
                 problem = PROBLEMS[name]
                 lines.append(f"  {name}: {_rows(len(rows))} ({first}): {problem.meaning}; {problem.advice}")
+        if self.unread:
+            lines.append(f"  {describe_unread(self.unread)}")
         return "\n".join(lines)
 
     def spoiled_by(self) -> list[str]:
@@ -97,7 +102,7 @@ def report(name: str, tokens: Tokens, texts: Mapping[str, list[int]], data: Data
     found = {name: [data.numbers[i] for i in rows] for name, rows in {**tokens["problems"], **texts}.items()}
     found |= data.problems
     problems = {problem: found.get(problem, []) for problem in PROBLEMS}
-    whole = DataReport(name, lengths, num_targets, data.numbers, problems)
+    whole = DataReport(name, lengths, num_targets, data.numbers, problems, data.unread)
     if len(problems["nothing_to_learn"]) == len(lengths):
         raise InputError(f"{name}: no row has an answer left to learn within the maximum length\n{whole}", name)
     return whole

@@ -6,50 +6,89 @@ into the file's list does, also where a row of the file gives several rows or no
 """
 
 import csv
+import io
 import json
-import re
-from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import reprlib
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import InputError
-from alpaca.common.files import fingerprint
+from alpaca.common.errors import InputError, UsageError, format_bytes
+from alpaca.common.files import decode_json, fingerprint, foreign, json_items
+from alpaca.data.formats import Row, check_is_list, instances_of, is_conversation, parse_conversation
 from alpaca.data.prompts import backward_row
 
-Row = dict[str, Any]
-
-DATA_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+FIELDS = ("instruction", "input", "output")
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+DATA_SUFFIXES = (".json", ".jsonl", *DELIMITERS, ".parquet")
+MOST_BYTES = 2 * 10**9  # of a file, and of what a table unpacks to, where a row counts ROW_BYTES more
+ROW_BYTES = 100
+MOST_LEVELS = 100  # of lists and objects in a row
+NO_TEXT = {  # how a file begins, and what is wrong with it
+    b"version https://git-lfs": "is a git-lfs pointer, not the data; run `git lfs pull`",
+    b"\x1f\x8b": "is compressed (gzip); unpack it first",
+    b"PK\x03\x04": "is compressed (zip); unpack it first",
+    b"BZh": "is compressed (bzip2); unpack it first",
+    b"\xfd7zXZ": "is compressed (xz); unpack it first",
+    b"\x28\xb5\x2f\xfd": "is compressed (zstd); unpack it first",
+    b"PAR1": "is a parquet file; name it .parquet",
+    b"\xff\xfe": "is UTF-16, not UTF-8; convert it first",
+    b"\xfe\xff": "is UTF-16, not UTF-8; convert it first",
+}
+OF_A_ROW, OF_A_CONVERSATION = {*FIELDS, "instances"}, {"text"}
+EMPTY = (None, "", [], {})
+OURS = (  # what our own programs write beside a row's fields, and the data of self-instruct and AlpacaEval has
+    *("id", "name", "is_classification", "generator", "dataset", "datasplit", "text"),
+    *("most_similar_instructions", "avg_similarity_score", "score", "source"),
+)
 ALPACA_DATA_HINT = (
     "Stanford's 52k rows are on the hub: pass tatsu-lab/alpaca, or download alpaca_data.json from the stanford_alpaca "
     "repository and pass its path"
 )
-# A turn begins wherever its marker stands: in Guanaco right behind the last character of the turn before, which may be
-# "C#". Any other ### is text, and so is a marker that ends a longer row of # at the start of a line (a heading).
-MARKER = re.compile(r"(?<!^#)(?<!^##)(?<!^###)### (Human|Assistant):", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Data:
     """`numbers`: for each of `rows` the number of the file's row that it comes from. `problems`: what reading noticed,
-    numbers of the file's rows per name of alpaca/data/report.py."""
+    numbers of the file's rows per name of alpaca/data/report.py. `unread`: in how many rows of the file something
+    stands in a column that nothing is read from."""
 
     rows: list[Row]
     numbers: list[int]
     problems: dict[str, list[int]]
+    unread: dict[str, int] = field(default_factory=dict)
 
     def fingerprint(self) -> str:
         return fingerprint([(row["instruction"], row.get("input") or "", row["output"]) for row in self.rows])
 
 
-def load_rows(data_path: str, split: str = "train", answered: bool = True) -> list[Row]:
-    """Return the rows of `read_data`. Print a line if rows of the file are left out."""
+def load_rows(data_path: str, split: str = "train", answered: bool = True, also: Collection[str] = ()) -> list[Row]:
+    """Return the rows of `read_data`. Print a line each if rows of the file are left out, fields are given twice, or
+    columns other than `also` are not read."""
     data = read_data(data_path, split, answered=answered)
-    if left_out := data.problems.get("no_pair"):
-        first = ", ".join(map(str, left_out[:5])) + (", ..." if len(left_out) > 5 else "")
-        print(f"{data_path}: rows left out, without a human turn and its answer: {len(left_out):,} ({first})")
+    for name, what in (
+        ("no_pair", "rows left out, without a human turn and its answer"),
+        ("repeated_field", "rows give a field twice, and only the last of both is read"),
+    ):
+        if rows := data.problems.get(name):
+            first = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+            print(f"{data_path}: {what}: {len(rows):,} ({first})")
+    if unread := {name: rows for name, rows in data.unread.items() if name not in (*also, *OURS)}:
+        print(f"{data_path}: {describe_unread(unread)}")
     return data.rows
+
+
+def describe_unread(unread: Mapping[str, int]) -> str:
+    """Return the line of the report about `Data.unread`."""
+    parts = []
+    for name, rows in unread.items():
+        meant = next((known for known in FIELDS if known == name.strip(" \t\ufeff").lower()), None)
+        shown = repr(name) if name != name.strip() or not name.isprintable() or not name else name
+        count = "1 row" if rows == 1 else f"{rows:,} rows"
+        parts.append(f"{shown:.80} ({count}{f', is not {meant}' if meant else ''})")
+    return "columns never read: " + ", ".join(parts[:20]) + (f", and {len(parts) - 20} more" if parts[20:] else "")
 
 
 def read_data(
@@ -73,24 +112,32 @@ def read_data(
             wrong type (row number).
     """
     read = raw_rows(data_path, split, cache_dir)
+    check_is_list(read, data_path)
     rows: list[Row] = []
     numbers: list[int] = []
     problems: dict[str, list[int]] = {}
+    unread: Counter[str] = Counter()
     for number, row in enumerate(read):
-        parts, found = parse_conversation(row["text"], guanaco_turns) if is_conversation(row) else (_instances(row), [])
+        conversation = is_conversation(row)
+        parts, found = parse_conversation(row["text"], guanaco_turns) if conversation else (instances_of(row), [])
         for part in parts:
             unanswered = not answered and isinstance(part, Mapping)
             _check_row({"output": "", **part} if unanswered else part, number, data_path)
             rows.append(backward_row(part) if backward else part)
             numbers.append(number)
+        instances = row["instances"] if isinstance(row.get("instances"), list) else ()
+        if any(isinstance(one, RowWithRepeats) for one in (row, *instances)):
+            found.append("repeated_field")
         for name in found:
             problems.setdefault(name, []).append(number)
+        read_here = OF_A_CONVERSATION if conversation else OF_A_ROW
+        unread.update({name for one in (row, *instances) for name in one.keys() - read_here if one[name] not in EMPTY})
     if not rows:
         why = "holds no rows"
         if read and problems:
             why = f"none of its {len(read):,} rows has a turn `### Human: ...` with an answer `### Assistant: ...`"
         raise InputError(f"{data_path}: {why}", data_path)
-    return Data(rows, numbers, problems)
+    return Data(rows, numbers, problems, dict(unread))
 
 
 def raw_rows(data_path: str, split: str = "train", cache_dir: str | None = None) -> list[Any]:
@@ -100,9 +147,16 @@ def raw_rows(data_path: str, split: str = "train", cache_dir: str | None = None)
         InputError: nothing is there, or the file is malformed (line and column).
     """
     path = Path(data_path)
-    if path.is_file():
-        return list(_read_file(path))
-    if path.is_dir() or (
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except (OSError, ValueError) as error:  # a name too long; in a folder that may not be entered
+        raise InputError(f"{data_path}: cannot be read ({error.strerror or error})", data_path) from error
+    if is_file:
+        return _read_file(path)
+    if "://" in data_path:
+        problem = "is an address; download it, or give the name of a dataset of the hub, such as tatsu-lab/alpaca"
+        raise InputError(f"{data_path}: {problem}", data_path)
+    if is_folder or (
         path.suffix not in DATA_SUFFIXES and data_path.count("/") <= 1 and not data_path.startswith((".", "/"))
     ):
         return _read_dataset(data_path, split, cache_dir)
@@ -110,59 +164,178 @@ def raw_rows(data_path: str, split: str = "train", cache_dir: str | None = None)
     raise InputError(f"{data_path}: no such file (looked in {path.parent.resolve()}){hint}", data_path)
 
 
-def _read_file(path: Path) -> Iterator[Row]:
-    """Yield the rows of a file. JSON and JSONL are told apart by content, so a JSON list under any name works."""
-    if path.suffix.lower() in (".csv", ".tsv", ".parquet"):
-        return iter(_read_table(path))
-    text = read_text(path)
-    return iter(_parse_json(text, path) if text.lstrip()[:1] == "[" else _parse_jsonl(text, path))
+def _read_file(path: Path) -> list[Any]:
+    """Return the rows of a file. JSON and JSONL are told apart by content, so a JSON list under any name works."""
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return _read_parquet(path)
+    text = read_text(path, line_ends=kind not in DELIMITERS)
+    if kind in DELIMITERS:
+        return list(_read_csv(text, path, DELIMITERS[kind]))
+    return list(_parse_json(text, path) if text.lstrip()[:1] == "[" else _parse_jsonl(text, path))
 
 
-def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file. Raise InputError for another encoding, or the pointer of git-lfs."""
+def read_text(path: Path, line_ends: bool = True) -> str:
+    """Return the text of a UTF-8 file, with line ends as "\n" unless they are to stay. Raise InputError for one that is
+    too large, cannot be read, has another encoding, is compressed, or is the pointer of git-lfs."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        _check_size(path.stat().st_size, path)
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})", path) from error
+    if found := next((advice for magic, advice in NO_TEXT.items() if data.startswith(magic)), None):
+        raise InputError(f"{path}: {found}", path)
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not UTF-8 (byte {error.start}); convert it first", path) from error
-    if text.startswith("version https://git-lfs"):
-        raise InputError(f"{path}: is a git-lfs pointer, not the data; run `git lfs pull`", path)
-    return text
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise InputError(f"{path}: holds a NUL byte (line {line}): it is damaged, or UTF-16; convert it first", path)
+    return text.replace("\r\n", "\n").replace("\r", "\n") if line_ends else text
 
 
-def _parse_json(text: str, path: Path) -> list[Row]:
+def _check_size(size: int, about: str | Path, unpacked: bool = False) -> None:
+    """Raise InputError for more than MOST_BYTES."""
+    if size > MOST_BYTES:
+        what = "unpacks to" if unpacked else "has"
+        raise InputError(
+            f"{about}: {what} {format_bytes(size)} or more, and at most {format_bytes(MOST_BYTES)} are read at once. "
+            "If it really is that large: split it, or save it as a folder of the datasets library and take a part, as "
+            "with the split train[:1000000]",
+            about,
+        )
+
+
+class RowWithRepeats(dict):
+    """A row that gives a field more than once, which JSON and the header of a table can; the last one stands."""
+
+
+def _row(pairs: Iterable[tuple[str, Any]]) -> Row:
+    pairs = list(pairs)
+    row = dict(pairs)
+    return row if len(row) == len(pairs) else RowWithRepeats(row)
+
+
+def _parse_json(text: str, path: Path) -> Iterator[Any]:
+    number = 0
     try:
-        return json.loads(text)
+        for number, row in enumerate(json_items(text, _row), start=1):
+            _check_depth(row, f"{path}: row {number - 1}", path)
+            yield row
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{path}: malformed JSON at line {error.lineno}, column {error.colno}: {error.msg}", path
+            f"{path}: malformed JSON at line {error.lineno}, column {error.colno} (row {number}): {error.msg}", path
         ) from error
 
 
-def _parse_jsonl(text: str, path: Path) -> Iterator[Row]:
+def _parse_jsonl(text: str, path: Path) -> Iterator[Any]:
+    """Yield the object of each line, or the one object that the whole text is."""
+    if text.lstrip()[:1] == "{":
+        try:
+            row, end = decode_json(text, 0, _row)
+        except json.JSONDecodeError:
+            end = -1
+        if end == len(text):
+            _check_depth(row, f"{path}: row 0", path)
+            yield row
+            return
     for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a string
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(
-                    f"{path}: malformed JSON at line {number}, column {error.colno}: {error.msg}; expected a JSON list "
-                    "of rows, or one JSON object per line",
-                    path,
-                ) from error
+        if not line.strip():
+            continue
+        try:
+            row, end = decode_json(line, 0, _row)
+            if end < len(line):
+                raise json.JSONDecodeError("Extra data", line, end)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}: malformed JSON at line {number}, column {error.colno}: {error.msg}; expected a JSON list "
+                "of rows, or one JSON object per line",
+                path,
+            ) from error
+        _check_depth(row, f"{path}: line {number}", path)
+        yield row
 
 
-def _read_table(path: Path) -> list[Row]:
-    """Return the rows of a table. CSV goes through the standard library: "007", "NA" and "" stay the text they are."""
-    try:
-        if path.suffix.lower() == ".parquet":
-            import datasets
+def _check_depth(row: Any, where: str, about: Path) -> None:
+    """Raise InputError for a row that could be read, but not be shown or written again."""
+    level, depth = [row], 0
+    while level := [
+        part
+        for value in level
+        if isinstance(value, list | dict)
+        for part in (value.values() if isinstance(value, dict) else value)
+        if isinstance(part, list | dict)
+    ]:
+        depth += 1
+        if depth > MOST_LEVELS:
+            raise InputError(f"{where}: lists and objects are nested more than {MOST_LEVELS} deep", about)
 
-            return datasets.Dataset.from_parquet(str(path), keep_in_memory=True).to_list()
-        csv.field_size_limit(2**31 - 1)
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            return list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
-    except (OSError, ValueError, RuntimeError, csv.Error) as error:  # datasets' own errors are RuntimeErrors
-        raise InputError(f"{path}: cannot be read as {path.suffix[1:]} ({error.__cause__ or error})", path) from error
+
+def _read_csv(text: str, path: Path, delimiter: str) -> Iterator[Row]:
+    """Yield the rows of CSV through the standard library: "007", "NA" and "" stay the text they are."""
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise InputError(
+                f"{path}: malformed {path.suffix[1:]} in the row that begins at line {line}: {error}; a field with "
+                "quotes in it stands in quotes, and those in it are written twice",
+                path,
+            ) from error
+        if fields is None:
+            return
+        if not fields or (len(fields) == 1 and not fields[0].strip()):
+            continue
+        if header is None:
+            header = fields
+        elif len(fields) != len(header):
+            raise InputError(
+                f"{path}: line {line}: the row has {len(fields)} fields, the header {len(header)} ({', '.join(header)})"
+                "; a text with a separator or a line break in it stands in quotes",
+                path,
+            )
+        else:
+            yield _row(zip(header, fields))
+
+
+def _read_parquet(path: Path) -> list[Row]:
+    """Return the rows of a parquet file, a few at a time: its statement of how large it is unpacked may be false, and a
+    text that is repeated stands in it once."""
+    import pyarrow.parquet
+
+    rows: list[Row] = []
+    with foreign(f"{path}: cannot be read as parquet", path):
+        with pyarrow.parquet.ParquetFile(path) as file:
+            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            size = max(ROW_BYTES * file.metadata.num_rows, sum(group.total_byte_size for group in groups))
+            _check_size(size, path, True)
+            texts = [field.name for field in file.schema_arrow if field.type in (pyarrow.string(), pyarrow.binary())]
+        batches, size = [], 0
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                size += ROW_BYTES * batch.num_rows + sum(map(_unpacked_size, batch.columns))
+                _check_size(size, path, True)
+                batches.append(batch)
+        for batch in batches:
+            columns = [column.dictionary_decode() if hasattr(column, "indices") else column for column in batch.columns]
+            values = zip(*(column.to_pylist() for column in columns))
+            rows += [_row(zip(batch.schema.names, row)) for row in values]
+    return rows
+
+
+def _unpacked_size(column: Any) -> int:
+    """Return the bytes of a pyarrow array with every text written out."""
+    import pyarrow.compute
+
+    if not hasattr(column, "indices"):
+        return column.nbytes
+    lengths = pyarrow.compute.binary_length(column.dictionary)
+    return pyarrow.compute.sum(lengths.take(column.indices)).as_py() or 0
 
 
 def _read_dataset(name: str, split: str, cache_dir: str | None) -> list[Row]:
@@ -171,21 +344,18 @@ def _read_dataset(name: str, split: str, cache_dir: str | None) -> list[Row]:
     try:
         if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(name)
-            return (saved[split] if isinstance(saved, datasets.DatasetDict) else saved).to_list()
-        return datasets.load_dataset(name, split=split, cache_dir=cache_dir).to_list()
-    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+            found = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+        else:
+            found = datasets.load_dataset(name, split=split, cache_dir=cache_dir)
+        _check_size(found.data.nbytes, name, True)
+        return found.to_list()
+    except UsageError:
+        raise
+    except Exception as error:  # of the hub, of a reader of any file type, of a dataset's own description
         hint = f"\n{ALPACA_DATA_HINT}" if "alpaca" in name else ""
         raise InputError(
             f"{name}: no such file, and loading it as a dataset (split {split!r}) failed: {error}{hint}", name
         ) from error
-
-
-def _instances(row: Any) -> list[Row]:
-    """Return the rows that a row of the file holds: a self-instruct seed task has a list of instances, every other row
-    is one itself."""
-    if isinstance(row, dict) and isinstance(row.get("instances"), list):
-        return [{"instruction": row.get("instruction"), **instance} for instance in row["instances"]]
-    return [row]
 
 
 def _check_row(row: Any, number: int, data_path: str) -> None:
@@ -193,15 +363,15 @@ def _check_row(row: Any, number: int, data_path: str) -> None:
     if not isinstance(row, Mapping):
         got = type(row).__name__
         raise InputError(f"{where}: expected an object with instruction, input and output, got {got}", data_path)
-    for field in ("instruction", "output"):
-        if field not in row:
-            raise InputError(f"{where}: no field {field!r}; the row has {sorted(map(str, row))}", data_path)
-    for field in ("instruction", "input", "output"):
-        value = row.get(field)
-        if not isinstance(value, str) and not (field == "input" and value is None):
-            got = f"{type(value).__name__} {value!r:.60}"
-            raise InputError(f"{where}: {field!r} must be text, got {got}", data_path)
-        check_text(value or "", f"{where}: {field!r}", data_path)
+    for name in ("instruction", "output"):
+        if name not in row:
+            raise InputError(f"{where}: no field {name!r}; the row has {sorted(map(str, row))}", data_path)
+    for name in ("instruction", "input", "output"):
+        value = row.get(name)
+        if not isinstance(value, str) and not (name == "input" and value is None):
+            got = f"{type(value).__name__} {reprlib.repr(value):.60}"
+            raise InputError(f"{where}: {name!r} must be text, got {got}", data_path)
+        check_text(value or "", f"{where}: {name!r}", data_path)
 
 
 def check_text(text: str, where: str, about: str) -> None:
@@ -216,55 +386,3 @@ def check_text(text: str, where: str, about: str) -> None:
                 "cut in two; mend or remove it",
                 about,
             ) from error
-
-
-def is_conversation(row: Any) -> bool:
-    """Return whether a row of a file has its turns in `text` (the Alpaca data has a `text` too, beside its fields)."""
-    return isinstance(row, dict) and isinstance(row.get("text"), str) and not {"instruction", "output"} & row.keys()
-
-
-def parse_conversation(text: str, pairs: str = "first") -> tuple[list[dict[str, str]], list[str]]:
-    """Return the rows of one conversation, and the names of its problems as in alpaca/data/report.py.
-
-    A pair is a human turn and the assistant turn right behind it, both with text; space around a turn is dropped.
-
-    Args:
-        pairs: "first" gives a row of the first pair, by itself. "all" gives a row of every pair: `instruction` is the
-            human turn, `input` all turns before it ("Human: ...\n\nAssistant: ..."), without which a question such as
-            "And another?" could not be answered, `output` the assistant turn.
-    """
-    before, *parts = MARKER.split(text)
-    turns = [(speaker, said.strip()) for speaker, said in zip(parts[::2], parts[1::2])]
-    starts = [
-        i
-        for i, (human, assistant) in enumerate(zip(turns, turns[1:]))
-        if (human[0], assistant[0]) == ("Human", "Assistant") and human[1] and assistant[1]
-    ]
-    unanswered = bool(turns) and turns[-1][0] == "Human"
-    found = {
-        "no_pair": not starts,
-        "ends_on_human": unanswered,
-        "unpaired_turns": bool(before.strip()) or len(turns) > 2 * len(starts) + unanswered,
-        "later_pairs": pairs == "first" and len(starts) > 1,
-    }
-    rows = []
-    for i in starts if pairs == "all" else starts[:1]:
-        earlier = [f"{speaker}: {said}" for speaker, said in turns[:i] if said] if pairs == "all" else []
-        rows.append({"instruction": turns[i][1], "input": "\n\n".join(earlier), "output": turns[i + 1][1]})
-    return rows, [name for name, is_so in found.items() if is_so]
-
-
-def partners(wanted: Sequence[str], offered: Sequence[str], problem: str, about: str) -> list[int]:
-    """Return for each text of `wanted` the place of the same text in `offered`; for its second time there, the second
-    place.
-
-    Raises:
-        InputError: texts without a partner, of which `problem` begins the message: a mistake in `about`.
-    """
-    places: dict[str, deque[int]] = defaultdict(deque)
-    for place, text in enumerate(offered):
-        places[text].append(place)
-    found = [places[text].popleft() if places[text] else None for text in wanted]
-    if missing := [row for row, place in enumerate(found) if place is None]:
-        raise InputError(f"{problem} for {len(missing)} of {len(wanted)} rows (rows {missing[:10]})", about)
-    return found

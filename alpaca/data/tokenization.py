@@ -3,6 +3,7 @@
 The shortcut is exact: the backend of a fast tokenizer encodes batches without offsets, on all cores.
 """
 
+import copy
 import os
 import zipfile
 from array import array
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tokenizers.processors import TemplateProcessing
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -65,13 +67,61 @@ def starts_with(rows: Ragged, beginnings: Ragged) -> np.ndarray:
     return equal & (common == beginnings.lengths)
 
 
+# ---- what a tokenizer puts around a text ----
+
+
+def tokens_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the ids that the tokenizer itself puts in front of a text, and behind it (`add_eos_token`, a
+    post-processor). Nothing, where it does something else to a text than put ids around it."""
+    options = dict(split_special_tokens=True, verbose=False)
+    for text in ("a", "1", ".", "é", *tokenizer.get_vocab()):  # one that the vocabulary can spell
+        if alone := tokenizer(text, add_special_tokens=False, **options)["input_ids"]:
+            break
+    whole = tokenizer(text, return_special_tokens_mask=True, **options)
+    ids, special = whole["input_ids"], whole["special_tokens_mask"]
+    starts = [n for n in range(len(ids) - len(alone) + 1) if ids[n : n + len(alone)] == alone]
+    if any(special):  # else it does not say which they are
+        starts = [n for n in starts if n == (special.index(0) if 0 in special else 0)]
+    return (ids[: starts[0]], ids[starts[0] + len(alone) :]) if starts else ([], [])
+
+
+def without_end(ids: list[int], behind: list[int]) -> list[int]:
+    """Return `ids` without what `tokens_around` says is behind a text. There the answer goes on, or more text."""
+    return ids[: len(ids) - len(behind)] if behind and ids[-len(behind) :] == behind else ids
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Return the ids of a prompt as in training: text such as "</s>" stays text, and nothing is behind it."""
+    return without_end(tokenizer(text, split_special_tokens=True)["input_ids"], tokens_around(tokenizer)[1])
+
+
+def nothing_behind(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Return the tokenizer, or a copy that puts nothing behind a text: for programs that tokenize by themselves."""
+    front, behind = tokens_around(tokenizer)
+    if not behind:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        tokenizer.build_inputs_with_special_tokens = lambda ids, other=None: [*front, *ids, *(other or [])]
+        return tokenizer
+    tokenizer._add_eos_token = False  # transformers builds the post-processor anew where a token is set
+    names = [tokenizer.convert_ids_to_tokens(token) for token in front]
+    backend.post_processor = TemplateProcessing(single=[*names, "$A"], special_tokens=list(zip(names, front)))
+    return tokenizer
+
+
+# ---- ids of many texts ----
+
+
 def encode(
     prompts: Sequence[str], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase, apart: bool = False
 ) -> tuple[Ragged, Ragged]:
     """Return the ids of each prompt, and of each prompt + answer: tokenized as one text or, `apart`, as two.
 
     As long as they come. Text such as "</s>" stays text: it never becomes the token. Special tokens that the tokenizer
-    puts around a text (<s>) are there once.
+    puts in front of a text (<s>) are there once. What it puts behind one is left out: there the answer goes on, and
+    behind that `train.preprocess` puts the end.
     """
     prompt_ids = _encode(prompts, tokenizer)
     if not apart:
@@ -81,6 +131,7 @@ def encode(
 
 def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool = True) -> Ragged:
     backend = _backend(tokenizer)
+    behind = tokens_around(tokenizer)[1] if add_special_tokens else []
 
     def batches() -> Iterator[Sequence[int]]:
         starts = range(0, len(texts), 1000)
@@ -93,7 +144,7 @@ def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, add_specia
                 options = dict(return_attention_mask=False, verbose=False, add_special_tokens=add_special_tokens)
                 yield from tokenizer(batch, split_special_tokens=True, **options)["input_ids"]
 
-    return ragged(batches())
+    return ragged(without_end(ids, behind) for ids in batches())
 
 
 def _backend(tokenizer: PreTrainedTokenizerBase) -> Any | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from alpaca.common.distributed import print_rank0
 from alpaca.common.errors import InputError, first_line
-from alpaca.common.files import json_text, read_json
+from alpaca.common.files import foreign, json_text, parse_json, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +63,22 @@ def open_tokenizer(
     tokenizer.model of a LLaMA folder that names no class, or the class LLaMATokenizer, without <s> and first space.
     It also recurses without end over bos, eos and unk that are "", as in early LLaMA folders: they are those of the
     sentencepiece model. What version 5 alone takes for a token is put into `unstated` where it was changed.
+
+    Raises:
+        InputError: there is none, or its files are damaged, whatever transformers, tokenizers or sentencepiece raise.
     """
+    with foreign(f"{name}: no tokenizer could be loaded", name):
+        tokenizer = _opened(name, cache_dir, {} if unstated is None else unstated, kwargs)
+        for token in SPECIAL_TOKENS:
+            if not isinstance(getattr(tokenizer, token), str | None):
+                raise ValueError(f"its {token} is {getattr(tokenizer, token)!r:.60}, expected a text")
+        tokenizer("a", split_special_tokens=True)  # a damaged one may open, and fail at its first text
+        return tokenizer
+
+
+def _opened(
+    name: str, cache_dir: str | None, unstated: dict[str, str | None], kwargs: dict[str, Any]
+) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer, LlamaTokenizer
 
     config, model = (_read_json(name, file, cache_dir) for file in ("tokenizer_config.json", "config.json"))
@@ -78,15 +93,14 @@ def open_tokenizer(
     if known == "LlamaTokenizer" and _find(name, "tokenizer.json", cache_dir) is None:  # it would say all by itself
         opener = LlamaTokenizer
         kwargs |= {} if "add_bos_token" in config else {"add_bos_token": True}
-    tokenizer = opener.from_pretrained(name, cache_dir=cache_dir, **kwargs)
+    tokenizer = opener.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False, **kwargs)
     for token, default in DEFAULTS_2023.get(known, {}).items():
         other = getattr(tokenizer, token)
         if token in stated or token in kwargs or other == default:
             continue
         if default is None or default in tokenizer.get_vocab():
             setattr(tokenizer, token, default)
-            if unstated is not None:
-                unstated[token] = other
+            unstated[token] = other
     return tokenizer
 
 
@@ -109,7 +123,7 @@ def _find(name: str, file: str, cache_dir: str | None) -> Path | None:
 
 def _read_json(name: str, file: str, cache_dir: str | None) -> dict[str, Any]:
     found = _find(name, file, cache_dir)
-    return json.loads(found.read_text(encoding="utf-8")) if found else {}
+    return read_json(found) if found else {}
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
@@ -151,7 +165,11 @@ def slow_files(base: str, tokenizer_json: Mapping[str, Any], cache_dir: str | No
         found = [_find(base, name, cache_dir) for name in names]
         if all(found):
             files = {name: path.read_bytes() for name, path in zip(names, found)}
-            if added := _added_tokens(files, tokenizer_json):
+            try:
+                added = _added_tokens(files, tokenizer_json)
+            except (LookupError, TypeError, AttributeError) as error:
+                raise ValueError(f"{', '.join(files)} or the tokenizer.json is damaged ({error!r})") from error
+            if added:
                 files[ADDED_TOKENS] = json_text(added).encode()
             return files
     return {}
@@ -163,7 +181,7 @@ def _added_tokens(files: Mapping[str, bytes], tokenizer_json: Mapping[str, Any])
     listed = model["vocab"]
     whole = dict(listed) if isinstance(listed, dict) else {piece: i for i, (piece, _) in enumerate(listed)}
     whole |= {token["content"]: token["id"] for token in tokenizer_json["added_tokens"]}
-    slow = json.loads(files[name]) if name == "vocab.json" else _pieces(files[name])
+    slow = parse_json(files[name]) if name == "vocab.json" else _pieces(files[name])
     if other := next((token for token, i in slow.items() if whole.get(token) != i), None):
         raise ValueError(
             f"token {slow[other]} of {name} is {other!r}, which has the id {whole.get(other)} in the tokenizer"
@@ -195,14 +213,17 @@ def save_slow_files(tokenizer: "PreTrainedTokenizerBase", files: Mapping[str, by
     for name, content in files.items():
         (Path(folder) / name).write_bytes(content)
     path = Path(folder) / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) | _tokens_around(tokenizer)
+    config = read_json(path) | _tokens_around(tokenizer)
     path.write_text(json_text(dict(sorted(config.items()))), encoding="utf-8")
 
 
 def _tokens_around(tokenizer: "PreTrainedTokenizerBase") -> dict[str, bool]:
     """Return what a slow tokenizer's configuration says of the tokens around a text."""
-    ids = tokenizer("a")["input_ids"]
-    return {"add_bos_token": ids[:1] == [tokenizer.bos_token_id], "add_eos_token": ids[-1:] == [tokenizer.eos_token_id]}
+    from alpaca.data.tokenization import tokens_around  # imports torch
+
+    front, behind = tokens_around(tokenizer)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return {"add_bos_token": front[:1] == [bos], "add_eos_token": behind[-1:] == [eos]}
 
 
 def copy_slow_files(base: Path, folder: Path) -> None:
@@ -212,11 +233,9 @@ def copy_slow_files(base: Path, folder: Path) -> None:
     if not path.is_file() or any((folder / name).is_file() for name in others):
         return
     try:
-        files = slow_files(str(base), json.loads(path.read_text(encoding="utf-8")))
+        files = slow_files(str(base), read_json(path))
         added = folder / ADDED_TOKENS
-        if added.is_file() and json.loads(added.read_text(encoding="utf-8")) != json.loads(
-            files.pop(ADDED_TOKENS, "{}")
-        ):
+        if added.is_file() and read_json(added) != json.loads(files.pop(ADDED_TOKENS, "{}")):
             raise ValueError(f"{added.name} has other tokens than tokenizer.json")
     except ValueError as error:
         print(f"note: {without_slow_files(base, error)}", flush=True)

@@ -32,7 +32,7 @@ def overlap(generated: Sequence[str], true: Sequence[str], bleu_tokenizer: str =
         )
     try:
         corpus, single = BLEU(tokenize=bleu_tokenizer), BLEU(tokenize=bleu_tokenizer, effective_order=True)
-    except (ImportError, RuntimeError, OSError) as error:  # some need a library, or download their model
+    except Exception as error:  # some need a library, or download their model
         raise ParameterError(
             f"{{bleu_tokenizer}} {bleu_tokenizer}: cannot be had ({' '.join(str(error).split())}); 13a, intl, zh and "
             "char need nothing",

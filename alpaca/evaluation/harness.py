@@ -9,11 +9,11 @@ MMLU's own YAML does not, and a group is measured whole: no file for each member
 """
 
 import importlib.metadata
-import json
 import logging
 import math
 import platform
 import re
+import reprlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from alpaca.common.errors import InputError, ParameterError, UsageError
-from alpaca.common.files import check_writable, refuse_other_arguments, write_json, write_text
+from alpaca.common.files import check_writable, read_json, refuse_other_arguments, write_json, write_text
 from alpaca.evaluation.harness_tasks import TaskSpec, definition_of, dry_run_metrics, find_group, load_tasks
 
 if TYPE_CHECKING:
@@ -31,6 +31,14 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 CAUSES = "the likely cause is the weights (a damaged file, a run that diverged), or a dtype in which they overflow"
+RESULT = {  # of a task's file, what a rerun reads
+    **dict.fromkeys(("column", "task", "metric", "dtype", "device"), str),
+    **dict.fromkeys(("value", "weighted_by_size"), (int, float)),
+    **dict.fromkeys(("how", "tasks", "versions"), dict),
+    "stderr": (int, float, type(None)),
+    "num_fewshot": list,
+    "samples": int,
+}
 PACKAGES = ("lm-eval", "transformers", "torch", "datasets", "peft")
 
 
@@ -123,11 +131,14 @@ class HarnessRun:
         if not path.is_file():
             return None
         try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            before = result["how"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}: is no result of this command", path) from error
-        refuse_other_arguments(path, before, how, self.output_dir)
+            result = read_json(path)
+        except UsageError as error:
+            raise InputError(f"{path}: is no result of this command ({error})", path) from error
+        for name, kinds in RESULT.items():
+            if not isinstance(result.get(name), kinds):
+                problem = f"{name!r} is {reprlib.repr(result.get(name)):.60}"
+                raise InputError(f"{path}: is no result of this command ({problem})", path)
+        refuse_other_arguments(path, result["how"], how, self.output_dir)
         return result | {"column": member.column}
 
     # ---- the model and the tasks ----
@@ -142,6 +153,7 @@ class HarnessRun:
     def _open_vllm(self) -> tuple["LM", "torch.dtype", str]:
         import torch
 
+        from alpaca.data.tokenization import nothing_behind
         from alpaca.models.device import best_dtype
         from alpaca.weights.reader import MODEL, find_folder, folder_kind, open_weights
 
@@ -158,6 +170,7 @@ class HarnessRun:
             from lm_eval.models.vllm_causallms import VLLM
 
             lm = VLLM(str(folder), add_bos_token=self.add_bos_token, **options)
+            lm.tokenizer = nothing_behind(lm.tokenizer)
         except ModuleNotFoundError as error:
             message = "{backend} vllm: vllm is not installed; pip install 'lm-eval[vllm]'"
             raise ParameterError(message, "backend") from error
@@ -167,6 +180,7 @@ class HarnessRun:
         import torch
         from lm_eval.models.huggingface import HFLM
 
+        from alpaca.data.tokenization import nothing_behind
         from alpaca.inference.load import LoadOptions, load_for_inference
         from alpaca.models.device import best_dtype, check_device, quantizing_flag
 
@@ -179,7 +193,7 @@ class HarnessRun:
         logger.setLevel(logging.ERROR)  # three lines about a model that is not the name of one
         lm = HFLM(
             pretrained=opened.model,
-            tokenizer=opened.tokenizer,
+            tokenizer=nothing_behind(opened.tokenizer),
             backend="causal",
             batch_size=self.batch_size,
             add_bos_token=self.add_bos_token,
@@ -297,7 +311,7 @@ def measured_with(results: list[dict[str, Any]]) -> dict[str, list[str]]:
     for result in results:
         where = {"dtype": result["dtype"], "device": result["device"], **result["versions"]}
         for name, value in where.items():
-            found.setdefault(name, []).append(value)
+            found.setdefault(name, []).append(str(value))
     return {name: sorted(set(values)) for name, values in found.items()}
 
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpaca.common.errors import InputError, UsageError, first_line
-from alpaca.common.files import fingerprint_of_files
+from alpaca.common.errors import InputError, UsageError
+from alpaca.common.files import fingerprint_of_files, foreign
 from alpaca.evaluation.bleu_rouge import INSTALL
 
 if TYPE_CHECKING:
@@ -38,7 +38,12 @@ def find_group(include_path: str, group: str) -> tuple["TaskManager", list[TaskS
         raise UsageError(f"the harness needs lm-eval: {INSTALL} ({error})") from error
     if not Path(include_path).is_dir():
         raise InputError(f"{include_path}: expected a folder with YAML files of the harness", include_path)
-    manager = TaskManager(include_path=include_path, include_defaults=False)
+    with foreign(f"{include_path}: its YAML files cannot be read", include_path):
+        return _group(TaskManager, include_path, group)
+
+
+def _group(manager_of: type["TaskManager"], include_path: str, group: str) -> tuple["TaskManager", list[TaskSpec]]:
+    manager = manager_of(include_path=include_path, include_defaults=False)
     if group not in manager.all_groups:
         found = ", ".join(manager.all_groups) or "none"
         raise InputError(f"{group}: no such group in {include_path}; groups there: {found}", group)
@@ -46,7 +51,7 @@ def find_group(include_path: str, group: str) -> tuple["TaskManager", list[TaskS
     items = [{"task": item} if isinstance(item, str) else item for item in config.get("task") or []]
     names = [item.get("group") or item.get("task") for item in items]
     if not set(names) <= set(manager.all_tasks):
-        manager = TaskManager(include_path=include_path)  # its own 14,000 files take a quarter of a minute to look at
+        manager = manager_of(include_path=include_path)  # its own 14,000 files take a quarter of a minute to look at
     table = (config.get("metadata") or {}).get("table") or {}
     members = []
     for name, item in zip(names, items):
@@ -67,15 +72,11 @@ def find_group(include_path: str, group: str) -> tuple["TaskManager", list[TaskS
 def load_tasks(manager: "TaskManager", member: TaskSpec) -> dict[str, "Task"]:
     """Return the tasks of a member with its settings and data. The harness takes settings only from a group's list, so
     a group of this member alone is made known to it."""
-    import datasets
-
     name = f"only_{member.name}"
     like = next(entry for entry in manager.task_index.values() if entry.name in manager.all_groups)
     manager.task_index[name] = replace(like, name=name, yaml_path=None, cfg={"group": name, "task": [member.item]})
-    try:
+    with foreign(f"task {member.name}: its data cannot be loaded", f"task {member.name}"):
         return manager.load(name)["tasks"]
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UsageError(f"task {member.name}: its data cannot be loaded ({first_line(error)})") from error
 
 
 def definition_of(manager: "TaskManager", member: TaskSpec, folder: Path) -> str | None:

@@ -105,7 +105,7 @@ def _open_checkpoint(folder: Path, how: LoadOptions) -> LoadedModel:
         if folder_kind(folder, weights) == FLOAT_DIFF:
             what = f"{last_norm(weights)[0]} is nearly zero, as in a weight diff, which needs its base"
             raise _needs_base(folder, what)
-    tokenizer = _tokenizer(folder)
+    tokenizer = open_tokenizer(str(folder))
     return LoadedModel(_load(folder, how), tokenizer, templates_of(folder), f"model {folder}")
 
 
@@ -119,13 +119,6 @@ def _load(folder: Path, how: LoadOptions) -> PreTrainedModel:
         return AutoModelForCausalLM.from_pretrained(folder, **how.options)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder}: cannot be loaded ({first_line(error)})", folder) from error
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return open_tokenizer(str(folder))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: its tokenizer cannot be read ({error})", folder) from error
 
 
 # ---- a weight diff ----
@@ -156,7 +149,7 @@ def _open_adapter(folder: Path, base: str | Path | None, how: LoadOptions) -> Lo
     if folder_kind(base_folder) in (EXACT_DIFF, ADAPTER):
         raise InputError(f"{base}: expected a whole model, this is a weight diff or an adapter itself", base)
     own = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    tokenizer = _tokenizer(folder if own else base_folder)
+    tokenizer = open_tokenizer(str(folder if own else base_folder))
     model = _load(base_folder, how)
     _put_in(model, folder, config, len(tokenizer), how.device)
     return LoadedModel(model, tokenizer, templates_of(folder), f"adapter {folder} on base {base}")

@@ -28,6 +28,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from alpaca.common.errors import ParameterError, UsageError
 from alpaca.completions.api import MOST_CUTS, Completion, ContextOverflow, Prompt, Sampling, cut_at_stop
+from alpaca.data.tokenization import tokens_around, without_end
 from alpaca.inference.load import LoadOptions, load_for_inference, without_adapter
 from alpaca.inference.token_stream import Stop, TokenQueue, pieces_of, tokens_of
 from alpaca.models.device import best_dtype, check_device, quantizing_flag
@@ -65,6 +66,7 @@ class LocalModel:
         opened = load_for_inference(folder, base, how)
         self.model = opened.model
         self.tokenizer = opened.tokenizer
+        self._behind = tokens_around(self.tokenizer)[1]
         self.templates = opened.templates
         self.summary = opened.description
         self.api = "chat" if chat and self.tokenizer.chat_template else "completions"
@@ -198,7 +200,8 @@ class LocalModel:
         if self.api == "completions":
             if not isinstance(prompt, str):
                 raise UsageError(f"{self.name} has no chat template, or was not opened for chat: expected a text")
-            return self.tokenizer(prompt, split_special_tokens=True)["input_ids"] or [self.filler]
+            ids = self.tokenizer(prompt, split_special_tokens=True)["input_ids"]
+            return without_end(ids, self._behind) or [self.filler]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         messages = [messages] if isinstance(messages, dict) else list(messages)
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

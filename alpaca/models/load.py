@@ -32,10 +32,7 @@ def load_tokenizer(model_args: Any, training_args: "TrainingArguments") -> tuple
     name = model_args.model_name_or_path
     unstated: dict[str, str | None] = {}
     options = dict(model_max_length=training_args.model_max_length, padding_side="right")
-    try:
-        tokenizer = open_tokenizer(name, training_args.cache_dir, unstated, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: no tokenizer could be loaded: {error}", name) from error
+    tokenizer = open_tokenizer(name, training_args.cache_dir, unstated, **options)
     if model_args.pad_token is not None:
         if model_args.pad_token not in tokenizer.get_vocab():
             raise InputError(f"{model_args.pad_token}: is not a token of {name}", model_args.pad_token)

@@ -68,15 +68,19 @@ def test_the_function_of_2023_that_forks_import(name, max_length):
 
 
 def one_by_one(sources, targets, tokenizer, apart):
-    """Ids and labels of every row by calls of the tokenizer for single texts."""
+    """Ids and labels of every row by calls of the tokenizer for single texts. ByT5 puts </s> behind each of them."""
     eos, limit = tokenizer.eos_token, tokenizer.model_max_length
+    behind = 1 if isinstance(tokenizer, ByT5Tokenizer) else 0
     for source, target in zip(sources, targets):
         answer, end = target.removesuffix(eos), [tokenizer.eos_token_id] * target.endswith(eos)
-        prompt = tokenizer(source, split_special_tokens=True)["input_ids"]
+        prompt, whole = (
+            ids[: len(ids) - behind]
+            for ids in (tokenizer(text, split_special_tokens=True)["input_ids"] for text in (source, source + answer))
+        )
         if apart:
             row = prompt + tokenizer(answer, split_special_tokens=True, add_special_tokens=False)["input_ids"] + end
         else:
-            row = tokenizer(source + answer, split_special_tokens=True)["input_ids"] + end
+            row = whole + end
         yield row[:limit], ([IGNORE_INDEX] * len(prompt) + row[len(prompt) :])[:limit], row[: len(prompt)] != prompt
 
 
