@@ -201,8 +201,8 @@ def _check_size(size: int, about: str | Path, unpacked: bool = False) -> None:
         what = "unpacks to" if unpacked else "has"
         raise InputError(
             f"{about}: {what} {format_bytes(size)} or more, and at most {format_bytes(MOST_BYTES)} are read at once. "
-            "If it really is that large: split it, or save it as a folder of the datasets library and take a part, as "
-            "with the split train[:1000000]",
+            "If it really is that large: split it, or put it into a folder as parquet files and take a part of that, "
+            "as with the split train[:1000000]",
             about,
         )
 

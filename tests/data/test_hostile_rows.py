@@ -200,7 +200,7 @@ def test_a_small_file_that_unpacks_to_gigabytes(tmp_path):
     text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 5000, pyarrow.int32()), pyarrow.array(["A" * 10**6]))
     path = parquet(tmp_path / "a.parquet", [("instruction", text), ("output", text)], compression="zstd")
     assert os.path.getsize(path) < 10_000
-    with pytest.raises(InputError, match=r"unpacks to 2\.\d GB or more, and at most 2.0 GB .* split it"):
+    with pytest.raises(InputError, match=r"unpacks to 2\.\d GB or more, and at most 2.0 GB .*split it"):
         load_rows(path)
 
 
@@ -220,6 +220,16 @@ def test_the_limits(tmp_path, monkeypatch, compression, dictionary):
             load_rows(save(tmp_path, name, " " * 50_001))
     half = [("instruction", column[:10]), ("output", column[:10])]
     assert len(load_rows(parquet(tmp_path / "c.parquet", half, **options))) == 10
+
+
+def test_a_part_of_a_folder_that_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(rooms, "MOST_BYTES", 50_000)
+    column = pyarrow.array(["A" * 1000] * 40)
+    (tmp_path / "rows").mkdir()
+    parquet(tmp_path / "rows" / "train.parquet", [("instruction", column), ("output", column)])
+    with pytest.raises(InputError, match="unpacks to .* a folder as parquet files"):
+        load_rows(str(tmp_path / "rows"))
+    assert len(load_rows(str(tmp_path / "rows"), split="train[:10]")) == 10
 
 
 # ---- a terminal that cannot have all letters ----
