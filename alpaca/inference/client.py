@@ -359,7 +359,9 @@ def _connect(base_url: str, timeout: float) -> Any:
     except ImportError as error:
         raise UsageError(f"asking a server needs the openai package: pip install openai ({error})") from error
     query = {name: values if len(values) > 1 else values[0] for name, values in _query(base_url).items()}
-    headers = {"Accept-Encoding": "identity"} | ({"api-key": key} if "api-version" in query else {})  # Azure's name
+    azure = "api-version" in query  # its keys go into a header of their own, which a redirection may not carry away
+    headers = {"Accept-Encoding": "identity"} | ({"api-key": key} if azure else {})
+    hooks = {"response": [limit_answer]}
     try:
         return openai.AsyncOpenAI(
             api_key=key,
@@ -370,7 +372,7 @@ def _connect(base_url: str, timeout: float) -> Any:
             default_headers=headers,
             max_retries=0,
             timeout=openai.Timeout(timeout, connect=min(timeout, 10.0)),
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [limit_answer]}),
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks, follow_redirects=not azure),
         )
     except Exception as error:  # an address, or a proxy of the environment, that the HTTP library does not take
         raise ParameterError(

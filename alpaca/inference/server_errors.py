@@ -165,7 +165,12 @@ def shown(text: str, most: int = 200) -> str:
 
 
 def never_connected(error: Exception) -> bool:
-    """Whether the server cannot have seen the request."""
+    """Whether the server cannot have seen the request. One that it has sent elsewhere it has seen."""
+    try:
+        if error.__cause__.request.url != error.request.url:
+            return False
+    except (AttributeError, RuntimeError):
+        pass  # the HTTP library does not know which request it was
     names = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
     while error is not None and type(error).__name__ not in names:
         error = error.__cause__ or error.__context__
