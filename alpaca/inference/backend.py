@@ -89,7 +89,7 @@ def open_backend(model: str, flags: BackendFlags, chat: bool = True) -> Model:
     if not is_folder(model, flags.base_url):
         for name in ("base", "load_in_8bit", "load_in_4bit"):
             if getattr(flags, name):
-                server = flags.base_url or "OPENAI_BASE_URL, or OpenAI"
+                server = masked(flags.base_url or "OPENAI_BASE_URL, or OpenAI")
                 raise ParameterError(f"{{{name}}} is for the model of a folder; {model} is a server's ({server})", name)
         at_openai = not flags.base_url and not os.environ.get("OPENAI_BASE_URL")
         if at_openai and model.startswith(("/", "./", "../", "~")):

@@ -16,6 +16,8 @@ from alpaca.common.errors import UsageError, masked, reported
 from alpaca.completions.api import Request, RequestFailed, Sampling, split_reasoning, was_cut, whole_characters
 from alpaca.completions.budget import Budget
 from alpaca.completions.rows import BatchCompletion
+from alpaca.datagen.backtranslation import parse_score
+from alpaca.evaluation.judge import read_preference
 from alpaca.inference import server_errors
 from alpaca.inference.backend import BackendFlags, ModelBackend, open_backend
 from alpaca.inference.client import Client, server_url
@@ -565,6 +567,26 @@ def test_a_list_of_models_is_not_taken_at_its_word():
                 ask(server.url, check=True)
             assert len(str(raised.value)) < 500
     assert server_errors.LARGEST_ANSWER == 16 * 2**20
+
+
+LONG = 100_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["\n" * LONG, "verdict: 1\n" * LONG, "\n-" * LONG, "verdict answer" + "_" * LONG, "a-" * LONG, "- " * LONG],
+    ids=lambda text: repr(text[:8]),
+)
+def test_a_judges_long_words_take_no_square_of_their_length(text):
+    assert read_preference(text, "outputs") in (None, 2.0)
+    assert read_preference(f"{text}\nVerdict: 2", "reference") in (None, 2.0)
+
+
+@pytest.mark.parametrize(
+    "text", ["*" * LONG, "score" + "*" * LONG, "score " + " " * LONG + "x", "score: " + "9" * LONG]
+)
+def test_a_raters_long_words_take_no_square_of_their_length(text):
+    assert parse_score(text) == (None, "no_score") and parse_score(f"{text}\nScore: 4") == (4.0, None)
 
 
 # ---- any of it, at random ----
