@@ -16,6 +16,8 @@ from alpaca.completions.journal import Journal
 from alpaca.completions.runner import Entry, RequestRunner, answered_before
 from alpaca.data.rows import Row
 
+MOST_WORDS = 6  # of finish_reason that are named one by one
+
 
 @dataclass
 class BatchCompletion:
@@ -112,7 +114,8 @@ def _by_reason(answers: dict[int, Entry]) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for key, entry in answers.items():
         if was_cut(entry["finish_reason"]) or entry["finish_reason"] == NO_REASON:
-            found.setdefault(entry["finish_reason"], []).append(key)
+            reason = entry["finish_reason"]
+            found.setdefault(reason if reason in found or len(found) < MOST_WORDS else "other words", []).append(key)
     return found
 
 

@@ -82,6 +82,8 @@ class Generation:
         if saved is not None and digest is not None:
             self.next, self.counts = saved["next"], Counter(saved["counts"])
             self.kept_at = {int(request): rows for request, rows in saved["kept_at"].items()}
+            if not set(range(max(self.next - LAG, 0), self.next + 1)) <= self.kept_at.keys():
+                raise InputError(f"{self.journal.path}: is damaged (a saved state without its counts)", self.output_dir)
         return random.SystemRandom().randrange(2**32) if seed is None else seed
 
     # ---- requests ----
