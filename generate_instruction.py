@@ -12,7 +12,7 @@ server. Every answer is journaled before anything else: a rerun of the same comm
 """
 
 import asyncio
-import json
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -24,8 +24,8 @@ from typing import Any
 import utils
 from alpaca.common import commands
 from alpaca.common.commands import check_numbers
-from alpaca.common.errors import UsageError, reported
-from alpaca.common.files import refuse_overwriting_input
+from alpaca.common.errors import UsageError, masked, reported
+from alpaca.common.files import parse_json, refuse_overwriting_input
 from alpaca.completions.api import Request, Sampling, SamplingFlags
 from alpaca.completions.budget import BudgetFlags, Progress, estimate
 from alpaca.completions.journal import Journal
@@ -78,6 +78,7 @@ def generate_instruction_following_data(
     num_generated_in_prompt: int = 0,
     seed: int | None = None,
     stable_ties: bool = False,
+    extra_body: str | None = None,
     budget: BudgetFlags = NO_BUDGET,
 ) -> None:
     """Generate tasks until num_instructions_to_generate are kept, into regen.json; a rerun continues.
@@ -102,6 +103,7 @@ def generate_instruction_following_data(
         num_generated_in_prompt: Of the examples, how many are tasks generated before (Alpaca: 0, self-instruct: 2).
         seed: Makes the examples and their order the same at any concurrency.
         stable_ties: An order of equally similar instructions that does not depend on the CPU.
+        extra_body: JSON object of other fields for every request to a server, such as {"reasoning_effort": "low"}.
 
     Raises:
         UsageError: a bad flag, file, key, address or model, before anything is asked, or the limit of cost.
@@ -124,13 +126,14 @@ def generate_instruction_following_data(
     sampling = SamplingFlags(temperature, top_p, max_tokens).sampling()
     sampling = replace(sampling, logit_bias=_read_bias(logit_bias))
     spent = budget.budget()
+    backend = BackendFlags(base_url, api, concurrency, extra_body, request_batch_size)
+    backend.check()
     if budget.dry_run:
         draw = random.Random(f"{seed} 0")
         prompt = self_instruct.encode_prompt(draw.sample(seeds, num_prompt_instructions), head)
         print(estimate([prompt], -(-num_instructions_to_generate // EXPECTED), max_tokens, spent))
         return
 
-    backend = BackendFlags(base_url, api, concurrency, request_batch_size)
     model = open_backend(model_name, backend)
     with Journal(Path(output_dir) / JOURNAL) as journal:
         state = Generation(
@@ -146,10 +149,16 @@ def generate_instruction_following_data(
         )
         print(f"Loaded {len(seeds)} human-written seed instructions, {len(state.rows)} machine-generated instructions")
         known = answered_before(journal, state.next, spent)
-        journal.append({"kind": "run", "seed": state.seed, "model": model_name, "time": time.time()})
+        run = {"kind": "run", "seed": state.seed, "model": model_name, "time": time.time()}
+        journal.append(run | ({"extra_body": masked(extra_body)} if extra_body else {}))
         runner = RequestRunner(model, journal, spent, backend.at_once, known)
         asyncio.run(_generate(state, runner, sampling, parser, num_instructions_to_generate, model_name))
     runner.refuse_stop_by_cost(len(state.rows), num_instructions_to_generate)
+    if len(state.rows) < num_instructions_to_generate:
+        kept = f"{len(state.rows)} of {num_instructions_to_generate} tasks"
+        raise UsageError(
+            f"--num_instructions_to_generate: {kept} are in {state.output_dir / REGEN}; run again to go on"
+        )
 
 
 async def _generate(
@@ -280,8 +289,13 @@ def export(
 
 def _read_bias(text: str | None) -> dict[str, float] | None:
     try:
-        return None if text is None else {str(int(token)): float(bias) for token, bias in json.loads(text).items()}
-    except (ValueError, AttributeError, TypeError) as error:
+        if text is None:
+            return None
+        biases = {str(int(token)): float(bias) for token, bias in parse_json(text).items()}
+        if not all(map(math.isfinite, biases.values())):
+            raise ValueError("a bias is no finite number")
+        return biases
+    except (ValueError, AttributeError, TypeError, OverflowError) as error:
         raise UsageError(f"--logit_bias {text}: expected JSON such as '{{\"50256\": -100}}' ({error})") from error
 
 

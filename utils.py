@@ -99,6 +99,10 @@ def jload(f: str | Path | IO[str], mode: str = "r") -> Any:
 
             name = getattr(file, "name", "JSON")
             raise MalformedJSON(f"{name}: malformed JSON: {error.msg}", error.doc, error.pos) from error
+        except RecursionError:
+            from alpaca.common.errors import MalformedJSON
+
+            raise MalformedJSON(f"{getattr(file, 'name', 'JSON')}: is nested too deeply", "", 0) from None
 
 
 def jdump(obj: Any, f: str | Path | IO[str], mode: str = "w", indent: int | None = 4, default=str) -> None:

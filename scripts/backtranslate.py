@@ -21,7 +21,7 @@ from alpaca.common import commands
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import InputError, UsageError, format_first, reported
 from alpaca.common.files import refuse_overwriting_input
-from alpaca.completions.api import Model, SamplingFlags
+from alpaca.completions.api import Model, SamplingFlags, was_cut
 from alpaca.completions.budget import Budget, BudgetFlags, estimate
 from alpaca.completions.rows import BatchCompletion, write_rows
 from alpaca.data.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, load_prompt_template
@@ -307,7 +307,7 @@ def _rate(
         rated_row(
             row,
             [entry and entry["text"].strip() for entry in entries],
-            [entry is not None and entry["finish_reason"] == "length" for entry in entries],
+            [entry is not None and was_cut(entry["finish_reason"]) for entry in entries],
         )
         for row, entries in zip(rows, of_row)
     ]

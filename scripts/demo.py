@@ -8,7 +8,8 @@ r"""Talk to a model in the browser: Alpaca's live demo of 2023 as a local page.
 The answers stream; a stop button, a closed page and a reloaded one end them on the server too. --concurrency people are
 answered at the same time, all others wait, and the page says so. The page loads nothing from anywhere but this server,
 and the server asks nobody: no fonts, scripts, analytics or share links. There is no password: whoever reaches --host
-can ask. An answer is shown as text, never as HTML.
+can ask. It is served as localhost, or with --host as any IP address and this machine's name; other names, such as that
+of a proxy in front, need --allowed_hosts. An answer is shown as text, never as HTML.
 """
 
 import errno
@@ -28,7 +29,7 @@ from alpaca.common.errors import UsageError, names_flags, reported
 from alpaca.completions.api import Sampling, SamplingFlags
 from alpaca.data.prompts import load_prompt_template
 from alpaca.data.rows import Row, load_rows
-from alpaca.inference.demo import Answer, DemoEngine, DemoModel
+from alpaca.inference.demo import Answer, DemoEngine, DemoGuard, DemoModel
 from alpaca.inference.local_model import LocalModel
 from alpaca.weights.reader import ADAPTER, EXACT_DIFF, MODEL, find_folder, folder_kind, open_weights
 
@@ -83,6 +84,11 @@ class DemoArguments:
     prompt_template: str | None = flag(None, "JSON file as for train.py; by default what each model was trained with.")
     host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0: all of this machine's.")
     port: int = flag(7860, "Port to listen on.")
+    allowed_hosts: str | None = flag(
+        None,
+        "Other names that the page may be reached by, with commas between them; * is any, which no longer keeps "
+        "pages of other servers out.",
+    )
     concurrency: int = flag(8, "Requests that are answered at the same time.")
     max_characters: int = flag(4000, "Of instruction and input together.")
 
@@ -102,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for model in models:
         print(f"{model.name}: {model.facts()}", flush=True)
     page = build_page(DemoEngine(models, options.concurrency, options.max_characters))
-    launch(page, options.host, options.port)
+    names = [name.strip().lower() for name in (options.allowed_hosts or "").split(",") if name.strip()]
+    launch(page, options.host, options.port, names)
     print(f"scripts.demo: http://{options.host}:{options.port}   Ctrl-C ends it", flush=True)
     page.block_thread()
 
@@ -149,7 +156,8 @@ def build_page(engine: DemoEngine) -> "gradio.Blocks":
         instruction: str, input: str, temperature: float, top_p: float, max_tokens: float, request: gr.Request
     ) -> AsyncIterator[list[Any]]:
         sampling = Sampling(int(max_tokens), temperature, top_p)
-        async for answers in engine.answer(request.session_hash, instruction, input, sampling):
+        session = request.session_hash
+        async for answers in engine.answer(session, instruction, input, sampling, lambda: session in engine.listeners):
             busy = not all(one.ended for one in answers)
             shown = [part for one in answers for part in (one.text, status_line(one))]
             yield [*shown, gr.Button(interactive=not busy), gr.Button(interactive=busy)]
@@ -189,6 +197,7 @@ def build_page(engine: DemoEngine) -> "gradio.Blocks":
             api_visibility="private",
         )
         halt.click(stop, queue=False, show_progress="hidden", api_visibility="private")
+    page.engine = engine  # for the guard that `launch` puts in front
     return page
 
 
@@ -264,9 +273,10 @@ def examples() -> list[Row]:
     return [next(row for row in rows if words in row["instruction"]) for words in EXAMPLES.values()]
 
 
-def launch(page: "gradio.Blocks", host: str, port: int) -> None:
+def launch(page: "gradio.Blocks", host: str, port: int, names: Sequence[str] = ()) -> None:
     """Listen, in a thread. Nothing is shared, measured, remembered or fetched, whatever the environment says."""
     import gradio as gr
+    from starlette.middleware import Middleware
 
     own = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1", "localhost", host]))
     os.environ |= {"NO_PROXY": own, "no_proxy": own}  # gradio asks its own address whether it answers
@@ -290,6 +300,7 @@ def launch(page: "gradio.Blocks", host: str, port: int) -> None:
             pwa=False,
             mcp_server=False,
             ssr_mode=False,
+            app_kwargs={"middleware": [Middleware(DemoGuard, engine=page.engine, host=host, names=names)]},
             max_file_size=1,  # byte: no file is asked for, and none taken
         )
     except OSError as error:

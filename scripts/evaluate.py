@@ -20,7 +20,7 @@ import utils
 from alpaca.common import commands
 from alpaca.common.errors import InputError, UsageError, format_first, reported
 from alpaca.common.files import refuse_overwriting_input, write_json
-from alpaca.completions.api import SamplingFlags
+from alpaca.completions.api import SamplingFlags, was_cut
 from alpaca.completions.budget import BudgetFlags, estimate
 from alpaca.completions.rows import BatchCompletion, write_rows
 from alpaca.data.prompts import instruction_and_input
@@ -202,7 +202,7 @@ def win_rate(
 
 def _verdict(entry: dict[str, Any], first: str) -> dict[str, Any]:
     text = entry["text"].strip()
-    cut = entry["finish_reason"] == "length"
+    cut = was_cut(entry["finish_reason"])
     return {"output": text, "preference": read_preference(text, first, cut)}
 
 

@@ -152,6 +152,8 @@ def rows_that_fit(lengths: Sequence[int], model: "LocalModel", options: Generate
         f"{len(too_long)} of {len(lengths)} rows have prompts that leave too little room for an answer in the "
         f"{model.context:,} tokens of the model's context (rows {format_first(too_long)})"
     )
+    if options.max_new_tokens > model.context:
+        problem += f"; --max_new_tokens {options.max_new_tokens} is above that context, and a lower one leaves more"
     if not (options.drop_too_long and fits):
         raise UsageError(
             f"--data_path {options.data_path}: {problem}; shorten them, or leave them out: --drop_too_long"

@@ -6,8 +6,10 @@ import functools
 import inspect
 import json
 import os
+import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,23 @@ from typing import Any, NoReturn
 
 from alpaca.common.distributed import die_with_launcher
 
+SECRETS = ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY")  # environment
+NO_SECRETS = ("none", "EMPTY", "ollama", "lm-studio", "dummy", "not-needed", "no-key-required", "placeholder")
+SHORTEST_SECRET = 5  # characters; anything shorter stands in any text by chance
+SHAPES = (  # of secrets that nobody has named to us: in a URL, a query, a header, a field, OpenAI's keys
+    (re.compile(r"(?<=://)[^\s'\"]{0,2000}@"), "***@"),
+    (re.compile(r"(?i)([?&](?:[\w-]*key|[\w-]*token|sig|signature|password|secret|code)=)[^&\s'\"]+"), r"\1***"),
+    (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{8,}"), r"\1 ***"),
+    (
+        re.compile(
+            r"(?i)\b((?:api|access)[-_]?(?:key|token)|authorization|password|secret)(['\"]?\s{0,9}[:=]\s{0,9}['\"]?)"
+            r"[^\s'\",;}&]+"
+        ),
+        r"\1\2***",
+    ),
+    (re.compile(r"\bsk-[\w-]{8,}"), "sk-***"),
+)
+_secrets: set[str] = set()
 WRITTEN = ("output", "path_tuned", "path_diff", "ratings_path", "eval_path")  # flags of what a command writes
 
 
@@ -133,6 +152,31 @@ def print_anything() -> None:
 LOST_CONNECTION = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed", "failed to recv")
 
 
+def hide(*secrets: str | None) -> None:
+    """Have `masked` hide these from now on: the key and the password that a server is asked with."""
+    _secrets.update(secret for secret in secrets if secret)
+
+
+def masked(text: str, shapes: bool = True) -> str:
+    """Return the text without the secrets of this process, the one function that masks: for messages, tracebacks,
+    journals, reports, and the answers of servers.
+
+    Args:
+        shapes: also what only looks like one. Not for answers, which may be about such texts.
+    """
+    known = _secrets | {value.strip() for name in SECRETS if (value := os.environ.get(name))}
+    for secret in sorted(known - set(NO_SECRETS), key=len, reverse=True):
+        if len(secret) >= SHORTEST_SECRET:
+            text = text.replace(secret, "***")
+    for shape, stars in SHAPES if shapes else ():
+        text = shape.sub(stars, text)
+    return text
+
+
+def _print_masked(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    sys.stderr.write(masked("".join(traceback.format_exception(kind, error, trace))))
+
+
 @contextmanager
 def reported(program: str) -> Iterator[None]:
     """For a command's main block: a UsageError ends it with one message, and so does the loss of another process, which
@@ -142,6 +186,7 @@ def reported(program: str) -> Iterator[None]:
     threads of torch 2.13 now and then abort it (once in some 50 runs on CPU ranks): for torchrun the run has failed.
     """
     print_anything()
+    sys.excepthook = _print_masked
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     if launched:
         die_with_launcher()
@@ -173,7 +218,7 @@ def fail(message: str, program: str) -> NoReturn:
     if rank != 0:
         time.sleep(15)
         program = f"[rank {rank}] {program}"
-    print(f"\n{program}: error: {message}\n", file=sys.stderr, flush=True)
+    print(f"\n{program}: error: {masked(message)}\n", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 from alpaca.common.commands import check_numbers, flag
 from alpaca.common.errors import ParameterError
 
+ENDS = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")  # words for an answer that came to its end
+NO_REASON = "unknown"  # finish_reason of an answer that came without one
 MOST_CUTS = 12  # of max_tokens: 0.8^12 leaves 7% of it
 Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -64,13 +66,15 @@ class Request(NamedTuple):
 
 @dataclass(frozen=True)
 class Completion:
-    """`finish_reason` is "stop", "length" or another word of the server's; token counts are None if it gives none."""
+    """`finish_reason` is "stop", "length", another word of the server's, or NO_REASON. Token counts are None where it
+    gives none that can be true. `reasoning` is what the model thought before it answered."""
 
     text: str
     finish_reason: str
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     logprobs: Any = None  # as the server sends them, where `extra` asks for some
+    reasoning: str = ""
 
 
 class Model(Protocol):
@@ -91,6 +95,40 @@ def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, bool]:
     """Return `text` up to the first of the `stop` strings, and whether there was one."""
     ends = [text.find(word) for word in stop if word and word in text]
     return (text[: min(ends)], True) if ends else (text, False)
+
+
+def was_cut(reason: str) -> bool:
+    """Return whether an answer with this finish_reason did not come to its end: "length", "content_filter", or a word
+    that nobody knows. One without a reason counts as whole."""
+    return reason != NO_REASON and reason.strip().lower() not in ENDS
+
+
+def split_reasoning(text: str) -> tuple[str, str]:
+    """Return the text without its `<think>…</think>`, and what stood in them.
+
+    A thought that is not closed is all of the text. One that was opened in the prompt has only its end here."""
+    opened, closed = text.find("<think>"), text.find("</think>")
+    if closed >= 0 and not 0 <= opened < closed:
+        return text[closed + len("</think>") :].lstrip(), text[:closed].strip()
+    kept, thoughts, at = [], [], 0
+    while (opened := text.find("<think>", at)) >= 0:
+        closed = text.find("</think>", opened)
+        if closed < 0 and text[:opened].strip():
+            break  # it is not the first thing said, and may be part of the answer
+        kept.append(text[at:opened])
+        thoughts.append(text[opened + len("<think>") : closed if closed >= 0 else None].strip())
+        at = closed + len("</think>") if closed >= 0 else len(text)
+    if not thoughts:
+        return text, ""
+    answer = "".join([*kept, text[at:]])
+    return (answer if kept[0].strip() else answer.lstrip()), "\n\n".join(filter(None, thoughts))
+
+
+def whole_characters(text: str) -> str:
+    """Return the text with the halves of surrogate pairs replaced, which neither a file nor a request can hold."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 class RequestFailed(RuntimeError):

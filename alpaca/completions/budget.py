@@ -1,5 +1,6 @@
 """What a person sees of many requests: a bar with rates and dollars, and the same numbers for a report."""
 
+import math
 import sys
 import time
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from tqdm import tqdm
 
 from alpaca.common.commands import flag
 from alpaca.common.errors import ParameterError
+from alpaca.completions.api import whole_characters
 
 ENVELOPE = 256  # tokens that a chat template may add to a prompt, at most
 
@@ -33,7 +35,7 @@ class Budget:
 
     def max_cost_of(self, prompt: str, max_tokens: int) -> float:
         """Return the dollars that a request can cost at most: no tokenizer makes more tokens than a text has bytes."""
-        return ((len(prompt.encode()) + ENVELOPE) * self.price_in + max_tokens * self.price_out) / 1e6
+        return ((len(prompt.encode(errors="replace")) + ENVELOPE) * self.price_in + max_tokens * self.price_out) / 1e6
 
     def allows(self, amount: float) -> bool:
         return self.max_cost is None or self.cost + sum(self.reserved.values()) + amount <= self.max_cost
@@ -58,9 +60,9 @@ class BudgetFlags:
     def budget(self) -> Budget:
         """Return the budget. Raise ParameterError for prices below 0 and a limit that is none."""
         names = ("price_in", "price_out", "max_cost")
-        if min(self.price_in, self.price_out) < 0:
+        if not all(0 <= price < math.inf for price in (self.price_in, self.price_out)):
             raise ParameterError("{price_in}, {price_out}: expected dollars per million tokens, at least 0", *names)
-        if self.max_cost is not None and not (self.max_cost > 0 and self.price_in + self.price_out > 0):
+        if self.max_cost is not None and not (0 < self.max_cost < math.inf and self.price_in + self.price_out > 0):
             expected = "expected dollars above 0, with {price_in} and {price_out}"
             raise ParameterError(f"{{max_cost}} {self.max_cost}: {expected}", *names)
         return Budget(self.price_in, self.price_out, self.max_cost)
@@ -119,6 +121,7 @@ class Progress:
 def estimate(prompts: list[str], requests: int, max_tokens: int, budget: Budget) -> str:
     """Return one prompt, and what all would cost. A token is taken for four bytes, and in what it can cost at most for
     one."""
+    prompts = list(map(whole_characters, prompts))
     tokens = round(fmean(len(prompt.encode()) for prompt in prompts) / 4)
     likely = requests * (tokens * budget.price_in + max_tokens // 2 * budget.price_out) / 1e6
     most = requests * fmean(budget.max_cost_of(prompt, max_tokens) for prompt in prompts)

@@ -6,6 +6,7 @@ open, a second one that wants it is refused.
 
 import errno
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import InputError, UsageError
-from alpaca.common.files import lock
+from alpaca.common.files import lock, parse_json
+from alpaca.completions.api import whole_characters
+
+NEEDED = {  # fields of an entry, by its kind
+    **dict.fromkeys(("sent", "lost"), ("index", "most")),
+    **dict.fromkeys(("answer", "failed", "refused"), ("index",)),
+    "saved": ("next", "rows", "sha256", "counts", "kept_at"),
+}
+TEXTS = ("kind", "text", "finish_reason", "reasoning", "error", "parser", "sha256", "model")
+COUNTS = ("index", "next", "rows", "examples", "prompt_tokens", "completion_tokens")
+DOLLARS = ("most", "unanswered")
 
 
 class Journal:
@@ -68,18 +79,22 @@ class Journal:
             print(f"note: the last line of {self.path} was cut off by a kill and is dropped", flush=True)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Yield all entries so far, read line by line."""
-        with open(self.path, "rb") as file:
+        """Yield all entries so far, read line by line and checked."""
+        try:
+            file = open(self.path, "rb")
+        except OSError as error:
+            raise InputError(f"{self.output}: {self.path} cannot be read ({error.strerror})", self.output) from error
+        with file:
             for number, line in enumerate(file, 1):
                 try:
-                    entry = json.loads(line)
-                    if not isinstance(entry, dict) or "kind" not in entry:
-                        raise ValueError("no entry of a journal")
+                    entry = parse_json(line)
+                    if problem := why_no_entry(entry):
+                        raise ValueError(problem)
                 except ValueError as error:
                     raise UsageError(
                         f"{self.path}, line {number}: is damaged ({error}); delete this line to go on without it"
                     ) from error
-                yield entry
+                yield {name: whole_characters(value) if name in TEXTS else value for name, value in entry.items()}
 
     def append(self, entry: dict[str, Any]) -> None:
         """Add a line; it is on the disk when this returns. A full disk is a UsageError, and leaves the journal as it
@@ -100,3 +115,37 @@ class Journal:
             os.truncate(self.path, size)
         except OSError:
             pass  # a torn line is cut off next time
+
+
+def why_no_entry(entry: Any) -> str | None:
+    """Return why a value is no entry of a journal: a field is missing, or of a type that nobody writes."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
+        return "no entry of a journal"
+    missing = [name for name in NEEDED.get(entry["kind"], ()) if name not in entry]
+    if entry["kind"] == "run" and "how" not in entry and "seed" not in entry:
+        missing = ["how"]
+    if missing:
+        return f"{entry['kind']} without {missing[0]}"
+    for name, value in entry.items():
+        if not _is_written_as(name, value):
+            return f"{name} is {str(value)[:60]!r}"
+    return None
+
+
+def _is_written_as(name: str, value: Any) -> bool:
+    if name in TEXTS:
+        return isinstance(value, str)
+    if name in COUNTS:
+        return (value is None and name.endswith("_tokens")) or (type(value) is int and 0 <= value < 2**53)
+    if name in DOLLARS:
+        return type(value) in (int, float) and 0 <= value < math.inf
+    if name == "how":
+        return isinstance(value, dict)
+    if name == "seed":
+        return type(value) is int
+    if name == "counts":
+        return isinstance(value, dict) and all(type(count) is int for count in value.values())
+    if name == "kept_at":
+        ours = isinstance(value, dict) and all(key.isdecimal() and type(kept) is int for key, kept in value.items())
+        return ours and all(len(key) < 16 and kept >= 0 for key, kept in value.items())
+    return True

@@ -8,13 +8,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import InputError, ParameterError, format_first
+from alpaca.common.errors import InputError, ParameterError, UsageError, format_first
 from alpaca.common.files import atomic_write, refuse_other_arguments
-from alpaca.completions.api import Model, Request, Sampling
+from alpaca.completions.api import NO_REASON, Model, Request, Sampling, was_cut
 from alpaca.completions.budget import Budget, Progress
 from alpaca.completions.journal import Journal
 from alpaca.completions.runner import Entry, RequestRunner, answered_before
 from alpaca.data.rows import Row
+
+MOST_WORDS = 6  # of finish_reason that are named one by one
 
 
 @dataclass
@@ -87,9 +89,34 @@ class BatchCompletion:
             )
         _note(f"{self.unit} have no answer and are left out", unanswered)
         answers = dict(sorted(answers.items()))
-        cut = [key for key, entry in answers.items() if entry["finish_reason"] == "length"]
-        _note(f"answers were cut at {self.sampling.max_tokens:,} tokens", _rows(cut, requests))
+        if missing := sorted(set(requests) - set(answers) - {entry["index"] for entry in failed}):
+            raise UsageError(f"{len(missing)} of {len(requests)} {self.unit} were not asked; run again to go on")
+        for reason, keys in _by_reason(answers).items():
+            how = (
+                f"were cut at {self.sampling.max_tokens:,} tokens" if reason == "length" else f"ended by {reason!r:.60}"
+            )
+            how = "came without a finish_reason and count as whole" if reason == NO_REASON else how
+            _note(f"answers {how}", _rows(keys, requests))
+        thoughtful = [key for key, entry in answers.items() if entry.get("reasoning")]
+        _note("answers had thoughts in front, which only the journal has (reasoning)", _rows(thoughtful, requests))
+        if self.budget.max_cost is not None:
+            dear = [
+                key
+                for key, entry in answers.items()
+                if None in (entry.get("prompt_tokens"), entry.get("completion_tokens"))
+            ]
+            _note("answers came without token counts that can be true, and count in full", _rows(dear, requests))
         return answers
+
+
+def _by_reason(answers: dict[int, Entry]) -> dict[str, list[int]]:
+    """Return the keys of the answers that did not come to their end, or may not have, by their finish_reason."""
+    found: dict[str, list[int]] = {}
+    for key, entry in answers.items():
+        if was_cut(entry["finish_reason"]) or entry["finish_reason"] == NO_REASON:
+            reason = entry["finish_reason"]
+            found.setdefault(reason if reason in found or len(found) < MOST_WORDS else "other words", []).append(key)
+    return found
 
 
 def _rows(keys: Sequence[int], requests: dict[int, Request]) -> list[int]:
@@ -117,6 +144,8 @@ def check_same_run(journal: Journal, how: dict[str, Any], output_path: str) -> N
             raise InputError(
                 f"{output_path}: {journal.path} has answers from an unknown run; move it away", output_path
             )
+        if entry["kind"] == "run" and "how" not in entry:
+            raise InputError(f"{output_path}: {journal.path} is that of another command; move it away", output_path)
         if entry["kind"] == "run":
             refuse_other_arguments(journal.path, entry["how"], how, output_path)
 

@@ -1,14 +1,23 @@
 """Many requests at a time: each answer journaled before anything else, then handed out in the order of the requests."""
 
 import asyncio
+import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from alpaca.common.errors import ParameterError, UsageError
-from alpaca.completions.api import ContextOverflow, Model, Request, RequestFailed, Sampling
+from alpaca.common.errors import ParameterError, UsageError, masked
+from alpaca.completions.api import (
+    ContextOverflow,
+    Model,
+    Request,
+    RequestFailed,
+    Sampling,
+    split_reasoning,
+    whole_characters,
+)
 from alpaca.completions.budget import Budget
 from alpaca.completions.journal import Journal
 
@@ -83,11 +92,31 @@ class RequestRunner:
             if ready := self._ready():
                 yield ready
             if self.flying:
-                _, self.flying = await asyncio.wait(self.flying, return_when=asyncio.FIRST_COMPLETED)
+                ended, self.flying = await asyncio.wait(self.flying, return_when=asyncio.FIRST_COMPLETED)
+                self._look_for_errors(ended)
                 if ready := self._ready():
                     yield ready
         if self.stop_with is not None:
             raise self.stop_with
+        if self.waiting and not self.stopped_by_cost:
+            raise RuntimeError(f"{len(self.waiting)} requests were sent and have no entry")
+
+    def _look_for_errors(self, ended: Iterable[asyncio.Task]) -> None:
+        """Let what a task has raised end the run. Nobody else would hear of it."""
+        for task in ended:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                self._stop_unforeseen(error)
+
+    def _stop_unforeseen(self, error: BaseException) -> None:
+        if self.stop_with is None:
+            problem = masked(f"{type(error).__name__}: {error}"[:500])
+            print(
+                f"error: a request ended in a way that nobody foresaw ({problem}). The run ends; every answer so far "
+                "is in the journal, and the same command continues.",
+                file=sys.stderr,
+                flush=True,
+            )
+        self.stop_with = self.stop_with or error
 
     def refuse_stop_by_cost(self, done: int, total: int) -> None:
         """Raise ParameterError if the limit of cost has left less than `total` done."""
@@ -101,6 +130,7 @@ class RequestRunner:
     async def _answered_before(self, requests: Iterable[Request]) -> AsyncIterator[list[Entry]]:
         """Yield what earlier runs were answered, before it is decided how much more is needed."""
         while (self._hold(requests)) and self.held.key in self.known:
+            self._check_known(self.held.key)
             self.waiting.append(self.held.key)
             self.held = None
             if len(self.waiting) == KNOWN_AT_ONCE:
@@ -110,8 +140,18 @@ class RequestRunner:
 
     def _hold(self, requests: Iterable[Request]) -> bool:
         """Take the next request, unless one is held. Return whether there is one."""
-        self.held = self.held or next(requests, None)
+        if self.held is None and (request := next(requests, None)) is not None:
+            self.held = request._replace(prompt=whole_characters(request.prompt))
         return self.held is not None
+
+    def _check_known(self, key: int) -> None:
+        entry = self.known[key]
+        missing = [name for name in ("text", "finish_reason") if name not in entry and entry["kind"] == "answer"]
+        if missing:
+            raise UsageError(
+                f"{self.journal.path}: is damaged (the answer to request {key} has no {missing[0]}); delete its line "
+                "to ask again"
+            )
 
     def _send(
         self, requests: Iterable[Request], sampling: Sampling, more: Callable[[int], bool], about: dict[str, Any]
@@ -140,7 +180,7 @@ class RequestRunner:
         self.budget.reserved[request.key] = most
         self.lost_cost[request.key] = 0.0
         self.asked += 1
-        if self.budget.max_cost is not None:  # a kill leaves no answer, and perhaps a bill
+        if most:  # a kill leaves no answer, and perhaps a bill, which a later run's limit counts
             self.journal.append({"kind": "sent", "index": request.key, "most": most})
         self.flying.add(asyncio.ensure_future(self._ask(request, sampling, about)))
 
@@ -153,17 +193,18 @@ class RequestRunner:
             self.stop_with = self.stop_with or error
             entry = {"index": request.key, "kind": "refused", "unanswered": self.lost_cost[request.key]}
         except Exception as error:
-            self.stop_with = self.stop_with or error
+            self._stop_unforeseen(error)
             return
-        del self.budget.reserved[request.key]
-        self.budget.unanswered -= self.lost_cost.pop(request.key)  # the entry has it now
-        self.budget.count(entry)
+        journaled = True
         try:
             self.journal.append(entry)
         except UsageError as error:
             self.stop_with = self.stop_with or error
-            return
-        if entry["kind"] == "refused":
+            journaled = False
+        del self.budget.reserved[request.key]
+        self.budget.unanswered -= self.lost_cost.pop(request.key)  # the entry has it now
+        self.budget.count(entry)
+        if entry["kind"] == "refused" or not journaled:
             return
         self.known[request.key] = entry
         if entry["kind"] == "answer":
@@ -190,19 +231,22 @@ class RequestRunner:
             sampling = replace(sampling, seed=request.seed)
         try:
             answer = await self.model.complete(request.prompt, sampling, on_lost_response)
+            text, thought = split_reasoning(answer.text)
             entry = {
                 "kind": "answer",
                 **about,
-                "text": answer.text,
+                "text": whole_characters(text),
                 "finish_reason": answer.finish_reason,
                 "prompt_tokens": answer.prompt_tokens,
                 "completion_tokens": answer.completion_tokens,
                 "seconds": round(time.time() - begin, 3),
             }
+            if reasoning := "\n\n".join(filter(None, (answer.reasoning, thought))):
+                entry["reasoning"] = reasoning
             if answer.prompt_tokens is None or answer.completion_tokens is None:
                 entry["unanswered"] = most
         except RequestFailed as error:
-            entry = {"kind": "failed", "error": str(error), "too_long": isinstance(error, ContextOverflow)}
+            entry = {"kind": "failed", "error": masked(str(error)), "too_long": isinstance(error, ContextOverflow)}
         entry["unanswered"] = entry.get("unanswered", 0.0) + self.lost_cost[request.key]
         return {"index": request.key, **entry}
 

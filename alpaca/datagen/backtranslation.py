@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alpaca.common.errors import InputError, format_first
+from alpaca.completions.api import was_cut
 from alpaca.data.prompts import PROMPT_DICT, instruction_and_input
 from alpaca.data.rows import Row
 
 SEED_TAG = "Answer in the style of an AI Assistant."
+LONGEST_SCORE = 500  # characters of a line with a score; the pattern takes the cube of a line's length at worst
 AUGMENTED_TAG = "Answer with knowledge from web search."
 
 # The paper's scale in words of our own. Reason first: what a model writes then is what its score follows from.
@@ -59,7 +61,7 @@ def pairs_of(
         instruction = entry["text"].strip()
         if not instruction:
             spoiled.setdefault("empty_instruction", []).append(number)
-        elif entry["finish_reason"] == "length" and not keep_cut:
+        elif was_cut(entry["finish_reason"]) and not keep_cut:
             spoiled.setdefault("cut_instruction", []).append(number)
         else:
             rows.append({"instruction": instruction, "output": texts[number], "source": number})
@@ -76,18 +78,22 @@ def parse_score(text: str, cut: bool = False) -> tuple[float | None, str | None]
     """Return the score of a rating, from 1 to 5, or why there is none: no_score, cut, out_of_range, or contradiction.
 
     It stands on the last line; in a text that goes on behind it, on any line, if no other line says something else. A
-    text that was `cut` (its finish reason is length) may be about to say something else: there, on the last line alone.
+    text that was `cut`, by `was_cut`, may be about to say something else: there, on the last line alone.
     """
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    found = [match for line in lines[-1:] if (match := _SCORE.match(line))]
+    found = [match for line in lines[-1:] if (match := _score_in(line))]
     if cut and not found:
         return None, "cut"
-    found = found or [match for line in lines if (match := _SCORE.match(line))]
+    found = found or [match for line in lines if (match := _score_in(line))]
     scores = {_value(match) for match in found}
     if len(scores) != 1:
         return None, "contradiction" if scores else "no_score"
     (score,) = scores
     return (score, None) if score is not None else (None, "out_of_range")
+
+
+def _score_in(line: str) -> re.Match[str] | None:
+    return _SCORE.match(line) if len(line) <= LONGEST_SCORE else None
 
 
 def _value(match: re.Match[str]) -> float | None:

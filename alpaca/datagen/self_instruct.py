@@ -5,7 +5,6 @@ An answer goes on where the prompt ends, after "4. Instruction:". The original p
 robust one reads what chat models write: cues repeated, in bold or as headings, "###" and code inside answers.
 """
 
-import json
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from alpaca.common.errors import InputError
+from alpaca.common.files import parse_json
+from alpaca.completions.api import was_cut, whole_characters
 
 # Tasks that a model of text alone cannot do, and words that led to too many of one kind.
 BLACKLIST = (
@@ -37,12 +38,18 @@ BLACKLIST = (
 )
 PARSERS = ("original", "robust")
 
+BLANKS = r"[ \t]{0,40}"  # with "*" a line of blanks takes the square of its length
 BOLD = r"[*_]{0,3}"
-CUE = rf"^[ \t>]*(?:(?:\#{{1,6}}|[-*+])[ \t]+)?{BOLD}[ \t]*"  # of a line: a heading, a bullet, bold
-NUMBER = r"(?P<number>\d+)[ \t]*[.):][ \t]*"
-ITEM = re.compile(rf"{CUE}(?:Task[ \t]+)?{NUMBER}{BOLD}[ \t]*Instruction[ \t]*{BOLD}[ \t]*:{BOLD}", re.IGNORECASE)
-UNNUMBERED = re.compile(rf"{CUE}Instruction[ \t]*{BOLD}[ \t]*:{BOLD}", re.IGNORECASE)
-FIELD = re.compile(rf"{CUE}(?:{NUMBER})?{BOLD}[ \t]*(?P<field>Input|Output)[ \t]*{BOLD}[ \t]*:{BOLD}", re.IGNORECASE)
+CUE = rf"^[ \t>]{{0,40}}(?:(?:\#{{1,6}}|[-*+])[ \t]{{1,40}})?{BOLD}{BLANKS}"  # of a line: a heading, a bullet, bold
+NUMBER = rf"(?P<number>\d{{1,9}}){BLANKS}[.):]{BLANKS}"
+ITEM = re.compile(
+    rf"{CUE}(?:Task[ \t]{{1,40}})?{NUMBER}{BOLD}{BLANKS}Instruction{BLANKS}{BOLD}{BLANKS}:{BOLD}", re.IGNORECASE
+)
+UNNUMBERED = re.compile(rf"{CUE}Instruction{BLANKS}{BOLD}{BLANKS}:{BOLD}", re.IGNORECASE)
+FIELD = re.compile(
+    rf"{CUE}(?:{NUMBER})?{BOLD}{BLANKS}(?P<field>Input|Output){BLANKS}{BOLD}{BLANKS}:{BOLD}", re.IGNORECASE
+)
+FIELD_OF_2023 = re.compile(r"\.\s+(?:Instruction|Input|Output):")
 FENCE = re.compile(r"^[ \t]*(```|~~~)")
 
 
@@ -74,11 +81,12 @@ def load_seed_tasks(path: str) -> list[dict[str, str]]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                task = json.loads(line)
+                task = parse_json(line)
                 instance = task["instances"][0]
                 row = {"instruction": task["instruction"], "input": instance["input"], "output": instance["output"]}
                 if not all(isinstance(value, str) for value in row.values()):
                     raise TypeError("instruction, input and output must be texts")
+                row = {name: whole_characters(value) for name, value in row.items()}
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise InputError(
                     f"{path}, line {number}: is not a task ({error!r}); expected "
@@ -110,7 +118,7 @@ def parse(text: str, finish_reason: str, num_prompt_instructions: int, parser: s
 
     Args:
         text: what a model answered to `encode_prompt`.
-        finish_reason: "length" means that the last task was cut.
+        finish_reason: one that `was_cut` knows means that the last task was cut.
         num_prompt_instructions: examples in the prompt.
         parser: "original" or "robust".
     """
@@ -120,7 +128,7 @@ def parse(text: str, finish_reason: str, num_prompt_instructions: int, parser: s
     for number, fields in enumerate(tasks):
         if fields == ():
             continue  # nothing between two separators
-        if number == len(tasks) - 1 and finish_reason == "length":
+        if number == len(tasks) - 1 and was_cut(finish_reason):
             items.append(Item(None, "cut off"))
         elif fields is None:
             items.append(Item(None, "malformed"))
@@ -159,14 +167,20 @@ Fields = tuple[str, ...]  # instruction, input, output; or nothing at all
 def _split_as_in_2023(text: str, num_prompt_instructions: int) -> list[Fields | None]:
     """Split at "###", which separates tasks, wherever it stands; each must have its number at all three fields."""
     found: list[Fields | None] = []
-    parts = re.split("###", f"{num_prompt_instructions + 1}. Instruction:" + text)
+    parts = (f"{num_prompt_instructions + 1}. Instruction:" + text).split("###")
     for number, part in enumerate(parts, num_prompt_instructions + 1):
-        fields = re.split(rf"{number}\.\s+(Instruction|Input|Output):", part)
-        if part.strip():
-            found.append((fields[2], fields[4], fields[6]) if len(fields) == 7 else None)
-        else:
-            found.append(())
+        found.append(_fields_of_2023(part, str(number)) if part.strip() else ())
     return found
+
+
+def _fields_of_2023(part: str, number: str) -> Fields | None:
+    """Return what stands behind the three cues with `number`; None if they are not three. 2023 made a pattern for each
+    number, which takes half a minute for a hundred thousand of them."""
+    cues = [cue for cue in FIELD_OF_2023.finditer(part) if part.endswith(number, 0, cue.start())]
+    if len(cues) != 3:
+        return None
+    begins = [cue.start() - len(number) for cue in cues[1:]]
+    return tuple(part[cue.end() : begin] for cue, begin in zip(cues, [*begins, len(part)]))
 
 
 def _split_robustly(text: str, num_prompt_instructions: int) -> list[Fields | None]:
@@ -197,13 +211,14 @@ def _without_outer_fences(lines: list[str]) -> list[str]:
     kept = []
     wrapped = False
     outside = True  # outside: of any task
+    item_follows = _followed_by_item(lines)
+    later = sum(bool(FENCE.match(line)) for line in lines)
     for number, line in enumerate(lines):
         if FENCE.match(line):
-            after = next((other for other in lines[number + 1 :] if other.strip(" \t#")), "")
-            if outside and not wrapped and ITEM.match(after):
+            later -= 1
+            if outside and not wrapped and item_follows[number]:
                 wrapped = True
                 continue
-            later = sum(bool(FENCE.match(other)) for other in lines[number + 1 :])
             if wrapped and line.strip() in ("```", "~~~") and later % 2 == 0:
                 wrapped, outside = False, True
                 continue
@@ -213,19 +228,29 @@ def _without_outer_fences(lines: list[str]) -> list[str]:
     return kept
 
 
+def _followed_by_item(lines: list[str]) -> list[bool]:
+    """Return for each line whether the next one with more than "#" and blanks begins a task."""
+    found, follows = [], False
+    for line in reversed(lines):
+        found.append(follows)
+        follows = bool(ITEM.match(line)) if line.strip(" \t#") else follows
+    return found[::-1]
+
+
 def _inside_fences(lines: list[str]) -> list[bool]:
     """Return for each line whether it is code. A fence that is not closed before the next task by number opens
     nothing."""
     inside = [False] * len(lines)
     opened = None
     last = None
+    rest = sum(bool(FENCE.match(line)) for line in lines)  # fences from this line on
     for number, line in enumerate(lines):
         item = ITEM.match(line)
         if opened is not None and item and last is not None and int(item["number"]) == last + 1:
-            rest = [other for other in lines[number:] if FENCE.match(other)]
-            if len(rest) % 2 == 0:  # no fence is left over that could close this one
+            if rest % 2 == 0:  # no fence is left over that could close this one
                 opened = None
         if FENCE.match(line):
+            rest -= 1
             if opened is not None:
                 inside[opened : number + 1] = [True] * (number + 1 - opened)
             opened = number if opened is None else None
@@ -252,9 +277,15 @@ def _fields(lines: list[str], fenced: list[bool]) -> Fields | None:
     instruction = [ITEM.sub("", lines[0], count=1), *lines[1:input_at]]
     given = [lines[input_at][input.end() :], *lines[input_at + 1 : output_at]] if "input" in found else []
     answer = [lines[output_at][output.end() :], *lines[output_at + 1 :]]
-    while answer and re.fullmatch(r"[ \t>]*(#+|-{3,}|\*{3,})?[ \t]*", answer[-1]):  # what separates it from the next
+    while answer and _separates(answer[-1]):
         answer.pop()
     return _balanced("\n".join(instruction)), "\n".join(given), "\n".join(answer)
+
+
+def _separates(line: str) -> bool:
+    """Return whether a line only stands between two tasks: empty, "###", "---" or "***"."""
+    core = line.lstrip(" \t>").rstrip(" \t")
+    return not core.strip("#") or (len(core) >= 3 and (not core.strip("-") or not core.strip("*")))
 
 
 def _balanced(text: str) -> str:
@@ -272,5 +303,6 @@ def rows_of_response(num_prompt_instructions: int, response: Mapping[str, Any] |
     """Return what 2023's `post_process_gpt3_response` did."""
     if response is None:
         return []
-    items = parse(response["text"], response["finish_reason"], num_prompt_instructions, "original")
+    reason = "length" if response["finish_reason"] == "length" else "stop"  # 2023 knew no other
+    items = parse(response["text"], reason, num_prompt_instructions, "original")
     return [item.row for item in items if item.row is not None]

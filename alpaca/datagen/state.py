@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import InputError, ParameterError
-from alpaca.common.files import atomic_write
-from alpaca.completions.api import Request
+from alpaca.common.files import atomic_write, parse_json
+from alpaca.completions.api import NO_REASON, Request, was_cut, whole_characters
 from alpaca.completions.journal import Journal
 from alpaca.datagen.novelty import NoveltyFilter
 from alpaca.datagen.self_instruct import Item, encode_prompt, parse
@@ -76,12 +76,14 @@ class Generation:
         saved = None
         for entry in self.journal:
             if entry["kind"] == "run" and seed is None:
-                seed = entry["seed"]
+                seed = entry.get("seed")
             elif entry["kind"] == "saved" and (saved is None or saved["sha256"] != digest or entry["sha256"] == digest):
                 saved = entry
         if saved is not None and digest is not None:
             self.next, self.counts = saved["next"], Counter(saved["counts"])
             self.kept_at = {int(request): rows for request, rows in saved["kept_at"].items()}
+            if not set(range(max(self.next - LAG, 0), self.next + 1)) <= self.kept_at.keys():
+                raise InputError(f"{self.journal.path}: is damaged (a saved state without its counts)", self.output_dir)
         return random.SystemRandom().randrange(2**32) if seed is None else seed
 
     # ---- requests ----
@@ -148,13 +150,23 @@ class Generation:
     def _parse(self, entry: dict[str, Any]) -> list[Item]:
         if entry["kind"] == "failed":
             return []
-        return parse(entry["text"], entry["finish_reason"], entry["examples"], entry["parser"])
+        if not {"examples", "parser"} <= entry.keys():
+            raise InputError(f"{self.journal.path}: has answers of another command; move it away", self.output_dir)
+        reason = entry["finish_reason"]
+        self.counts["answers_without_a_finish_reason"] += reason == NO_REASON
+        self.counts["answers_cut_otherwise_than_by_length"] += was_cut(reason) and reason != "length"
+        self.counts["answers_with_thoughts"] += bool(entry.get("reasoning"))
+        return parse(entry["text"], reason, entry["examples"], entry["parser"])
 
     def summary(self) -> str:
         """Return "1,234 tasks proposed, 1,000 kept; rejected: 200 too similar, 34 malformed"."""
         rejected = [(reason.removeprefix("rejected: "), n) for reason, n in self.counts.most_common() if ": " in reason]
         reasons = ", ".join(f"{number:,} {reason}" for reason, number in rejected) or "none"
-        return f"{self.counts['proposed']:,} tasks proposed, {self.counts['kept']:,} kept; rejected: {reasons}"
+        told = f"{self.counts['proposed']:,} tasks proposed, {self.counts['kept']:,} kept; rejected: {reasons}"
+        odd = [
+            f"{n:,} {name.replace('_', ' ')}" for name, n in self.counts.items() if name.startswith("answers_") and n
+        ]
+        return "; ".join([told, *odd])
 
     def _regen(self) -> Iterator[str]:
         """Yield the text of regen.json in pieces."""
@@ -203,12 +215,13 @@ def _read_regen(path: Path) -> tuple[list[dict[str, Any]], str | None]:
         return [], None
     try:
         content = path.read_bytes()
-        rows = json.loads(content)
+        rows = parse_json(content)
         if not isinstance(rows, list):
             raise ValueError(f"it is of type {type(rows).__name__}")
         for number, row in enumerate(rows):
             if not all(isinstance(row[name], str) for name in ("instruction", "input", "output")):
                 raise ValueError(f"row {number}: instruction, input and output must be texts")
+            row |= {name: whole_characters(row[name]) for name in ("instruction", "input", "output")}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is not a list of tasks ({error!r}); move it away to start over", path) from error
     return rows, hashlib.sha256(content).hexdigest()

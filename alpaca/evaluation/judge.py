@@ -36,6 +36,7 @@ Say in a few sentences what speaks for each answer. Then end with a line of its 
 Verdict: 1
 Verdict: 2
 Verdict: tie"""
+BLANK_RUN = re.compile(r"\W{300,}")  # the pattern below takes the square of such a run's length
 # A line such as "Verdict: 1", "**Final verdict:** tie", "Verdict: Answer 2", or with the answer on the next line.
 VERDICT = re.compile(
     r"^\W* (?:\w+[^\w\n]+)? verdict\W* (?:answer[\W_]*)? (?<![-\N{MINUS SIGN}]) (1|2|tie) \W*$",
@@ -64,6 +65,7 @@ def read_preference(text: str, first: str, cut: bool = False) -> float | None:
     A text that goes on behind its verdicts counts if they are all the same. One that was `cut` (its finish reason is
     length) has not come to its end: it counts only if both hold, the last line is a verdict and no other one differs.
     """
+    text = BLANK_RUN.sub(lambda run: run[0][:100] + "\n" * ("\n" in run[0]) + run[0][-100:], text)
     found = list(VERDICT.finditer(text))
     if not found:
         return None

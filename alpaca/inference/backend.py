@@ -1,5 +1,6 @@
 """Who answers: a model in a folder, in this process, or one of a server; and what its answers depend on."""
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -7,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.common.commands import check_numbers, flag
-from alpaca.common.errors import InputError, ParameterError
-from alpaca.common.files import digest
+from alpaca.common.errors import InputError, ParameterError, masked
+from alpaca.common.files import digest, parse_json
 from alpaca.completions.api import Model, Request, Sampling, seed_of
 from alpaca.data.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt
 from alpaca.inference.client import Client
+
+OF_THE_COMMAND = {  # fields of a request that --extra_body may not set, and what sets them
+    **dict.fromkeys(("model", "messages", "prompt", "stop", "seed", "logit_bias"), "the command itself sets it"),
+    **dict.fromkeys(("stream", "stream_options"), "answers are not streamed"),
+    **dict.fromkeys(("n", "best_of"), "one answer is asked for at a time, and paid for"),
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), "{max_new_tokens} sets it"),
+    **{name: f"{{{name}}} sets it" for name in ("temperature", "top_p")},
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +32,9 @@ class BackendFlags:
     )
     api: str = flag("auto", "The endpoint: completions, chat or auto.")
     concurrency: int | None = flag(None, "Requests to a server at a time; not given, batch_size.")
+    extra_body: str | None = flag(
+        None, 'JSON object of other fields for every request to a server, such as {"reasoning_effort": "low"}.'
+    )
     batch_size: int = flag(8, "Prompts in a batch of a folder's model.")
     base: str | None = flag(None, "The base model of a folder with an adapter or a diff.")
     load_in_8bit: bool = flag(False, "Quantize a folder's weights with bitsandbytes.")
@@ -33,6 +45,27 @@ class BackendFlags:
         if self.api not in ("auto", "chat", "completions"):
             raise ParameterError(f"{{api}} {self.api}: expected auto, chat or completions", "api")
         check_numbers(batch_size=self.batch_size, concurrency=self.at_once)
+        self.extra_fields()
+
+    def extra_fields(self) -> dict[str, Any]:
+        """Return the fields of `extra_body`. Raise ParameterError if it is no JSON object, or sets what the command
+        sets."""
+        if self.extra_body is None:
+            return {}
+        try:
+            fields = parse_json(self.extra_body)
+            json.dumps(fields, allow_nan=False).encode()
+            json.dumps(fields, ensure_ascii=False).encode()  # half a surrogate pair
+        except (ValueError, RecursionError) as error:
+            raise ParameterError(f"{{extra_body}}: is not JSON ({error})", "extra_body") from error
+        if not isinstance(fields, dict):
+            expected = 'expected a JSON object such as {"reasoning_effort": "low"}'
+            raise ParameterError(f"{{extra_body}}: {expected}, got {type(fields).__name__}", "extra_body")
+        for name in fields:
+            if name in OF_THE_COMMAND:
+                message = f"{{extra_body}}: {name!r} cannot be set there; {OF_THE_COMMAND[name]}"
+                raise ParameterError(message, "extra_body", "max_new_tokens", "temperature", "top_p")
+        return fields
 
     @property
     def at_once(self) -> int:
@@ -56,12 +89,14 @@ def open_backend(model: str, flags: BackendFlags, chat: bool = True) -> Model:
     if not is_folder(model, flags.base_url):
         for name in ("base", "load_in_8bit", "load_in_4bit"):
             if getattr(flags, name):
-                server = flags.base_url or "OPENAI_BASE_URL, or OpenAI"
+                server = masked(flags.base_url or "OPENAI_BASE_URL, or OpenAI")
                 raise ParameterError(f"{{{name}}} is for the model of a folder; {model} is a server's ({server})", name)
         at_openai = not flags.base_url and not os.environ.get("OPENAI_BASE_URL")
         if at_openai and model.startswith(("/", "./", "../", "~")):
             raise InputError(f"{model}: no such folder", model)
-        return Client(model, flags.base_url, flags.api)
+        return Client(model, flags.base_url, flags.api, extra_body=flags.extra_fields())
+    if flags.extra_body is not None:
+        raise ParameterError(f"{{extra_body}} is for a server; {model} is a folder", "extra_body")
     from alpaca.inference.local_model import LocalModel
 
     folder = Path(model).expanduser()
@@ -113,6 +148,8 @@ class ModelBackend:
         how = {name: getattr(self.flags, name) for name in ("api", "load_in_8bit", "load_in_4bit")}
         how |= {"seed": self.seed}
         how |= {name: asdict(self.sampling)[name] for name in ("max_tokens", "temperature", "top_p")}
+        if fields := self.flags.extra_fields():
+            how["extra_body"] = json.loads(masked(json.dumps(fields, sort_keys=True), shapes=False))
         if is_folder(self.model, self.flags.base_url):
             from alpaca.weights.provenance import weights_of
 

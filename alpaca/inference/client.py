@@ -9,26 +9,32 @@ run cannot recover from is a UsageError; what went wrong with one request only, 
 """
 
 import asyncio
-import json
+import base64
 import logging
 import os
 import random
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
-from alpaca.common.errors import ParameterError, UsageError
-from alpaca.completions.api import MOST_CUTS, Completion, ContextOverflow, Prompt, RequestFailed, Sampling, cut_at_stop
+from alpaca.common.errors import ParameterError, UsageError, hide, masked
+from alpaca.completions.api import MOST_CUTS, Completion, ContextOverflow, Prompt, RequestFailed, Sampling
 from alpaca.inference.server_errors import (
     LONGEST_WAIT,
+    AnswerRefused,
     MaxTokensRefused,
     NoResponse,
     RetryLater,
     UnknownModel,
     WrongEndpoint,
     classify_error,
+    limit_answer,
     never_connected,
+    read_completion,
+    read_json,
+    shown,
     unknown_model,
 )
 
@@ -36,6 +42,7 @@ OPENAI_URL = "https://api.openai.com/v1"
 COMPLETION_MODELS = ("-instruct", "davinci", "babbage", "curie", "text-ada")  # OpenAI's names; all others chat
 PATHS = {"completions": "/completions", "chat": "/chat/completions"}
 LONGEST_BACKOFF = 30.0
+OUT_OF_LIMIT = "output limit was reached"  # OpenAI's error where a thought takes all of a short answer
 logger = logging.getLogger(__name__)
 
 
@@ -46,6 +53,8 @@ class Client:
     api: "completions", "chat", or "auto": OpenAI's completion models by name and its others chat; on another server
         chat where it answers a chat request, else (a base model has no chat template) completions.
     max_retries: of one request. backoff: seconds before the first, doubled each time up to 30.
+    timeout: seconds for a whole request, from the connection to the last byte of its answer.
+    extra_body: fields for every request, such as {"reasoning_effort": "low"}.
     """
 
     def __init__(
@@ -56,6 +65,8 @@ class Client:
         max_retries: int = 8,
         timeout: float = 600.0,
         backoff: float = 0.5,
+        *,
+        extra_body: Mapping[str, Any] | None = None,
     ):
         if api not in ("auto", *PATHS):
             raise ParameterError(f"{{api}}: expected auto, completions or chat, got {api!r}.", "api")
@@ -64,6 +75,9 @@ class Client:
         self.max_retries = max_retries
         self.backoff = backoff
         self.base_url = server_url(base_url)
+        self.address = masked(self.base_url.partition("?")[0])  # for messages
+        self.timeout = timeout
+        self.extra_body = dict(extra_body or {})
         self.token_parameter = "max_tokens"
         self.retries = 0  # of all requests: for the caller's report
         self._openai = _connect(self.base_url, timeout)
@@ -94,7 +108,7 @@ class Client:
             raise unknown_model(self.model, str(error), await self._offered()) from error
         except RequestFailed as error:
             raise UsageError(f"{error}\nThe server could not answer a first, short request.") from error
-        return f"model {self.model} at {self.base_url}, {self.api} endpoint ({how})"
+        return f"model {self.model} at {self.address}, {self.api} endpoint ({how})"
 
     async def complete(
         self, prompt: Prompt, sampling: Sampling, on_lost_response: Callable[[], bool] | None = None
@@ -120,7 +134,10 @@ class Client:
                 cuts += 1
                 fewer = int(sampling.max_tokens * 0.8)  # as in 2023
                 if cuts > MOST_CUTS or fewer < 1:
-                    raise ContextOverflow(f"{error}\nThe prompt alone is too long for the model.") from error
+                    raise ContextOverflow(
+                        f"{error}\nThe prompt alone is too long for the model, or the tokens of an answer are set far "
+                        "above its context."
+                    ) from error
                 logger.warning("over the model's context: max_tokens %d -> %d", sampling.max_tokens, fewer)
                 sampling = replace(sampling, max_tokens=fewer)
 
@@ -141,22 +158,34 @@ class Client:
         return "no answer to a chat request"
 
     async def _try(self, api: str) -> None:
-        sampling = Sampling(max_tokens=16)
+        """Ask for a few tokens, with nothing but that limit and the user's extra fields: no parameter that nobody
+        chose."""
+        sampling = Sampling(max_tokens=16, temperature=None, top_p=None)
         try:
             await self._ask(api, "Hi", sampling, retries=1)
         except MaxTokensRefused:
             self.token_parameter = "max_completion_tokens"
+            await self._try_again(api, sampling)
+        except RequestFailed as error:
+            if OUT_OF_LIMIT not in str(error):
+                raise
+
+    async def _try_again(self, api: str, sampling: Sampling) -> None:
+        try:
             await self._ask(api, "Hi", sampling, retries=1)
+        except RequestFailed as error:
+            if OUT_OF_LIMIT not in str(error):
+                raise
 
     async def _offered(self) -> list[str] | None:
         """Return the names of the server's models, or None if it does not tell."""
         import httpx2
 
         async def ask() -> Any:
-            return _json((await self._openai.get("/models", cast_to=httpx2.Response)).content)
+            return read_json((await self._openai.get("/models", cast_to=httpx2.Response)).content)
 
         try:
-            answer = await self._persist(ask, {}, self.base_url + "/models", retries=2)
+            answer = await self._persist(ask, {}, f"{self.address}/models", retries=2)
         except NoResponse as error:
             raise ParameterError(
                 f"{error}\nIs the server running? Its address is {{base_url}}, else OPENAI_BASE_URL, else "
@@ -166,7 +195,9 @@ class Client:
         except (RequestFailed, WrongEndpoint, UnknownModel):  # `transformers serve` without a hub cache answers 500
             return None
         models = answer.get("data") if isinstance(answer, dict) else None
-        return [str(model.get("id")) for model in models if isinstance(model, dict)] if models else None
+        if not isinstance(models, list) or not models:
+            return None
+        return [shown(str(model.get("id")), 100) for model in models if isinstance(model, dict)]
 
     async def _ask(
         self,
@@ -182,9 +213,9 @@ class Client:
 
         async def ask() -> Completion:
             answer = await self._openai.post(PATHS[api], body=body, cast_to=httpx2.Response)
-            return read_completion(_json(answer.content), sampling.stop)
+            return read_completion(read_json(answer.content), sampling, prompt)
 
-        return await self._persist(ask, body, self.base_url + PATHS[api], retries, on_lost_response)
+        return await self._persist(ask, body, self.address + PATHS[api], retries, on_lost_response)
 
     def _body(self, api: str, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -200,7 +231,10 @@ class Client:
         body["stop"] = list(sampling.stop) or None
         if sampling.logit_bias:
             body["logit_bias"] = {str(token): float(bias) for token, bias in sampling.logit_bias.items()}
-        return {name: value for name, value in body.items() if value is not None} | dict(sampling.extra)
+        body = {name: value for name, value in body.items() if value is not None}
+        if twice := body.keys() & self.extra_body.keys():
+            raise ParameterError(f"{{extra_body}}: {min(twice)!r} is set by the command itself; omit it", "extra_body")
+        return body | dict(sampling.extra) | self.extra_body
 
     async def _persist(
         self,
@@ -216,14 +250,25 @@ class Client:
 
         for retry in range(retries + 1):
             try:
-                return await ask()
+                return await asyncio.wait_for(ask(), self.timeout)
+            except asyncio.TimeoutError:
+                late = f"no whole answer from {url} in {self.timeout:g} s"
+                problem, charged = RetryLater(late, failure=NoResponse), True
+            except RetryLater as error:
+                problem, charged = RetryLater(f"{url}: {error}", error.wait), True
+            except AnswerRefused as error:
+                if on_lost_response is not None:
+                    on_lost_response()
+                raise RequestFailed(f"{url}: {error}") from None
+            except (RequestFailed, UsageError):
+                raise
             except openai.APIError as error:
                 problem = classify_error(error, url, self.model, body)
                 if not isinstance(problem, RetryLater):
-                    raise problem from error
+                    raise problem from None  # the cause has the server's words unmasked
                 charged = problem.failure is NoResponse and not never_connected(error)
-            except RetryLater as error:
-                problem, charged = RetryLater(f"{url}: {error}", error.wait), True
+            except Exception as error:  # of the HTTP library, whose kinds are many
+                problem, charged = RetryLater(f"no answer from {url}: {shown(repr(error))}", failure=NoResponse), True
             if charged and on_lost_response is not None and not on_lost_response():
                 raise RequestFailed(f"{problem}\nGave up: another attempt could exceed the limit of cost.")
             if retry == retries or (problem.wait or 0) > LONGEST_WAIT:
@@ -239,10 +284,29 @@ class Client:
 def server_url(base_url: str | None) -> str:
     """Return the base URL as given, else OPENAI_BASE_URL, else OpenAI's; without a slash at its end."""
     name = "{base_url}" if base_url else "OPENAI_BASE_URL"
-    url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).rstrip("/")
-    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).netloc:
-        raise ParameterError(f"{name}: expected an address such as http://localhost:8000/v1, got {url!r}.", "base_url")
+    url = (base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL).strip()
+    url, mark, query = url.partition("?")
+    url = url.rstrip("/") + mark + query
+    if (problem := _why_no_address(url)) is not None:
+        got = masked(url)
+        message = f"{name}: expected an address such as http://localhost:8000/v1, got {got!r}{problem}."
+        raise ParameterError(message, "base_url")
     return url
+
+
+def _why_no_address(url: str) -> str | None:
+    """Return what to add to "got …" for an address that cannot be asked, else None."""
+    try:
+        parts = urlsplit(url)
+        port, host = parts.port, parts.hostname or ""
+        host.encode("idna")
+    except ValueError as error:  # of a port, of brackets, of a host name; UnicodeError too
+        return "" if "://" not in url else f" ({shown(str(error))})"
+    if any(letter.isspace() or not letter.isprintable() for letter in url):
+        return " (it holds a blank or a control character)"
+    if parts.fragment:
+        return " (omit what follows '#')"
+    return "" if parts.scheme not in ("http", "https") or not host or port == 0 else None
 
 
 def is_openai(url: str) -> bool:
@@ -250,54 +314,70 @@ def is_openai(url: str) -> bool:
     return host == "api.openai.com" or host.endswith(".api.openai.com")
 
 
+def _header_value(name: str) -> str | None:
+    """Return the value of an environment variable that goes into a header, without blanks around it. Raise UsageError
+    if it is none that a header can hold; the message does not show it."""
+    value = os.environ.get(name, "").strip()
+    at = next((at for at, letter in enumerate(value) if not " " <= letter <= "~"), None)
+    if at is not None:
+        raise UsageError(
+            f"{name}: character {at + 1} of {len(value)} cannot be sent in a header; expected printable ASCII. Copy "
+            "the value again (it is not shown here)"
+        )
+    return value or None
+
+
+def _hide_secrets(key: str, base_url: str) -> None:
+    parts = urlsplit(base_url)
+    user, _, password = parts.netloc.rpartition("@")[0].partition(":")
+    login = f"{unquote(user)}:{unquote(password)}"
+    if user:
+        hide(password, unquote(password), base64.b64encode(login.encode()).decode())
+    secret = [
+        value for name, value in _query(base_url).items() if re.search(r"(?i)key|token|sig|secret|pass|code", name)
+    ]
+    hide(key, *(value for values in secret for value in values))
+
+
+def _query(url: str) -> dict[str, list[str]]:
+    return parse_qs(urlsplit(url).query, keep_blank_values=True)
+
+
 def _connect(base_url: str, timeout: float) -> Any:
-    key = os.environ.get("OPENAI_API_KEY") or ("" if is_openai(base_url) else "none")
+    key = _header_value("OPENAI_API_KEY") or ("" if is_openai(base_url) else "none")
     if not key:
         raise ParameterError(
             "OPENAI_API_KEY is not set, and OpenAI answers nobody without a key. Set it, or give {base_url} "
             "(OPENAI_BASE_URL) for another server.",
             "base_url",
         )
+    organization = _header_value("OPENAI_ORG") or _header_value("OPENAI_ORG_ID")  # the first is 2023's name
+    project, _ = _header_value("OPENAI_PROJECT_ID"), _header_value("OPENAI_CUSTOM_HEADERS")
+    _hide_secrets(key, base_url)
     try:
         import openai
     except ImportError as error:
         raise UsageError(f"asking a server needs the openai package: pip install openai ({error})") from error
-    return openai.AsyncOpenAI(
-        api_key=key,
-        base_url=base_url,
-        organization=os.environ.get("OPENAI_ORG"),  # 2023's name; openai itself reads OPENAI_ORG_ID
-        max_retries=0,
-        timeout=openai.Timeout(timeout, connect=min(timeout, 10.0)),
-    )
-
-
-def read_completion(answer: Any, stop: Sequence[str]) -> Completion:
-    """Return the one choice of a server's answer, of either endpoint.
-
-    Raises: RetryLater: there is none.
-    """
+    query = {name: values if len(values) > 1 else values[0] for name, values in _query(base_url).items()}
+    azure = "api-version" in query  # its keys go into a header of their own, which a redirection may not carry away
+    headers = {"Accept-Encoding": "identity"} | ({"api-key": key} if azure else {})
+    hooks = {"response": [limit_answer]}
     try:
-        choice = answer["choices"][0]
-        text = choice["message"]["content"] if "message" in choice else choice["text"]
-        if isinstance(text, list):  # content in parts
-            text = "".join(part.get("text", "") for part in text)
-        usage = answer.get("usage") or {}
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise RetryLater(f"an answer without a completion: {str(answer)[:200]}") from error
-    text = text or ""  # None: refused, or all of max_tokens went into reasoning
-    reason = str(choice.get("finish_reason") or "unknown")
-    if reason != "stop" or text.endswith(tuple(stop)):  # `transformers serve` goes on, or leaves the stop string in
-        text, stopped = cut_at_stop(text, stop)
-        reason = "stop" if stopped else reason
-    counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
-    return Completion(text, reason, *counts, choice.get("logprobs"))
-
-
-def _json(content: bytes) -> Any:
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise RetryLater(f"an answer that is not JSON, or cut off: {content[:100]!r}") from error
+        return openai.AsyncOpenAI(
+            api_key=key,
+            base_url=base_url.partition("?")[0],
+            organization=organization,
+            project=project,
+            default_query=query,
+            default_headers=headers,
+            max_retries=0,
+            timeout=openai.Timeout(timeout, connect=min(timeout, 10.0)),
+            http_client=openai.DefaultAsyncHttpxClient(event_hooks=hooks, follow_redirects=not azure),
+        )
+    except Exception as error:  # an address, or a proxy of the environment, that the HTTP library does not take
+        raise ParameterError(
+            f"{{base_url}}: {masked(base_url)} cannot be asked ({shown(repr(error))})", "base_url"
+        ) from None
 
 
 def _listed(messages: Mapping | Sequence[Mapping]) -> Sequence[Mapping]:

@@ -7,18 +7,28 @@ written, until it ends, is stopped, or nobody waits for it any more.
 """
 
 import asyncio
+import ipaddress
+import socket
 import threading
 import time
 import traceback
-from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from alpaca.common.errors import UsageError, first_line
+from alpaca.common.files import parse_json
 from alpaca.completions.api import ContextOverflow, Sampling
 from alpaca.data.prompts import format_prompt
 from alpaca.data.rows import Row
 from alpaca.inference.local_model import LocalModel
 
+ALONE = 10.0  # seconds that a request goes on, or waits, while nobody listens to its answer
+LARGEST_BODY = 2**20  # bytes of a request, where --max_characters needs no more
+SLOWEST_BODY = 30.0  # seconds until a request is there
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 PAUSE = 0.05  # seconds between two looks at what was written: there is news 20 times a second at most
 
 
@@ -108,13 +118,23 @@ class DemoEngine:
         self.models = models
         self.max_characters = max_characters
         self.places = asyncio.Semaphore(concurrency)
+        self.listeners: Counter[str] = Counter()  # by session, as the server's guard counts them
         self._running: dict[str, threading.Event] = {}
 
     async def answer(
-        self, session: str, instruction: str, input: str, sampling: Sampling
+        self,
+        session: str,
+        instruction: str,
+        input: str,
+        sampling: Sampling,
+        attended: Callable[[], bool] = lambda: True,
     ) -> AsyncIterator[list[Answer]]:
         """Yield the answers so far, of each model: when there is more, and once a second, so that whoever takes them
-        notices that nobody reads them. The last time all have ended. Closing the iterator stops the models."""
+        notices that nobody reads them. The last time all have ended. Closing the iterator stops the models.
+
+        Args:
+            attended: whether somebody listens. A request that nobody listens to takes no place, and soon ends.
+        """
         row = {"instruction": (instruction or "").strip(), "input": (input or "").strip()}
         if problem := self.refusal(row):
             yield [Answer("", problem, wrong=True, ended=True) for _ in self.models]
@@ -122,17 +142,24 @@ class DemoEngine:
         self.stop(session)
         stopped = self._running[session] = threading.Event()
         answers = [Answer(status="Waiting: others are being answered") for _ in self.models]
-        place = asyncio.ensure_future(self.places.acquire())
+        place: asyncio.Future | None = None
         try:
-            await asyncio.sleep(0)  # a place that is free is taken now
             started = False
             ended = False
             shown = []
             at = 0.0
+            heard = time.monotonic()
             while not ended:
+                if attended():
+                    heard = time.monotonic()
+                    if place is None:
+                        place = asyncio.ensure_future(self.places.acquire())
+                        await asyncio.sleep(0)  # a place that is free is taken now
+                elif time.monotonic() - heard > ALONE:
+                    stopped.set()
                 if not started and stopped.is_set():
                     answers = [Answer("", "Stopped", ended=True) for _ in self.models]
-                elif not started and place.done():
+                elif not started and place is not None and place.done():
                     started = self._start(answers, row, sampling, stopped)
                 ended = all(answer.ended for answer in answers)  # if so, their text is whole below
                 if (now := [replace(answer) for answer in answers]) != shown or time.monotonic() - at > 1:
@@ -141,7 +168,7 @@ class DemoEngine:
                 await asyncio.sleep(PAUSE)
         finally:
             stopped.set()
-            if not place.cancel():  # it was taken
+            if place is not None and not place.cancel():  # it was taken
                 self.places.release()
             if self._running.get(session) is stopped:
                 del self._running[session]
@@ -162,3 +189,127 @@ class DemoEngine:
         if (length := len(row["instruction"]) + len(row["input"])) > self.max_characters:
             return f"Too long: instruction and input have {length:,} characters, of at most {self.max_characters:,}."
         return None
+
+
+# ---- what reaches the server ----
+
+
+class DemoGuard:
+    """ASGI middleware in front of the page. It serves requests that come by a name of this server's and from its own
+    page, and refuses files and large bodies before anything of them is kept. It counts who listens to an answer.
+
+    Args:
+        host: the address that the server listens on.
+        names: other names, in lower case, that it may be reached by; "*" is any.
+    """
+
+    def __init__(self, app: Any, engine: DemoEngine, host: str, names: Sequence[str] = ()):
+        self.app, self.engine, self.host, self.names = app, engine, host.lower(), names
+        self.largest = max(LARGEST_BODY, 16 * engine.max_characters)
+
+    async def __call__(self, scope: Mapping[str, Any], receive: Callable, send: Callable) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            return await self.app(scope, receive, send)
+        headers = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+        refusal = self._of_strangers(headers)
+        if scope["type"] == "websocket":
+            if refusal:
+                return await send({"type": "websocket.close", "code": 1008})
+            return await self.app(scope, receive, send)
+        if refusal is None and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            refusal, receive = await self._body(scope["path"], dict(headers), receive)
+        if refusal is not None:
+            return await _refuse(send, *refusal)
+        if not scope["path"].endswith("/queue/data"):
+            return await self.app(scope, receive, send)
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        session = query.get("session_hash", [""])[0]
+        self.engine.listeners[session] += 1
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            self.engine.listeners[session] -= 1
+            if not self.engine.listeners[session]:
+                del self.engine.listeners[session]
+
+    def _of_strangers(self, headers: Sequence[tuple[str, str]]) -> tuple[int, str] | None:
+        """Return the refusal of a request by a name that is not this server's (which a page of somebody else may have
+        pointed here), or sent by the page of another server."""
+        hosts = [value for name, value in headers if name == "host"]
+        if len(hosts) != 1 or not self._is_ours(hosts[0]):
+            name = "".join(letter for letter in "".join(hosts)[:100] if letter.isprintable())
+            return 403, f"This demo is not served as {name!r}. Whoever runs it can allow the name: --allowed_hosts."
+        for origin in (value for name, value in headers if name == "origin"):
+            if _address(origin.partition("://")[2]) != _address(hosts[0]) and _name_in(origin) not in self.names:
+                return 403, "This demo takes requests of its own page only."
+        return None
+
+    def _is_ours(self, host: str) -> bool:
+        name = _name_in(f"http://{host}")
+        if name is None:
+            return False
+        if name in (*LOOPBACK, self.host, *self.names) or "*" in self.names:
+            return True
+        if self.host in LOOPBACK:
+            return False
+        return _is_ip(name) or name in (socket.gethostname().lower(), socket.getfqdn().lower())
+
+    async def _body(
+        self, path: str, headers: Mapping[str, str], receive: Callable
+    ) -> tuple[tuple[int, str] | None, Callable]:
+        """Return the refusal of a request for its body, and what gives the body to the page."""
+        too_large = 413, f"Too large: this demo takes {self.largest:,} bytes."
+        if path.endswith("/upload") or "multipart" in headers.get("content-type", ""):
+            return (413, "This demo takes no files."), receive
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or len(length) > 15 or int(length) > self.largest:
+            return too_large, receive
+        body = b""
+        try:
+            while True:
+                message = await asyncio.wait_for(receive(), SLOWEST_BODY)
+                body += message.get("body", b"")
+                if len(body) > self.largest:
+                    return too_large, receive
+                if message["type"] != "http.request" or not message.get("more_body"):
+                    break
+            if body and "json" in headers.get("content-type", ""):
+                parse_json(body)
+        except asyncio.TimeoutError:
+            return (408, "The request did not come to its end."), receive
+        except ValueError:
+            return (400, "The request is no JSON."), receive
+        given = [{"type": "http.request", "body": body, "more_body": False}]
+
+        async def again() -> Mapping[str, Any]:
+            return given.pop() if given else await receive()
+
+        return None, again
+
+
+async def _refuse(send: Callable, status: int, text: str) -> None:
+    body = text.encode(errors="replace")
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"connection", b"close")]})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _name_in(url: str) -> str | None:
+    """Return the host in a URL, in lower case; None if it holds none."""
+    try:
+        return urlsplit(url).hostname
+    except ValueError:
+        return None
+
+
+def _address(netloc: str) -> str:
+    """Return "host:port" without the port that a browser leaves out."""
+    return netloc.lower().removesuffix(":80").removesuffix(":443")
+
+
+def _is_ip(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -212,12 +212,29 @@ class LocalModel:
         fit into the context."""
         if sampling.extra or sampling.logit_bias:
             raise UsageError(f"logit_bias and {sorted(sampling.extra)} are for servers; {self.name} is a local model.")
-        cuts, max_tokens = 0, sampling.max_tokens
-        while self.context is not None and tokens + max_tokens > self.context:
-            cuts, max_tokens = cuts + 1, int(max_tokens * 0.8)
-            if cuts > MOST_CUTS or max_tokens < 1:
-                raise ContextOverflow(f"a prompt of {tokens} tokens leaves no room in a context of {self.context}")
-        return replace(sampling, max_tokens=max_tokens)
+        if self.context is None:
+            return sampling
+        if (max_tokens := self._cut(tokens, sampling.max_tokens)) is not None:
+            return replace(sampling, max_tokens=max_tokens)
+        if tokens < self.context and self._cut(1, sampling.max_tokens) is None:
+            raise ParameterError(
+                f"{{max_new_tokens}} {sampling.max_tokens}: is far above the {self.context} tokens of the model's "
+                f"context; give less than {self.context}",
+                "max_new_tokens",
+            )
+        most = f", of at most {sampling.max_tokens} new ones," if sampling.max_tokens > self.context else ""
+        raise ContextOverflow(f"a prompt of {tokens} tokens leaves{most} no room in a context of {self.context}")
+
+    def _cut(self, tokens: int, max_tokens: int) -> int | None:
+        """Return `max_tokens`, cut until a prompt of `tokens` leaves room for them; None if that takes too many
+        cuts."""
+        for _ in range(MOST_CUTS + 1):
+            if tokens + max_tokens <= self.context:
+                return max_tokens
+            max_tokens = int(max_tokens * 0.8)
+            if max_tokens < 1:
+                break
+        return None
 
     def _batch(self, ids: list[list[int]], sampling: Sampling, seeds: list[int | None]) -> list[Completion]:
         output = self._run(ids, sampling, seeds)

@@ -156,3 +156,76 @@ def test_journals_without_entries_of_losses_are_read_as_before(tmp_path):
             journal.append({"kind": "sent", "index": key, "most": MOST})
         journal.append({"kind": "failed", "index": 0, "error": "", "too_long": False, "unanswered": 3 * MOST})
     assert spent_before(tmp_path) == pytest.approx(4 * MOST)
+
+
+# ---- journals that somebody else has written ----
+
+GOOD = {"kind": "answer", "index": 0, "text": "Yes.", "finish_reason": "stop", "prompt_tokens": 1}
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        (b"{damaged", "line 2: is damaged"),
+        (b"\xff\xfe\x00", "line 2: is damaged"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[]", "no entry of a journal"),
+        (b"null", "no entry of a journal"),
+        (b'{"kind": ["answer"]}', "no entry of a journal"),
+        (b'{"kind": "run"}', "run without how"),
+        (b'{"kind": "run", "how": "x"}', "how is 'x'"),
+        (b'{"kind": "sent", "index": 0}', "sent without most"),
+        (b'{"kind": "sent", "index": 0, "most": NaN}', "most is 'nan'"),
+        (b'{"kind": "lost", "index": 0, "most": "1"}', "most is '1'"),
+        (b'{"kind": "lost", "index": 0, "most": -1}', "most is '-1'"),
+        (b'{"kind": "answer", "text": "x"}', "answer without index"),
+        (b'{"kind": "answer", "index": "0"}', "index is '0'"),
+        (b'{"kind": "answer", "index": true}', "index is 'True'"),
+        (b'{"kind": "answer", "index": 0, "text": null}', "text is 'None'"),
+        (b'{"kind": "answer", "index": 0, "text": ["x"]}', "text is"),
+        (b'{"kind": "answer", "index": 0, "finish_reason": 5}', "finish_reason is '5'"),
+        (b'{"kind": "answer", "index": 0, "prompt_tokens": "5"}', "prompt_tokens is '5'"),
+        (b'{"kind": "answer", "index": 0, "completion_tokens": -5}', "completion_tokens is '-5'"),
+        (b'{"kind": "answer", "index": 0, "unanswered": 1e999}', "unanswered is 'inf'"),
+        (b'{"kind": "answer", "index": 0}', "the answer to request 0 has no text"),
+        (b'{"kind": "answer", "index": 0, "text": "x"}', "the answer to request 0 has no finish_reason"),
+        (b'{"kind": "saved", "next": 1}', "saved without rows"),
+        (b'{"kind": "saved", "next": 1, "rows": 1, "sha256": "", "counts": [], "kept_at": {}}', "counts is"),
+        (b'{"kind": "saved", "next": 1, "rows": 1, "sha256": "", "counts": {}, "kept_at": {"x": 1}}', "kept_at is"),
+    ],
+)
+def test_a_damaged_line_is_named(tmp_path, line, told):
+    path = tmp_path / "out.json.journal.jsonl"
+    path.write_bytes(b'{"kind": "run", "how": {}}\n' + line + b"\n")
+    batch = BatchCompletion(FakeModel(0, ANSWER), SAMPLING, str(tmp_path / "out.json"), {}, 1)
+    with pytest.raises(UsageError, match="is damaged") as raised:
+        batch.answers([Request(PROMPT, 0)])
+    assert told in str(raised.value)
+
+
+def test_a_journal_of_an_unknown_kind_of_entry_is_read(tmp_path):
+    """Of a newer version; and one that cannot be read is a message."""
+    path = tmp_path / "out.json.journal.jsonl"
+    lines = [{"kind": "run", "how": {}}, {"kind": "of tomorrow", "text": "x"}, GOOD]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    batch = BatchCompletion(FakeModel(0, ANSWER), SAMPLING, str(tmp_path / "out.json"), {}, 1)
+    assert batch.answers([Request(PROMPT, 0)])[0]["text"] == "Yes."
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(UsageError, match="cannot be written"):
+        batch.answers([Request(PROMPT, 0)])
+
+
+def test_what_was_sent_counts_for_a_later_limit(tmp_path):
+    """A run without a limit journals it too, where it has prices."""
+    ask(tmp_path, end=KeyboardInterrupt(), max_cost=None)
+    assert kinds(tmp_path) == ["run", "sent"] and spent_before(tmp_path) == pytest.approx(MOST)
+
+
+@pytest.mark.parametrize("prompt", ["half \ud83d", "\ude00", "\ud83d\ude00 and \ud800"])
+def test_half_a_character_of_a_prompt_is_replaced(tmp_path, prompt):
+    model, asked = FakeModel(0, ANSWER), []
+    complete = model.complete
+    model.complete = lambda prompt, *more: asked.append(prompt) or complete(prompt, *more)
+    BatchCompletion(model, SAMPLING, str(tmp_path / "out.json"), {}, 1, Budget(1.0)).answers([Request(prompt, 0)])
+    assert "\ufffd" in asked[0] and asked[0].encode()

@@ -84,6 +84,9 @@ def test_malformed_json_is_located(tmp_path):
     assert str(pickle.loads(pickle.dumps(info.value))) == str(info.value)
     with pytest.raises(json.JSONDecodeError, match="line 1"):
         utils.jload(io.StringIO("{"))
+    path.write_text("[" * 100_000)
+    with pytest.raises(UsageError, match=r"bad\.json: is nested too deeply"):
+        utils.jload(path)
 
 
 def test_other_errors_and_modes_are_those_of_2023(tmp_path):

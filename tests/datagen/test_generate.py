@@ -235,6 +235,31 @@ def test_a_server_that_counts_no_tokens_is_not_for_free(tmp_path):
         assert 5 <= len(server.requests) <= 8
 
 
+@pytest.mark.parametrize(
+    "usage", [{"prompt_tokens": "9", "completion_tokens": "9"}, "9", [9], {"prompt_tokens": -9}, None]
+)
+def test_usage_of_any_type_costs_no_task(tmp_path, usage):
+    """It was 20 answers paid, none journaled, and exit 0 with 0 of 200 tasks."""
+    with CompletionServer() as server:
+        server.faults = lambda request: Fault(
+            200, body={"choices": [{"text": tasks(request.prompt), "finish_reason": "stop"}], "usage": usage}
+        )
+        assert len(generate(tmp_path, server, 30, price_in=1.0, price_out=1.0)) >= 30
+    entries = journal(tmp_path)
+    assert {entry["completion_tokens"] for entry in entries} == {None} and all(e["unanswered"] > 0 for e in entries)
+
+
+def test_fewer_tasks_than_asked_for_are_said(tmp_path, monkeypatch):
+    """Whatever has ended the run early."""
+    monkeypatch.setattr(state.Generation, "wants", lambda self, target, in_flight: not self.rows)
+    with (
+        CompletionServer(answer=tasks) as server,
+        pytest.raises(UsageError, match=r"\d+ of 500 tasks are in .*run again"),
+    ):
+        generate(tmp_path, server, 500)
+    assert 0 < len(json.loads((tmp_path / "regen.json").read_text())) < 500
+
+
 def test_dry_run_asks_nothing(tmp_path, capsys):
     flags = {"model_name": "gpt-x", "price_in": 1.0, "price_out": 2.0, "dry_run": True}
     generate_instruction_following_data(str(tmp_path / "new"), str(SEEDS), 1000, **flags)

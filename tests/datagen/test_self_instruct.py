@@ -2,12 +2,14 @@
 
 import json
 import random
+import re
 
 import pytest
 from conftest import GOLDEN, ROOT
 
 import generate_instruction
-from alpaca.datagen.self_instruct import encode_prompt, parse
+from alpaca.common.errors import UsageError
+from alpaca.datagen.self_instruct import _split_as_in_2023, encode_prompt, load_seed_tasks, parse
 
 COMPLETIONS = json.loads((GOLDEN / "generate" / "completions.json").read_text())
 EXAMPLES = [{"instruction": f"Say  {n}:", "input": "" if n % 2 else f"in {n}", "output": f"out {n}"} for n in (1, 2, 3)]
@@ -182,3 +184,66 @@ def test_no_text_breaks_the_parsers():
         for parser in ("original", "robust"):
             for item in parse(text, draw.choice(["stop", "length"]), 3, parser):
                 assert (item.row is None) == bool(item.reason)
+
+
+LONG = 100_000
+BOMBS = {
+    "separators": "###" * LONG,
+    "separated numbers": "###4.###5." * LONG,
+    "numbers in their order": "".join(f"###{n}. Input: " for n in range(4, LONG)),
+    "tasks without an end": "4. Instruction: a\n" * LONG,
+    "fences": "```\n" * LONG,
+    "fences before tasks": "".join(f"```\n{n}. Instruction: x\n" for n in range(LONG)),
+    "a line of blanks": " " * LONG + "x",
+    "blanks behind a number": "4." + " " * LONG + "x",
+    "blanks at the end": "4. Instruction: a\n4. Output:\n" + " " * LONG + "x",
+    "a number of many digits": "9" * LONG + ". Instruction: a\n",
+    "thoughts": "<think>" * LONG,
+}
+
+
+@pytest.mark.parametrize("parser", ["original", "robust"])
+@pytest.mark.parametrize("case", BOMBS)
+def test_long_answers_take_no_square_of_their_length(case, parser):
+    """The quadratic parsers took minutes for these, and the suite would not end."""
+    assert all(item.row is None for item in parse(BOMBS[case], "stop", 3, parser))
+
+
+def split_of_2023(text, number):
+    """2023's rule in its own words: a pattern for each number."""
+    parts = [part for part in f"{number + 1}. Instruction:{text}".split("###")]
+    fields = [re.split(rf"{n}\.\s+(Instruction|Input|Output):", part) for n, part in enumerate(parts, number + 1)]
+    return [
+        () if not part.strip() else (of[2], of[4], of[6]) if len(of) == 7 else None for part, of in zip(parts, fields)
+    ]
+
+
+def test_the_linear_parser_splits_as_2023_did():
+    pieces = ["4. Instruction:", "5. Instruction:", "14. Input:", "4. Input:", "4. Output:", "5.\tOutput:", "5. Input:"]
+    pieces += [
+        "###",
+        "###",
+        "\n",
+        " ",
+        "####",
+        "Name a bird.",
+        "é",
+        "4.",
+        "٤4. Input:",
+        "\r\n",
+        "44. Output:",
+        "x" * 99,
+    ]
+    draw = random.Random(3)
+    for _ in range(3000):
+        text = "".join(draw.choices(pieces, k=draw.randrange(1, 30)))
+        assert _split_as_in_2023(text, 3) == split_of_2023(text, 3), text
+
+
+@pytest.mark.parametrize(
+    "line", ["[" * 100_000, '{"instances": [1]}', "[]", "7", '{"instruction": "a", "instances": []}', "{}"]
+)
+def test_a_line_that_is_no_task_is_named(tmp_path, line):
+    (tmp_path / "seeds.jsonl").write_text(line + "\n")
+    with pytest.raises(UsageError, match="line 1: is not a task"):
+        load_seed_tasks(str(tmp_path / "seeds.jsonl"))

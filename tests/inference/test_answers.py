@@ -328,6 +328,11 @@ def test_prompts_that_are_too_long_are_named(tiny, tmp_path):
         UsageError, match=r"2 of 4 rows have prompts that leave too little room .* 1,024 .*\(rows 1, 2\)"
     ):
         answers(tmp_path, tiny("gpt2"), **flags)
+    for tokens in (100_000, 1_000_000):
+        with pytest.raises(UsageError, match=f"--max_new_tokens {tokens}: is far above the 1024 tokens .* context"):
+            answers(tmp_path, tiny("gpt2"), **flags | {"max_new_tokens": tokens})
+    with pytest.raises(UsageError, match="2 of 4 rows have prompts.*; --max_new_tokens 2000 is above that context"):
+        answers(tmp_path, tiny("gpt2"), **flags | {"max_new_tokens": 2000})
     got = answers(tmp_path, tiny("gpt2"), drop_too_long=True, **flags)
     assert [row["instruction"] for row in got] == [rows[0]["instruction"], rows[3]["instruction"]]
     assert {row["generator"] for row in got} == {"ours"}

@@ -24,7 +24,8 @@ from conftest import ROOT, run
 from alpaca.common.errors import UsageError
 from alpaca.completions.api import Sampling
 from alpaca.data.prompts import PROMPT_DICT, format_prompt
-from alpaca.inference.demo import DemoEngine, DemoModel
+from alpaca.inference import demo as inference_demo
+from alpaca.inference.demo import DemoEngine, DemoGuard, DemoModel
 from alpaca.inference.local_model import LocalModel
 from scripts import demo, quickstart
 from scripts.make_tiny_model import make_tiny_model
@@ -283,6 +284,139 @@ def test_the_server_streams_and_stops_when_nobody_reads(tiny):
         endless.go.release(3)
         reading.close()
         asyncio.run(wait_until(lambda: endless.running == 0))
+
+
+# ---- what reaches the server ----
+
+
+def sent(url: str, text: bytes, body=(), read: int = 4096) -> str:
+    """The status line and more that the server answers to bare bytes; `body`: parts, until it no longer takes them."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(text)
+        try:
+            for part in body:
+                connection.sendall(part)
+        except ConnectionError:
+            pass  # it has answered already
+        return connection.recv(read).decode()
+
+
+POST = "POST /gradio_api/queue/join HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.slow
+def test_strangers_pages_names_and_bodies_are_refused():
+    with served(answering(Scripted("x"))) as url:
+        own = url.removeprefix("http://")
+        port = own.partition(":")[2]
+        for host, status in (
+            (own, "200"),
+            (f"LOCALHOST:{port}", "200"),
+            (f"[::1]:{port}", "200"),
+            ("evil.example", "403"),
+            (f"evil.example:{port}", "403"),
+            (f"127.0.0.1.evil.example:{port}", "403"),
+            ("localhost@evil.example", "403"),
+            ("[::1", "403"),
+            ("192.168.1.7", "403"),
+            ("", "403"),
+            ("a" * 2000, "403"),
+        ):
+            got = sent(url, f"GET /config HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+            assert got.split()[1] == status, (host, got)
+        for origin, status in (
+            (f"http://{own}", "422"),  # let in, and no request of a page
+            ("http://evil.example", "403"),
+            (f"http://127.0.0.1:{int(port) + 1}", "403"),
+            (f"http://localhost:{port}", "403"),
+            ("null", "403"),
+            ("http://[", "403"),
+        ):
+            head = POST.format(host=own) + f"Origin: {origin}\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{{}}"
+            assert sent(url, head.encode()).split()[1] == status, origin
+        for head, body, status in (
+            ("Content-Length: 300000000", (), "413"),  # of which nothing is sent
+            ("Content-Length: 300000000", [b"x" * 2**20] * 50, "413"),
+            ("Transfer-Encoding: chunked", [b"100000\r\n" + b"x" * 2**20 + b"\r\n"] * 50, "413"),
+            ("Content-Length: 400000", [b"[" * 400_000], "400"),
+            ("Content-Length: 4", [b"\xff\xfe{}"], "400"),
+        ):
+            got = sent(url, f"{POST.format(host=own)}{head}\r\n\r\n".encode(), body)
+            assert got.split()[1] == status, (head, got)
+        for path in ("/gradio_api/upload", "/upload", "/gradio_api/component_server"):
+            head = f"POST {path} HTTP/1.1\r\nHost: {own}\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+            part = '--b\r\nContent-Disposition: form-data; name="files"; filename="x"\r\n\r\n1\r\n--b--\r\n'
+            got = sent(url, f"{head}Content-Length: {len(part)}\r\n\r\n{part}".encode())
+            assert got.split()[1] == "413", path
+
+
+@pytest.mark.parametrize(
+    "host, name, allowed, served",
+    [
+        ("127.0.0.1", "demo.example.org", (), False),
+        ("127.0.0.1", "demo.example.org", ("demo.example.org",), True),
+        ("127.0.0.1", "other.example.org", ("demo.example.org",), False),
+        ("127.0.0.1", "any.example.org", ("*",), True),
+        ("0.0.0.0", "192.168.1.7:7860", (), True),
+        ("0.0.0.0", "[fe80::1]:7860", (), True),
+        ("0.0.0.0", f"{socket.gethostname()}:7860", (), True),
+        ("0.0.0.0", "evil.example", (), False),
+        ("10.0.0.5", "localhost:7860", (), True),
+    ],
+)
+def test_names_that_the_page_is_served_by(host, name, allowed, served):
+    """A page of a proxy with a name of its own, too: its Origin is that name, and Host may be another one."""
+    guard = DemoGuard(None, answering(Scripted()), host, allowed)
+    assert (guard._of_strangers([("host", name)]) is None) == served
+    if allowed == ("demo.example.org",):
+        proxied = [("host", "127.0.0.1:7860"), ("origin", "https://demo.example.org")]
+        assert guard._of_strangers(proxied) is None
+    assert guard._of_strangers([("host", "127.0.0.1"), ("origin", "https://evil.example")]) is not None
+    assert guard._of_strangers([]) is not None and guard._of_strangers([("host", "localhost")] * 2) is not None
+
+
+@pytest.mark.slow
+def test_posts_that_nobody_listens_to_hold_up_no_person(monkeypatch):
+    import httpx
+
+    monkeypatch.setattr(inference_demo, "ALONE", 5.0)
+    model = Scripted("an answer")
+    model.go.release(1)
+    with (
+        served(answering(model, concurrency=1)) as url,
+        httpx.Client(base_url=url, timeout=60, trust_env=False) as client,
+    ):
+        listeners = client.get("/config").json()["dependencies"]
+        (number,) = [one["id"] for one in listeners if len(one["inputs"]) == 5]
+        for session in range(60):
+            data = ["Wait for ever.", "", 0, 1, 40]
+            request = {"data": data, "fn_index": number, "session_hash": f"nobody {session}"}
+            client.post("/gradio_api/queue/join", json=request).raise_for_status()
+        told = list(events(client, "person", "Say it.", "", 0, 1, 40))
+    assert told[-1]["msg"] in ("process_completed", "close_stream") and model.running == 0 and not model.go._value
+    assert any("an answer" in json.dumps(event) for event in told), "the one place was free for who listens"
+
+
+def test_a_request_that_is_left_alone_ends(monkeypatch):
+    """Whether it has begun or waits."""
+    monkeypatch.setattr(inference_demo, "ALONE", 0.2)
+    model = Scripted()
+    here = [True]
+
+    async def run():
+        engine = answering(model, concurrency=1)
+        begun = engine.answer("a", "Count.", "", GREEDY, lambda: here[0])
+        await anext(begun)
+        never = engine.answer("b", "Count.", "", GREEDY, lambda: False)
+        (last,) = [answers async for answers in never][-1:]
+        assert last[0].status == "Stopped" and model.running <= 1
+        here[0] = False
+        (last,) = [answers async for answers in begun][-1:]
+        assert last[0].ended and "Stopped after" in last[0].status
+
+    asyncio.run(run())
+    assert model.running == 0
 
 
 # ---- in a real browser ----

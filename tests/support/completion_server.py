@@ -31,6 +31,16 @@ class Fault:
     body: Any = None
 
 
+@dataclass(frozen=True)
+class Raw:
+    """Bytes as they are, `times` of them with `pause` seconds between, behind `head`; then the connection ends."""
+
+    head: bytes
+    part: bytes = b""
+    times: int = 0
+    pause: float = 0.0
+
+
 def openai_error(status: int, code: str | None, message: str = "as scripted", param: str | None = None) -> Fault:
     return Fault(status, {"message": message, "code": code, "type": "invalid_request_error", "param": param})
 
@@ -143,6 +153,14 @@ class CompletionServer:
         if isinstance(fault, Fault):
             body = {"error": fault.error} if fault.body is None else fault.body
             return await reply(writer, fault.status, body, fault.headers)
+        if isinstance(fault, Raw):
+            writer.write(fault.head)
+            for _ in range(fault.times):
+                writer.write(fault.part)
+                await writer.drain()
+                await asyncio.sleep(fault.pause)
+            await writer.drain()
+            return False
         if fault == HANG:
             await asyncio.sleep(3600)
         if fault == DROP:
