@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from alpaca.common import commands
-from alpaca.common.errors import InputError, UsageError, format_bytes, names_flags, reported
+from alpaca.common.errors import InputError, UsageError, format_bytes, loading, names_flags, reported
 from alpaca.common.files import new_folder, read_json
 from alpaca.data.prompts import format_prompt
 from alpaca.data.tokenizer import copy_slow_files
@@ -249,12 +249,16 @@ def _load(
     """Load the recovered model, from its folder or from memory, and its tokenizer."""
     from transformers import AutoModelForCausalLM
 
-    from alpaca.data.tokenizer import open_tokenizer
+    from alpaca.data.tokenizer import open_config, open_tokenizer
 
     dtype = dtype or most_common_dtype(diff)
     if path_tuned is not None:
         tokenizer = open_tokenizer(path_tuned)
-        model = AutoModelForCausalLM.from_pretrained(path_tuned, dtype=dtype)
+        config = open_config(path_tuned)
+        with loading(path_tuned, "the recovered model could not be loaded"):
+            model = AutoModelForCausalLM.from_pretrained(
+                path_tuned, config=config, dtype=dtype, trust_remote_code=False
+            )
     else:
         model, tokenizer = load_recovered(diff, state, dtype)
     model.to(device).eval()

@@ -112,8 +112,8 @@ def answer(output_dir: Path, instructions: list[str]) -> list[str]:
     """Reload the model as anybody would and answer greedily, with the prompt it was trained on."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(output_dir)
-    model = AutoModelForCausalLM.from_pretrained(output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(output_dir, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(output_dir, trust_remote_code=False)
     answers = []
     for instruction in instructions:
         inputs = tokenizer(format_prompt({"instruction": instruction}), return_tensors="pt")

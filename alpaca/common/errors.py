@@ -122,6 +122,24 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
+OWN_CODE = "brings code of its own, which would have to be run; such models are not taken"
+
+
+@contextmanager
+def loading(name: str | Path, what: str) -> Iterator[None]:
+    """Raise InputError about `name` in place of whatever a library raises that reads somebody's files inside: "<name>:
+    <what> (<the library's first line>)". A lost connection to another process is left as it is."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        if any(text in str(error) for text in LOST_CONNECTION):
+            raise
+        why = OWN_CODE if "trust_remote_code" in str(error) else f"{what} ({first_line(error)})"
+        raise InputError(f"{name}: {why}", name) from error
+
+
 LOST_CONNECTION = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed", "failed to recv")
 
 

@@ -1,18 +1,20 @@
-"""Opening a tokenizer as 2023 read its folder, and the files that go with a saved one."""
+"""Opening a tokenizer as 2023 read its folder, the files that go with a saved one, and opening a model's settings."""
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpaca.common.distributed import print_rank0
-from alpaca.common.errors import InputError, first_line
-from alpaca.common.files import json_text, read_json
+from alpaca.common.errors import InputError, first_line, loading
+from alpaca.common.files import json_text, parse_json, read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 _TEXT_TOKENS = {"pad_token": None, **dict.fromkeys(("eos_token", "bos_token", "unk_token"), "<|endoftext|>")}
@@ -51,6 +53,7 @@ KEPT = (
 )
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 WITHOUT_CLASS = ("TokenizersBackend", "PreTrainedTokenizerFast", "PreTrainedTokenizer")
+ATTENTION_IN_TRANSFORMERS = ("eager", "sdpa", "flex_attention")  # any other name may be one of code on the hub
 PADDED_IN_2023 = ("Bloom", "XGLM", "BioGpt")  # tokenizers of transformers 4.28.1 with a pad token by default
 
 
@@ -63,7 +66,17 @@ def open_tokenizer(
     tokenizer.model of a LLaMA folder that names no class, or the class LLaMATokenizer, without <s> and first space.
     It also recurses without end over bos, eos and unk that are "", as in early LLaMA folders: they are those of the
     sentencepiece model. What version 5 alone takes for a token is put into `unstated` where it was changed.
+
+    Raises:
+        InputError: it cannot be read, or has code of its own.
     """
+    with loading(name, "its tokenizer cannot be read"):
+        return _open_tokenizer(name, cache_dir, unstated, **kwargs)
+
+
+def _open_tokenizer(
+    name: str, cache_dir: str | None, unstated: dict[str, str | None] | None, **kwargs: Any
+) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer, LlamaTokenizer
 
     config, model = (_read_json(name, file, cache_dir) for file in ("tokenizer_config.json", "config.json"))
@@ -78,7 +91,7 @@ def open_tokenizer(
     if known == "LlamaTokenizer" and _find(name, "tokenizer.json", cache_dir) is None:  # it would say all by itself
         opener = LlamaTokenizer
         kwargs |= {} if "add_bos_token" in config else {"add_bos_token": True}
-    tokenizer = opener.from_pretrained(name, cache_dir=cache_dir, **kwargs)
+    tokenizer = opener.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False, **kwargs)
     for token, default in DEFAULTS_2023.get(known, {}).items():
         other = getattr(tokenizer, token)
         if token in stated or token in kwargs or other == default:
@@ -88,6 +101,31 @@ def open_tokenizer(
             if unstated is not None:
                 unstated[token] = other
     return tokenizer
+
+
+def open_config(name: str | Path, cache_dir: str | None = None) -> "PreTrainedConfig":
+    """Load the configuration of a model. Attention kernels that it names are not fetched: it gets transformers' own
+    choice, and a line says so.
+
+    Raises:
+        InputError: it cannot be read, or names code of its own.
+    """
+    from transformers import AutoConfig
+
+    with loading(name, "the model could not be loaded"):
+        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
+        for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+            asked = getattr(part, "_attn_implementation", None)
+            if asked is not None and asked not in ATTENTION_IN_TRANSFORMERS:
+                _note(f"note: {name} names the attention kernel {asked}, which is not fetched")
+                part._attn_implementation = None
+    return config
+
+
+@lru_cache
+def _note(line: str) -> None:
+    """Print a line once, on rank 0."""
+    print_rank0(line, int(os.environ.get("RANK", 0)))
 
 
 def _find(name: str, file: str, cache_dir: str | None) -> Path | None:
@@ -109,7 +147,7 @@ def _find(name: str, file: str, cache_dir: str | None) -> Path | None:
 
 def _read_json(name: str, file: str, cache_dir: str | None) -> dict[str, Any]:
     found = _find(name, file, cache_dir)
-    return json.loads(found.read_text(encoding="utf-8")) if found else {}
+    return read_json(found) if found else {}
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
@@ -151,7 +189,11 @@ def slow_files(base: str, tokenizer_json: Mapping[str, Any], cache_dir: str | No
         found = [_find(base, name, cache_dir) for name in names]
         if all(found):
             files = {name: path.read_bytes() for name, path in zip(names, found)}
-            if added := _added_tokens(files, tokenizer_json):
+            try:
+                added = _added_tokens(files, tokenizer_json)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"one of them, or tokenizer.json, is not of its format ({error!r})") from error
+            if added:
                 files[ADDED_TOKENS] = json_text(added).encode()
             return files
     return {}
@@ -163,7 +205,7 @@ def _added_tokens(files: Mapping[str, bytes], tokenizer_json: Mapping[str, Any])
     listed = model["vocab"]
     whole = dict(listed) if isinstance(listed, dict) else {piece: i for i, (piece, _) in enumerate(listed)}
     whole |= {token["content"]: token["id"] for token in tokenizer_json["added_tokens"]}
-    slow = json.loads(files[name]) if name == "vocab.json" else _pieces(files[name])
+    slow = parse_json(files[name]) if name == "vocab.json" else _pieces(files[name])
     if other := next((token for token, i in slow.items() if whole.get(token) != i), None):
         raise ValueError(
             f"token {slow[other]} of {name} is {other!r}, which has the id {whole.get(other)} in the tokenizer"
@@ -212,11 +254,8 @@ def copy_slow_files(base: Path, folder: Path) -> None:
     if not path.is_file() or any((folder / name).is_file() for name in others):
         return
     try:
-        files = slow_files(str(base), json.loads(path.read_text(encoding="utf-8")))
-        added = folder / ADDED_TOKENS
-        if added.is_file() and json.loads(added.read_text(encoding="utf-8")) != json.loads(
-            files.pop(ADDED_TOKENS, "{}")
-        ):
+        files, added = slow_files(str(base), parse_json(path.read_bytes())), folder / ADDED_TOKENS
+        if added.is_file() and parse_json(added.read_bytes()) != parse_json(files.pop(ADDED_TOKENS, "{}")):
             raise ValueError(f"{added.name} has other tokens than tokenizer.json")
     except ValueError as error:
         print(f"note: {without_slow_files(base, error)}", flush=True)

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from alpaca.common.errors import InputError, first_line
+from alpaca.common.errors import InputError, first_line, loading
 from alpaca.data.prompts import templates_of
-from alpaca.data.tokenizer import open_tokenizer
+from alpaca.data.tokenizer import open_config, open_tokenizer
 from alpaca.models.device import bitsandbytes_config
 from alpaca.models.embeddings import resize_embeddings
 from alpaca.weights.float_diff import FloatDiff
@@ -105,7 +105,7 @@ def _open_checkpoint(folder: Path, how: LoadOptions) -> LoadedModel:
         if folder_kind(folder, weights) == FLOAT_DIFF:
             what = f"{last_norm(weights)[0]} is nearly zero, as in a weight diff, which needs its base"
             raise _needs_base(folder, what)
-    tokenizer = _tokenizer(folder)
+    tokenizer = open_tokenizer(str(folder))
     return LoadedModel(_load(folder, how), tokenizer, templates_of(folder), f"model {folder}")
 
 
@@ -115,17 +115,9 @@ def _needs_base(folder: Path, what: str) -> InputError:
 
 
 def _load(folder: Path, how: LoadOptions) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, **how.options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: cannot be loaded ({first_line(error)})", folder) from error
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        return open_tokenizer(str(folder))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: its tokenizer cannot be read ({error})", folder) from error
+    config = open_config(folder)
+    with loading(folder, "cannot be loaded"):
+        return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=False, **how.options)
 
 
 # ---- a weight diff ----
@@ -156,7 +148,7 @@ def _open_adapter(folder: Path, base: str | Path | None, how: LoadOptions) -> Lo
     if folder_kind(base_folder) in (EXACT_DIFF, ADAPTER):
         raise InputError(f"{base}: expected a whole model, this is a weight diff or an adapter itself", base)
     own = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    tokenizer = _tokenizer(folder if own else base_folder)
+    tokenizer = open_tokenizer(str(folder if own else base_folder))
     model = _load(base_folder, how)
     _put_in(model, folder, config, len(tokenizer), how.device)
     return LoadedModel(model, tokenizer, templates_of(folder), f"adapter {folder} on base {base}")
@@ -168,8 +160,8 @@ def _adapter_config(folder: Path) -> "PeftConfig":
     except ImportError as error:
         raise InputError(f"{folder}: is a LoRA adapter, which needs peft: pip install peft", folder) from error
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = PeftConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # peft raises what it likes
         raise InputError(f"{folder}: {ADAPTER_CONFIG} cannot be read ({first_line(error)})", folder) from error
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise InputError(f"{folder}: is an adapter of the kind {config.peft_type.value}; expected LoRA", folder)
@@ -192,7 +184,7 @@ def _put_in(model: PreTrainedModel, folder: Path, config: "PeftConfig", tokens: 
     misfit = f"{folder}: this adapter does not fit the base {model.name_or_path}"
     try:
         weights = load_peft_weights(str(folder), device=device)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # safetensors and pickle raise what they like
         raise InputError(f"{folder}: the adapter cannot be read ({first_line(error)})", folder) from error
     _fit_vocabulary(model, tokens, weights)
     config.base_model_name_or_path = model.name_or_path  # else peft warns that another folder has been given
@@ -200,8 +192,8 @@ def _put_in(model: PreTrainedModel, folder: Path, config: "PeftConfig", tokens: 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks for it
             result = set_peft_model_state_dict(get_peft_model(model, config), weights)
-    except (RuntimeError, ValueError, KeyError) as error:
-        # peft lists every tensor of another size
+    except Exception as error:  # peft raises what it likes
+        # it lists every tensor of another size
         message = f"{misfit}: it was trained on a model of other sizes or another architecture"
         raise InputError(message, folder) from error
     missing = [name for name in result.missing_keys if "lora_" in name]

@@ -118,7 +118,7 @@ def empty_model(config: "PreTrainedConfig", dtype: torch.dtype = torch.float32, 
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **kwargs)
     model.tie_weights()
     return model
 

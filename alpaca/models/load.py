@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca.common.distributed import barrier, print_rank0
-from alpaca.common.errors import InputError, ParameterError, UsageError, first_line
+from alpaca.common.errors import InputError, ParameterError, UsageError, first_line, loading
 from alpaca.data.tokenizer import (
     SPECIAL_TOKENS,
     existing_tokens,
+    open_config,
     open_tokenizer,
     slow_files,
     to_save,
@@ -32,10 +33,7 @@ def load_tokenizer(model_args: Any, training_args: "TrainingArguments") -> tuple
     name = model_args.model_name_or_path
     unstated: dict[str, str | None] = {}
     options = dict(model_max_length=training_args.model_max_length, padding_side="right")
-    try:
-        tokenizer = open_tokenizer(name, training_args.cache_dir, unstated, **options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: no tokenizer could be loaded: {error}", name) from error
+    tokenizer = open_tokenizer(name, training_args.cache_dir, unstated, **options)
     if model_args.pad_token is not None:
         if model_args.pad_token not in tokenizer.get_vocab():
             raise InputError(f"{model_args.pad_token}: is not a token of {name}", model_args.pad_token)
@@ -71,10 +69,7 @@ def base_slow_files(tokenizer: PreTrainedTokenizerBase, training_args: "Training
 
 def load_config(model_args: Any, training_args: "TrainingArguments", checkpoint: str | None = None) -> PreTrainedConfig:
     name = checkpoint or model_args.model_name_or_path
-    try:
-        config = AutoConfig.from_pretrained(name, cache_dir=training_args.cache_dir)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: the model could not be loaded: {error}", name) from error
+    config = open_config(name, training_args.cache_dir)
     if model_args.attn_implementation:
         _check_attention(config, model_args.attn_implementation)
     return config
@@ -85,7 +80,7 @@ def _check_attention(config: PreTrainedConfig, attention: str) -> None:
     options = dict(dtype=torch.bfloat16, attn_implementation=attention)
     try:
         with deepspeed.unpartitioned(), torch.device("meta"):
-            AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+            AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError) as error:
         message = f"{{attn_implementation}} {attention}: {first_line(error)}"
         raise ParameterError(message, "attn_implementation") from error
@@ -108,17 +103,14 @@ def load_model(
         options["attn_implementation"] = model_args.attn_implementation
     if lora_args:
         options |= quantization(lora_args, training_args, options["dtype"])
-    try:
+    with loading(name, "the model could not be loaded"):
         if training_args.fsdp:
             fsdp.resolve_wrap_classes(training_args, config)
             if training_args.process_index != 0:
                 return fsdp.empty_model(config, **options)
         with deepspeed.partitioned_in_float32(training_args):
-            return AutoModelForCausalLM.from_pretrained(name, cache_dir=training_args.cache_dir, **options)
-    except UsageError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{name}: the model could not be loaded: {error}", name) from error
+            options |= dict(config=config, cache_dir=training_args.cache_dir, trust_remote_code=False)
+            return AutoModelForCausalLM.from_pretrained(name, **options)
 
 
 def make_model(

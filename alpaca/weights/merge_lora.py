@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import nn
 
-from alpaca.common.errors import InputError, first_line
+from alpaca.common.errors import InputError, loading
 from alpaca.common.files import read_json
+from alpaca.data.tokenizer import open_config
 from alpaca.weights.mismatch import raise_other_base, rows_may_differ
 from alpaca.weights.provenance import files_of_merged, note_of_quantized_base, other_base
 from alpaca.weights.reader import ADAPTER_CONFIG, Tensor, Weights, dtype_name, find_folder, readable, shard_tensors
@@ -349,17 +350,12 @@ class _Layers:
     """
 
     def __init__(self, base: Weights):
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
         from transformers.pytorch_utils import Conv1D
 
-        try:
-            with torch.device("meta"):
-                self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder))
-        except (ValueError, KeyError, ImportError, OSError) as error:
-            raise InputError(
-                f"{base.folder}: is no causal language model for today's transformers ({first_line(error)})",
-                base.folder,
-            ) from error
+        config = open_config(base.folder)
+        with loading(base.folder, "is no causal language model for today's transformers"), torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         names = {id(module): f"{name}.weight" for name, module in self.model.named_modules()}
         self.input, output = names[id(self.model.get_input_embeddings())], self.model.get_output_embeddings()
         self.output = names.get(id(output), self.input)
@@ -378,7 +374,7 @@ class _Layers:
             raise adapter._error(f"{strange[0]} is no layer of a {type(self.model).__name__}, which the base is")
         if not names:
             return
-        config = LoraConfig.from_pretrained(adapter.folder)
+        config = LoraConfig.from_pretrained(adapter.folder, trust_remote_code=False)
         config.modules_to_save = config.trainable_token_indices = None  # handled here: they are no layers of LoRA
         config.init_lora_weights = False
         with warnings.catch_warnings():

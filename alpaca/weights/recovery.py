@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alpaca.common.errors import InputError
+from alpaca.common.errors import InputError, loading
+from alpaca.common.files import read_json
 from alpaca.weights.exact_diff import ExactDiff
 from alpaca.weights.float_diff import OF_OURS, FloatDiff, computed_in_2023, position_in_llama
 from alpaca.weights.provenance import tied_names
@@ -103,17 +104,21 @@ def load_recovered(
     diff: ExactDiff | FloatDiff, state: dict[str, torch.Tensor], dtype: torch.dtype, **options: Any
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Return the model of a state that was recovered in memory, and its tokenizer. options: of from_pretrained."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from alpaca.data.tokenizer import open_tokenizer
+    from alpaca.data.tokenizer import open_config, open_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         copy_files(diff.files, Path(folder), dtype)
-        tokenizer, config = open_tokenizer(folder), AutoConfig.from_pretrained(folder)
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
-        if "generation_config.json" in diff.files:
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        tokenizer, config = open_tokenizer(folder), open_config(folder)
+        with loading(diff.folder, "the recovered model could not be loaded"):
+            with torch.device("meta"):
+                shape = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            options |= dict(config=shape.config, state_dict=state, dtype=dtype, trust_remote_code=False)
+            model = type(shape).from_pretrained(None, **options)
+            if "generation_config.json" in diff.files:
+                stated = read_json(Path(folder) / "generation_config.json")
+                model.generation_config = GenerationConfig.from_dict(stated)
     return model, tokenizer
 
 
