@@ -1,9 +1,13 @@
 """Fully sharded training (FSDP2): loading without a full copy per rank, sharding on CPU ranks, saving whole tensors."""
 
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import IO, TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -11,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from alpaca.common.arguments import read_config
 from alpaca.common.distributed import print_rank0
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import UsageError, first_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -231,6 +235,73 @@ def load_resharded_optimizer(model: "PreTrainedModel", optimizer: "torch.optim.O
     groups = [{**group, "params": [order[i] for i in group["params"]]} for group in whole["param_groups"]]
     named = {"state": {order[i]: values for i, values in whole["state"].items()}, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, named, options=StateDictOptions(full_state_dict=True))
+
+
+IN_METADATA = {  # by module: all that torch writes into the .metadata of a checkpoint in shards, but for dtypes
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties "
+        "StorageMeta _MEM_FORMAT_ENCODING"
+    ).split(),
+    "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
+    "torch.serialization": ["_get_layout"],
+    "torch": ["Size"],
+    "collections": ["OrderedDict"],
+    "pathlib": ["Path", "PosixPath", "WindowsPath"],
+    "pathlib._local": ["Path", "PosixPath", "WindowsPath"],
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            return vars(torch)[name]
+        if name not in IN_METADATA.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def _load_metadata(file: IO[bytes]) -> Any:
+    return _MetadataUnpickler(file).load()
+
+
+@contextmanager
+def plain_pickles(*classes: type) -> Iterator[None]:
+    """Let torch read tensors, numbers, texts and `classes` from pickles inside, and nothing else: torch's reader of
+    shards and DeepSpeed would run what a file of a stranger's checkpoint tells them to.
+
+    Raises:
+        UsageError: a file holds more.
+    """
+    from torch.distributed.checkpoint import filesystem
+
+    def load(*arguments: Any, weights_only: bool | None = True, **options: Any) -> Any:
+        with torch.serialization.safe_globals(list(classes)):
+            return torch_load(*arguments, weights_only=True, **options)
+
+    torch_load, reader = torch.load, SimpleNamespace(**vars(pickle) | {"load": _load_metadata})
+    try:
+        with mock.patch.object(filesystem, "pickle", reader), mock.patch.object(torch, "load", load):
+            yield
+    except BaseException as error:  # CheckpointException is no Exception
+        if (refused := next(filter(_is_unpickling, _causes(error)), None)) is None:
+            raise
+        raise UsageError(
+            "a file of the checkpoint to continue from is damaged, or holds more than tensors, numbers and texts, "
+            f"which would be run as code ({first_line(refused)}); continue from a checkpoint of your own"
+        ) from error
+
+
+def _is_unpickling(error: BaseException) -> bool:
+    return isinstance(error, pickle.UnpicklingError)
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yield the error, what it was raised from, and what other ranks reported through it."""
+    while error is not None:
+        yield error
+        for inner in getattr(error, "failures", {}).values():
+            yield from _causes(inner[0] if isinstance(inner, tuple) else inner)
+        error = error.__cause__ or error.__context__
 
 
 def without_prefix(fsdp_config: dict[str, Any]) -> dict[str, Any]:
