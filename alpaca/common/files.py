@@ -102,6 +102,27 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def file_in(folder: Path, name: Any) -> Path:
+    """Return the path of a file of a folder that somebody else may have made, by the name that he gave it.
+
+    Raises:
+        InputError: it is not in the folder itself: a path, a device, or a link out of it (other than a hub cache has).
+    """
+    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    if not plain:
+        shown = str(name)[:80] if str(name).isprintable() else repr(name)[:80]
+        raise InputError(f"{folder}: names a file outside its folder, {shown}", folder)
+    path, own = folder / name, folder.resolve()
+    if path.is_symlink():
+        target = path.resolve()
+        cached = own.parent.name == "snapshots" and target.parent == own.parent.parent / "blobs"
+        if not (cached or target.is_relative_to(own)):
+            raise InputError(f"{path}: is a link to a file outside its folder; copy the file itself there", path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: expected a file, this is a pipe or a device", path)
+    return path
+
+
 def check_writable(folder: str | Path) -> None:
     """Make the folder, and a file in it that is deleted again, before hours of work depend on it.
 

@@ -16,7 +16,7 @@ from alpaca.common.errors import InputError, UsageError, first_line
 from alpaca.common.files import json_text, read_json
 from alpaca.data.tokenizer import OF_THE_TOKENIZER, pad_token_in_2023, write_tokenizer_of_2023
 from alpaca.weights.mismatch import VOCABULARY, check_same_tensors, config_differences, raise_mismatch, rows_may_differ
-from alpaca.weights.provenance import aliases_of, aux_files, tied_names, ties_embeddings
+from alpaca.weights.provenance import aliases_of, aux_files, check_published, tied_names, ties_embeddings
 from alpaca.weights.reader import ONE, ZERO, Tensor, Weights, as_bytes, last_norm
 from alpaca.weights.writer import PIECE, BinWriter, Pipeline, Slot, Spec, plan_bin_shards, stream, write_index
 
@@ -154,7 +154,9 @@ class FloatDiff:
 
     @property
     def files(self) -> dict[str, Path]:
-        return {path.name: path for path in aux_files(self.folder)}
+        paths = aux_files(self.folder)
+        check_published(paths)
+        return {path.name: path for path in paths}
 
     @property
     def summary(self) -> str:
