@@ -12,6 +12,7 @@ of the largest tensor in float32.
 
 import functools
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from alpaca.models.device import check_device
 from alpaca.weights import exact_diff
 from alpaca.weights.exact_diff import ExactDiff
 from alpaca.weights.float_diff import FloatDiff, write_files_of_2023
+from alpaca.weights.mismatch import check_same_tensors
 from alpaca.weights.reader import EXACT_DIFF, find_folder, folder_kind, open_weights
 from alpaca.weights.recovery import (
     NaiveSum,
@@ -207,12 +209,24 @@ def _recover(
                     write_model(diff, pipe, folder, max_shard_size, kind, naive and naive.add)
                 copy_files(diff.files, folder, kind)
                 copy_slow_files(base.folder, folder)
+                if isinstance(diff, ExactDiff):
+                    _verify_written(diff, folder, kind)
                 lines = _sum_lines(naive, required=check_integrity_naively is True)
         else:
             state = recover_in_memory(diff, kind, load, naive and naive.add)
             lines = _sum_lines(naive, required=check_integrity_naively is True)
         print(*lines, _verdict(diff, path_raw, path_diff, path_tuned, dtype), sep="\n", flush=True)
         return _load(diff, path_tuned, state, device, kind, test_inference) if load else None
+
+
+def _verify_written(diff: ExactDiff, folder: Path, dtype: torch.dtype | None) -> None:
+    """Raise UsageError unless what lies in `folder`, after all copying, is what was proved. Weights that were cast are
+    those of no manifest: their names and shapes are looked at."""
+    with open_weights(folder) as written:
+        if dtype is not None:
+            return check_same_tensors(written, cast(diff.specs, dtype), f"the manifest of {diff.folder}")
+        with Pipeline(written.nbytes, "verify") as pipe:
+            diff.verify(pipe, written)
 
 
 def _sum_lines(naive: NaiveSum | None, required: bool) -> list[str]:
