@@ -35,7 +35,7 @@ from alpaca.data.prompts import PROMPT_DICT, format_prompt, load_prompt_template
 from alpaca.data.report import report, text_problems
 from alpaca.data.rows import read_data
 from alpaca.data.tokenization import IGNORE_INDEX, Ragged, cached_tokens, cut, encode, joined, make_tokens, starts_with
-from alpaca.data.tokenizer import SPECIAL_TOKENS, control_tokens, identity, to_save
+from alpaca.data.tokenizer import SPECIAL_TOKENS, control_tokens, identity, to_save, vocabulary_size
 from alpaca.models import deepspeed, fsdp
 from alpaca.models.embeddings import resize_embeddings
 from alpaca.models.load import base_slow_files, load_tokenizer, make_model
@@ -338,7 +338,7 @@ def smart_tokenizer_and_embedding_resize(
 ) -> None:
     """Add special tokens to `tokenizer` and make `model` fit, as in 2023."""
     num_new_tokens = tokenizer.add_special_tokens(special_tokens_dict)
-    resize_embeddings(model, num_new_tokens, len(tokenizer))
+    resize_embeddings(model, num_new_tokens, vocabulary_size(tokenizer))
 
 
 # ---- the run ----

@@ -150,6 +150,12 @@ def _read_json(name: str, file: str, cache_dir: str | None) -> dict[str, Any]:
     return read_json(found) if found else {}
 
 
+def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Return the rows that embeddings need: the largest id and one more. That is more than len(tokenizer) where ids of
+    added tokens leave a gap."""
+    return max(len(tokenizer), max(tokenizer.get_vocab().values(), default=-1) + 1)
+
+
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
     """Return the special tokens whose text means nothing else: not an ordinary one, such as !, chosen as pad token."""
     return [token for token in tokenizer.all_special_tokens if token in tokenizer.added_tokens_encoder]

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from alpaca.common.errors import InputError, first_line, loading
 from alpaca.data.prompts import templates_of
-from alpaca.data.tokenizer import open_config, open_tokenizer
+from alpaca.data.tokenizer import open_config, open_tokenizer, vocabulary_size
 from alpaca.models.device import bitsandbytes_config
 from alpaca.models.embeddings import resize_embeddings
 from alpaca.weights.float_diff import FloatDiff
@@ -150,7 +150,7 @@ def _open_adapter(folder: Path, base: str | Path | None, how: LoadOptions) -> Lo
     own = any((folder / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = open_tokenizer(str(folder if own else base_folder))
     model = _load(base_folder, how)
-    _put_in(model, folder, config, len(tokenizer), how.device)
+    _put_in(model, folder, config, vocabulary_size(tokenizer), how.device)
     return LoadedModel(model, tokenizer, templates_of(folder), f"adapter {folder} on base {base}")
 
 
@@ -178,7 +178,7 @@ def _base_of(folder: Path) -> Path:
 
 
 def _put_in(model: PreTrainedModel, folder: Path, config: "PeftConfig", tokens: int, device: str) -> None:
-    """Put the adapter into the layers of `model`. tokens: length of the tokenizer."""
+    """Put the adapter into the layers of `model`. tokens: rows that the tokenizer needs."""
     from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
 
     misfit = f"{folder}: this adapter does not fit the base {model.name_or_path}"

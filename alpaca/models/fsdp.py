@@ -16,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from alpaca.common.arguments import read_config
 from alpaca.common.distributed import print_rank0
 from alpaca.common.errors import UsageError, first_line
+from alpaca.models.compile import repeated_layers
+from alpaca.models.embeddings import of_language_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -150,9 +152,10 @@ def resolve_wrap_classes(args: "TrainingArguments", config: "PreTrainedConfig") 
     """
     names = args.fsdp_config.get("transformer_layer_cls_to_wrap") or []
     names = names.split(",") if isinstance(names, str) else list(names)
-    if not names:
+    if not names and config.get_text_config(decoder=True) is config:
         return  # accelerate takes the model's own _no_split_modules
     model = empty_model(config)
+    names = names or _layers_of_language_model(model)
     layers = {type(module).__name__ for module in model.modules() if not isinstance(module, nn.ModuleList)}
     by_lower = {name.lower(): name for name in layers}
     for i, name in enumerate(names):
@@ -164,6 +167,15 @@ def resolve_wrap_classes(args: "TrainingArguments", config: "PreTrainedConfig") 
             )
         names[i] = by_lower[name.lower()]
     args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(names)
+
+
+def _layers_of_language_model(model: "PreTrainedModel") -> list[str]:
+    """Return the classes of its decoder layers: a model that reads images too names those of its vision tower as well,
+    and some that it does not hold."""
+    inside = of_language_model(model)
+    own = {type(module).__name__ for name, module in model.named_modules() if name in inside}
+    names = sorted(own & set(model._no_split_modules or []))
+    return names or sorted({type(layer).__name__ for layer in repeated_layers(model.get_decoder())})
 
 
 def check_dropout(args: "TrainingArguments", model: nn.Module) -> None:

@@ -17,10 +17,11 @@ from alpaca.data.tokenizer import (
     open_tokenizer,
     slow_files,
     to_save,
+    vocabulary_size,
     without_slow_files,
 )
 from alpaca.models import deepspeed, fsdp
-from alpaca.models.embeddings import resize_embeddings
+from alpaca.models.embeddings import freeze_other_parts, resize_embeddings
 from alpaca.models.lora import LoraArguments, add_lora, base_dtype, quantization
 
 if TYPE_CHECKING:
@@ -129,13 +130,17 @@ def make_model(
         _refuse_tied(load_config(model_args, training_args), model_args.model_name_or_path)
     model = load_model(model_args, training_args, weights, lora_args)
     barrier()
+    if others := freeze_other_parts(model):
+        note = f"note: the language model alone is trained; {', '.join(others)} stays as it is"
+        print_rank0(note, training_args.process_index)
     repair_generation_config(model, to_save(tokenizer).pad_token_id, training_args.process_index)
-    if not lora_args or num_new_tokens:
-        resize_embeddings(model, 0 if weights else num_new_tokens, len(tokenizer))
+    size = vocabulary_size(tokenizer)
+    if not lora_args or num_new_tokens or size > model.get_input_embeddings().num_embeddings:
+        resize_embeddings(model, 0 if weights else num_new_tokens, size)
     if lora_args:
         if training_args.ddp_find_unused_parameters is None:  # the Trainer would look for some in every step
             training_args.ddp_find_unused_parameters = False
-        new_tokens = list(range(len(tokenizer) - num_new_tokens, len(tokenizer)))
+        new_tokens = list(range(size - num_new_tokens, size))
         model = add_lora(model, lora_args, new_tokens, training_args.seed, checkpoint)
     if training_args.fsdp:
         fsdp.check_dropout(training_args, model)

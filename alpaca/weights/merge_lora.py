@@ -188,11 +188,15 @@ class Merged:
             changes |= dict.fromkeys(ends, one)
         return changes
 
+    def _find(self, name: str) -> Tensor | None:
+        """Return the base's tensor that the model has as `name`: on disk it may be called otherwise."""
+        return self.base.tensors.get(self.layers.on_disk.get(name, "")) or self.base.find(name)
+
     def _put(self, name: str, change: Change) -> None:
-        tensor = self.base.find(name)
+        tensor = self._find(name)
         if tensor is None:
             self._refuse(f"{name} is not in the base, and {self._wanted(change)} in the adapter")
-        shared = self.layers.tied and name == self.layers.output and tensor is self.base.find(self.layers.input)
+        shared = self.layers.tied and name == self.layers.output and tensor is self._find(self.layers.input)
         if self.untied or not shared:
             self.sources[name if shared else tensor.name] = (tensor, change)
 
@@ -240,7 +244,7 @@ class Merged:
 
     def _vocabulary(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         """Return what the configuration says of the number of embedding rows, where the adapter has changed it."""
-        ends = {name: self.base.find(name) for name in (self.layers.input, self.layers.output)}
+        ends = {name: self._find(name) for name in (self.layers.input, self.layers.output)}
         names = {name if name in self.sources else tensor.name for name, tensor in ends.items() if tensor}
         rows, before = ({n: of(n)[0] for n in sorted(names)} for of in (shapes.get, lambda n: self.sources[n][0].shape))
         if rows == before:
@@ -252,6 +256,8 @@ class Merged:
             )
         number = rows.popitem()[1]
         self.messages.append(f"note: the embeddings have {number} rows, those of the base {before.popitem()[1]}")
+        if isinstance(text := self.base.config.get("text_config"), dict):
+            return {"text_config": text | {"vocab_size": number}}
         return {"vocab_size": number}
 
     def notes(self) -> list[str]:
@@ -363,6 +369,25 @@ class _Layers:
         kinds = (Conv1D, nn.Embedding)
         self.transposed = {name for name, module in self.model.named_modules() if isinstance(module, kinds)}
         self.lora: dict[str, LoraLayer] = {}
+        with loading(base.folder, "its tensors cannot be named"):
+            self.on_disk = self._names_on_disk(base)
+
+    def _names_on_disk(self, base: Weights) -> dict[str, str]:
+        """Return {the model's name of a tensor: its name on disk}, as transformers renames tensors when it loads them.
+        One that it makes out of others has none."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        changes = get_model_conversion_mapping(self.model)
+        kinds = {True: [], False: []}
+        for change in changes:
+            kinds[isinstance(change, WeightRenaming)].append(change)
+        own, prefix, found = self.model.state_dict(), self.model.base_model_prefix, {}
+        for name in base.tensors:
+            renamed, made = rename_source_key(name, kinds[True], kinds[False], prefix, own)
+            if made is None and renamed in own:
+                found[renamed] = name
+        return found
 
     def inject(self, adapter: Adapter) -> None:
         """Let peft put its layers in, by the adapter's settings."""

@@ -4,7 +4,9 @@ Headers are read at once and say everything that can be wrong before work begins
 mapped, because pages of a mapped file count as memory of the process.
 """
 
+import inspect
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -372,7 +374,22 @@ def last_norm(weights: Weights) -> tuple[str | None, float]:
     """Return the name of a checkpoint's last norm and its largest weight, below ZERO for a diff and above ONE for a
     model. None, and nothing to tell them by, if it is not among LAST_NORMS."""
     name = next((name for name in LAST_NORMS if name in weights.tensors), None)
-    return name, _largest(weights, name) if name else (ZERO + ONE) / 2
+    largest = _largest(weights, name) if name else (ZERO + ONE) / 2
+    if largest < ZERO and _norms_add_one(weights.config):
+        return None, (ZERO + ONE) / 2
+    return name, largest
+
+
+def _norms_add_one(config: dict[str, Any]) -> bool:
+    """Return whether norms of such a model multiply by 1 + weight, as Gemma's and Qwen3-Next's do: these weights are
+    near zero in a model too."""
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING
+
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:
+        return False
+    module = inspect.getmodule(MODEL_MAPPING[CONFIG_MAPPING[kind]])
+    return re.search(r"\b1(\.0)? \+ self\.weight", inspect.getsource(module)) is not None
 
 
 def _largest(weights: Weights, name: str) -> float:
