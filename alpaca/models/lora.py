@@ -142,9 +142,8 @@ def _lora_config(model: "PreTrainedModel", lora: LoraArguments, new_tokens: list
 def _targets(model: "PreTrainedModel", names: list[str], layers: dict[str, nn.Module]) -> list[str]:
     """Return the names of layers, as peft takes them and as they stand in the saved config. peft itself ignores a name
     that is nowhere, if another one is somewhere."""
-    others = (
-        linear_layers(model).keys() - layers.keys()
-    )  # of a vision tower, say; peft would take them by the same names
+    # peft takes all layers of one name, also those of a vision tower
+    others = linear_layers(model).keys() - layers.keys()
     if names == [ALL_LINEAR]:
         last = model.get_output_embeddings()
         short = {path.rpartition(".")[2] for path, layer in layers.items() if layer is not last}
