@@ -75,7 +75,8 @@ def make_diff(
         if base.folder.resolve() == tuned.folder.resolve():
             raise InputError(f"{path_tuned}: is the base itself", path_tuned, written=True)
         tuned.require_config()
-        diff = FloatDiff(base, tuned, sign=-1) if method == "float" else None
+        with loading(path_tuned, "its configuration, or the base's, is not of its format"):
+            diff = FloatDiff(base, tuned, sign=-1) if method == "float" else None
         size = sum(spec.nbytes for spec in diff.own) if diff else tuned.nbytes
         inputs = (base.folder, tuned.folder)
         with new_folder(path_diff, size, overwrite, inputs) as folder:
@@ -199,7 +200,8 @@ def _recover(
             print(note, flush=True)
         config = read_json(diff.files["config.json"])
         summed = isinstance(diff, FloatDiff) if check_integrity_naively is None else check_integrity_naively
-        naive = NaiveSum(diff.specs, config, diff.aliases) if summed else None
+        with loading(path_diff, "config.json is not of its format"):
+            naive = NaiveSum(diff.specs, config, diff.aliases) if summed else None
         size = sum(spec.nbytes for spec in cast(diff.specs, kind))
         nbytes = sum(spec.nbytes for spec in diff.specs)
         if path_tuned is not None:

@@ -54,6 +54,7 @@ KEPT = (
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 WITHOUT_CLASS = ("TokenizersBackend", "PreTrainedTokenizerFast", "PreTrainedTokenizer")
 ATTENTION_IN_TRANSFORMERS = ("eager", "sdpa", "flex_attention")  # any other name may be one of code on the hub
+MOST_LAYERS = 10_000  # a model of more would be built for hours
 PADDED_IN_2023 = ("Bloom", "XGLM", "BioGpt")  # tokenizers of transformers 4.28.1 with a pad token by default
 
 
@@ -115,7 +116,9 @@ def open_config(name: str | Path, cache_dir: str | None = None) -> "PreTrainedCo
     with loading(name, "the model could not be loaded"):
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
         for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
-            asked = getattr(part, "_attn_implementation", None)
+            layers, asked = (getattr(part, key, None) for key in ("num_hidden_layers", "_attn_implementation"))
+            if isinstance(layers, int) and layers > MOST_LAYERS:
+                raise InputError(f"{name}: config.json says {layers} layers; expected at most {MOST_LAYERS}", name)
             if asked is not None and asked not in ATTENTION_IN_TRANSFORMERS:
                 _note(f"note: {name} names the attention kernel {asked}, which is not fetched")
                 part._attn_implementation = None

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca.common.errors import InputError, first_line, loading
+from alpaca.common.files import file_in
 from alpaca.data.prompts import templates_of
 from alpaca.data.tokenizer import open_config, open_tokenizer, vocabulary_size
 from alpaca.models.device import bitsandbytes_config
@@ -27,11 +28,13 @@ from alpaca.weights.provenance import TOKENIZER_FILES, base_of_adapter, other_ba
 from alpaca.weights.reader import (
     ADAPTER,
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     EXACT_DIFF,
     FLOAT_DIFF,
     INPUT_EMBEDDINGS,
     ONE,
     find_folder,
+    find_shards,
     folder_kind,
     last_norm,
     open_weights,
@@ -115,6 +118,7 @@ def _needs_base(folder: Path, what: str) -> InputError:
 
 
 def _load(folder: Path, how: LoadOptions) -> PreTrainedModel:
+    find_shards(folder)  # raises where they are not in the folder
     config = open_config(folder)
     with loading(folder, "cannot be loaded"):
         return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=False, **how.options)
@@ -159,6 +163,8 @@ def _adapter_config(folder: Path) -> "PeftConfig":
         from peft import PeftConfig
     except ImportError as error:
         raise InputError(f"{folder}: is a LoRA adapter, which needs peft: pip install peft", folder) from error
+    for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS):
+        file_in(folder, name)
     try:
         config = PeftConfig.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # peft raises what it likes

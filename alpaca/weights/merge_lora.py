@@ -19,17 +19,25 @@ import torch
 from torch import nn
 
 from alpaca.common.errors import InputError, loading
-from alpaca.common.files import read_json
+from alpaca.common.files import file_in, read_json
 from alpaca.data.tokenizer import open_config
-from alpaca.weights.mismatch import raise_other_base, rows_may_differ
+from alpaca.weights.mismatch import names_on_disk, raise_other_base, rows_may_differ
 from alpaca.weights.provenance import files_of_merged, note_of_quantized_base, other_base
-from alpaca.weights.reader import ADAPTER_CONFIG, Tensor, Weights, dtype_name, find_folder, readable, shard_tensors
+from alpaca.weights.reader import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Tensor,
+    Weights,
+    dtype_name,
+    find_folder,
+    readable,
+    shard_tensors,
+)
 from alpaca.weights.writer import Pipeline, Slot, Spec, cast
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."  # what peft puts before the model's own names
 NAME = "default"  # of the only adapter, in peft's layers
 PARTS = r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?"
@@ -65,13 +73,13 @@ class Adapter:
 
     def __init__(self, folder: str | Path):
         self.folder = find_folder(folder)
-        if not (self.folder / ADAPTER_CONFIG).is_file():
+        if not file_in(self.folder, ADAPTER_CONFIG).is_file():
             raise self._error(f"has no {ADAPTER_CONFIG}; expected a LoRA adapter, as peft or train.py saves it")
         self.config = read_json(self.folder / ADAPTER_CONFIG)
         self._check_config()
-        files = [self.folder / name for name in WEIGHTS if (self.folder / name).is_file()]
+        files = [file for name in ADAPTER_WEIGHTS if (file := file_in(self.folder, name)).is_file()]
         if not files:
-            raise self._error(f"has neither {' nor '.join(WEIGHTS)}; copy or download it again")
+            raise self._error(f"has neither {' nor '.join(ADAPTER_WEIGHTS)}; copy or download it again")
         with readable(self.folder):
             self.weights = Weights(self.folder, shard_tensors(files[0]))
         self.changes: dict[str, Change] = {}
@@ -189,7 +197,6 @@ class Merged:
         return changes
 
     def _find(self, name: str) -> Tensor | None:
-        """Return the base's tensor that the model has as `name`: on disk it may be called otherwise."""
         return self.base.tensors.get(self.layers.on_disk.get(name, "")) or self.base.find(name)
 
     def _put(self, name: str, change: Change) -> None:
@@ -370,24 +377,7 @@ class _Layers:
         self.transposed = {name for name, module in self.model.named_modules() if isinstance(module, kinds)}
         self.lora: dict[str, LoraLayer] = {}
         with loading(base.folder, "its tensors cannot be named"):
-            self.on_disk = self._names_on_disk(base)
-
-    def _names_on_disk(self, base: Weights) -> dict[str, str]:
-        """Return {the model's name of a tensor: its name on disk}, as transformers renames tensors when it loads them.
-        One that it makes out of others has none."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-        changes = get_model_conversion_mapping(self.model)
-        kinds = {True: [], False: []}
-        for change in changes:
-            kinds[isinstance(change, WeightRenaming)].append(change)
-        own, prefix, found = self.model.state_dict(), self.model.base_model_prefix, {}
-        for name in base.tensors:
-            renamed, made = rename_source_key(name, kinds[True], kinds[False], prefix, own)
-            if made is None and renamed in own:
-                found[renamed] = name
-        return found
+            self.on_disk = names_on_disk(self.model, base)
 
     def inject(self, adapter: Adapter) -> None:
         """Let peft put its layers in, by the adapter's settings."""

@@ -26,6 +26,7 @@ from alpaca.data.prompts import TEMPLATE_FILE
 from alpaca.weights import reader
 from alpaca.weights.reader import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     DTYPES,
     INPUT_EMBEDDINGS,
     OUTPUT_EMBEDDINGS,
@@ -52,7 +53,7 @@ OF_THE_RUN = (
 )
 TUNED_CONFIG = "tuned_config.json"  # in an exact diff: the tuned model's config.json
 VERSION = 1  # of the format of exact diffs
-CHANGES_A_MODEL = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")  # beside whole weights
+CHANGES_A_MODEL = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)  # beside whole weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # tie_word_embeddings is False by default; read off the configuration classes of transformers 4.28.1
 UNTIED_IN_2023 = ("codegen", "git", "gpt_neox", "gptj", "llama", "reformer", "rembert")

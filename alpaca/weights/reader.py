@@ -39,6 +39,7 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}  # safetensors' names
 ADAPTER_CONFIG = "adapter_config.json"  # of peft; a LoRA adapter's folder has it
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MANIFEST = "weight_diff.json"  # of an exact diff (alpaca/weights/exact_diff.py)
 SIDECAR = f"{MANIFEST}.sha256"
 NOT_A_MODEL = "weight_diff__recover_the_model_with_weight_diff.py"  # its model_type: what from_pretrained will name
