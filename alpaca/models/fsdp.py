@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -272,10 +272,6 @@ class _MetadataUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _load_metadata(file: IO[bytes]) -> Any:
-    return _MetadataUnpickler(file).load()
-
-
 @contextmanager
 def plain_pickles(*classes: type) -> Iterator[None]:
     """Let torch read tensors, numbers, texts and `classes` from pickles inside, and nothing else: torch's reader of
@@ -285,35 +281,34 @@ def plain_pickles(*classes: type) -> Iterator[None]:
         UsageError: a file holds more.
     """
     from torch.distributed.checkpoint import filesystem
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    refused: list[Exception] = []  # torch drops them and reports their texts
+
+    def noted(read: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        try:
+            return read(*arguments, **options)
+        except Exception as error:
+            refused.append(error)
+            raise
 
     def load(*arguments: Any, weights_only: bool | None = True, **options: Any) -> Any:
         with torch.serialization.safe_globals(list(classes)):
-            return torch_load(*arguments, weights_only=True, **options)
+            return noted(torch_load, *arguments, weights_only=True, **options)
 
-    torch_load, reader = torch.load, SimpleNamespace(**vars(pickle) | {"load": _load_metadata})
+    torch_load = torch.load
+    reader = SimpleNamespace(**vars(pickle) | {"load": lambda file: noted(_MetadataUnpickler(file).load)})
     try:
         with mock.patch.object(filesystem, "pickle", reader), mock.patch.object(torch, "load", load):
             yield
-    except BaseException as error:  # CheckpointException is no Exception
-        if (refused := next(filter(_is_unpickling, _causes(error)), None)) is None:
+    except (Exception, CheckpointException) as error:
+        if not refused and not isinstance(error, CheckpointException):
             raise
+        why = first_line(refused[0]) if refused else str(error).strip().splitlines()[-1]
         raise UsageError(
             "a file of the checkpoint to continue from is damaged, or holds more than tensors, numbers and texts, "
-            f"which would be run as code ({first_line(refused)}); continue from a checkpoint of your own"
+            f"which would be run as code ({why}); continue from a checkpoint of your own"
         ) from error
-
-
-def _is_unpickling(error: BaseException) -> bool:
-    return isinstance(error, pickle.UnpicklingError)
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield the error, what it was raised from, and what other ranks reported through it."""
-    while error is not None:
-        yield error
-        for inner in getattr(error, "failures", {}).values():
-            yield from _causes(inner[0] if isinstance(inner, tuple) else inner)
-        error = error.__cause__ or error.__context__
 
 
 def without_prefix(fsdp_config: dict[str, Any]) -> dict[str, Any]:

@@ -110,8 +110,8 @@ def load_model(
             if training_args.process_index != 0:
                 return fsdp.empty_model(config, **options)
         with deepspeed.partitioned_in_float32(training_args):
-            options |= dict(config=config, cache_dir=training_args.cache_dir, trust_remote_code=False)
-            return AutoModelForCausalLM.from_pretrained(name, **options)
+            options |= dict(config=config, cache_dir=training_args.cache_dir)
+            return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
 
 
 def make_model(

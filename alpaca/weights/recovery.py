@@ -116,8 +116,8 @@ def load_recovered(
         with loading(diff.folder, "the recovered model could not be loaded"):
             with torch.device("meta"):
                 shape = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-            options |= dict(config=shape.config, state_dict=state, dtype=dtype, trust_remote_code=False)
-            model = type(shape).from_pretrained(None, **options)
+            options |= dict(config=shape.config, state_dict=state, dtype=dtype)
+            model = type(shape).from_pretrained(None, trust_remote_code=False, **options)
             if "generation_config.json" in diff.files:
                 stated = read_json(Path(folder) / "generation_config.json")
                 model.generation_config = GenerationConfig.from_dict(stated)

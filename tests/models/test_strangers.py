@@ -252,14 +252,9 @@ def test_shards_of_a_stranger_run_nothing(tmp_path, where):
     elif where == "torn":
         path.write_bytes(path.read_bytes()[:20])
     else:
-        dcp.save({"optimizer": {"lr": SimpleNamespace(x=Evil(ran))}}, checkpoint_id=tmp_path / "s")
-        ran.exists() and ran.rmdir()
-    if where == "torn":
-        with pytest.raises(BaseException, match="[Tt]runcated|damaged|pickle"):
-            read_shards(tmp_path / "s")
-    else:
-        with pytest.raises(UsageError, match="holds more than tensors, numbers and texts"):
-            read_shards(tmp_path / "s")
+        dcp.save({"optimizer": sharded(tmp_path / "t") | {"lr": Evil(ran)}}, checkpoint_id=tmp_path / "s")
+    with pytest.raises(UsageError, match="holds more than tensors, numbers and texts"):
+        read_shards(tmp_path / "s")
     assert not ran.exists()
 
 
