@@ -45,6 +45,12 @@ def load_tokenizer(model_args: Any, training_args: "TrainingArguments") -> tuple
         num_new_tokens = 0
     else:
         missing = {token: default for token, default in SPECIAL_TOKENS.items() if not getattr(tokenizer, token)}
+        if missing and vocabulary_size(tokenizer) > len(tokenizer):
+            message = (
+                f"{{add_missing_tokens}} True: the token ids of {name} have a gap, and an added token would have "
+                "another id when the saved tokenizer is opened; use False, or an existing token with {pad_token}"
+            )
+            raise ParameterError(message, "add_missing_tokens", "pad_token")
         num_new_tokens = tokenizer.add_special_tokens(missing)
     for token, other in unstated.items():
         print_rank0(

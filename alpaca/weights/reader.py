@@ -231,7 +231,6 @@ def _indexed(folder: Path, index: Path) -> list[Path]:
 
 
 def shard_tensors(shard: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file, by name."""
     with open(shard, "rb") as file:
         begin = file.read(64)
     if begin.startswith(b"version https://git-lfs"):
@@ -339,8 +338,9 @@ def folder_kind(folder: Path, weights: Weights | None = None) -> str:
         return ADAPTER
     if any((folder / name).exists() for name in (MANIFEST, SIDECAR)):
         return EXACT_DIFF
-    if config.is_file() and NOT_A_MODEL in config.read_text(errors="replace"):
-        return EXACT_DIFF
+    with readable(config):
+        if config.is_file() and NOT_A_MODEL in config.read_text(errors="replace"):
+            return EXACT_DIFF
     if any(path for ending in ("safetensors", "bin") for path in folder.glob(f"*model*.{ending}*")):
         return FLOAT_DIFF if weights is not None and last_norm(weights)[1] < ZERO else MODEL
     return RUN if any(folder.glob("checkpoint-*")) else OTHER
