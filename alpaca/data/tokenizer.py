@@ -127,8 +127,7 @@ def open_config(name: str | Path, cache_dir: str | None = None) -> "PreTrainedCo
 
 @lru_cache
 def _note(line: str) -> None:
-    """Print a line once, on rank 0."""
-    print_rank0(line, int(os.environ.get("RANK", 0)))
+    print_rank0(line, int(os.environ.get("RANK", 0)))  # once
 
 
 def _find(name: str, file: str, cache_dir: str | None) -> Path | None:
