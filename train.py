@@ -38,7 +38,7 @@ from alpaca.data.tokenization import IGNORE_INDEX, Ragged, cached_tokens, cut, e
 from alpaca.data.tokenization import tokenize_each as _tokenize_fn  # noqa: F401  (2023's name, for who imports it)
 from alpaca.data.tokenizer import SPECIAL_TOKENS, control_tokens, identity, to_save
 from alpaca.models import deepspeed, fsdp
-from alpaca.models.embeddings import resize_embeddings
+from alpaca.models.embeddings import resize_embeddings, vocabulary_size
 from alpaca.models.load import base_slow_files, load_tokenizer, make_model
 from alpaca.models.lora import LoraArguments, check_lora
 from alpaca.training import legacy_flags
@@ -333,7 +333,7 @@ def smart_tokenizer_and_embedding_resize(
 ) -> None:
     """Add special tokens to `tokenizer` and make `model` fit, as in 2023."""
     num_new_tokens = tokenizer.add_special_tokens(special_tokens_dict)
-    resize_embeddings(model, num_new_tokens, len(tokenizer))
+    resize_embeddings(model, num_new_tokens, vocabulary_size(tokenizer))
 
 
 def safe_save_model_for_hf_trainer(trainer: transformers.Trainer, output_dir: str) -> None:

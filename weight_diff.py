@@ -13,12 +13,13 @@ of the largest tensor in float32.
 import functools
 from collections.abc import Iterable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from alpaca.common import commands
-from alpaca.common.errors import InputError, UsageError, format_bytes, names_flags, reported
+from alpaca.common.errors import InputError, UsageError, format_bytes, loading, names_flags, reported
 from alpaca.common.files import new_folder, read_json
 from alpaca.data.prompts import format_prompt
 from alpaca.data.tokenizer import copy_slow_files
@@ -26,6 +27,7 @@ from alpaca.models.device import check_device
 from alpaca.weights import exact_diff
 from alpaca.weights.exact_diff import ExactDiff
 from alpaca.weights.float_diff import FloatDiff, write_files_of_2023
+from alpaca.weights.mismatch import check_same_tensors
 from alpaca.weights.reader import EXACT_DIFF, find_folder, folder_kind, open_weights
 from alpaca.weights.recovery import (
     NaiveSum,
@@ -74,7 +76,8 @@ def make_diff(
         if base.folder.resolve() == tuned.folder.resolve():
             raise InputError(f"{path_tuned}: is the base itself", path_tuned, written=True)
         tuned.require_config()
-        diff = FloatDiff(base, tuned, sign=-1) if method == "float" else None
+        with loading(path_tuned, "its configuration, or the base's, is not of its format"):
+            diff = FloatDiff(base, tuned, sign=-1) if method == "float" else None
         size = sum(spec.nbytes for spec in diff.own) if diff else tuned.nbytes
         inputs = (base.folder, tuned.folder)
         with new_folder(path_diff, size, overwrite, inputs) as folder:
@@ -196,7 +199,8 @@ def _recover(
     with open_weights(path_raw) as base, open_diff(base, path_diff, digest) as diff:
         config = read_json(diff.files["config.json"])
         summed = isinstance(diff, FloatDiff) if check_integrity_naively is None else check_integrity_naively
-        naive = NaiveSum(diff.specs, config, diff.aliases) if summed else None
+        with loading(path_diff, "config.json is not of its format"):
+            naive = NaiveSum(diff.specs, config, diff.aliases) if summed else None
         size = sum(spec.nbytes for spec in cast(diff.specs, kind))
         nbytes = sum(spec.nbytes for spec in diff.specs)
         inputs = (base.folder, diff.folder)
@@ -210,9 +214,21 @@ def _recover(
                     write_model(diff, pipe, folder, max_shard_size, kind, naive and naive.add)
                 copy_files(diff.files, folder, kind)
                 copy_slow_files(base.folder, folder)
+                if isinstance(diff, ExactDiff):
+                    _verify_written(diff, folder, kind)
             lines = _sum_lines(naive, required=check_integrity_naively is True)
         print(*lines, _verdict(diff, path_raw, path_diff, path_tuned, dtype), sep="\n", flush=True)
         return _load(diff, path_tuned, state, device, kind, test_inference) if load else None
+
+
+def _verify_written(diff: ExactDiff, folder: Path, dtype: torch.dtype | None) -> None:
+    """Raise UsageError unless what lies in `folder`, after all copying, is what was proved. Weights that were cast are
+    those of no manifest: their names and shapes are looked at."""
+    with open_weights(folder) as written:
+        if dtype is not None:
+            return check_same_tensors(written, cast(diff.specs, dtype), f"the manifest of {diff.folder}")
+        with Pipeline(written.nbytes, "verify") as pipe:
+            diff.verify(pipe, written)
 
 
 def _sum_lines(naive: NaiveSum | None, required: bool) -> list[str]:
@@ -250,12 +266,16 @@ def _load(
     from transformers import AutoModelForCausalLM
 
     from alpaca.data.tokenization import prompt_ids
-    from alpaca.data.tokenizer import open_tokenizer
+    from alpaca.data.tokenizer import open_config, open_tokenizer
 
     dtype = dtype or most_common_dtype(diff)
     if path_tuned is not None:
         tokenizer = open_tokenizer(path_tuned)
-        model = AutoModelForCausalLM.from_pretrained(path_tuned, dtype=dtype)
+        config = open_config(path_tuned)
+        with loading(path_tuned, "the recovered model could not be loaded"):
+            model = AutoModelForCausalLM.from_pretrained(
+                path_tuned, config=config, dtype=dtype, trust_remote_code=False
+            )
     else:
         model, tokenizer = load_recovered(diff, state, dtype)
     model.to(device).eval()

@@ -34,7 +34,9 @@ class Setup:
         torch.manual_seed(SEED)
         options = {"attn_implementation": attention} if attention else {}
         with self.device:
-            return AutoModelForCausalLM.from_config(self.config, dtype=torch.float32, **options)
+            return AutoModelForCausalLM.from_config(
+                self.config, dtype=torch.float32, trust_remote_code=False, **options
+            )
 
     def arguments(self, per_device: int, accumulation: int | None = None) -> dict[str, Any]:
         """Flags of TrainingArguments that are the same for everybody. A step has `accumulation` micro-batches of

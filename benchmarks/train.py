@@ -56,7 +56,9 @@ def make_tokenizer(rows: list[dict[str, str]], folder: Path) -> transformers.Pre
     texts = ["\n".join((row["instruction"], row.get("input") or "", row["output"])) for row in rows]
     templates = [format_prompt(row) for row in rows[:8]]
     sentencepiece_tokenizer(texts + templates, VOCABULARY, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, model_max_length=MAX_LENGTH, padding_side="right")
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, model_max_length=MAX_LENGTH, padding_side="right", trust_remote_code=False
+    )
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     return tokenizer
 

@@ -45,7 +45,8 @@ import sys, torch, transformers
 task, raw, other, output = sys.argv[1:]
 load = transformers.AutoModelForCausalLM.from_pretrained
 with torch.inference_mode():
-    base, model = load(raw, dtype=torch.float32), load(other, dtype=torch.float32)
+    options = {"dtype": torch.float32, "trust_remote_code": False}
+    base, model = load(raw, **options), load(other, **options)
     base.resize_token_embeddings(32001, mean_resizing=False)
     for table in (base.get_input_embeddings().weight, base.get_output_embeddings().weight):
         table[-1:] = table[:-1].mean(dim=0, keepdim=True)

@@ -26,7 +26,7 @@ from alpaca.common import arguments
 from alpaca.common.arguments import flag
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import names_flags, reported
-from alpaca.models.embeddings import resize_embeddings
+from alpaca.models.embeddings import resize_embeddings, vocabulary_size
 from alpaca.models.load import load_model, load_tokenizer
 from alpaca.packing.check import compare_step
 from alpaca.packing.packing import PackedBatchDataset, why_not_packed, why_not_shared
@@ -75,7 +75,7 @@ def check_packing(model_args: ModelArguments, data_args: DataArguments, options:
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)
     dataset, collate = data_module["train_dataset"], data_module["data_collator"]
     model = load_model(model_args, options)
-    resize_embeddings(model, new_tokens, len(tokenizer))
+    resize_embeddings(model, new_tokens, vocabulary_size(tokenizer))
     model.config.use_cache = False
     model.to(torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
     notes = [why_not_packed(model.config, options, int(dataset.lengths.max())), why_not_shared(model)]

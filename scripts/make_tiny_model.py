@@ -123,7 +123,7 @@ def make_tiny_model(
         sentencepiece_tokenizer(texts, vocab_size, output_dir)
     else:
         byte_level_tokenizer(texts, vocab_size, output_dir, architecture)
-    tokenizer = AutoTokenizer.from_pretrained(output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(output_dir, trust_remote_code=False)
     sizes = {
         "llama": dict(
             intermediate_size=hidden_size * 3,
@@ -146,7 +146,8 @@ def make_tiny_model(
         **sizes[architecture],
     )
     torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(output_dir)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    model.save_pretrained(output_dir)
     return output_dir
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from alpaca.common import commands
-from alpaca.common.errors import format_bytes, names_flags, reported
+from alpaca.common.errors import format_bytes, loading, names_flags, reported
 from alpaca.common.files import new_folder
 from alpaca.data.tokenizer import copy_slow_files
 from alpaca.weights.merge_lora import Adapter, Merged
@@ -46,9 +46,11 @@ def merge_lora(
         UsageError: adapter and base do not fit, or the adapter has what plain weights cannot say; nothing is written.
     """
     plan_shards([], "model", max_shard_size)
-    opened = Adapter(adapter)
+    with loading(adapter, "is not of peft's format"):
+        opened = Adapter(adapter)
     with opened.weights, open_weights(base or base_of_adapter(opened.folder)) as weights:
-        merged = Merged(weights, opened, FLOATS[dtype] if dtype else None)
+        with loading(adapter, "cannot be merged into this base"):
+            merged = Merged(weights, opened, FLOATS[dtype] if dtype else None)
         size = sum(spec.nbytes for spec in merged.specs)
         with new_folder(output_dir, size, overwrite, (weights.folder, opened.folder)) as folder:
             print(*merged.notes(), sep="\n", flush=True)

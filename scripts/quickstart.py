@@ -170,8 +170,8 @@ def ask(model_dir: Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Reload the model as anybody would and answer greedily, with the prompt it was trained on."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, learned = AutoTokenizer.from_pretrained(model_dir), 0
-    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    tokenizer, learned = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False), 0
+    model = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=False)
     for row in rows:
         inputs = tokenizer(format_prompt(row), return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=100, do_sample=False)

@@ -149,6 +149,26 @@ def print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+OWN_CODE = "brings code of its own, which would have to be run; such models are not taken"
+
+
+@contextmanager
+def loading(name: str | Path, what: str) -> Iterator[None]:
+    """Raise InputError about `name` in place of whatever a library raises that reads somebody's files inside: "<name>:
+    <what> (<the library's first line>)". A panic of a library in Rust is no Exception. A lost connection to another
+    process is left as it is."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except BaseException as error:
+        ours = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not ours or any(text in str(error) for text in LOST_CONNECTION):
+            raise
+        why = OWN_CODE if "trust_remote_code" in str(error) else f"{what} ({first_line(error)})"
+        raise InputError(f"{name}: {why}", name) from error
+
+
 LOST_CONNECTION = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed", "failed to recv")
 
 

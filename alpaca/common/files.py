@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from alpaca.common.errors import InputError, UsageError, first_line, format_bytes
+from alpaca.common.errors import InputError, format_bytes
 
 MARKER = ".incomplete"  # in a folder that is being written
 ROOM = 10**8  # bytes on the disk for what stands beside the tensors: tokenizer, configuration, manifest
@@ -130,20 +130,6 @@ def json_items(text: str, pairs: Callable | None = None) -> Iterator[Any]:
         raise json.JSONDecodeError("Extra data", text, end)
 
 
-@contextmanager
-def foreign(problem: str, about: str | Path) -> Iterator[None]:
-    """Turn whatever a library raises about somebody else's file into an InputError: "`problem` (the library's first
-    line)". A panic of a library in Rust is no Exception."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise InputError(f"{problem} ({first_line(error)})", about) from error
-        raise
-
-
 def read_json(path: str | Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raise InputError if there is none."""
     try:
@@ -153,6 +139,27 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}", path)
     return content
+
+
+def file_in(folder: Path, name: Any) -> Path:
+    """Return the path of a file of a folder that somebody else may have made, by the name that he gave it.
+
+    Raises:
+        InputError: it is not in the folder itself: a path, a device, or a link out of it (other than a hub cache has).
+    """
+    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    if not plain:
+        shown = str(name)[:80] if str(name).isprintable() else repr(name)[:80]
+        raise InputError(f"{folder}: names a file outside its folder, {shown}", folder)
+    path, own = folder / name, folder.resolve()
+    if path.is_symlink():
+        target = path.resolve()
+        cached = own.parent.name == "snapshots" and target.parent == own.parent.parent / "blobs"
+        if not (cached or target.is_relative_to(own)):
+            raise InputError(f"{path}: is a link to a file outside its folder; copy the file itself there", path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InputError(f"{path}: expected a file, this is a pipe or a device", path)
+    return path
 
 
 def check_writable(folder: str | Path) -> None:

@@ -21,11 +21,10 @@ training takes it for plain text.
 import json
 import re
 from collections.abc import Mapping
-from string import Formatter
 from typing import TYPE_CHECKING
 
 from alpaca.common.distributed import print_rank0
-from alpaca.data.prompts import format_prompt
+from alpaca.data.prompts import format_prompt, template_parts
 from alpaca.data.tokenization import prompt_ids, tokens_around
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def chat_template(tokenizer: "PreTrainedTokenizerBase", templates: Mapping[str, 
                 _ids(tokenizer, row, written) == prompt_ids(tokenizer, format_prompt(row, templates)) for row in rows
             ):
                 return written
-        except ValueError:  # a placeholder such as {instruction!r}, or a tokenizer that takes no template
+        except ValueError:  # a placeholder of another name, or a tokenizer that takes no template
             return None
     return None
 
@@ -119,7 +118,7 @@ def _written(tokenizer: "PreTrainedTokenizerBase", templates: Mapping[str, str],
 def separator(template: str) -> str:
     """Return what stands between {instruction} and {input}; "" where a message cannot be split there: they are in
     another order, or what is between them has no letter and would be found anywhere."""
-    fields = [field for _, field, *_ in Formatter().parse(template) if field]
+    fields = [field for _, field in template_parts(template) if field]
     if fields != ["instruction", "input"]:
         return ""
     between = template.format(instruction="\0", input="\0").split("\0")[1]
@@ -129,10 +128,10 @@ def separator(template: str) -> str:
 def _expression(template: str) -> str:
     """Return `Do {instruction}!` in Jinja: "Do " ~ instruction ~ "!"."""
     parts = []
-    for text, field, spec, conversion in Formatter().parse(template):
+    for text, field in template_parts(template):
         parts.append(_string(text))
         if field is not None:
-            if field not in ("instruction", "input") or spec or conversion:
+            if field not in ("instruction", "input"):
                 raise ValueError(field)
             parts.append(field)
     return " ~ ".join(parts)

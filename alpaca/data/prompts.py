@@ -6,11 +6,13 @@ evaluation and the chat template all come here.
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
-from alpaca.common.errors import InputError
-from alpaca.common.files import atomic_write
+from alpaca.common.errors import InputError, UsageError
+from alpaca.common.files import atomic_write, read_json
 
 PROMPT_DICT = {
     "prompt_input": (
@@ -37,13 +39,40 @@ BACKWARD_PROMPT_DICT = {
 }
 
 TEMPLATE_FILE = "prompt_template.json"  # in a model's folder: the templates it was trained with
+LONGEST_TEMPLATE = 100_000  # characters
+
+
+@lru_cache(maxsize=64)
+def template_parts(template: str) -> tuple[tuple[str, str | None], ...]:
+    """Return the pieces of a template as (text, placeholder behind it or None). It may be a stranger's: a width, an
+    attribute, an index or a conversion, which `str.format` knows too, is refused.
+
+    Raises:
+        UsageError: it has more than plain placeholders such as {instruction}, or is no template at all.
+    """
+    if len(template) > LONGEST_TEMPLATE:
+        raise UsageError(f"a template has {len(template):,} characters; expected at most {LONGEST_TEMPLATE:,}")
+    try:
+        parts = [(text, field, spec, conversion) for text, field, spec, conversion in Formatter().parse(template)]
+    except ValueError as error:
+        raise UsageError(f"a literal brace is written twice ({error})") from error
+    for _, field, spec, conversion in parts:
+        if field is not None and (spec or conversion or not field.isidentifier()):
+            written = f"{field}{f'!{conversion}' if conversion else ''}{f':{spec}' if spec else ''}"
+            raise UsageError(f"expected plain placeholders such as {{instruction}}, got {{{written[:60]}}}")
+    return tuple((text, field) for text, field, *_ in parts)
 
 
 def format_prompt(example: Mapping[str, Any], templates: Mapping[str, str] = PROMPT_DICT) -> str:
     """Return the prompt of one row. `input` missing, None or "" selects `prompt_no_input`; a blank " " counts as input,
-    as in the original."""
-    name = "prompt_input" if example.get("input") else "prompt_no_input"
-    return templates[name].format_map(example)
+    as in the original.
+
+    Raises:
+        UsageError: the template has more than plain placeholders.
+    """
+    template = templates["prompt_input" if example.get("input") else "prompt_no_input"]
+    template_parts(template)
+    return template.format_map(example)
 
 
 def instruction_and_input(row: Mapping[str, Any]) -> str:
@@ -71,24 +100,17 @@ def load_prompt_template(path: str | Path | None, backward: bool = False) -> Map
     """
     if path is None:
         return BACKWARD_PROMPT_DICT if backward else PROMPT_DICT
-    try:
-        templates = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})", path) from error
-    if not isinstance(templates, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(templates).__name__}", path)
+    templates = read_json(path)
     for name, fields in (("prompt_input", {"instruction", "input"}), ("prompt_no_input", {"instruction"})):
         if not isinstance(templates.get(name), str):
             raise InputError(f"{path}: needs a text under {name!r}, found keys {sorted(templates)}", path)
         try:
-            templates[name].format_map(dict.fromkeys(fields, ""))
-        except (KeyError, ValueError, IndexError) as error:
-            raise InputError(
-                f"{path}: {name} may use only {sorted(fields)} in braces, a literal brace is written twice "
-                f"(got {error!r})",
-                path,
-            ) from error
-        if unused := [field for field in sorted(fields) if "{" + field not in templates[name]]:
+            used = {field for _, field in template_parts(templates[name]) if field is not None}
+        except UsageError as error:
+            raise InputError(f"{path}: {name}: {error}", path) from error
+        if other := sorted(used - fields):
+            raise InputError(f"{path}: {name} may use only {sorted(fields)} in braces, got {other[0]!r}", path)
+        if unused := sorted(fields - used):
             raise InputError(f"{path}: {name} never uses {{{unused[0]}}}", path)
     return templates
 

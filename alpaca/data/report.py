@@ -5,9 +5,9 @@ is not always that into the dataset: a conversation gives several rows, or none)
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from string import Formatter
 
 from alpaca.common.errors import InputError
+from alpaca.data.prompts import template_parts
 from alpaca.data.rows import Data, Row, describe_unread
 from alpaca.data.tokenization import Tokens
 
@@ -140,6 +140,6 @@ def text_problems(
 def _headings(templates: Mapping[str, str]) -> set[str]:
     """Return the fixed lines of the templates, which a row should not hold: "### Response:" and the like. Lines of a
     few characters or without a letter could stand anywhere."""
-    fixed = [text for template in templates.values() for text, *_ in Formatter().parse(template)]
+    fixed = [text for template in templates.values() for text, _ in template_parts(template)]
     lines = {line.strip() for text in fixed for line in text.split("\n")}
     return {line for line in lines if len(line) >= 6 and re.search(r"\w", line)}

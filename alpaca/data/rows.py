@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import InputError, UsageError, format_bytes
-from alpaca.common.files import decode_json, fingerprint, foreign, json_items
+from alpaca.common.errors import InputError, UsageError, format_bytes, loading
+from alpaca.common.files import decode_json, fingerprint, json_items
 from alpaca.data.formats import Row, check_is_list, instances_of, is_conversation, parse_conversation
 from alpaca.data.prompts import backward_row
 
@@ -309,7 +309,7 @@ def _read_parquet(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     rows: list[Row] = []
-    with foreign(f"{path}: cannot be read as parquet", path):
+    with loading(path, "cannot be read as parquet"):
         with pyarrow.parquet.ParquetFile(path) as file:
             groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
             size = max(ROW_BYTES * file.metadata.num_rows, sum(group.total_byte_size for group in groups))

@@ -1,18 +1,20 @@
-"""Opening a tokenizer as 2023 read its folder, and the files that go with a saved one."""
+"""Opening a tokenizer as 2023 read its folder, the files that go with a saved one, and opening a model's settings."""
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpaca.common.distributed import print_rank0
-from alpaca.common.errors import InputError, first_line
-from alpaca.common.files import foreign, json_text, parse_json, read_json
+from alpaca.common.errors import InputError, first_line, loading
+from alpaca.common.files import json_text, parse_json, read_json
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 SPECIAL_TOKENS = {"pad_token": "[PAD]", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "<unk>"}
 _TEXT_TOKENS = {"pad_token": None, **dict.fromkeys(("eos_token", "bos_token", "unk_token"), "<|endoftext|>")}
@@ -51,6 +53,8 @@ KEPT = (
 )
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 WITHOUT_CLASS = ("TokenizersBackend", "PreTrainedTokenizerFast", "PreTrainedTokenizer")
+ATTENTION_IN_TRANSFORMERS = ("eager", "sdpa", "flex_attention")  # any other name may be one of code on the hub
+MOST_LAYERS = 10_000  # a model of more would be built for hours
 PADDED_IN_2023 = ("Bloom", "XGLM", "BioGpt")  # tokenizers of transformers 4.28.1 with a pad token by default
 
 
@@ -65,13 +69,12 @@ def open_tokenizer(
     sentencepiece model. What version 5 alone takes for a token is put into `unstated` where it was changed.
 
     Raises:
-        InputError: there is none, or its files are damaged, whatever transformers, tokenizers or sentencepiece raise.
+        InputError: there is none, it has code of its own, or its files are damaged, whatever a library raises.
     """
-    with foreign(f"{name}: no tokenizer could be loaded", name):
+    with loading(name, "no tokenizer could be loaded"):
         tokenizer = _opened(name, cache_dir, {} if unstated is None else unstated, kwargs)
-        for token in SPECIAL_TOKENS:
-            if not isinstance(getattr(tokenizer, token), str | None):
-                raise ValueError(f"its {token} is {getattr(tokenizer, token)!r:.60}, expected a text")
+        if wrong := [name for name in SPECIAL_TOKENS if not isinstance(getattr(tokenizer, name), str | None)]:
+            raise ValueError(f"its {wrong[0]} is {getattr(tokenizer, wrong[0])!r:.60}, expected a text")
         tokenizer("a", split_special_tokens=True)  # a damaged one may open, and fail at its first text
         return tokenizer
 
@@ -104,6 +107,32 @@ def _opened(
     return tokenizer
 
 
+def open_config(name: str | Path, cache_dir: str | None = None) -> "PreTrainedConfig":
+    """Load the configuration of a model. Attention kernels that it names are not fetched: it gets transformers' own
+    choice, and a line says so.
+
+    Raises:
+        InputError: it cannot be read, or names code of its own.
+    """
+    from transformers import AutoConfig
+
+    with loading(name, "the model could not be loaded"):
+        config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
+        for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
+            layers, asked = (getattr(part, key, None) for key in ("num_hidden_layers", "_attn_implementation"))
+            if isinstance(layers, int) and layers > MOST_LAYERS:
+                raise InputError(f"{name}: config.json says {layers} layers; expected at most {MOST_LAYERS}", name)
+            if asked is not None and asked not in ATTENTION_IN_TRANSFORMERS:
+                _note(f"note: {name} names the attention kernel {asked}, which is not fetched")
+                part._attn_implementation = None
+    return config
+
+
+@lru_cache
+def _note(line: str) -> None:
+    print_rank0(line, int(os.environ.get("RANK", 0)))  # once
+
+
 def _find(name: str, file: str, cache_dir: str | None) -> Path | None:
     """Return a file of a local folder or of a hub id, or None where it has no such file."""
     if (folder := Path(name)).is_dir():
@@ -122,8 +151,7 @@ def _find(name: str, file: str, cache_dir: str | None) -> Path | None:
 
 
 def _read_json(name: str, file: str, cache_dir: str | None) -> dict[str, Any]:
-    found = _find(name, file, cache_dir)
-    return read_json(found) if found else {}
+    return read_json(found) if (found := _find(name, file, cache_dir)) else {}
 
 
 def control_tokens(tokenizer: "PreTrainedTokenizerBase") -> list[str]:
@@ -235,7 +263,7 @@ def copy_slow_files(base: Path, folder: Path) -> None:
     try:
         files = slow_files(str(base), read_json(path))
         added = folder / ADDED_TOKENS
-        if added.is_file() and read_json(added) != json.loads(files.pop(ADDED_TOKENS, "{}")):
+        if added.is_file() and read_json(added) != parse_json(files.pop(ADDED_TOKENS, "{}")):
             raise ValueError(f"{added.name} has other tokens than tokenizer.json")
     except ValueError as error:
         print(f"note: {without_slow_files(base, error)}", flush=True)

@@ -169,7 +169,7 @@ class HarnessRun:
         try:
             from lm_eval.models.vllm_causallms import VLLM
 
-            lm = VLLM(str(folder), add_bos_token=self.add_bos_token, **options)
+            lm = VLLM(str(folder), add_bos_token=self.add_bos_token, trust_remote_code=False, **options)
             lm.tokenizer = nothing_behind(lm.tokenizer)
         except ModuleNotFoundError as error:
             message = "{backend} vllm: vllm is not installed; pip install 'lm-eval[vllm]'"
@@ -197,6 +197,7 @@ class HarnessRun:
             backend="causal",
             batch_size=self.batch_size,
             add_bos_token=self.add_bos_token,
+            trust_remote_code=False,
         )
         logger.setLevel(logging.NOTSET)
         return lm, opened.model.dtype, device

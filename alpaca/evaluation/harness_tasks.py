@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpaca.common.errors import InputError, UsageError
-from alpaca.common.files import fingerprint_of_files, foreign
+from alpaca.common.errors import InputError, UsageError, loading
+from alpaca.common.files import fingerprint_of_files
 from alpaca.evaluation.bleu_rouge import INSTALL
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def find_group(include_path: str, group: str) -> tuple["TaskManager", list[TaskS
         raise UsageError(f"the harness needs lm-eval: {INSTALL} ({error})") from error
     if not Path(include_path).is_dir():
         raise InputError(f"{include_path}: expected a folder with YAML files of the harness", include_path)
-    with foreign(f"{include_path}: its YAML files cannot be read", include_path):
+    with loading(include_path, "its YAML files cannot be read"):
         return _group(TaskManager, include_path, group)
 
 
@@ -75,7 +75,7 @@ def load_tasks(manager: "TaskManager", member: TaskSpec) -> dict[str, "Task"]:
     name = f"only_{member.name}"
     like = next(entry for entry in manager.task_index.values() if entry.name in manager.all_groups)
     manager.task_index[name] = replace(like, name=name, yaml_path=None, cfg={"group": name, "task": [member.item]})
-    with foreign(f"task {member.name}: its data cannot be loaded", f"task {member.name}"):
+    with loading(f"task {member.name}", "its data cannot be loaded"):
         return manager.load(name)["tasks"]
 
 

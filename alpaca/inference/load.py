@@ -17,21 +17,24 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from alpaca.common.errors import InputError, first_line
+from alpaca.common.errors import InputError, first_line, loading
+from alpaca.common.files import file_in
 from alpaca.data.prompts import templates_of
-from alpaca.data.tokenizer import open_tokenizer
+from alpaca.data.tokenizer import open_config, open_tokenizer
 from alpaca.models.device import bitsandbytes_config
-from alpaca.models.embeddings import resize_embeddings
+from alpaca.models.embeddings import resize_embeddings, vocabulary_size
 from alpaca.weights.float_diff import FloatDiff
 from alpaca.weights.provenance import TOKENIZER_FILES, base_of_adapter, other_base
 from alpaca.weights.reader import (
     ADAPTER,
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     EXACT_DIFF,
     FLOAT_DIFF,
     INPUT_EMBEDDINGS,
     ONE,
     find_folder,
+    find_shards,
     folder_kind,
     last_norm,
     open_weights,
@@ -115,10 +118,10 @@ def _needs_base(folder: Path, what: str) -> InputError:
 
 
 def _load(folder: Path, how: LoadOptions) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_pretrained(folder, **how.options)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: cannot be loaded ({first_line(error)})", folder) from error
+    find_shards(folder)  # raises where they are not in the folder
+    config = open_config(folder)
+    with loading(folder, "cannot be loaded"):
+        return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=False, **how.options)
 
 
 # ---- a weight diff ----
@@ -151,7 +154,7 @@ def _open_adapter(folder: Path, base: str | Path | None, how: LoadOptions) -> Lo
     own = any((folder / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = open_tokenizer(str(folder if own else base_folder))
     model = _load(base_folder, how)
-    _put_in(model, folder, config, len(tokenizer), how.device)
+    _put_in(model, folder, config, vocabulary_size(tokenizer), how.device)
     return LoadedModel(model, tokenizer, templates_of(folder), f"adapter {folder} on base {base}")
 
 
@@ -160,9 +163,11 @@ def _adapter_config(folder: Path) -> "PeftConfig":
         from peft import PeftConfig
     except ImportError as error:
         raise InputError(f"{folder}: is a LoRA adapter, which needs peft: pip install peft", folder) from error
+    for name in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS):
+        file_in(folder, name)
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config = PeftConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # peft raises what it likes
         raise InputError(f"{folder}: {ADAPTER_CONFIG} cannot be read ({first_line(error)})", folder) from error
     if config.is_prompt_learning or config.is_adaption_prompt:
         raise InputError(f"{folder}: is an adapter of the kind {config.peft_type.value}; expected LoRA", folder)
@@ -179,13 +184,13 @@ def _base_of(folder: Path) -> Path:
 
 
 def _put_in(model: PreTrainedModel, folder: Path, config: "PeftConfig", tokens: int, device: str) -> None:
-    """Put the adapter into the layers of `model`. tokens: length of the tokenizer."""
+    """Put the adapter into the layers of `model`. tokens: rows that the tokenizer needs."""
     from peft import get_peft_model, load_peft_weights, set_peft_model_state_dict
 
     misfit = f"{folder}: this adapter does not fit the base {model.name_or_path}"
     try:
         weights = load_peft_weights(str(folder), device=device)
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # safetensors and pickle raise what they like
         raise InputError(f"{folder}: the adapter cannot be read ({first_line(error)})", folder) from error
     _fit_vocabulary(model, tokens, weights)
     config.base_model_name_or_path = model.name_or_path  # else peft warns that another folder has been given
@@ -193,8 +198,8 @@ def _put_in(model: PreTrainedModel, folder: Path, config: "PeftConfig", tokens: 
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks for it
             result = set_peft_model_state_dict(get_peft_model(model, config), weights)
-    except (RuntimeError, ValueError, KeyError) as error:
-        # peft lists every tensor of another size
+    except Exception as error:  # peft raises what it likes
+        # it lists every tensor of another size
         message = f"{misfit}: it was trained on a model of other sizes or another architecture"
         raise InputError(message, folder) from error
     missing = [name for name in result.missing_keys if "lora_" in name]

@@ -194,9 +194,15 @@ def attach(trainer: "Trainer") -> None:
     prepare = accelerator.prepare
 
     def prepare_exactly(*objects, **kwargs):
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
         from deepspeed.utils import safe_set_local_fp32_param
 
         prepared = prepare(*objects, **kwargs)
+        own = fsdp.plain_pickles(LossScaler, DynamicLossScaler, ZeroStageEnum)
+        for engine in prepared if isinstance(prepared, tuple) else (prepared,):
+            if hasattr(engine, "load_checkpoint"):
+                engine.load_checkpoint = own(engine.load_checkpoint)
         for parameter in (p for x in objects if isinstance(x, nn.Module) for p in x.parameters()):
             if hasattr(parameter, "exact"):
                 safe_set_local_fp32_param(parameter, parameter.exact)

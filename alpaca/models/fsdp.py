@@ -1,9 +1,13 @@
 """Fully sharded training (FSDP2): loading without a full copy per rank, sharding on CPU ranks, saving whole tensors."""
 
 import os
-from collections.abc import Callable
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import nn
@@ -11,7 +15,9 @@ from torch.distributed.tensor import DTensor
 
 from alpaca.common.arguments import read_config
 from alpaca.common.distributed import print_rank0
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import UsageError, first_line
+from alpaca.models.compile import repeated_layers
+from alpaca.models.embeddings import of_language_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -118,7 +124,7 @@ def empty_model(config: "PreTrainedConfig", dtype: torch.dtype = torch.float32, 
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **kwargs)
     model.tie_weights()
     return model
 
@@ -146,9 +152,10 @@ def resolve_wrap_classes(args: "TrainingArguments", config: "PreTrainedConfig") 
     """
     names = args.fsdp_config.get("transformer_layer_cls_to_wrap") or []
     names = names.split(",") if isinstance(names, str) else list(names)
-    if not names:
+    if not names and config.get_text_config(decoder=True) is config:
         return  # accelerate takes the model's own _no_split_modules
     model = empty_model(config)
+    names = names or _layers_of_language_model(model)
     layers = {type(module).__name__ for module in model.modules() if not isinstance(module, nn.ModuleList)}
     by_lower = {name.lower(): name for name in layers}
     for i, name in enumerate(names):
@@ -160,6 +167,15 @@ def resolve_wrap_classes(args: "TrainingArguments", config: "PreTrainedConfig") 
             )
         names[i] = by_lower[name.lower()]
     args.fsdp_plugin_args["transformer_cls_names_to_wrap"] = ",".join(names)
+
+
+def _layers_of_language_model(model: "PreTrainedModel") -> list[str]:
+    """Return the classes of its decoder layers: a model that reads images too names those of its vision tower as well,
+    and some that it does not hold."""
+    inside = of_language_model(model)
+    own = {type(module).__name__ for name, module in model.named_modules() if name in inside}
+    names = sorted(own & set(model._no_split_modules or []))
+    return names or sorted({type(layer).__name__ for layer in repeated_layers(model.get_decoder())})
 
 
 def check_dropout(args: "TrainingArguments", model: nn.Module) -> None:
@@ -231,6 +247,68 @@ def load_resharded_optimizer(model: "PreTrainedModel", optimizer: "torch.optim.O
     groups = [{**group, "params": [order[i] for i in group["params"]]} for group in whole["param_groups"]]
     named = {"state": {order[i]: values for i, values in whole["state"].items()}, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, named, options=StateDictOptions(full_state_dict=True))
+
+
+IN_METADATA = {  # by module: all that torch writes into the .metadata of a checkpoint in shards, but for dtypes
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties "
+        "StorageMeta _MEM_FORMAT_ENCODING"
+    ).split(),
+    "torch.distributed.checkpoint.filesystem": ["_StorageInfo"],
+    "torch.serialization": ["_get_layout"],
+    "torch": ["Size"],
+    "collections": ["OrderedDict"],
+    "pathlib": ["Path", "PosixPath", "WindowsPath"],
+    "pathlib._local": ["Path", "PosixPath", "WindowsPath"],
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            return vars(torch)[name]
+        if name not in IN_METADATA.get(module, ()):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+@contextmanager
+def plain_pickles(*classes: type) -> Iterator[None]:
+    """Let torch read tensors, numbers, texts and `classes` from pickles inside, and nothing else: torch's reader of
+    shards and DeepSpeed would run what a file of a stranger's checkpoint tells them to.
+
+    Raises:
+        UsageError: a file holds more.
+    """
+    from torch.distributed.checkpoint import filesystem
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    refused: list[Exception] = []  # torch drops them and reports their texts
+
+    def noted(read: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        try:
+            return read(*arguments, **options)
+        except Exception as error:
+            refused.append(error)
+            raise
+
+    def load(*arguments: Any, weights_only: bool | None = True, **options: Any) -> Any:
+        with torch.serialization.safe_globals(list(classes)):
+            return noted(torch_load, *arguments, weights_only=True, **options)
+
+    torch_load = torch.load
+    reader = SimpleNamespace(**vars(pickle) | {"load": lambda file: noted(_MetadataUnpickler(file).load)})
+    try:
+        with mock.patch.object(filesystem, "pickle", reader), mock.patch.object(torch, "load", load):
+            yield
+    except (Exception, CheckpointException) as error:
+        if not refused and not isinstance(error, CheckpointException):
+            raise
+        why = first_line(refused[0]) if refused else str(error).strip().splitlines()[-1]
+        raise UsageError(
+            "a file of the checkpoint to continue from is damaged, or holds more than tensors, numbers and texts, "
+            f"which would be run as code ({why}); continue from a checkpoint of your own"
+        ) from error
 
 
 def without_prefix(fsdp_config: dict[str, Any]) -> dict[str, Any]:

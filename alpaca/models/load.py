@@ -6,20 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca.common.distributed import barrier, print_rank0
-from alpaca.common.errors import InputError, ParameterError, UsageError, first_line
+from alpaca.common.errors import InputError, ParameterError, UsageError, first_line, loading
 from alpaca.data.tokenizer import (
     SPECIAL_TOKENS,
     existing_tokens,
+    open_config,
     open_tokenizer,
     slow_files,
     to_save,
     without_slow_files,
 )
 from alpaca.models import deepspeed, fsdp
-from alpaca.models.embeddings import resize_embeddings
+from alpaca.models.embeddings import freeze_other_parts, resize_embeddings, vocabulary_size
 from alpaca.models.lora import LoraArguments, add_lora, base_dtype, quantization
 
 if TYPE_CHECKING:
@@ -43,6 +44,12 @@ def load_tokenizer(model_args: Any, training_args: "TrainingArguments") -> tuple
         num_new_tokens = 0
     else:
         missing = {token: default for token, default in SPECIAL_TOKENS.items() if not getattr(tokenizer, token)}
+        if missing and vocabulary_size(tokenizer) > len(tokenizer):
+            message = (
+                f"{{add_missing_tokens}} True: the token ids of {name} have a gap, and an added token would have "
+                "another id when the saved tokenizer is opened; use False, or an existing token with {pad_token}"
+            )
+            raise ParameterError(message, "add_missing_tokens", "pad_token")
         num_new_tokens = tokenizer.add_special_tokens(missing)
     for token, other in unstated.items():
         print_rank0(
@@ -68,10 +75,7 @@ def base_slow_files(tokenizer: PreTrainedTokenizerBase, training_args: "Training
 
 def load_config(model_args: Any, training_args: "TrainingArguments", checkpoint: str | None = None) -> PreTrainedConfig:
     name = checkpoint or model_args.model_name_or_path
-    try:
-        config = AutoConfig.from_pretrained(name, cache_dir=training_args.cache_dir)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: the model could not be loaded: {error}", name) from error
+    config = open_config(name, training_args.cache_dir)
     if model_args.attn_implementation:
         _check_attention(config, model_args.attn_implementation)
     return config
@@ -82,7 +86,7 @@ def _check_attention(config: PreTrainedConfig, attention: str) -> None:
     options = dict(dtype=torch.bfloat16, attn_implementation=attention)
     try:
         with deepspeed.unpartitioned(), torch.device("meta"):
-            AutoModelForCausalLM.from_config(copy.deepcopy(config), **options)
+            AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False, **options)
     except (OSError, ValueError, ImportError) as error:
         message = f"{{attn_implementation}} {attention}: {first_line(error)}"
         raise ParameterError(message, "attn_implementation") from error
@@ -105,17 +109,14 @@ def load_model(
         options["attn_implementation"] = model_args.attn_implementation
     if lora_args:
         options |= quantization(lora_args, training_args, options["dtype"])
-    try:
+    with loading(name, "the model could not be loaded"):
         if training_args.fsdp:
             fsdp.resolve_wrap_classes(training_args, config)
             if training_args.process_index != 0:
                 return fsdp.empty_model(config, **options)
         with deepspeed.partitioned_in_float32(training_args):
-            return AutoModelForCausalLM.from_pretrained(name, cache_dir=training_args.cache_dir, **options)
-    except UsageError:
-        raise
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{name}: the model could not be loaded: {error}", name) from error
+            options |= dict(config=config, cache_dir=training_args.cache_dir)
+            return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
 
 
 def make_model(
@@ -134,13 +135,17 @@ def make_model(
         _refuse_tied(load_config(model_args, training_args), model_args.model_name_or_path)
     model = load_model(model_args, training_args, weights, lora_args)
     barrier()
+    if others := freeze_other_parts(model):
+        note = f"note: the language model alone is trained; {', '.join(others)} stays as it is"
+        print_rank0(note, training_args.process_index)
     repair_generation_config(model, to_save(tokenizer).pad_token_id, training_args.process_index)
-    if not lora_args or num_new_tokens:
-        resize_embeddings(model, 0 if weights else num_new_tokens, len(tokenizer))
+    size = vocabulary_size(tokenizer)
+    if not lora_args or num_new_tokens or size > model.get_input_embeddings().num_embeddings:
+        resize_embeddings(model, 0 if weights else num_new_tokens, size)
     if lora_args:
         if training_args.ddp_find_unused_parameters is None:  # the Trainer would look for some in every step
             training_args.ddp_find_unused_parameters = False
-        new_tokens = list(range(len(tokenizer) - num_new_tokens, len(tokenizer)))
+        new_tokens = list(range(size - num_new_tokens, size))
         model = add_lora(model, lora_args, new_tokens, training_args.seed, checkpoint)
     if training_args.fsdp:
         fsdp.check_dropout(training_args, model)

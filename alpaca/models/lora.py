@@ -13,6 +13,7 @@ from torch import nn
 from alpaca.common.arguments import flag
 from alpaca.common.errors import UsageError
 from alpaca.models.device import bitsandbytes_config, quantizing_flag
+from alpaca.models.embeddings import of_language_model
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -141,10 +142,13 @@ def _lora_config(model: "PreTrainedModel", lora: LoraArguments, new_tokens: list
 def _targets(model: "PreTrainedModel", names: list[str], layers: dict[str, nn.Module]) -> list[str]:
     """Return the names of layers, as peft takes them and as they stand in the saved config. peft itself ignores a name
     that is nowhere, if another one is somewhere."""
+    # peft takes all layers of one name, also those of a vision tower
+    others = linear_layers(model).keys() - layers.keys()
     if names == [ALL_LINEAR]:
         last = model.get_output_embeddings()
         short = {path.rpartition(".")[2] for path, layer in layers.items() if layer is not last}
-        ambiguous = any(path.rpartition(".")[2] in short for path, layer in layers.items() if layer is last)
+        others |= {path for path, layer in layers.items() if layer is last}
+        ambiguous = any(path.rpartition(".")[2] in short for path in others)
         return sorted(path for path, layer in layers.items() if layer is not last) if ambiguous else sorted(short)
     for name in names:
         if not any(path == name or path.endswith(f".{name}") for path in layers):
@@ -153,11 +157,19 @@ def _targets(model: "PreTrainedModel", names: list[str], layers: dict[str, nn.Mo
                 f"--lora_target_modules {name}: {type(model).__name__} has no such layer; it has {known}, "
                 f"and {ALL_LINEAR} takes all but the last one of the model"
             )
+    ends = tuple(f".{name}" for name in names)
+    if any(f".{path}".endswith(ends) for path in others):
+        return sorted(path for path in layers if f".{path}".endswith(ends))
     return names
 
 
 def lora_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the layers that LoRA can be added to, by path."""
+    """Return the layers of the language model that LoRA can be added to, by path."""
+    inside = of_language_model(model)
+    return {name: layer for name, layer in linear_layers(model).items() if name in inside}
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     from transformers.pytorch_utils import Conv1D
 
     kinds = (nn.Linear, Conv1D)

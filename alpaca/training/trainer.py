@@ -22,7 +22,7 @@ from transformers.trainer_utils import speed_metrics
 from alpaca.common.distributed import print_rank0
 from alpaca.data.prompts import save_templates
 from alpaca.data.tokenizer import save_slow_files
-from alpaca.models import deepspeed
+from alpaca.models import deepspeed, fsdp
 from alpaca.models.compile import compile_layers, explained, repeated_layers
 from alpaca.models.deepspeed import attach
 from alpaca.models.deepspeed import full_state_dict as full_masters
@@ -374,12 +374,12 @@ class AlpacaTrainer(Trainer):
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, "scheduler.pt"))
 
+    @fsdp.plain_pickles()
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_fsdp_enabled == os.path.isdir(os.path.join(checkpoint, "optimizer_0")):
             return super()._load_optimizer_and_scheduler(checkpoint)
         load_resharded_optimizer(self.model, self.optimizer.optimizer, checkpoint)
-        scheduler = torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True)
-        self.lr_scheduler.load_state_dict(scheduler)
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True))
 
     def _prepare_input(self, data: Any) -> Any:
         if isinstance(data, (Tensor, PackLayout)):  # for DeepSpeed, the Trainer would round the weights of the loss

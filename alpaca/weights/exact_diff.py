@@ -25,9 +25,19 @@ from typing import Any
 import torch
 
 from alpaca.common.errors import InputError, UsageError, format_bytes, format_rows
-from alpaca.common.files import read_json, sha256_of_file
+from alpaca.common.files import sha256_of_file
 from alpaca.weights.mismatch import CONFIG_FIELDS, check_same_tensors, counterparts, explain_other_base, raise_mismatch
-from alpaca.weights.provenance import aux_files
+from alpaca.weights.provenance import (
+    CHANGES_A_MODEL,
+    TUNED_CONFIG,
+    VERSION,
+    aux_files,
+    check_files,
+    names_code,
+    read_diff_manifest,
+    sidecar,
+    why_not_published,
+)
 from alpaca.weights.reader import (
     DTYPES,
     MANIFEST,
@@ -38,12 +48,10 @@ from alpaca.weights.reader import (
     as_bytes,
     dtype_name,
     readable,
-    safetensors_header,
 )
 from alpaca.weights.writer import Pipeline, ShardDigests, ShardWriter, Slot, Spec, plan_shards, write_index
 
-TUNED_CONFIG = "tuned_config.json"
-VERSION = 1
+DIFF_INDEX = "diff.safetensors.index.json"
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -113,9 +121,9 @@ def make(pipe: Pipeline, base: Weights, tuned: Weights, folder: Path, max_shard_
     pipe.after("write", writer.close).result()
     digests = pipe.after("files", files.close).result()
     write_index(folder, "diff.safetensors", shards)
-    for path in aux_files(tuned.folder):
-        if path.name in (TUNED_CONFIG, MANIFEST):
-            raise InputError(f"{path}: is a file of a diff; remove it from the tuned model's folder", path)
+    for path in (path for path in aux_files(tuned.folder) if path.suffix != ".py"):
+        if problem := why_not_published(path.name) or names_code(path):
+            raise InputError(f"{path}: {problem}; remove it from the tuned model's folder", path)
         shutil.copyfile(path, folder / (TUNED_CONFIG if path.name == "config.json" else path.name))
     (folder / "config.json").write_text(json.dumps({"model_type": NOT_A_MODEL}, indent=2) + "\n", encoding="utf-8")
     manifest = {
@@ -135,7 +143,7 @@ def make(pipe: Pipeline, base: Weights, tuned: Weights, folder: Path, max_shard_
         manifest["files"][shard.name]["header_sha256"] = hashlib.sha256(shard.header).hexdigest()
     text = json.dumps(manifest, indent=1, default=Future.result) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
-    (folder / SIDECAR).write_text(_sidecar(text.encode()), encoding="utf-8")
+    (folder / SIDECAR).write_text(sidecar(text.encode()), encoding="utf-8")
     files = ", ".join(path.name for path in aux_files(tuned.folder))
     return [*_summary(json.loads(text)["tensors"], hashlib.sha256(text.encode()).hexdigest()), f"with {files}"]
 
@@ -185,10 +193,6 @@ def _header(tensor: Tensor) -> dict[str, Any]:
     return {"dtype": dtype_name(tensor.dtype), "shape": tensor.shape}
 
 
-def _sidecar(manifest: bytes) -> str:
-    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n"
-
-
 # ---- recover and verify ----
 
 
@@ -202,80 +206,22 @@ class ExactDiff:
     def __init__(self, folder: Path, digest: str | None = None):
         self.folder = folder
         with readable(folder):
-            self.manifest, self.digest = self._read_manifest(digest)
-            self.weights = self._check_files()
+            self.manifest, self.digest = read_diff_manifest(folder, digest)
+            self.weights = Weights(folder, check_files(folder, self.manifest["files"]))
         self.entries: dict[str, dict[str, Any]] = self.manifest["tensors"]
         dtypes = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
         self.specs = [Spec(name, dtypes[e["dtype"]], tuple(e["shape"])) for name, e in self.entries.items()]
         stored = [Spec(spec.name, INTEGERS[spec.dtype.itemsize], spec.shape) for spec in self.specs]
         check_same_tensors(self.weights, stored, f"the manifest of {folder}")
 
-    def _read_manifest(self, digest: str | None) -> tuple[dict[str, Any], str]:
-        for name in (MANIFEST, SIDECAR):
-            if not (self.folder / name).is_file():
-                raise InputError(f"{self.folder}: {name} is missing; copy or download it again", self.folder)
-        content = (self.folder / MANIFEST).read_bytes()
-        actual = hashlib.sha256(content).hexdigest()
-        if (self.folder / SIDECAR).read_bytes() != _sidecar(content).encode():
-            raise InputError(
-                f"{self.folder}: {MANIFEST} has the SHA-256 {actual}, {SIDECAR} promises another: one of them is "
-                "damaged or was changed; download both again",
-                self.folder,
-            )
-        if digest is not None and digest.strip().lower() != actual:
-            raise InputError(
-                f"{self.folder}: its manifest has the digest {actual}, not {digest!r}; this is another diff",
-                self.folder,
-            )
-        manifest = read_json(self.folder / MANIFEST)
-        if strange := [name for name in manifest.get("files", {}) if Path(name).name != name or name.startswith(".")]:
-            raise InputError(f"{self.folder}: the manifest names a file outside its folder, {strange[0]}", self.folder)
-        if manifest.get("version") != VERSION:
-            raise InputError(
-                f"{self.folder}: is of version {manifest.get('version')!r} of the format, this program reads "
-                f"{VERSION}; use the program that it was made with",
-                self.folder,
-            )
-        return manifest, actual
-
-    def _check_files(self) -> Weights:
-        tensors: dict[str, Tensor] = {}
-        for name, entry in self.manifest["files"].items():
-            path = self.folder / name
-            if not path.is_file():
-                raise InputError(f"{self.folder}: {name} is missing; copy or download it again", self.folder)
-            if "header_sha256" in entry:
-                if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
-                    raise InputError(f"{path} is a git-lfs pointer; run git lfs pull in its folder", path)
-                if path.stat().st_size != entry["bytes"]:
-                    raise InputError(
-                        f"{path} has {path.stat().st_size:,} bytes of {entry['bytes']:,}; it is truncated or damaged; "
-                        "copy or download it again",
-                        path,
-                    )
-                header_tensors, header = safetensors_header(path)
-                actual, expected = hashlib.sha256(header).hexdigest(), entry["header_sha256"]
-                tensors |= header_tensors
-            else:
-                actual, expected = sha256_of_file(path), entry["sha256"]
-            if actual != expected:
-                raise InputError(
-                    f"{path} is damaged or was changed (SHA-256 {actual}, published {expected}); copy or download it "
-                    "again",
-                    path,
-                )
-        return Weights(self.folder, tensors)
-
     @property
     def files(self) -> dict[str, Path]:
         """Return the tuned model's files beside its weights, by the names that they had."""
-        names = [
-            n for n, entry in self.manifest["files"].items() if "header_sha256" not in entry and n != "config.json"
-        ]
+        names = [name for name, entry in self.manifest["files"].items() if "header_sha256" not in entry]
         return {
             "config.json" if name == TUNED_CONFIG else name: self.folder / name
             for name in names
-            if not name.endswith(".index.json")
+            if name not in ("config.json", DIFF_INDEX)
         }
 
     def notes(self) -> list[str]:
@@ -380,8 +326,12 @@ class ExactDiff:
                 f"{', '.join(wrong[:5])}",
                 tuned.folder,
             )
+        if found := [name for name in CHANGES_A_MODEL if (tuned.folder / name).exists()]:
+            why = f"its weights are those of the manifest, but {found[0]} makes another model of them; remove it"
+            raise InputError(f"{tuned.folder}: {why}", tuned.folder)
         for name, path in self.files.items():
-            if not (tuned.folder / name).is_file() or sha256_of_file(tuned.folder / name) != sha256_of_file(path):
+            own, published = tuned.folder / name, self.manifest["files"][path.name]["sha256"]
+            if not own.is_file() or sha256_of_file(own) != published:
                 raise InputError(
                     f"{tuned.folder}: the weights are those of the manifest, but {name} is missing or changed; it is "
                     f"in {path}",

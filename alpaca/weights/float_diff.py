@@ -14,9 +14,9 @@ import torch
 
 from alpaca.common.errors import InputError, UsageError, first_line
 from alpaca.common.files import json_text, read_json
-from alpaca.data.tokenizer import OF_THE_TOKENIZER, pad_token_in_2023, write_tokenizer_of_2023
+from alpaca.data.tokenizer import MOST_LAYERS, OF_THE_TOKENIZER, pad_token_in_2023, write_tokenizer_of_2023
 from alpaca.weights.mismatch import VOCABULARY, check_same_tensors, config_differences, raise_mismatch, rows_may_differ
-from alpaca.weights.provenance import aliases_of, aux_files, tied_names, ties_embeddings
+from alpaca.weights.provenance import aliases_of, aux_files, check_published, tied_names, ties_embeddings
 from alpaca.weights.reader import ONE, ZERO, Tensor, Weights, as_bytes, last_norm
 from alpaca.weights.writer import PIECE, BinWriter, Pipeline, Slot, Spec, plan_bin_shards, stream, write_index
 
@@ -154,7 +154,9 @@ class FloatDiff:
 
     @property
     def files(self) -> dict[str, Path]:
-        return {path.name: path for path in aux_files(self.folder)}
+        paths = aux_files(self.folder)
+        check_published(paths)
+        return {path.name: path for path in paths}
 
     @property
     def summary(self) -> str:
@@ -360,6 +362,8 @@ def computed_in_2023(config: dict) -> dict[str, torch.Tensor]:
     the number that stands for minus infinity in an attention mask."""
     kind, found = config.get("model_type"), {}
     layers = next((config[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config), 0)
+    if layers > MOST_LAYERS:
+        raise UsageError(f"config.json says {layers} layers; expected at most {MOST_LAYERS}")
     for ending, value in COMPUTED_IN_2023.get(kind, {}).items() if layers else ():
         tensor = inv_freq(config) if value is None else torch.tensor(value)
         found |= {ending.format(layer): tensor for layer in range(layers)}

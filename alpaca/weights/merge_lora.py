@@ -18,14 +18,23 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from alpaca.common.errors import InputError, first_line
-from alpaca.common.files import read_json
-from alpaca.weights.mismatch import raise_other_base, rows_may_differ
+from alpaca.common.errors import InputError, loading
+from alpaca.common.files import file_in, read_json
+from alpaca.data.tokenizer import open_config
+from alpaca.weights.mismatch import names_on_disk, raise_other_base, rows_may_differ
 from alpaca.weights.provenance import files_of_merged, note_of_quantized_base, other_base
-from alpaca.weights.reader import ADAPTER_CONFIG, Tensor, Weights, dtype_name, find_folder, readable, shard_tensors
+from alpaca.weights.reader import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    Tensor,
+    Weights,
+    dtype_name,
+    find_folder,
+    readable,
+    shard_tensors,
+)
 from alpaca.weights.writer import Pipeline, Slot, Spec, cast
 
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."  # what peft puts before the model's own names
 NAME = "default"  # of the only adapter, in peft's layers
 PARTS = r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(?:\.weight)?"
@@ -61,13 +70,13 @@ class Adapter:
 
     def __init__(self, folder: str | Path):
         self.folder = find_folder(folder)
-        if not (self.folder / ADAPTER_CONFIG).is_file():
+        if not file_in(self.folder, ADAPTER_CONFIG).is_file():
             raise self._error(f"has no {ADAPTER_CONFIG}; expected a LoRA adapter, as peft or train.py saves it")
         self.config = read_json(self.folder / ADAPTER_CONFIG)
         self._check_config()
-        files = [self.folder / name for name in WEIGHTS if (self.folder / name).is_file()]
+        files = [file for name in ADAPTER_WEIGHTS if (file := file_in(self.folder, name)).is_file()]
         if not files:
-            raise self._error(f"has neither {' nor '.join(WEIGHTS)}; copy or download it again")
+            raise self._error(f"has neither {' nor '.join(ADAPTER_WEIGHTS)}; copy or download it again")
         with readable(self.folder):
             self.weights = Weights(self.folder, shard_tensors(files[0]))
         self.changes: dict[str, Change] = {}
@@ -181,11 +190,14 @@ class Merged:
             changes |= dict.fromkeys(ends, one)
         return changes
 
+    def _find(self, name: str) -> Tensor | None:
+        return self.base.tensors.get(self.layers.on_disk.get(name, "")) or self.base.find(name)
+
     def _put(self, name: str, change: Change) -> None:
-        tensor = self.base.find(name)
+        tensor = self._find(name)
         if tensor is None:
             self._refuse(f"{name} is not in the base, and {self._wanted(change)} in the adapter")
-        shared = self.layers.tied and name == self.layers.output and tensor is self.base.find(self.layers.input)
+        shared = self.layers.tied and name == self.layers.output and tensor is self._find(self.layers.input)
         if self.untied or not shared:
             self.sources[name if shared else tensor.name] = (tensor, change)
 
@@ -230,7 +242,7 @@ class Merged:
 
     def _vocabulary(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         """Return what the configuration says of the number of embedding rows, where the adapter has changed it."""
-        ends = {name: self.base.find(name) for name in (self.layers.input, self.layers.output)}
+        ends = {name: self._find(name) for name in (self.layers.input, self.layers.output)}
         names = {name if name in self.sources else tensor.name for name, tensor in ends.items() if tensor}
         rows, before = ({n: of(n)[0] for n in sorted(names)} for of in (shapes.get, lambda n: self.sources[n][0].shape))
         if rows == before:
@@ -242,6 +254,8 @@ class Merged:
             )
         number = rows.popitem()[1]
         self.messages.append(f"note: the embeddings have {number} rows, those of the base {before.popitem()[1]}")
+        if isinstance(text := self.base.config.get("text_config"), dict):
+            return {"text_config": text | {"vocab_size": number}}
         return {"vocab_size": number}
 
     def notes(self) -> list[str]:
@@ -340,17 +354,12 @@ class _Layers:
     """
 
     def __init__(self, base: Weights):
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
         from transformers.pytorch_utils import Conv1D
 
-        try:
-            with torch.device("meta"):
-                self.model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.folder))
-        except (ValueError, KeyError, ImportError, OSError) as error:
-            raise InputError(
-                f"{base.folder}: is no causal language model for today's transformers ({first_line(error)})",
-                base.folder,
-            ) from error
+        config = open_config(base.folder)
+        with loading(base.folder, "is no causal language model for today's transformers"), torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         names = {id(module): f"{name}.weight" for name, module in self.model.named_modules()}
         self.input, output = names[id(self.model.get_input_embeddings())], self.model.get_output_embeddings()
         self.output = names.get(id(output), self.input)
@@ -358,6 +367,8 @@ class _Layers:
         kinds = (Conv1D, nn.Embedding)
         self.transposed = {name for name, module in self.model.named_modules() if isinstance(module, kinds)}
         self.lora: dict[str, nn.Module] = {}
+        with loading(base.folder, "its tensors cannot be named"):
+            self.on_disk = names_on_disk(self.model, base)
 
     def inject(self, adapter: Adapter) -> None:
         """Let peft put its layers in, by the adapter's settings."""
@@ -369,7 +380,7 @@ class _Layers:
             raise adapter._error(f"{strange[0]} is no layer of a {type(self.model).__name__}, which the base is")
         if not names:
             return
-        config = LoraConfig.from_pretrained(adapter.folder)
+        config = LoraConfig.from_pretrained(adapter.folder, trust_remote_code=False)
         config.modules_to_save = config.trainable_token_indices = None  # handled here: they are no layers of LoRA
         config.init_lora_weights = False
         with warnings.catch_warnings():

@@ -1,11 +1,14 @@
 """Why base, diff and result of a weight diff do not fit, in words."""
 
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from alpaca.common.errors import InputError
 from alpaca.weights.reader import DTYPES, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Tensor, Weights, dtype_name
 from alpaca.weights.writer import Spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VOCABULARY = (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, "lm_head.bias")  # a row per token
 
@@ -103,6 +106,23 @@ def counterparts(base: Weights, tuned: Weights) -> dict[str, Tensor | None]:
             misfits.append((other, tensor))
     if missing or misfits:
         raise_mismatch(base, tuned, missing, misfits)
+    return found
+
+
+def names_on_disk(model: "PreTrainedModel", base: Weights) -> dict[str, str]:
+    """Return {the model's name of a tensor: its name on disk}, as transformers renames tensors when it loads them. One
+    that it makes out of others has none."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    kinds: dict[bool, list[Any]] = {True: [], False: []}
+    for change in get_model_conversion_mapping(model):
+        kinds[isinstance(change, WeightRenaming)].append(change)
+    own, prefix, found = model.state_dict(), model.base_model_prefix, {}
+    for name in base.tensors:
+        renamed, made_of_others = rename_source_key(name, kinds[True], kinds[False], prefix, own)
+        if made_of_others is None and renamed in own:
+            found[renamed] = name
     return found
 
 

@@ -1,6 +1,7 @@
 """What a folder says of its own making: the records that training leaves in it, which of its files are the model's,
 fingerprints of those that answers depend on, and which tensors of it are one."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
@@ -11,10 +12,32 @@ from typing import Any
 import torch
 
 from alpaca.common.errors import InputError
-from alpaca.common.files import AUX_SUFFIXES, atomic_write, fingerprint_of_files, fingerprint_of_weights, read_json
+from alpaca.common.files import (
+    AUX_SUFFIXES,
+    atomic_write,
+    file_in,
+    fingerprint_of_files,
+    fingerprint_of_weights,
+    parse_json,
+    read_json,
+    sha256_of_file,
+)
 from alpaca.data.prompts import TEMPLATE_FILE
 from alpaca.weights import reader
-from alpaca.weights.reader import ADAPTER_CONFIG, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Weights, find_folder
+from alpaca.weights.reader import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    DTYPES,
+    INPUT_EMBEDDINGS,
+    OUTPUT_EMBEDDINGS,
+    SIDECAR,
+    Tensor,
+    Weights,
+    dtype_name,
+    find_folder,
+    safetensors_header,
+    shape_of,
+)
 
 # The fingerprint of a run (alpaca/training/resume.py) stands in both under the key "contract", its name at first.
 MANIFEST = "alpaca_checkpoint.json"  # in every checkpoint: its files, and the fingerprint of the run
@@ -27,6 +50,9 @@ OF_THE_RUN = (
     "*.index.json",
     f"{reader.MANIFEST}*",
 )
+TUNED_CONFIG = "tuned_config.json"  # in an exact diff: the tuned model's config.json
+VERSION = 1  # of the format of exact diffs
+CHANGES_A_MODEL = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)  # beside whole weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # tie_word_embeddings is False by default; read off the configuration classes of transformers 4.28.1
 UNTIED_IN_2023 = ("codegen", "git", "gpt_neox", "gptj", "llama", "reformer", "rembert")
@@ -45,7 +71,35 @@ def holds_a_model(folder: Path) -> bool:
 def aux_files(folder: Path) -> list[Path]:
     """Return the files that make a checkpoint of weights: configuration, tokenizer, and nothing of a training run."""
     files = sorted(path for path in folder.iterdir() if path.suffix in AUX_SUFFIXES and path.is_file())
-    return [path for path in files if path.name[0] != "." and not any(map(path.match, OF_THE_RUN))]
+    files = [path for path in files if path.name[0] != "." and not any(map(path.match, OF_THE_RUN))]
+    return [file_in(folder, path.name) for path in files]
+
+
+def why_not_published(name: str) -> str | None:
+    """Return why a file of this name is none that may come with the weights of a stranger's diff, or None. Case does
+    not count: on some disks it does not."""
+    name = name.lower()
+    if name.endswith(".py"):
+        return "is code"
+    if name.startswith(".") or Path(name).suffix not in AUX_SUFFIXES:
+        return "is no configuration and no tokenizer's file"
+    if name in CHANGES_A_MODEL or any(fnmatch(name, pattern) for pattern in OF_THE_RUN):
+        return "would make the folder another thing than a model with these weights"
+    return "is a file of a diff" if name == TUNED_CONFIG else None
+
+
+def names_code(path: Path) -> str | None:
+    """Return what speaks against a configuration that names code of its own, or None."""
+    if not (path.suffix == ".json" and "config" in path.name) or "auto_map" not in read_json(path):
+        return None
+    return "names code of its own (auto_map), which would have to be run"
+
+
+def check_published(paths: Iterable[Path]) -> None:
+    """Raise InputError about the first file that may not come with a stranger's weights."""
+    for path in paths:
+        if problem := why_not_published(path.name) or names_code(path):
+            raise InputError(f"{path}: {problem}; it is not copied, and so this diff is not recovered", path)
 
 
 def files_of_merged(base: Path, adapter: Path) -> dict[str, Path]:
@@ -60,6 +114,7 @@ def files_of_merged(base: Path, adapter: Path) -> dict[str, Path]:
     own = any(path.name in TOKENIZER_FILES for path in ours)
     taken = [path for path in aux_files(base) if not own or matches(path, *of_base, *of_both)]
     taken += [path for path in ours if own or path.name in of_both]
+    check_published(path for path in ours if path in taken)
     return {path.name: path for path in taken}
 
 
@@ -96,7 +151,7 @@ def write_record(output: Path, run_fingerprint: dict[str, Any], finished: bool) 
 def _read_json(path: Path) -> dict[str, Any] | None:
     """Return the object in a file, or None where there is no file or a torn one."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
@@ -159,6 +214,115 @@ def other_base(adapter: Path, base: Path) -> str | None:
         f"WARNING: {adapter} was trained on a base with other files than {base}. If that is another model, and not "
         "the same one saved anew, the answers are wrong"
     )
+
+
+# ---- the manifest of an exact diff ----
+
+
+def sidecar(manifest: bytes) -> str:
+    return f"{hashlib.sha256(manifest).hexdigest()}  {reader.MANIFEST}\n"
+
+
+def read_diff_manifest(folder: Path, digest: str | None) -> tuple[dict[str, Any], str]:
+    """Return the manifest of an exact diff, and its digest.
+
+    Raises:
+        InputError: it is missing, damaged, not of this version, or has not the given `digest`.
+    """
+    for name in (reader.MANIFEST, SIDECAR):
+        if not file_in(folder, name).is_file():
+            raise InputError(f"{folder}: {name} is missing; copy or download it again", folder)
+    content = (folder / reader.MANIFEST).read_bytes()
+    actual = hashlib.sha256(content).hexdigest()
+    if (folder / SIDECAR).read_bytes() != sidecar(content).encode():
+        raise InputError(
+            f"{folder}: {reader.MANIFEST} has the SHA-256 {actual}, {SIDECAR} promises another: one of them is "
+            "damaged or was changed; download both again",
+            folder,
+        )
+    if digest is not None and str(digest).strip().lower() != actual:
+        raise InputError(
+            f"{folder}: its manifest has the digest {actual}, not {digest!r}; this is another diff", folder
+        )
+    manifest = read_json(folder / reader.MANIFEST)
+    if manifest.get("version") != VERSION:
+        raise InputError(
+            f"{folder}: is of version {str(manifest.get('version'))[:40]!r} of the format, this program reads "
+            f"{VERSION}; use the program that it was made with",
+            folder,
+        )
+    try:
+        _check_manifest(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        message = f"{folder}: {reader.MANIFEST} is not of its format ({error!r}); download it again"
+        raise InputError(message, folder) from error
+    return manifest, actual
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise ValueError, or what else comes of looking into it, unless everything in it is of its type."""
+    floats_and_more = {dtype_name(dtype) for dtype in DTYPES.values()}
+    others = [*manifest["other_base_tensors"].values()]
+    for entry in [*manifest["tensors"].values(), *others]:
+        shape_of(entry["shape"])
+        if entry["dtype"] not in floats_and_more:
+            raise ValueError(f"dtype {str(entry['dtype'])[:40]}")
+    bases = [entry["base"] for entry in manifest["tensors"].values() if entry["base"] is not None]
+    for base in bases:
+        shape_of(base["shape"])
+    files = manifest["files"].values()
+    digests = [entry["sha256"] for entry in [*manifest["tensors"].values(), *others, *bases, *files]]
+    digests += [entry["diff_sha256"] for entry in manifest["tensors"].values()]
+    digests += [entry["header_sha256"] for entry in files if "header_sha256" in entry]
+    if wrong := [digest for digest in digests if not isinstance(digest, str)]:
+        raise ValueError(f"digest {str(wrong[0])[:40]}")
+    if not all(type(entry["bytes"]) is int for entry in files) or TUNED_CONFIG not in manifest["files"]:
+        raise ValueError(f"a number of bytes, or {TUNED_CONFIG}, is missing")
+    manifest["base_config"].items()
+
+
+def check_files(folder: Path, entries: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    """Check every byte of an exact diff's files but the tensors'. Return the tensors.
+
+    Raises:
+        InputError: a file is missing, is not as published, or is none that belongs into a diff.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, entry in entries.items():
+        path = file_in(folder, name)
+        if not path.is_file():
+            raise InputError(f"{folder}: {name} is missing; copy or download it again", folder)
+        if "header_sha256" in entry:
+            actual, expected = _header_digest(path, entry, tensors), entry["header_sha256"]
+        else:
+            if name not in (TUNED_CONFIG, "config.json", "diff.safetensors.index.json"):
+                check_published([path])
+            actual, expected = sha256_of_file(path), entry["sha256"]
+        if actual != expected:
+            raise InputError(
+                f"{path} is damaged or was changed (SHA-256 {actual}, published {expected}); copy or download it again",
+                path,
+            )
+    if problem := names_code(folder / TUNED_CONFIG):
+        raise InputError(f"{folder / TUNED_CONFIG}: {problem}; this diff is not recovered", folder)
+    return tensors
+
+
+def _header_digest(path: Path, entry: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """Return the digest of a shard's header, and put its tensors to the others."""
+    if not fnmatch(path.name, "diff*.safetensors"):
+        raise InputError(f"{path}: is no file of a diff's weights, as the manifest says", path)
+    if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a git-lfs pointer; run git lfs pull in its folder", path)
+    if path.stat().st_size != entry["bytes"]:
+        raise InputError(
+            f"{path} has {path.stat().st_size:,} bytes of {entry['bytes']:,}; it is truncated or damaged; "
+            "copy or download it again",
+            path,
+        )
+    found, header = safetensors_header(path)
+    tensors |= found
+    return hashlib.sha256(header).hexdigest()
 
 
 # ---- tied embeddings ----

@@ -4,8 +4,9 @@ Headers are read at once and say everything that can be wrong before work begins
 mapped, because pages of a mapped file count as memory of the process.
 """
 
-import json
+import inspect
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import IO, Any
 import torch
 
 from alpaca.common.errors import InputError, first_line, format_bytes
-from alpaca.common.files import AUX_SUFFIXES, read_json
+from alpaca.common.files import AUX_SUFFIXES, file_in, parse_json, read_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -38,12 +39,14 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}  # safetensors' names
 ADAPTER_CONFIG = "adapter_config.json"  # of peft; a LoRA adapter's folder has it
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MANIFEST = "weight_diff.json"  # of an exact diff (alpaca/weights/exact_diff.py)
 SIDECAR = f"{MANIFEST}.sha256"
 NOT_A_MODEL = "weight_diff__recover_the_model_with_weight_diff.py"  # its model_type: what from_pretrained will name
 INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 OUTPUT_EMBEDDINGS = ("lm_head.weight", "embed_out.weight")
 LAST_NORMS = ("model.norm.weight", "model.decoder.final_layer_norm.weight", "transformer.ln_f.weight")
+LONGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 ZERO, ONE = 0.1, 0.5  # largest weight of a last norm: below ZERO in a diff, above ONE in a model
 
 
@@ -79,7 +82,8 @@ class Weights:
 
     def __init__(self, folder: Path, tensors: dict[str, Tensor]):
         self.folder, self.tensors = folder, tensors
-        self.config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        config = file_in(folder, "config.json")
+        self.config = read_json(config) if config.is_file() else {}
         self._files: dict[Path, IO[bytes]] = {}
 
     def __enter__(self) -> "Weights":
@@ -204,16 +208,19 @@ def find_folder(folder: str | Path) -> Path:
 def find_shards(folder: Path) -> list[Path]:
     """Return the files with the weights, as from_pretrained chooses: safetensors first, a file before an index."""
     for name in ("model.safetensors", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return [folder / name]
-        if (folder / f"{name}.index.json").is_file():
-            return _indexed(folder, folder / f"{name}.index.json")
+        if (file := file_in(folder, name)).is_file():
+            return [file]
+        if (index := file_in(folder, f"{name}.index.json")).is_file():
+            return _indexed(folder, index)
     raise InputError(f"{folder}: {describe_folder(folder)}", folder)
 
 
 def _indexed(folder: Path, index: Path) -> list[Path]:
-    names = sorted(set(read_json(index).get("weight_map", {}).values()))
-    missing = [name for name in names if not (folder / name).is_file()]
+    listed = read_json(index).get("weight_map", {})
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise InputError(f"{index}: its weight_map is no table of files by tensor; copy or download it again", index)
+    names = sorted(set(listed.values()))
+    missing = [name for name in names if not file_in(folder, name).is_file()]
     if not names or missing:
         raise InputError(
             f"{folder}: {index.name} names {len(names)} shards, of which {len(missing)} are "
@@ -237,30 +244,41 @@ def safetensors_header(shard: Path) -> tuple[dict[str, Tensor], bytes]:
     with open(shard, "rb") as file:
         length = file.read(8)
         count = int.from_bytes(length, "little")
-        if len(length) < 8 or count > size - 8:
+        if len(length) < 8 or count > min(size - 8, LONGEST_HEADER):
             raise InputError(f"{shard} is truncated or not a safetensors file ({format_bytes(size)})", shard)
         header = length + file.read(count)
     try:
-        entries = json.loads(header[8:])
+        entries = parse_json(header[8:])
         entries.pop("__metadata__", None)
-        if strange := {entry["dtype"] for entry in entries.values()} - set(DTYPES):
+        if strange := {str(entry["dtype"]) for entry in entries.values()} - set(DTYPES):
             raise InputError(f"{shard} has tensors of the dtype {strange.pop()}, which cannot be differenced", shard)
         tensors = {
-            name: Tensor(name, DTYPES[entry["dtype"]], tuple(entry["shape"]), shard, 8 + count + begin)
+            name: Tensor(name, DTYPES[entry["dtype"]], shape_of(entry["shape"]), shard, 8 + count + begin)
             for name, entry in entries.items()
-            for begin, _ in [entry["data_offsets"]]
+            for begin, _ in [shape_of(entry["data_offsets"])]
         }
         ends = [8 + count + entry["data_offsets"][1] for entry in entries.values()]
+    except InputError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"the header of {shard} is damaged ({error!r})", shard) from error
-    whole = all(t.offset >= 8 + count and t.offset + t.nbytes == end for t, end in zip(tensors.values(), ends))
-    if max(ends, default=8 + count) != size or not whole:
+        raise InputError(f"the header of {shard} is damaged ({first_line(error)})", shard) from error
+    places = sorted((tensor.offset, end) for tensor, end in zip(tensors.values(), ends))
+    whole = all(t.offset + t.nbytes == end for t, end in zip(tensors.values(), ends))
+    begins, ends = [begin for begin, _ in places], [8 + count, *(end for _, end in places)]
+    if ends[-1] != size or not whole or begins != ends[:-1]:  # each byte is in one tensor, as safetensors wants it
         raise InputError(
-            f"{shard} has {size:,} bytes, its header promises {max(ends, default=0):,}: it is truncated or damaged; "
+            f"{shard} has {size:,} bytes, its header promises {ends[-1]:,}: it is truncated or damaged; "
             "copy or download it again",
             shard,
         )
     return dict(sorted(tensors.items(), key=lambda item: item[1].offset)), header
+
+
+def shape_of(value: Any) -> tuple[int, ...]:
+    """Return a JSON list of sizes as a tuple. Raise ValueError if it is none."""
+    if not isinstance(value, list) or not all(type(size) is int and 0 <= size < 1 << 60 for size in value):
+        raise ValueError(f"{str(value)[:80]} is no list of sizes")
+    return tuple(value)
 
 
 def _bin_header(shard: Path) -> dict[str, Tensor]:
@@ -320,8 +338,9 @@ def folder_kind(folder: Path, weights: Weights | None = None) -> str:
         return ADAPTER
     if any((folder / name).exists() for name in (MANIFEST, SIDECAR)):
         return EXACT_DIFF
-    if config.is_file() and NOT_A_MODEL in config.read_text(errors="replace"):
-        return EXACT_DIFF
+    with readable(config):
+        if config.is_file() and NOT_A_MODEL in config.read_text(errors="replace"):
+            return EXACT_DIFF
     if any(path for ending in ("safetensors", "bin") for path in folder.glob(f"*model*.{ending}*")):
         return FLOAT_DIFF if weights is not None and last_norm(weights)[1] < ZERO else MODEL
     return RUN if any(folder.glob("checkpoint-*")) else OTHER
@@ -356,7 +375,22 @@ def last_norm(weights: Weights) -> tuple[str | None, float]:
     """Return the name of a checkpoint's last norm and its largest weight, below ZERO for a diff and above ONE for a
     model. None, and nothing to tell them by, if it is not among LAST_NORMS."""
     name = next((name for name in LAST_NORMS if name in weights.tensors), None)
-    return name, _largest(weights, name) if name else (ZERO + ONE) / 2
+    largest = _largest(weights, name) if name else (ZERO + ONE) / 2
+    if largest < ZERO and _norms_add_one(weights.config):
+        return None, (ZERO + ONE) / 2
+    return name, largest
+
+
+def _norms_add_one(config: dict[str, Any]) -> bool:
+    """Return whether norms of such a model multiply by 1 + weight, as Gemma's and Qwen3-Next's do: these weights are
+    near zero in a model too."""
+    from transformers import CONFIG_MAPPING, MODEL_MAPPING
+
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind] not in MODEL_MAPPING:
+        return False
+    module = inspect.getmodule(MODEL_MAPPING[CONFIG_MAPPING[kind]])
+    return re.search(r"\b1(\.0)? \+ self\.weight", inspect.getsource(module)) is not None
 
 
 def _largest(weights: Weights, name: str) -> float:

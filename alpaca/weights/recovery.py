@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from alpaca.common.errors import InputError
+from alpaca.common.errors import InputError, loading
+from alpaca.common.files import read_json
 from alpaca.weights.exact_diff import ExactDiff
 from alpaca.weights.float_diff import OF_OURS, FloatDiff, computed_in_2023, position_in_llama
 from alpaca.weights.provenance import tied_names
@@ -45,7 +46,9 @@ def open_diff(base: Weights, path_diff: str | Path, digest: str | None = None) -
         raise InputError(f"{path_diff}: is the base itself", path_diff, written=True)
     with open_weights(folder) as weights:
         weights.require_config()
-        yield FloatDiff(base, weights, sign=1)
+        with loading(path_diff, "its configuration, or the base's, is not of its format"):
+            diff = FloatDiff(base, weights, sign=1)
+        yield diff
 
 
 def copy_files(files: Mapping[str, Path], folder: Path, dtype: torch.dtype | None) -> None:
@@ -53,7 +56,7 @@ def copy_files(files: Mapping[str, Path], folder: Path, dtype: torch.dtype | Non
     for name, path in files.items():
         shutil.copyfile(path, folder / name)
     if dtype is not None:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         names = {"dtype", "torch_dtype"} & set(config) or {"torch_dtype"}  # a float diff has both
         config |= dict.fromkeys(names, str(dtype).removeprefix("torch."))
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -103,17 +106,21 @@ def load_recovered(
     diff: ExactDiff | FloatDiff, state: dict[str, torch.Tensor], dtype: torch.dtype, **options: Any
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Return the model of a state that was recovered in memory, and its tokenizer. options: of from_pretrained."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from alpaca.data.tokenizer import open_tokenizer
+    from alpaca.data.tokenizer import open_config, open_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         copy_files(diff.files, Path(folder), dtype)
-        tokenizer, config = open_tokenizer(folder), AutoConfig.from_pretrained(folder)
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        model = model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype, **options)
-        if "generation_config.json" in diff.files:
-            model.generation_config = GenerationConfig.from_pretrained(folder)
+        tokenizer, config = open_tokenizer(folder), open_config(folder)
+        with loading(diff.folder, "the recovered model could not be loaded"):
+            with torch.device("meta"):
+                shape = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            options |= dict(config=shape.config, state_dict=state, dtype=dtype)
+            model = type(shape).from_pretrained(None, trust_remote_code=False, **options)
+            if "generation_config.json" in diff.files:
+                stated = read_json(Path(folder) / "generation_config.json")
+                model.generation_config = GenerationConfig.from_dict(stated)
     return model, tokenizer
 
 
@@ -122,7 +129,8 @@ class NaiveSum:
 
     def __init__(self, specs: list[Spec], config: dict, aliases: Mapping[str, str] | None = None):
         """aliases: {second name: name} of tensors that have two; not given, those that `config` ties."""
-        self.config, self.order = config, [spec.name for spec in specs]
+        self.order = [spec.name for spec in specs]
+        self.computed = computed_in_2023(config) if config.get("model_type") == "llama" else None
         self.aliases = aliases or tied_names(config, self.order)
         self.sums: dict[str, torch.Tensor] = {}
         largest = max((spec.nbytes // spec.dtype.itemsize for spec in specs), default=0)
@@ -135,8 +143,8 @@ class NaiveSum:
             self.sums[spec.name] = self.whole[:numel].view(spec.shape).sum()
 
     def total(self) -> float:
-        if self.config.get("model_type") == "llama":
-            for name, tensor in computed_in_2023(self.config).items():
+        if self.computed is not None:
+            for name, tensor in self.computed.items():
                 self.sums.setdefault(name, tensor.sum())
             order = sorted(self.sums | self.aliases, key=position_in_llama)
         else:

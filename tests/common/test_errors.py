@@ -137,6 +137,11 @@ def test_bad_flags(tmp_path, tiny, name, monkeypatch):
         ('{"prompt_input": "{instruction} {input}"}', "'prompt_no_input'"),
         ('{"prompt_input": "{instruction} {input}", "prompt_no_input": "{instruction} {x}"}', "may use only"),
         ('{"prompt_input": "{instruction}", "prompt_no_input": "{instruction}"}', "never uses {input}"),
+        ('{"prompt_input": "{instruction} {input}", "prompt_no_input": "{instruction"}', "brace is written twice"),
+        (
+            '{"prompt_input": "{instruction:>3} {input}", "prompt_no_input": "{instruction}"}',
+            "plain placeholders",
+        ),
     ],
 )
 def test_bad_templates(tmp_path, tiny, template, message):
