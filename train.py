@@ -40,7 +40,7 @@ from alpaca.models import deepspeed, fsdp
 from alpaca.models.embeddings import resize_embeddings
 from alpaca.models.load import base_slow_files, load_tokenizer, make_model
 from alpaca.models.lora import LoraArguments, check_lora
-from alpaca.training import legacy_flags
+from alpaca.training import legacy_flags, stop
 from alpaca.training.checkpoint import find_checkpoint
 from alpaca.training.preflight import (
     check_combinations,
@@ -346,7 +346,8 @@ def smart_tokenizer_and_embedding_resize(
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv` (default: this process's)."""
-    run(*parse_flags(sys.argv[1:] if argv is None else argv))
+    with stop.watching():
+        run(*parse_flags(sys.argv[1:] if argv is None else argv))
 
 
 @names_flags
@@ -380,8 +381,8 @@ def run(
     )
     mark_started(training_args, run_fingerprint)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.was_stopped_early():
-        return shutdown()
+    if trainer.stop.agreed:
+        trainer.stop.end(training_args, trainer.state)
     trainer.save_final_model()
     trainer.create_model_card()
     mark_finished(training_args, run_fingerprint)

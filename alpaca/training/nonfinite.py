@@ -16,6 +16,7 @@ from alpaca.common.distributed import all_gather_object
 from alpaca.common.errors import UsageError
 from alpaca.common.files import atomic_write
 from alpaca.training.metrics import LossTracker
+from alpaca.training.stop import StopCallback
 
 DECODED_TOKENS = 128  # of a row, for the file: the template's preamble and the beginning of the instruction
 
@@ -28,7 +29,14 @@ class NonFiniteGuard(TrainerCallback):
     The loss scaler of float16 skips steps whose gradients overflow, so there only the loss counts. It waits itself.
     """
 
-    def __init__(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase | None, losses: LossTracker):
+    def __init__(
+        self,
+        dataset: Dataset | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        losses: LossTracker,
+        stop: StopCallback | None = None,
+    ):
+        self.stop = stop or StopCallback()
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.tracker = losses
@@ -47,10 +55,13 @@ class NonFiniteGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         norm = self.grad_norm.full_tensor() if isinstance(self.grad_norm, DTensor) else self.grad_norm
         loss = torch.stack([loss.float() for loss in self.losses]).sum()
+        sums = torch.cat([loss.view(1), self.stop.votes(loss)])
         if args.world_size > 1:  # the micro-batches of all ranks; a loss that is not finite stays so in the sum
-            torch.distributed.all_reduce(loss)
+            torch.distributed.all_reduce(sums)
         norm_here = loss.new_zeros(()) if norm is None else torch.as_tensor(norm, dtype=loss.dtype, device=loss.device)
-        loss, size = torch.stack([loss / args.world_size, norm_here]).tolist()
+        sums[0] /= args.world_size
+        loss, *votes, size = torch.cat([sums, norm_here.view(1)]).tolist()
+        self.stop.count(votes)
         size = None if norm is None else size
         if not math.isfinite(loss) or not (args.fp16 or size is None or math.isfinite(size)):
             self._stop(args, state, size)

@@ -42,6 +42,7 @@ from alpaca.training.checkpoint import (
 from alpaca.training.metrics import ConsoleCallback, LossTracker, SpeedMeter, plot_loss
 from alpaca.training.model_card import write_model_card
 from alpaca.training.nonfinite import NonFiniteGuard
+from alpaca.training.stop import StopCallback
 
 FP16_SCALE = 1024  # of the loss: the scaler's own first guess makes gradients infinite
 # What is overridden of transformers' Trainer although its documentation does not offer it. Another release may change
@@ -92,10 +93,11 @@ class AlpacaTrainer(Trainer):
         if hasattr(self.model, "create_or_update_model_card"):
             self.model.create_or_update_model_card = lambda folder: None  # peft would alter a README.md of the user's
         self.losses = LossTracker()
-        self.nonfinite_guard = NonFiniteGuard(self.train_dataset, self.processing_class, self.losses)
+        self.stop = StopCallback()
+        self.nonfinite_guard = NonFiniteGuard(self.train_dataset, self.processing_class, self.losses, self.stop)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        for callback in (self.nonfinite_guard, ConsoleCallback, SaveOnlyWhenAsked):
+        for callback in (self.nonfinite_guard, ConsoleCallback, SaveOnlyWhenAsked, self.stop):
             self.add_callback(callback)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         self.speed = SpeedMeter(self.model, self.args.device, dtype, self.args.world_size)
@@ -328,15 +330,6 @@ class AlpacaTrainer(Trainer):
         if args.should_save:
             keep = {f"checkpoint-{state.global_step}", Path(state.best_model_checkpoint or "").name}
             delete_old_checkpoints(output, args.save_total_limit, keep)
-
-    def was_stopped_early(self) -> bool:
-        """Return, and print, whether something ended the training before its last step: --enable_jit_checkpoint does on
-        SIGTERM. Such a run has no final model."""
-        stopped = self.state.global_step < self.state.max_steps
-        if stopped:
-            at = f"step {self.state.global_step} of {self.state.max_steps}"
-            print_rank0(f"stopped at {at}; --resume_from_checkpoint True continues", self.args.process_index)
-        return stopped
 
     def save_final_model(self) -> None:
         """Write the trained model to `output_dir` in `save_dtype`, then trainer_state.json. Last act: the float32
