@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alpaca.common.arguments import flag, parse
+from alpaca.common.arguments import check_ranges, flag, parse
 from alpaca.common.distributed import hide_progress_bars, print_rank0, shutdown
 from alpaca.common.errors import UsageError, names_flags, reported
 from alpaca.common.files import fingerprint
@@ -43,11 +43,15 @@ from alpaca.models.lora import LoraArguments, check_lora
 from alpaca.training import legacy_flags, stop
 from alpaca.training.checkpoint import find_checkpoint
 from alpaca.training.preflight import (
+    RANGES,
     check_combinations,
     check_evaluation,
+    check_installed,
     check_is_model,
+    check_optimizer,
     check_schedule,
     check_trackers,
+    hide_token,
     names_trackers,
     prepare_run,
 )
@@ -175,8 +179,8 @@ class TrainingArguments(transformers.TrainingArguments):
         new_name = getattr(self, "activation_checkpointing", None)  # of transformers 5.18 and later
         recompute = self.activation_checkpointing = self.gradient_checkpointing if new_name is None else new_name
         super().__post_init__()
-        check_schedule(self)
-        check_trackers(self)
+        for check in (check_schedule, check_optimizer, check_trackers, check_installed, hide_token):
+            check(self)
         self.gradient_checkpointing = recompute  # None, which transformers makes False: check_before_loading decides
         self.logging_nan_inf_filter = False  # it would wait for the device in every step; NonFiniteGuard looks anyway
         if self.fsdp and (policy := fsdp.mixed_precision_policy(self.mixed_precision)):
@@ -197,6 +201,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Lor
         adapt=legacy_flags.adapt,
         hidden={*legacy_flags.HIDDEN, "hold_gradients"},  # the memory estimate decides it
     )
+    check_ranges(lora_args, RANGES)
     check_lora(lora_args, training_args)
     if model_args.add_missing_tokens is None:
         model_args.add_missing_tokens = not lora_args

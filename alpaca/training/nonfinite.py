@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -19,6 +19,23 @@ from alpaca.training.metrics import LossTracker
 from alpaca.training.stop import StopCallback
 
 DECODED_TOKENS = 128  # of a row, for the file: the template's preamble and the beginning of the instruction
+
+
+def nonfinite_weights(model: nn.Module) -> list[str]:
+    """Return the names of trained weights of which a value is not finite, here or on another rank. Collective."""
+    counts = []
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for _, parameter in trained:
+            held = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed's part
+            held = held.to_local() if isinstance(held, DTensor) else held
+            counts.append((~torch.isfinite(held)).any())
+    here = [name for (name, _), bad in zip(trained, torch.stack(counts).tolist() if counts else []) if bad]
+    return sorted({name for names in all_gather_object(here) for name in names})
+
+
+def format_names(names: list[str]) -> str:
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
 class NonFiniteGuard(TrainerCallback):
@@ -44,6 +61,25 @@ class NonFiniteGuard(TrainerCallback):
         self.target_losses: list[Tensor] = []  # (K,) of each micro-batch
         self.losses: list[Tensor] = []
         self.grad_norm: Tensor | float | None = None
+        self.from_the_start: list[str] = []  # weights that are not finite
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.from_the_start = nonfinite_weights(model)
+        if self.from_the_start and args.process_index == 0:
+            shown = format_names(self.from_the_start)
+            print(f"note: weights that are not finite, from the start: {shown}; the model is damaged", flush=True)
+
+    def check_weights(self, model: nn.Module, args: Any, state: Any, final: bool = False) -> None:
+        """Raise UsageError for weights that have become not finite, instead of saving them; of the final model also for
+        those that have been so from the start. Collective."""
+        found = nonfinite_weights(model)
+        bad = [name for name in found if final or name not in self.from_the_start]
+        if bad:
+            dtype = "" if args.save_dtype != "float16" else " --save_dtype float16 holds nothing above 65504."
+            raise UsageError(
+                f"step {state.global_step}: the model is not saved, as weights of it are not finite: "
+                f"{format_names(bad)}.{dtype} Common causes: a learning rate that is too high, a damaged base model"
+            )
 
     def begin_step(self, rows: list[list[tuple[int, int]]]) -> None:
         """Forget the step before. `rows`: of each micro-batch here, row numbers and their numbers of targets."""

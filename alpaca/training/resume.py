@@ -182,6 +182,18 @@ def check_run_fingerprint(args: "TrainingArguments", run: RunFingerprint, checkp
         print_rank0(f"{note}: {'; '.join(changed)}", args.process_index)
 
 
+def follow_schedule(scheduler: Any) -> None:
+    """Give the optimizer the rate of this run's schedule: what was loaded with it is that of the run that was saved,
+    which may have been shorter."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        scheduler._last_lr = [
+            base * rate(scheduler.last_epoch) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas)
+        ]
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr):
+            group["lr"] = rate
+
+
 def mark_started(args: "TrainingArguments", run: RunFingerprint) -> None:
     """Note in --output_dir what runs there. Collective.
 

@@ -42,6 +42,7 @@ from alpaca.training.checkpoint import (
 from alpaca.training.metrics import ConsoleCallback, LossTracker, SpeedMeter, plot_loss
 from alpaca.training.model_card import write_model_card
 from alpaca.training.nonfinite import NonFiniteGuard
+from alpaca.training.resume import follow_schedule
 from alpaca.training.stop import StopCallback
 
 FP16_SCALE = 1024  # of the loss: the scaler's own first guess makes gradients infinite
@@ -314,6 +315,7 @@ class AlpacaTrainer(Trainer):
         args, state = self.args, self.state
         output = Path(args.output_dir)
         self.store_flos()
+        self.nonfinite_guard.check_weights(self.model, args, state)
         if state.best_global_step:
             state.best_model_checkpoint = str(output / f"checkpoint-{state.best_global_step}")
         whole = atomic_checkpoint_dir(output, state.global_step, self.run_fingerprint, args.process_index)
@@ -339,6 +341,7 @@ class AlpacaTrainer(Trainer):
         for module in self.model.modules() if cast else ():
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):  # not LoRA's base
                 module.to(dtype)
+        self.nonfinite_guard.check_weights(self.model, self.args, self.state, final=True)
         self.save_model(dtype=dtype)
         retry_while_disk_full(self.save_state, self.args.output_dir)
 
@@ -369,10 +372,13 @@ class AlpacaTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_fsdp_enabled == os.path.isdir(os.path.join(checkpoint, "optimizer_0")):
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        load_resharded_optimizer(self.model, self.optimizer.optimizer, checkpoint)
-        scheduler = torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True)
-        self.lr_scheduler.load_state_dict(scheduler)
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            load_resharded_optimizer(self.model, self.optimizer.optimizer, checkpoint)
+            scheduler = torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True)
+            self.lr_scheduler.load_state_dict(scheduler)
+        if checkpoint is not None:
+            follow_schedule(self.lr_scheduler)
 
     def _prepare_input(self, data: Any) -> Any:
         if isinstance(data, (Tensor, PackLayout)):  # for DeepSpeed, the Trainer would round the weights of the loss

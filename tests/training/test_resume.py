@@ -422,3 +422,14 @@ def test_a_finished_run_started_again_says_so(tiny, tmp_path, capsys):
     shutil.rmtree(tmp_path / "out" / "checkpoint-6")
     train({**flags, "save_strategy": "no", "overwrite_output_dir": True, "max_steps": 1})
     assert len(history(tmp_path / "out")) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule, processes, fsdp", [("linear", 0, ""), ("cosine", 2, FSDP)])
+def test_a_run_made_longer_follows_the_longer_schedule_at_once(tiny, tmp_path, schedule, processes, fsdp):
+    flags = flags_for(tiny("llama"), tmp_path, lr_scheduler_type=schedule, warmup_steps=2, fsdp=fsdp)
+    for name, steps in (("long", 8), ("short", 4)):
+        train(dict(output_dir=tmp_path / name, **flags, max_steps=steps), processes)
+    train(dict(output_dir=tmp_path / "short", **flags, max_steps=8, resume_from_checkpoint=True), processes)
+    rates = [[entry["learning_rate"] for entry in history(tmp_path / name)] for name in ("long", "short")]
+    assert rates[0][4:] == rates[1][4:] and rates[0][:4] != rates[1][:4]
