@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 from alpaca.common.errors import InputError
-from alpaca.common.files import AUX_SUFFIXES, atomic_write, fingerprint_of_files, fingerprint_of_weights, read_json
+from alpaca.common.files import (
+    AUX_SUFFIXES,
+    atomic_write,
+    fingerprint_of_files,
+    fingerprint_of_weights,
+    parse_json,
+    read_json,
+)
 from alpaca.data.prompts import TEMPLATE_FILE
 from alpaca.weights import reader
 from alpaca.weights.reader import ADAPTER_CONFIG, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Weights, find_folder
@@ -84,7 +91,7 @@ def read_manifest(checkpoint: str) -> dict[str, Any]:
 def read_record(output: Path) -> dict[str, Any] | None:
     """Return what is known of the run in `output`. It is finished only as long as its model is there."""
     record = _read_json(output / RECORD)
-    if record is None or not record.keys() >= {"finished", "contract"}:
+    if record is None or not isinstance(record.get("finished"), bool) or not isinstance(record.get("contract"), dict):
         return None
     return {**record, "finished": record["finished"] and holds_a_model(output)}
 
@@ -97,7 +104,7 @@ def write_record(output: Path, contract: dict[str, Any], finished: bool) -> None
 def _read_json(path: Path) -> dict[str, Any] | None:
     """Return the object in a file, or None where there is no file or a torn one."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
