@@ -140,12 +140,13 @@ def check_ranges(args: Any, ranges: Mapping[str, str], unused: Collection[str] =
             raise UsageError(f"--{name} {value}: expected a number")
         text = "[-inf, inf]" if name in unused else ranges.get(name, "[-inf, inf]")
         low, high = (float(bound) for bound in text[1:-1].split(","))
+        least = f"{low:,.0f} or more" if low == 0 else f"at least {low:,.0f}"
+        least = f"more than {low:,.0f}" if text[0] == "(" else least
         if value < low or (value == low and text[0] == "("):
-            least = f"{low:,.0f} or more" if low == 0 else f"at least {low:,.0f}"
-            raise UsageError(f"--{name} {value}: expected {'more than 0' if text[0] == '(' else least}")
+            raise UsageError(f"--{name} {value}: expected {least}")
         if value > high or (value == high and text[-1] == ")"):
             most = f"at most {high:,.0f}" if text[-1] == "]" else f"less than {high:,.0f}"
-            raise UsageError(f"--{name} {value}: expected {'a finite number' if high == math.inf else most}")
+            raise UsageError(f"--{name} {value}: expected {f'{least}, and finite' if high == math.inf else most}")
 
 
 def read_config(text: str, flag: str) -> dict[str, Any]:

@@ -71,7 +71,7 @@ RANGES = {  # of the numbers that a run can have: the brackets as in mathematics
     "[0, inf]": "max_grad_norm",
     "[0, 1)": "adam_beta1 adam_beta2 lora_dropout",
     "[0, 1]": "label_smoothing_factor",
-    "(0, 1e6]": "num_train_epochs",
+    "(0, inf)": "num_train_epochs",
     "[0, 1e9]": "warmup_steps logging_steps eval_steps save_steps",
     "[-1, 1e9]": "max_steps save_total_limit local_rank",
     "[0, 4294967295]": "seed data_seed",

@@ -57,6 +57,7 @@ def test_the_walk_has_seen_what_it_was_made_for():
         ("--label_smoothing_factor=1.5", "--label_smoothing_factor 1.5: expected at most 1"),
         ("--warmup_steps=inf", "--warmup_steps inf: expected at most 1,000,000,000"),
         ("--max_grad_norm=-1", "--max_grad_norm -1.0: expected 0 or more"),
+        ("--learning_rate=inf", "--learning_rate inf: expected 0 or more, and finite"),
         ("--ddp_timeout=0", "--ddp_timeout 0: expected at least 1"),
         # what is not installed, or not logged in to
         ("--optim=galore_adamw", "--optim galore_adamw: needs --optim_target_modules"),
