@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alpaca.common.arguments import flag, parse
+from alpaca.common.arguments import check_ranges, flag, parse
 from alpaca.common.distributed import hide_progress_bars, print_rank0, shutdown
 from alpaca.common.errors import UsageError, names_flags, reported
 from alpaca.common.files import fingerprint
@@ -41,14 +41,18 @@ from alpaca.models import deepspeed, fsdp
 from alpaca.models.embeddings import resize_embeddings, vocabulary_size
 from alpaca.models.load import base_slow_files, load_tokenizer, make_model
 from alpaca.models.lora import LoraArguments, check_lora
-from alpaca.training import legacy_flags
+from alpaca.training import legacy_flags, stop
 from alpaca.training.checkpoint import find_checkpoint
 from alpaca.training.preflight import (
+    RANGES,
     check_combinations,
     check_evaluation,
+    check_installed,
     check_is_model,
+    check_optimizer,
     check_schedule,
     check_trackers,
+    hide_token,
     names_trackers,
     prepare_run,
 )
@@ -176,8 +180,8 @@ class TrainingArguments(transformers.TrainingArguments):
         new_name = getattr(self, "activation_checkpointing", None)  # of transformers 5.18 and later
         recompute = self.activation_checkpointing = self.gradient_checkpointing if new_name is None else new_name
         super().__post_init__()
-        check_schedule(self)
-        check_trackers(self)
+        for check in (check_schedule, check_optimizer, check_trackers, check_installed, hide_token):
+            check(self)
         self.gradient_checkpointing = recompute  # None, which transformers makes False: check_before_loading decides
         self.logging_nan_inf_filter = False  # it would wait for the device in every step; NonFiniteGuard looks anyway
         if self.fsdp and (policy := fsdp.mixed_precision_policy(self.mixed_precision)):
@@ -193,6 +197,7 @@ def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, Lor
     (model_args, data_args, lora_args, training_args), notes = parse(
         argv, classes, __doc__, "train.py", legacy_flags.translate_legacy_flags, legacy_flags.adapt, hidden
     )
+    check_ranges(lora_args, RANGES)
     check_lora(lora_args, training_args)
     if model_args.add_missing_tokens is None:
         model_args.add_missing_tokens = not lora_args
@@ -346,7 +351,8 @@ def safe_save_model_for_hf_trainer(trainer: transformers.Trainer, output_dir: st
 
 def train(argv: Sequence[str] | None = None) -> None:
     """Run the command line `argv` (default: this process's)."""
-    run(*parse_flags(sys.argv[1:] if argv is None else argv))
+    with stop.watching():
+        run(*parse_flags(sys.argv[1:] if argv is None else argv))
 
 
 @names_flags
@@ -380,8 +386,8 @@ def run(
     )
     mark_started(training_args, run_fingerprint)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.was_stopped_early():
-        return shutdown()
+    if trainer.stop.agreed:
+        trainer.stop.end(training_args, trainer.state)
     trainer.save_final_model()
     trainer.create_model_card()
     mark_finished(training_args, run_fingerprint)

@@ -7,6 +7,10 @@ cd "$(dirname "$0")/.."
 FULL_SHARD=(--fsdp "full_shard auto_wrap" --fsdp_transformer_layer_cls_to_wrap)
 COSINE=(--weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type "cosine")
 
+# torchrun's --shutdown-timeout, which older ones do not have: the seconds that a run which is told to stop has for its
+# checkpoint. torchrun's own 30 are too few for 7B.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
+
 # NODES: torchrun's flags of several nodes. The batch is the same on any number of processes that divides it.
 train() {
     # shellcheck disable=SC2086

@@ -2,7 +2,7 @@
 name. What 2023 called otherwise is translated by the command that asks for it (alpaca/training/legacy_flags.py)."""
 
 import dataclasses
-import json
+import math
 from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +13,7 @@ import transformers
 from alpaca.common.commands import HELP, HelpFormatter, names_a_path, unknown_flag
 from alpaca.common.commands import flag as flag
 from alpaca.common.errors import ParameterError, UsageError, names_flags
+from alpaca.common.files import parse_json
 
 
 def enum_value(option: Any) -> str:
@@ -92,6 +93,8 @@ def parse(
     except (ValueError, OSError, ImportError) as error:
         named = isinstance(error, ParameterError) and error.naming({name: f"--{name}" for name in error.parameters})
         raise UsageError(named or str(error)) from error
+    except Exception as error:  # transformers and accelerate meet values of types that they do not expect
+        raise UsageError(f"a flag has a value that is not understood: {type(error).__name__}: {error}") from error
 
 
 def rename_flags(argv: list[str], aliases: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -125,11 +128,34 @@ def join_flags(flags: list[tuple[str, list[str]]]) -> list[str]:
     return words
 
 
+def check_ranges(args: Any, ranges: Mapping[str, str], unused: Collection[str] = ()) -> None:
+    """Raise UsageError for a number, in a dataclass of flags, that is outside of its range, or is none.
+
+    `ranges`: names by their range, such as "[0, 1)", which a bracket bounds with the bound itself.
+    """
+    ranges = {name: text for text, names in ranges.items() for name in names.split()}
+    for name, value in vars(args).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        if math.isnan(value):
+            raise UsageError(f"--{name} {value}: expected a number")
+        text = "[-inf, inf]" if name in unused else ranges.get(name, "[-inf, inf]")
+        low, high = (float(bound) for bound in text[1:-1].split(","))
+        least = f"{low:,.0f} or more" if low == 0 else f"at least {low:,.0f}"
+        least = f"more than {low:,.0f}" if text[0] == "(" else least
+        if value < low or (value == low and text[0] == "("):
+            raise UsageError(f"--{name} {value}: expected {least}")
+        if value > high or (value == high and text[-1] == ")"):
+            most = f"at most {high:,.0f}" if text[-1] == "]" else f"less than {high:,.0f}"
+            raise UsageError(f"--{name} {value}: expected {f'{least}, and finite' if high == math.inf else most}")
+
+
 def read_config(text: str, flag: str) -> dict[str, Any]:
     """Return a JSON object given on the command line, itself or the path of its file."""
     try:
-        config = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+        config = parse_json(text if text.lstrip().startswith("{") else Path(text).read_bytes())
+    except (OSError, ValueError) as error:
+        text = text if len(text) < 200 else f"{text[:200]} …"
         raise UsageError(f"{flag} {text}: cannot be read as JSON ({error})") from error
     if not isinstance(config, dict):
         raise UsageError(f"{flag} {text}: expected a JSON object, got {type(config).__name__}")

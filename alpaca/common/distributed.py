@@ -94,6 +94,13 @@ def die_with_launcher() -> None:
             os._exit(1)
 
 
+def leave_signals_to_the_run(worker: int) -> None:
+    """Make a data loader's process ignore SIGTERM and Ctrl-C, which also reach its process group: the run, which may
+    finish a step first, still needs it, and ends it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _launcher_is_gone() -> bool:
     """Return whether the parent is one that takes over orphans. torchrun, a Python program, may be process 1 itself."""
     parent = os.getppid()

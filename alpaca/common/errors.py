@@ -213,10 +213,11 @@ def reported(program: str) -> Iterator[None]:
     try:
         yield
         if launched:
-            atexit._run_exitfuncs()  # loggers and trackers that have something left to write
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)
+            _leave(0)
+    except SystemExit as error:
+        if not launched or not isinstance(error.code, int):
+            raise
+        _leave(error.code)
     except UsageError as error:
         fail(str(error), program)
     except KeyboardInterrupt:
@@ -228,18 +229,37 @@ def reported(program: str) -> Iterator[None]:
         fail("the connection to another process is lost; what that one says is the cause", program)
 
 
+def _leave(code: int) -> NoReturn:
+    atexit._run_exitfuncs()  # loggers and trackers that have something left to write
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def fail(message: str, program: str) -> NoReturn:
     """End the process with `message` on stderr, once per torchrun launch where all ranks make the same mistake.
 
     The other ranks wait before they speak: torchrun kills all of them when the first exits, and if that was rank 0 it
     has said the same.
     """
+    write_torchrun_error(message)
     rank = int(os.environ.get("RANK", 0))
     if rank != 0:
         time.sleep(15)
         program = f"[rank {rank}] {program}"
     print(f"\n{program}: error: {masked(message)}\n", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def write_torchrun_error(message: str) -> None:
+    """Leave `message` where torchrun reads it for its own summary, which it prints last; elsewhere do nothing."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}  # as torchrun's own `record` writes it
+        try:
+            Path(path).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
+        except OSError as error:
+            print(f"note: {path} could not be written ({error})", file=sys.stderr, flush=True)
 
 
 def format_bytes(size: float) -> str:

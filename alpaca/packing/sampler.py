@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from alpaca.common.distributed import leave_signals_to_the_run
 from alpaca.packing.packing import Batch, MicroBatch, PackedBatchDataset, Packing, RowSizes, StepTotals
 
 if TYPE_CHECKING:
@@ -329,6 +330,7 @@ def make_loader(
         persistent_workers=args.dataloader_persistent_workers,
         prefetch_factor=args.dataloader_prefetch_factor,
         in_order=args.dataloader_in_order if args.dataloader_num_workers else True,
+        worker_init_fn=leave_signals_to_the_run,
         multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
     )
 

@@ -7,6 +7,7 @@ memory          what a run needs, and what fits
 checkpoint      checkpoint-N, there when it is complete
 resume          what must not change when a run is resumed
 metrics         speed, memory, the console
+stop            SIGTERM and Ctrl-C
 nonfinite       a loss that is not finite stops the run
 model_card      README.md of the model
 """

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from alpaca.common.distributed import barrier, print_rank0
 from alpaca.common.errors import UsageError, format_bytes
@@ -24,6 +24,7 @@ from alpaca.weights.provenance import MANIFEST, _read_json, holds_a_model, read_
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+MANIFEST_TYPES = {"step": int, "contract": dict, "files": dict}
 OPTIMIZERS = ("optimizer.pt", "optimizer_0/.metadata", "latest")  # one process or DDP; FSDP; DeepSpeed
 
 
@@ -103,20 +104,47 @@ def _numbered(output: Path) -> list[Path]:
 def find_problems(folder: Path) -> list[str]:
     """Return why a run cannot continue from `folder`; [] for a complete checkpoint."""
     manifest = _read_json(folder / MANIFEST)
-    if manifest is None or not manifest.keys() >= {"step", "contract", "files"}:
+    if manifest is None or not all(isinstance(manifest.get(name), kind) for name, kind in MANIFEST_TYPES.items()):
         return [f"no readable {MANIFEST}, which is written last"]
+    if not is_run_fingerprint(manifest["contract"]):
+        return [f"{MANIFEST} does not say which run it is of"]
     wrong = []
     for name, size in manifest["files"].items():
         file = folder / name
         if not file.is_file():
             wrong.append(f"no {name}")
         elif file.stat().st_size != size:
-            wrong.append(f"{name} has {file.stat().st_size:,} of {size:,} bytes")
-    if not wrong and _read_json(folder / "trainer_state.json") is None:
+            expected = f"{size:,}" if isinstance(size, int) else size
+            wrong.append(f"{name} has {file.stat().st_size:,} of {expected} bytes")
+        elif not os.access(file, os.R_OK):
+            wrong.append(f"{name} cannot be read")
+    if not wrong and not _is_state(_read_json(folder / "trainer_state.json"), manifest["step"]):
         wrong.append("trainer_state.json cannot be read")
     if not wrong and not any(name in manifest["files"] for name in OPTIMIZERS):
         wrong.append("no optimizer: it was saved with --save_only_model")
     return wrong
+
+
+def is_run_fingerprint(value: Any) -> bool:
+    """Return whether `value`, of somebody's JSON, has the parts that resume.py compares."""
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(kind), dict) for kind in ("fixed", "free", "rounding"))
+        and isinstance(value.get("tokens"), str)
+    )
+
+
+def _is_state(state: dict[str, Any] | None, step: int) -> bool:
+    """Return whether the Trainer can go on from `state`, which is of `step`."""
+    if state is None or state.get("global_step") != step:
+        return False
+    try:
+        TrainerState(**state)
+    except Exception:  # keys and values of any type
+        return False
+    numbers = all(isinstance(state.get(name, 0), int | float) for name in ("epoch", "max_steps", "total_flos"))
+    logs = state.get("log_history") or []
+    return numbers and isinstance(logs, list) and all(isinstance(entry, dict) and "step" in entry for entry in logs)
 
 
 # ---- writing one ----

@@ -30,6 +30,7 @@ WITHOUT_EFFECT = {  # flags of transformers for what is done otherwise here; acc
         "eval_use_gather_object".split(),
         "evaluation computes a loss, and keeps no predictions",
     ),
+    "enable_jit_checkpoint": "SIGTERM and Ctrl-C always leave a checkpoint",
     **dict.fromkeys(
         ("remove_unused_columns", "label_names", "length_column_name"), "rows are tokens and labels, of known lengths"
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -16,8 +16,26 @@ from alpaca.common.distributed import all_gather_object
 from alpaca.common.errors import UsageError
 from alpaca.common.files import atomic_write
 from alpaca.training.metrics import LossTracker
+from alpaca.training.stop import StopCallback
 
 DECODED_TOKENS = 128  # of a row, for the file: the template's preamble and the beginning of the instruction
+
+
+def nonfinite_weights(model: nn.Module) -> list[str]:
+    """Return the names of trained weights of which a value is not finite, here or on another rank. Collective."""
+    counts = []
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with torch.no_grad():
+        for _, parameter in trained:
+            held = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed's part
+            held = held.to_local() if isinstance(held, DTensor) else held
+            counts.append((~torch.isfinite(held)).any())
+    here = [name for (name, _), bad in zip(trained, torch.stack(counts).tolist() if counts else []) if bad]
+    return sorted({name for names in all_gather_object(here) for name in names})
+
+
+def format_names(names: list[str]) -> str:
+    return ", ".join(names[:3]) + f" and {len(names) - 3} more" * (len(names) > 3)
 
 
 class NonFiniteGuard(TrainerCallback):
@@ -28,7 +46,14 @@ class NonFiniteGuard(TrainerCallback):
     The loss scaler of float16 skips steps whose gradients overflow, so there only the loss counts. It waits itself.
     """
 
-    def __init__(self, dataset: Dataset | None, tokenizer: PreTrainedTokenizerBase | None, losses: LossTracker):
+    def __init__(
+        self,
+        dataset: Dataset | None,
+        tokenizer: PreTrainedTokenizerBase | None,
+        losses: LossTracker,
+        stop: StopCallback | None = None,
+    ):
+        self.stop = stop or StopCallback()
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.tracker = losses
@@ -36,6 +61,25 @@ class NonFiniteGuard(TrainerCallback):
         self.target_losses: list[Tensor] = []  # (K,) of each micro-batch
         self.losses: list[Tensor] = []
         self.grad_norm: Tensor | float | None = None
+        self.from_the_start: list[str] = []  # weights that are not finite
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.from_the_start = nonfinite_weights(model)
+        if self.from_the_start and args.process_index == 0:
+            shown = format_names(self.from_the_start)
+            print(f"note: weights that are not finite, from the start: {shown}; the model is damaged", flush=True)
+
+    def check_weights(self, model: nn.Module, args: Any, state: Any, final: bool = False) -> None:
+        """Raise UsageError for weights that have become not finite, instead of saving them; of the final model also for
+        those that have been so from the start. Collective."""
+        found = nonfinite_weights(model)
+        bad = [name for name in found if final or name not in self.from_the_start]
+        if bad:
+            dtype = "" if args.save_dtype != "float16" else " --save_dtype float16 holds nothing above 65504."
+            raise UsageError(
+                f"step {state.global_step}: the model is not saved, as weights of it are not finite: "
+                f"{format_names(bad)}.{dtype} Common causes: a learning rate that is too high, a damaged base model"
+            )
 
     def begin_step(self, rows: list[list[tuple[int, int]]]) -> None:
         """Forget the step before. `rows`: of each micro-batch here, row numbers and their numbers of targets."""
@@ -47,10 +91,13 @@ class NonFiniteGuard(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         norm = self.grad_norm.full_tensor() if isinstance(self.grad_norm, DTensor) else self.grad_norm
         loss = torch.stack([loss.float() for loss in self.losses]).sum()
+        sums = torch.cat([loss.view(1), self.stop.votes(loss)])
         if args.world_size > 1:  # the micro-batches of all ranks; a loss that is not finite stays so in the sum
-            torch.distributed.all_reduce(loss)
+            torch.distributed.all_reduce(sums)
         norm_here = loss.new_zeros(()) if norm is None else torch.as_tensor(norm, dtype=loss.dtype, device=loss.device)
-        loss, size = torch.stack([loss / args.world_size, norm_here]).tolist()
+        sums[0] /= args.world_size
+        loss, *votes, size = torch.cat([sums, norm_here.view(1)]).tolist()
+        self.stop.count(votes)
         size = None if norm is None else size
         if not math.isfinite(loss) or not (args.fp16 or size is None or math.isfinite(size)):
             self._stop(args, state, size)

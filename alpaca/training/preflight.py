@@ -11,12 +11,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import huggingface_hub
 import torch
-from transformers import get_scheduler
+from transformers import Trainer, get_scheduler
 from transformers.integrations import integration_utils
 
+from alpaca.common.arguments import check_ranges, enum_value, read_config
 from alpaca.common.distributed import all_gather_object, print_rank0
-from alpaca.common.errors import InputError, UsageError, format_bytes
+from alpaca.common.errors import InputError, UsageError, first_line, format_bytes
 from alpaca.common.files import free_bytes, lock
 from alpaca.models import deepspeed
 from alpaca.models.load import load_config
@@ -37,6 +39,7 @@ def check_combinations(args: "TrainingArguments") -> None:
     if args.model_max_length < 1:
         raise UsageError(f"--model_max_length {args.model_max_length}: expected a positive number of tokens")
     check_training_numbers(args)
+    check_json(args)
     if not args.average_tokens_across_devices:
         raise UsageError("--average_tokens_across_devices False: use --loss_normalization microbatch for 2023's loss")
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
@@ -63,18 +66,31 @@ def check_combinations(args: "TrainingArguments") -> None:
         raise UsageError(f"--metric_for_best_model {args.metric_for_best_model}: only eval_loss is computed")
 
 
+RANGES = {  # of the numbers that a run can have: the brackets as in mathematics, ( and ) without the bound itself
+    "[0, inf)": "learning_rate weight_decay adam_epsilon neftune_noise_alpha eval_delay",
+    "[0, inf]": "max_grad_norm",
+    "[0, 1)": "adam_beta1 adam_beta2 lora_dropout",
+    "[0, 1]": "label_smoothing_factor",
+    "(0, inf)": "num_train_epochs",
+    "[0, 1e9]": "warmup_steps logging_steps eval_steps save_steps",
+    "[-1, 1e9]": "max_steps save_total_limit local_rank",
+    "[0, 4294967295]": "seed data_seed",
+    "[1, 1e9]": "model_max_length per_device_train_batch_size per_device_eval_batch_size",
+    "[1, 1e6]": "gradient_accumulation_steps lora_alpha torch_empty_cache_steps ddp_bucket_cap_mb",
+    "[1, 1e8]": "ddp_timeout",
+    "[1, 65536]": "lora_r",
+    "[1, 1024]": "dataloader_prefetch_factor",
+    "[0, 1024]": "dataloader_num_workers",
+}
+
+
 def check_training_numbers(args: "TrainingArguments") -> None:
-    """Raise UsageError for batches without rows, and for numbers that no run can have."""
-    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(args, name) < 1:
-            raise UsageError(f"--{name} {getattr(args, name)}: expected at least 1")
-    for name, value in vars(args).items():
-        if isinstance(value, float) and math.isnan(value):
-            raise UsageError(f"--{name} {value}: expected a number")
-    if not 0 <= args.learning_rate < math.inf:
-        raise UsageError(f"--learning_rate {args.learning_rate}: expected 0 or more, and finite")
-    if args.max_steps <= 0 and not 0 < args.num_train_epochs < math.inf:
-        raise UsageError(f"--num_train_epochs {args.num_train_epochs}: expected more than 0, and finite")
+    """Raise UsageError for numbers that no run can have, and for events every 0 steps."""
+    check_ranges(args, RANGES, unused=("num_train_epochs",) if args.max_steps > 0 else ())
+    for name in ("logging", "save", "eval"):
+        value = getattr(args, f"{name}_steps")
+        if enum_value(getattr(args, f"{name}_strategy")) == "steps" and value == 0:
+            raise UsageError(f"--{name}_steps 0: expected more than 0; --{name}_strategy no for never")
 
 
 def check_schedule(args: "TrainingArguments") -> None:
@@ -82,16 +98,74 @@ def check_schedule(args: "TrainingArguments") -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     steps = max(args.max_steps, 100)
     try:
-        get_scheduler(
+        scheduler = get_scheduler(
             args.lr_scheduler_type,
             optimizer,
             args.get_warmup_steps(steps),
             steps,
             scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
-    except (TypeError, ValueError) as error:
+        for rate in getattr(scheduler, "lr_lambdas", ()):
+            rate(steps // 2)
+    except Exception as error:  # of a schedule's own arithmetic, with values of any type
         given = f", --lr_scheduler_kwargs {args.lr_scheduler_kwargs}" if args.lr_scheduler_kwargs else ""
-        raise UsageError(f"--lr_scheduler_type {args.lr_scheduler_type.value}{given}: {error}") from error
+        raise UsageError(f"--lr_scheduler_type {args.lr_scheduler_type.value}{given}: {first_line(error)}") from error
+
+
+JSON_OR_FILE = ("accelerator_config", "fsdp_config", "deepspeed")
+
+
+def check_json(args: "TrainingArguments") -> None:
+    """Raise UsageError for a flag of JSON that is no JSON object, or has keys or types that nobody would look at before
+    the first step."""
+    for name in args._VALID_DICT_FIELDS:
+        value = getattr(args, name, None)
+        if isinstance(value, str) and value:
+            if not value.lstrip().startswith("{") and name not in JSON_OR_FILE:
+                raise UsageError(f"--{name} {value}: expected a JSON object, such as '{{\"name\": 1}}'")
+            read_config(value, f"--{name}")
+    options = args.gradient_checkpointing_kwargs
+    options = read_config(options, "--gradient_checkpointing_kwargs") if isinstance(options, str) else options or {}
+    known = ("use_reentrant", "preserve_rng_state", "debug", "early_stop")
+    for name, value in options.items():
+        if name not in known:
+            raise UsageError(f"--gradient_checkpointing_kwargs: unknown key {name!r}; known are {', '.join(known)}")
+        if not isinstance(value, bool):
+            raise UsageError(f"--gradient_checkpointing_kwargs {name} {value!r}: expected true or false")
+
+
+PIP = {"galore": "galore-torch", "apollo": "apollo-torch"}  # what transformers would have from git
+
+
+def check_optimizer(args: "TrainingArguments") -> None:
+    """Raise UsageError for an optimizer that is not installed, or does not take --optim_args."""
+    name = enum_value(args.optim)
+    given = f"--optim {name}" + (f" --optim_args {args.optim_args}" if args.optim_args else "")
+    if name.startswith(("galore", "apollo")) and not args.optim_target_modules:
+        raise UsageError(f"{given}: needs --optim_target_modules, such as all-linear")
+    try:
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(2, 2))
+        if kind.__module__.startswith("torch."):
+            kind([torch.zeros(2, requires_grad=True)], **options)
+    except Exception as error:  # of somebody's optimizer
+        package = next((PIP[key] for key in PIP if name.startswith(key)), None)
+        hint = f"is not installed; pip install {package}" if package else " ".join(str(error).split())
+        raise UsageError(f"{given}: {hint}") from error
+
+
+def check_installed(args: "TrainingArguments") -> None:
+    """Raise UsageError for what is not installed, or not logged in to."""
+    if args.torch_compile and args.torch_compile_backend not in (known := torch._dynamo.list_backends(None)):
+        raise UsageError(f"--torch_compile_backend {args.torch_compile_backend}: expected one of {', '.join(known)}")
+    if args.push_to_hub and not (args.hub_token or huggingface_hub.get_token()):
+        raise UsageError("--push_to_hub: needs a login to the hub; run hf auth login, or set HF_TOKEN")
+
+
+def hide_token(args: "TrainingArguments") -> None:
+    """Move --hub_token to where huggingface_hub looks for one: `args` are saved with every model."""
+    if args.hub_token:
+        os.environ["HF_TOKEN"] = args.hub_token
+        args.hub_token = None
 
 
 def check_trackers(args: "TrainingArguments") -> None:
@@ -102,7 +176,8 @@ def check_trackers(args: "TrainingArguments") -> None:
         if name not in known:
             raise UsageError(f"--report_to {name}: expected none, all or some of {', '.join(known)}")
         if name not in installed:
-            raise UsageError(f"--report_to {name}: is not installed")
+            package = {"comet_ml": "comet-ml", "azure_ml": "azureml-mlflow", "flyte": "flytekit"}.get(name, name)
+            raise UsageError(f"--report_to {name}: is not installed; pip install {package}")
 
 
 def names_trackers(run: Callable[..., None]) -> Callable[..., None]:

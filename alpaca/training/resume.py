@@ -16,9 +16,10 @@ from alpaca.common.errors import UsageError
 from alpaca.common.files import fingerprint
 from alpaca.models import deepspeed
 from alpaca.packing.sampler import count_steps, rows_per_step
-from alpaca.training.checkpoint import retry_while_disk_full
+from alpaca.training.checkpoint import is_run_fingerprint, retry_while_disk_full
 from alpaca.weights.provenance import (
     BASE,
+    RECORD,
     fingerprint_of_weights,
     holds_a_model,
     read_manifest,
@@ -130,19 +131,31 @@ def check_not_finished(args: "TrainingArguments", run: RunFingerprint, checkpoin
     if record is None or args.overwrite_output_dir:
         return False
     if not record["finished"]:
-        if not checkpoint and holds_a_model(output) and (changed := changes(record["contract"], run, "fixed")):
+        known = is_run_fingerprint(record["contract"])
+        if (
+            known
+            and not checkpoint
+            and holds_a_model(output)
+            and (changed := changes(record["contract"], run, "fixed"))
+        ):
             raise UsageError(
                 f"--output_dir {output} holds the model of another run ({changed[0]}); choose another "
                 "folder, or pass --overwrite_output_dir True"
             )
         return False
+    if not is_run_fingerprint(record["contract"]) or STEPS not in record["contract"]["free"]:
+        raise UsageError(
+            f"--output_dir {output}: {RECORD} does not say which run it is of; choose another folder, or pass "
+            "--overwrite_output_dir True"
+        )
     changed = changes(record["contract"], run, "fixed") + changes(record["contract"], run, "free")
     if not changed:
         print_rank0(
             f"this run is finished: its model is in {args.output_dir}, and nothing is left to do", args.process_index
         )
         return True
-    longer = record["contract"]["free"][STEPS] < run["free"][STEPS]
+    before = record["contract"]["free"][STEPS]
+    longer = isinstance(before, int) and before < run["free"][STEPS]
     if checkpoint and longer and len(changed) == 1:
         return False  # it goes on from there
     listed = "\n  ".join(changed)
@@ -180,6 +193,18 @@ def check_run_fingerprint(args: "TrainingArguments", run: RunFingerprint, checkp
     if changed := changes(saved, run, "free") + changes(saved, run, "rounding"):
         note = f"note: changed since {Path(checkpoint).name}, so the end is not bit for bit that of an undisturbed run"
         print_rank0(f"{note}: {'; '.join(changed)}", args.process_index)
+
+
+def follow_schedule(scheduler: Any) -> None:
+    """Give the optimizer the rate of this run's schedule: what was loaded with it is that of the run that was saved,
+    which may have been shorter."""
+    scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
+    if isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        scheduler._last_lr = [
+            base * rate(scheduler.last_epoch) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas)
+        ]
+        for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr):
+            group["lr"] = rate
 
 
 def mark_started(args: "TrainingArguments", run: RunFingerprint) -> None:

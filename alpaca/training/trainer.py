@@ -42,6 +42,8 @@ from alpaca.training.checkpoint import (
 from alpaca.training.metrics import ConsoleCallback, LossTracker, SpeedMeter, plot_loss
 from alpaca.training.model_card import write_model_card
 from alpaca.training.nonfinite import NonFiniteGuard
+from alpaca.training.resume import follow_schedule
+from alpaca.training.stop import StopCallback
 
 FP16_SCALE = 1024  # of the loss: the scaler's own first guess makes gradients infinite
 # What is overridden of transformers' Trainer although its documentation does not offer it. Another release may change
@@ -92,10 +94,11 @@ class AlpacaTrainer(Trainer):
         if hasattr(self.model, "create_or_update_model_card"):
             self.model.create_or_update_model_card = lambda folder: None  # peft would alter a README.md of the user's
         self.losses = LossTracker()
-        self.nonfinite_guard = NonFiniteGuard(self.train_dataset, self.processing_class, self.losses)
+        self.stop = StopCallback()
+        self.nonfinite_guard = NonFiniteGuard(self.train_dataset, self.processing_class, self.losses, self.stop)
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        for callback in (self.nonfinite_guard, ConsoleCallback, SaveOnlyWhenAsked):
+        for callback in (self.nonfinite_guard, ConsoleCallback, SaveOnlyWhenAsked, self.stop):
             self.add_callback(callback)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         self.speed = SpeedMeter(self.model, self.args.device, dtype, self.args.world_size)
@@ -312,6 +315,7 @@ class AlpacaTrainer(Trainer):
         args, state = self.args, self.state
         output = Path(args.output_dir)
         self.store_flos()
+        self.nonfinite_guard.check_weights(self.model, args, state)
         if state.best_global_step:
             state.best_model_checkpoint = str(output / f"checkpoint-{state.best_global_step}")
         whole = atomic_checkpoint_dir(output, state.global_step, self.run_fingerprint, args.process_index)
@@ -329,15 +333,6 @@ class AlpacaTrainer(Trainer):
             keep = {f"checkpoint-{state.global_step}", Path(state.best_model_checkpoint or "").name}
             delete_old_checkpoints(output, args.save_total_limit, keep)
 
-    def was_stopped_early(self) -> bool:
-        """Return, and print, whether something ended the training before its last step: --enable_jit_checkpoint does on
-        SIGTERM. Such a run has no final model."""
-        stopped = self.state.global_step < self.state.max_steps
-        if stopped:
-            at = f"step {self.state.global_step} of {self.state.max_steps}"
-            print_rank0(f"stopped at {at}; --resume_from_checkpoint True continues", self.args.process_index)
-        return stopped
-
     def save_final_model(self) -> None:
         """Write the trained model to `output_dir` in `save_dtype`, then trainer_state.json. Last act: the float32
         weights are cast in place."""
@@ -346,6 +341,7 @@ class AlpacaTrainer(Trainer):
         for module in self.model.modules() if cast else ():
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):  # not LoRA's base
                 module.to(dtype)
+        self.nonfinite_guard.check_weights(self.model, self.args, self.state, final=True)
         self.save_model(dtype=dtype)
         retry_while_disk_full(self.save_state, self.args.output_dir)
 
@@ -377,9 +373,13 @@ class AlpacaTrainer(Trainer):
     @fsdp.plain_pickles()
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.is_fsdp_enabled == os.path.isdir(os.path.join(checkpoint, "optimizer_0")):
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        load_resharded_optimizer(self.model, self.optimizer.optimizer, checkpoint)
-        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True))
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            load_resharded_optimizer(self.model, self.optimizer.optimizer, checkpoint)
+            scheduler = torch.load(os.path.join(checkpoint, "scheduler.pt"), weights_only=True)
+            self.lr_scheduler.load_state_dict(scheduler)
+        if checkpoint is not None:
+            follow_schedule(self.lr_scheduler)
 
     def _prepare_input(self, data: Any) -> Any:
         if isinstance(data, (Tensor, PackLayout)):  # for DeepSpeed, the Trainer would round the weights of the loss

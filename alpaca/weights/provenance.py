@@ -138,7 +138,7 @@ def read_manifest(checkpoint: str) -> dict[str, Any]:
 def read_record(output: Path) -> dict[str, Any] | None:
     """Return what is known of the run in `output`. It is finished only as long as its model is there."""
     record = _read_json(output / RECORD)
-    if record is None or not record.keys() >= {"finished", "contract"}:
+    if record is None or not isinstance(record.get("finished"), bool) or not isinstance(record.get("contract"), dict):
         return None
     return {**record, "finished": record["finished"] and holds_a_model(output)}
 

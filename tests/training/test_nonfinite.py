@@ -121,3 +121,39 @@ def test_one_synchronisation_a_step(tiny, tmp_path, monkeypatch):
         data_collator=DataCollatorForSupervisedDataset(tokenizer),
     ).train()
     assert [after - before for before, after in zip(at_step, at_step[1:])] == [1, 1, 1], reads
+
+
+@pytest.mark.parametrize(
+    "processes, changed",
+    [
+        (0, {}),
+        (2, {"fsdp": "full_shard auto_wrap"}),
+        (0, {"lora_r": 2, "save_strategy": "no"}),
+    ],
+)
+def test_a_model_that_has_become_not_finite_is_not_saved(tiny, tmp_path, processes, changed):
+    """The last step makes it so, which no loss shows any more."""
+    write_rows(tmp_path / "rows.json", 20)
+    flags = {**FLAGS, "max_steps": 1, "learning_rate": 1e300, **changed}
+    out = tmp_path / "out"
+    flags |= dict(model_name_or_path=tiny("llama"), data_path=tmp_path / "rows.json", output_dir=out)
+    stopped = train(flags, processes, check=False)
+    assert stopped.returncode == 2, stopped.stderr[-2000:]
+    assert stopped.stderr.count("step 1: the model is not saved, as weights of it are not finite: ") == 1
+    assert not list(out.rglob("*.safetensors")) and "saved to" not in stopped.stdout
+
+
+def test_a_cast_that_overflows_is_not_saved(tiny, tmp_path):
+    model = poisoned(tmp_path / "model", tiny("llama"), 1e6)
+    flags = {**FLAGS, "max_steps": 1, "save_strategy": "no", "save_dtype": "float16", "model_name_or_path": model}
+    flags |= dict(data_path=write_rows(tmp_path / "rows.json", 8), output_dir=tmp_path / "out")
+    stopped = train(flags, check=False)
+    assert stopped.returncode == 2 and "--save_dtype float16 holds nothing above 65504" in stopped.stderr
+
+
+def test_a_start_model_that_is_not_finite_is_named(tiny, tmp_path):
+    model = poisoned(tmp_path / "model", tiny("llama"), float("inf"))
+    flags = {**FLAGS, "max_steps": 1, "save_strategy": "no", "model_name_or_path": model}
+    flags |= dict(data_path=write_rows(tmp_path / "rows.json", 8), output_dir=tmp_path / "out")
+    stopped = train(flags, check=False)
+    assert "note: weights that are not finite, from the start: " in stopped.stdout and stopped.returncode == 2

@@ -274,6 +274,21 @@ def tear(folder, name, keep):
     path.write_bytes(path.read_bytes()[:keep])
 
 
+DEEP = "[" * 100_000
+
+
+def edit(file, **changed):
+    """Change entries of a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+
+
+def edit_state(folder, **changed):
+    """Change entries of a checkpoint's state, and its size in the manifest."""
+    edit(folder / "trainer_state.json", **changed)
+    files = json.loads((folder / MANIFEST).read_text())["files"]
+    edit(folder / MANIFEST, files={**files, "trainer_state.json": (folder / "trainer_state.json").stat().st_size})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "damage, message",
@@ -286,6 +301,20 @@ def tear(folder, name, keep):
         (lambda folder: (folder / MANIFEST).write_text("{}"), f"no readable {MANIFEST}"),
         (lambda folder: blank(folder / "trainer_state.json"), "trainer_state.json cannot be read"),
         (lambda folder: tear(folder, MANIFEST, 50), f"no readable {MANIFEST}"),
+        (lambda folder: (folder / MANIFEST).write_text(DEEP), f"no readable {MANIFEST}"),
+        (lambda folder: (folder / MANIFEST).write_bytes(b"\xff\xfe"), f"no readable {MANIFEST}"),
+        (lambda folder: edit(folder / MANIFEST, files=[]), f"no readable {MANIFEST}"),
+        (lambda folder: edit(folder / MANIFEST, step="4"), f"no readable {MANIFEST}"),
+        (lambda folder: edit(folder / MANIFEST, contract=[]), f"no readable {MANIFEST}"),
+        (lambda folder: edit(folder / MANIFEST, contract={}), f"{MANIFEST} does not say which run it is of"),
+        (lambda folder: edit(folder / MANIFEST, contract={"fixed": 1}), f"{MANIFEST} does not say which run it is of"),
+        (lambda folder: edit(folder / MANIFEST, files={"model.safetensors": "x"}), "model.safetensors has "),
+        (lambda folder: edit_state(folder, global_step="4"), "trainer_state.json cannot be read"),
+        (lambda folder: edit_state(folder, log_history=[1]), "trainer_state.json cannot be read"),
+        (lambda folder: edit_state(folder, log_history="x"), "trainer_state.json cannot be read"),
+        (lambda folder: edit_state(folder, no_such_field=1), "trainer_state.json cannot be read"),
+        (lambda folder: edit_state(folder, stateful_callbacks=[1]), "trainer_state.json cannot be read"),
+        (lambda folder: edit_state(folder, epoch="x"), "trainer_state.json cannot be read"),
     ],
 )
 def test_a_damaged_checkpoint_is_skipped_by_name_and_refused_if_named(stopped, tmp_path, capsys, damage, message):
@@ -422,3 +451,22 @@ def test_a_finished_run_started_again_says_so(tiny, tmp_path, capsys):
     shutil.rmtree(tmp_path / "out" / "checkpoint-6")
     train({**flags, "save_strategy": "no", "overwrite_output_dir": True, "max_steps": 1})
     assert len(history(tmp_path / "out")) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule, processes, fsdp", [("linear", 0, ""), ("cosine", 2, FSDP)])
+def test_a_run_made_longer_follows_the_longer_schedule_at_once(tiny, tmp_path, schedule, processes, fsdp):
+    flags = flags_for(tiny("llama"), tmp_path, lr_scheduler_type=schedule, warmup_steps=2, fsdp=fsdp)
+    for name, steps in (("long", 8), ("short", 4)):
+        train(dict(output_dir=tmp_path / name, **flags, max_steps=steps), processes)
+    train(dict(output_dir=tmp_path / "short", **flags, max_steps=8, resume_from_checkpoint=True), processes)
+    rates = [[entry["learning_rate"] for entry in history(tmp_path / name)] for name in ("long", "short")]
+    assert rates[0][4:] == rates[1][4:] and rates[0][:4] != rates[1][:4]
+
+
+@pytest.mark.parametrize("content", [DEEP, "[]", "{}", '{"finished": "x", "contract": {}}', '{"finished": true}', "\0"])
+def test_a_record_that_is_none_is_taken_for_a_missing_one(tmp_path, content):
+    from alpaca.weights.provenance import read_record
+
+    (tmp_path / RECORD).write_text(content)
+    assert read_record(tmp_path) is None
