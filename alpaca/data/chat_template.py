@@ -101,7 +101,7 @@ def chat_template(tokenizer: "PreTrainedTokenizerBase", templates: Mapping[str, 
 
 
 def _written(tokenizer: "PreTrainedTokenizerBase", templates: Mapping[str, str], space: str) -> str:
-    before, _ = _special_ids(tokenizer)
+    before, _ = special_ids(tokenizer)
     alone = before == [tokenizer.bos_token_id]
     expressions = {
         "bos": "bos_token" if alone else _string("".join(tokenizer.convert_ids_to_tokens(before))),
@@ -141,7 +141,7 @@ def _string(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
+def special_ids(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int]]:
     """Return the ids that the tokenizer itself puts before and behind a text."""
     alone, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
     start = next(n for n in range(len(whole)) if whole[n : n + len(alone)] == alone)
@@ -158,5 +158,5 @@ def _trained_ids(
 ) -> list[int]:
     """Return the ids of the prompt in training, without a token that is put behind every text: the answer stands
     there."""
-    ids, (_, behind) = tokenizer(format_prompt(row, templates))["input_ids"], _special_ids(tokenizer)
+    ids, (_, behind) = tokenizer(format_prompt(row, templates))["input_ids"], special_ids(tokenizer)
     return ids[: len(ids) - len(behind)]
