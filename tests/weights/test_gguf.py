@@ -232,7 +232,6 @@ def test_other_models_are_refused(made, tmp_path, change, message):
         (lambda state: state["pre_tokenizer"]["pretokenizers"][0].update(individual_digits=False), "cuts texts"),
         (lambda state: state["model"].update(ignore_merges=True), "cuts texts in a way"),
         (lambda state: state.update(normalizer={"type": "Lowercase"}), "changes the text first"),
-        (lambda state: state["added_tokens"].append(dict(TOKEN, id=4000)), "the id 4000"),
     ],
 )
 def test_other_tokenizers_are_refused(made, tmp_path, change, message):
@@ -245,7 +244,14 @@ def test_other_tokenizers_are_refused(made, tmp_path, change, message):
         export(str(folder), str(tmp_path / "out"))
 
 
-TOKEN = dict(content="<far>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+def test_more_tokens_than_embeddings(made, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(made("smollm"), folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<{number}>" for number in range(6)])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UsageError, match="a token '<5>' with the id .* and embeddings of"):
+        export(str(folder), str(tmp_path / "out"))
 
 
 def test_folders_that_are_no_checkpoint(made, tmp_path, tiny):
