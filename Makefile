@@ -40,7 +40,7 @@ quickstart: $(VENV)/.installed
 	$(RUN)/python -m scripts.quickstart
 
 tour: $(VENV)/.installed-evaluation
-	PYTHONPATH=$(VENV)/evaluation $(RUN)/python -m scripts.tour
+	PYTHONPATH=$(VENV)/evaluation $(RUN)/python -m scripts.quickstart --tour
 
 test: $(VENV)/.installed-tests
 	$(PYTEST) -n 2 -m "not stress"

@@ -35,6 +35,7 @@ from alpaca.data.prompts import PROMPT_DICT, format_prompt, load_prompt_template
 from alpaca.data.report import report, text_problems
 from alpaca.data.rows import read_data
 from alpaca.data.tokenization import IGNORE_INDEX, Ragged, cached_tokens, cut, encode, joined, make_tokens, starts_with
+from alpaca.data.tokenization import tokenize_each as _tokenize_fn  # noqa: F401  (2023's name, for who imports it)
 from alpaca.data.tokenizer import SPECIAL_TOKENS, control_tokens, identity, to_save
 from alpaca.models import deepspeed, fsdp
 from alpaca.models.embeddings import resize_embeddings
@@ -188,14 +189,9 @@ class TrainingArguments(transformers.TrainingArguments):
 def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, LoraArguments, TrainingArguments]:
     """Return the dataclasses of a command line of 2023 or of today; see alpaca/training/legacy_flags.py."""
     classes = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
+    hidden = {*legacy_flags.HIDDEN, "hold_gradients"}  # the memory estimate decides it
     (model_args, data_args, lora_args, training_args), notes = parse(
-        argv,
-        classes,
-        __doc__,
-        "train.py",
-        translate=legacy_flags.translate_legacy_flags,
-        adapt=legacy_flags.adapt,
-        hidden={*legacy_flags.HIDDEN, "hold_gradients"},  # the memory estimate decides it
+        argv, classes, __doc__, "train.py", legacy_flags.translate_legacy_flags, legacy_flags.adapt, hidden
     )
     check_lora(lora_args, training_args)
     if model_args.add_missing_tokens is None:
@@ -313,9 +309,8 @@ def make_supervised_data_module(
 ) -> dict[str, Any]:
     """Return train_dataset, eval_dataset (None without --eval_data_path) and data_collator, as the Trainer takes them.
     `data_args` may be any object with a data_path; what else it lacks is as by default."""
-    data_args = DataArguments(
-        **{field.name: getattr(data_args, field.name, field.default) for field in fields(DataArguments)}
-    )
+    given = {field.name: getattr(data_args, field.name, field.default) for field in fields(DataArguments)}
+    data_args = DataArguments(**given)
     data_args.check()
     options = {name: getattr(data_args, name) for name in ("prompt_boundary", "guanaco_turns", "backward")}
     options |= dict(templates=load_prompt_template(data_args.prompt_template, data_args.backward), cache_dir=cache_dir)
@@ -339,6 +334,11 @@ def smart_tokenizer_and_embedding_resize(
     """Add special tokens to `tokenizer` and make `model` fit, as in 2023."""
     num_new_tokens = tokenizer.add_special_tokens(special_tokens_dict)
     resize_embeddings(model, num_new_tokens, len(tokenizer))
+
+
+def safe_save_model_for_hf_trainer(trainer: transformers.Trainer, output_dir: str) -> None:
+    """Save the model of a trainer, gathered where it is sharded; of 2023, for code that imports it."""
+    trainer.save_model(output_dir)
 
 
 # ---- the run ----

@@ -132,6 +132,9 @@ def _open(f: str | Path | IO[str], mode: str) -> IO[str]:
     return open(f, mode, encoding=None if "b" in mode else "utf-8")
 
 
+_make_w_io_base = _make_r_io_base = _open  # 2023's names, for code that imports them
+
+
 class Choice(dict):
     """A dict whose keys are attributes too, as openai 0.x gave: choice["text"], choice.text."""
 

@@ -12,6 +12,7 @@ of the largest tensor in float32.
 
 import functools
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -193,23 +194,22 @@ def _recover(
     kind = FLOATS.get(dtype)
     state = None
     with open_weights(path_raw) as base, open_diff(base, path_diff, digest) as diff:
-        for note in diff.notes():
-            print(note, flush=True)
         config = read_json(diff.files["config.json"])
         summed = isinstance(diff, FloatDiff) if check_integrity_naively is None else check_integrity_naively
         naive = NaiveSum(diff.specs, config, diff.aliases) if summed else None
         size = sum(spec.nbytes for spec in cast(diff.specs, kind))
         nbytes = sum(spec.nbytes for spec in diff.specs)
-        if path_tuned is not None:
-            inputs = (base.folder, diff.folder)
-            with new_folder(path_tuned, size, overwrite, inputs) as folder:
+        inputs = (base.folder, diff.folder)
+        with nullcontext() if path_tuned is None else new_folder(path_tuned, size, overwrite, inputs) as folder:
+            for note in diff.notes():
+                print(note, flush=True)
+            if folder is None:
+                state = recover_in_memory(diff, kind, load, naive and naive.add)
+            else:
                 with Pipeline(nbytes, "recover") as pipe:
                     write_model(diff, pipe, folder, max_shard_size, kind, naive and naive.add)
                 copy_files(diff.files, folder, kind)
                 copy_slow_files(base.folder, folder)
-                lines = _sum_lines(naive, required=check_integrity_naively is True)
-        else:
-            state = recover_in_memory(diff, kind, load, naive and naive.add)
             lines = _sum_lines(naive, required=check_integrity_naively is True)
         print(*lines, _verdict(diff, path_raw, path_diff, path_tuned, dtype), sep="\n", flush=True)
         return _load(diff, path_tuned, state, device, kind, test_inference) if load else None

@@ -120,7 +120,7 @@ def load_models(options: DemoArguments) -> list[DemoModel]:
         other = LocalModel(options.compare, **how)
         models.append(DemoModel(options.compare, other, other.templates))
     elif options.base:
-        shared = is_adapter(options.model) and not options.load_in_8bit
+        shared = folder_kind(find_folder(options.model)) == ADAPTER and not options.load_in_8bit
         base = tuned.without_adapter() if shared else LocalModel(options.base, **how)
         models.append(DemoModel(options.base, base, tuned.templates))
     names = [Path(model.name).resolve().name for model in models]
@@ -137,10 +137,6 @@ def is_whole_model(folder: str) -> bool:
         return False
     with open_weights(folder) as weights:
         return folder_kind(weights.folder, weights) == MODEL
-
-
-def is_adapter(folder: str) -> bool:
-    return folder_kind(find_folder(folder)) == ADAPTER
 
 
 def build_page(engine: DemoEngine) -> "gradio.Blocks":

@@ -165,7 +165,8 @@ def win_rate(
     refuse_overwriting_input(result_path, data_path, reference_path)
     ours, others = _pairs(data_path, reference_path)
     asked = judge_questions(len(ours), orders, seed)
-    questions = [_judge_prompt(ours[q["row"]], others[q["row"]], q["first"]) for q in asked]
+    pairs = [(ours[question["row"]], others[question["row"]], question["first"]) for question in asked]
+    questions = [judge_prompt(instruction_and_input(a), a["output"], b["output"], first) for a, b, first in pairs]
     if budget.dry_run:
         print(estimate(questions, len(questions), sampling.max_new_tokens, spent))
         return
@@ -215,10 +216,6 @@ def _pairs(outputs: str, reference: str) -> tuple[list[dict[str, Any]], list[dic
     if len(others) > len(ours):
         print(f"note: {len(others) - len(ours)} rows of {reference} have no answer in {outputs}", flush=True)
     return ours, [others[place] for place in places]
-
-
-def _judge_prompt(ours: dict[str, Any], others: dict[str, Any], first: str) -> str:
-    return judge_prompt(instruction_and_input(ours), ours["output"], others["output"], first)
 
 
 def _summary(result: dict[str, Any], verdicts: list[dict[str, Any]]) -> str:

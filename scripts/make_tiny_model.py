@@ -23,7 +23,7 @@ Architecture = Literal["llama", "opt", "gpt2"]
 
 
 def own_text() -> list[str]:
-    """The text of this repository's seed tasks: what the tokenizer is trained on."""
+    """Return the text of this repository's seed tasks: what the tokenizer is trained on."""
     from alpaca.data.prompts import format_prompt
     from alpaca.data.rows import load_rows
 
@@ -32,7 +32,7 @@ def own_text() -> list[str]:
 
 
 def sentencepiece_tokenizer(texts: Iterable[str], vocab_size: int, output_dir: Path) -> None:
-    """A `tokenizer.model` like LLaMA's: BPE, byte fallback, digits apart, no normalization, no pad token."""
+    """Write a `tokenizer.model` like LLaMA's: BPE, byte fallback, digits apart, no normalization, no pad token."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -72,7 +72,7 @@ def sentencepiece_tokenizer(texts: Iterable[str], vocab_size: int, output_dir: P
 
 
 def byte_level_tokenizer(texts: Iterable[str], vocab_size: int, output_dir: Path, architecture: str) -> None:
-    """A byte-level BPE's `vocab.json` and `merges.txt`. OPT's starts with </s> and has a pad token; GPT-2's neither."""
+    """Write a byte-level BPE's `vocab.json` and `merges.txt`. Only OPT's starts with </s> and has a pad token."""
     from tokenizers import ByteLevelBPETokenizer
 
     if architecture == "opt":

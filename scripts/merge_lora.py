@@ -49,10 +49,9 @@ def merge_lora(
     opened = Adapter(adapter)
     with opened.weights, open_weights(base or base_of_adapter(opened.folder)) as weights:
         merged = Merged(weights, opened, FLOATS[dtype] if dtype else None)
-        for line in merged.notes():
-            print(line, flush=True)
         size = sum(spec.nbytes for spec in merged.specs)
         with new_folder(output_dir, size, overwrite, (weights.folder, opened.folder)) as folder:
+            print(*merged.notes(), sep="\n", flush=True)
             with Pipeline(size, "merge_lora") as pipe:
                 write_model(merged, pipe, folder, max_shard_size)
             for name, path in merged.files.items():

@@ -128,7 +128,8 @@ def test_public_names_of_2023_stay_where_they_were():
     for name in (
         "IGNORE_INDEX DEFAULT_PAD_TOKEN DEFAULT_EOS_TOKEN DEFAULT_BOS_TOKEN DEFAULT_UNK_TOKEN PROMPT_DICT "
         "ModelArguments DataArguments TrainingArguments smart_tokenizer_and_embedding_resize preprocess "
-        "SupervisedDataset DataCollatorForSupervisedDataset make_supervised_data_module train"
+        "SupervisedDataset DataCollatorForSupervisedDataset make_supervised_data_module train _tokenize_fn "
+        "safe_save_model_for_hf_trainer"
     ).split():
         assert hasattr(train, name), name
     assert utils.jload and utils.jdump and utils.OpenAIDecodingArguments and utils.StrOrOpenAIObject

@@ -12,11 +12,11 @@ import transformers
 
 from alpaca.common.commands import HELP, HelpFormatter, names_a_path, unknown_flag
 from alpaca.common.commands import flag as flag
-from alpaca.common.errors import UsageError, names_flags
+from alpaca.common.errors import ParameterError, UsageError, names_flags
 
 
 def enum_value(option: Any) -> str:
-    """The value of a flag that may be one of transformers' enums or a plain text."""
+    """Return the value of a flag that may be one of transformers' enums or a plain text."""
     return str(getattr(option, "value", option))
 
 
@@ -90,7 +90,8 @@ def parse(
                 names_flags(type(group).check)(group)
         return parsed, notes
     except (ValueError, OSError, ImportError) as error:
-        raise UsageError(str(error)) from error
+        named = isinstance(error, ParameterError) and error.naming({name: f"--{name}" for name in error.parameters})
+        raise UsageError(named or str(error)) from error
 
 
 def rename_flags(argv: list[str], aliases: Mapping[str, str]) -> tuple[list[str], list[str]]:
@@ -101,7 +102,7 @@ def rename_flags(argv: list[str], aliases: Mapping[str, str]) -> tuple[list[str]
 
 
 def split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
-    """["--a-b=1", "--c", "x", "y"] -> [("a_b", ["1"]), ("c", ["x", "y"])]. A value such as -1 or -1e-4 is a value."""
+    """Return, of ["--a-b=1", "--c", "x", "y"], [("a_b", ["1"]), ("c", ["x", "y"])]. -1 and -1e-4 are values."""
     flags: list[tuple[str, list[str]]] = []
     for word in argv:
         if word.startswith("--"):
@@ -117,7 +118,7 @@ def split_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
 
 
 def join_flags(flags: list[tuple[str, list[str]]]) -> list[str]:
-    """The inverse of `split_flags`. One value is joined by "=", so that a value may begin with a dash."""
+    """Undo `split_flags`. One value is joined by "=", so that a value may begin with a dash."""
     words = []
     for name, values in flags:
         words += [f"--{name}={values[0]}"] if len(values) == 1 else [f"--{name}", *values]
@@ -125,7 +126,7 @@ def join_flags(flags: list[tuple[str, list[str]]]) -> list[str]:
 
 
 def read_config(text: str, flag: str) -> dict[str, Any]:
-    """A JSON object given on the command line, itself or the path of its file."""
+    """Return a JSON object given on the command line, itself or the path of its file."""
     try:
         config = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:

@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import fire
 
-from alpaca.common.errors import UsageError, names_flags
+from alpaca.common.errors import ParameterError, UsageError, names_flags
 
 SYNONYMS = {  # what other trainers call a flag -> ours; a command has the first or a later one
     **dict.fromkeys(("lr", "learn_rate"), ("learning_rate",)),
@@ -82,7 +82,7 @@ def closest(name: str, known: Iterable[str]) -> str | None:
 
 
 def flag(default: Any, text: str, **metadata: Any) -> Any:
-    """A field of a dataclass of flags; `metadata` as HfArgumentParser takes it."""
+    """Return a field of a dataclass of flags; `metadata` as HfArgumentParser takes it."""
     return dataclasses.field(default=default, metadata={"help": text, **metadata})
 
 
@@ -113,7 +113,7 @@ def call(
     argv: Sequence[str] | None = None,
     description: str | None = None,
 ) -> None:
-    """As `run`, for a command that is one function. `description`: what --help says before the flags."""
+    """Do what `run` does, for a command that is one function. `description`: what --help says before the flags."""
     words = list(sys.argv[1:] if argv is None else argv)
     if asks_for_help(words):
         print(help_of(program, function, description))
@@ -177,7 +177,7 @@ def task(**renamed: str) -> Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def _spread(parameter: inspect.Parameter) -> list[inspect.Parameter]:
-    """The fields of a dataclass as parameters; any other parameter as it is."""
+    """Return the fields of a dataclass as parameters; any other parameter as it is."""
     default = parameter.default
     if not dataclasses.is_dataclass(default):
         return [parameter]
@@ -186,14 +186,14 @@ def _spread(parameter: inspect.Parameter) -> list[inspect.Parameter]:
 
 
 def _explain(text: str, flags: Any) -> str:
-    """`text`, whose "Args:" go on with the fields of a dataclass."""
+    """Return `text`, whose "Args:" go on with the fields of a dataclass."""
     own = text.partition("Args:\n")[2].partition("\n\n")[0]
     fields = [f"    {field.name}: {field.metadata['help']}" for field in dataclasses.fields(flags)]
     return text.replace(own, "\n".join([own, *fields]), 1)
 
 
 def _today(given: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
-    """Flags by the names that they have today.
+    """Return flags by the names that they have today.
 
     Raises:
         UsageError: a flag is given by both of its names.
@@ -209,7 +209,7 @@ def asks_for_help(words: Sequence[str]) -> bool:
 
 
 def _split(words: Sequence[str], known: list[str]) -> tuple[dict[str, str | None], list[str]]:
-    """["R", "--path-diff", "D", "--overwrite"] -> {"path_diff": "D", "overwrite": None}, ["R"]"""
+    """Return, of ["R", "--path-diff", "D", "--overwrite"], {"path_diff": "D", "overwrite": None} and ["R"]."""
     given: dict[str, str | None] = {}
     unnamed: list[str] = []
     name = None  # of a flag that may get the next word as its value
@@ -261,20 +261,20 @@ def names_a_path(name: str) -> bool:
 
 
 def kinds_of(annotation: Any) -> tuple[Any, ...]:
-    """int | None -> (int, NoneType)"""
+    """Return, of int | None, (int, NoneType)."""
     return (annotation,) if get_origin(annotation) is Literal else get_args(annotation) or (annotation,)
 
 
 def choices_of(annotation: Any) -> tuple[str, ...]:
-    """Literal["a", "b"] | None -> ("a", "b"); without a Literal nothing."""
+    """Return, of Literal["a", "b"] | None, ("a", "b"); without a Literal nothing."""
     return next((get_args(kind) for kind in kinds_of(annotation) if get_origin(kind) is Literal), ())
 
 
-def check_numbers(**flags: int) -> None:
-    """Raise UsageError for the first that is below 1."""
-    for name, value in flags.items():
+def check_numbers(**parameters: int) -> None:
+    """Raise ParameterError for the first that is below 1."""
+    for name, value in parameters.items():
         if value < 1:
-            raise UsageError(f"--{name} {value}: expected at least 1")
+            raise ParameterError(f"{{{name}}} {value}: expected at least 1", name)
 
 
 # ---- help ----

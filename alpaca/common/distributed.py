@@ -24,7 +24,7 @@ REAPERS = ("init", "systemd", "slurmstepd", "tini", "dumb-init", "docker-init", 
 
 
 def barrier() -> None:
-    """A barrier with a day's patience: while one rank tokenizes a large data set, reads a large model or writes a
+    """Wait for all ranks with a day's patience: while one tokenizes a large data set, reads a large model or writes a
     checkpoint, the others must not run into --ddp_timeout."""
     if not _several():
         return
@@ -35,7 +35,7 @@ def barrier() -> None:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """`value` of every rank, in their order; [value] in a single process. Any object that pickle knows."""
+    """Return `value` of every rank, in their order; [value] in a single process. Any object that pickle knows."""
     if not _several():
         return [value]
     import torch.distributed as dist
@@ -47,7 +47,7 @@ def all_gather_object(value: Any) -> list[Any]:
 
 
 def shutdown() -> None:
-    """The end of a run. No rank goes before all are done: torchrun ends them all when one goes wrong, even at its exit,
+    """End the run. No rank goes before all are done: torchrun ends them all when one goes wrong, even at its exit,
     and rank 0 may still be writing the model."""
     barrier()
     import torch.distributed as dist
@@ -69,7 +69,7 @@ def _store() -> "Store":
 
 
 def hide_progress_bars(args: Any) -> None:
-    """No bars of libraries where nobody watches: in log files, on other ranks, under --disable_tqdm."""
+    """Switch off the bars of libraries where nobody watches: in log files, on other ranks, under --disable_tqdm."""
     if args.disable_tqdm or args.process_index != 0 or not sys.stderr.isatty():
         import datasets
         import transformers
@@ -79,14 +79,14 @@ def hide_progress_bars(args: Any) -> None:
 
 
 def print_rank0(message: str, rank: int) -> None:
-    """One line on stdout, from rank 0 only."""
+    """Print one line on stdout, from rank 0 only."""
     if rank == 0:
         print(message, flush=True)
 
 
 def die_with_launcher() -> None:
-    """Linux: a torchrun that is killed with SIGKILL leaves its processes behind, which would go on training, holding
-    GPUs and writing checkpoints, beside the run that is started to replace them."""
+    """End with the launcher (Linux). A torchrun that is killed with SIGKILL leaves its processes behind, which would go
+    on training, holding GPUs and writing checkpoints, beside the run that is started to replace them."""
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -95,7 +95,7 @@ def die_with_launcher() -> None:
 
 
 def _launcher_is_gone() -> bool:
-    """Whether the parent is one that takes over orphans. torchrun, a Python program, may be process 1 itself."""
+    """Return whether the parent is one that takes over orphans. torchrun, a Python program, may be process 1 itself."""
     parent = os.getppid()
     try:
         if parent != 1:

@@ -108,8 +108,8 @@ def _name_flag(error: InputError, flags: dict[str, str]) -> None:
 
 
 def _is_beside(about: str, path: str) -> bool:
-    """Whether `about` lies in the folder `path`, or beside the file `path` as its journal does. The working folder, the
-    default of some flags, holds everything and so tells nothing."""
+    """Return whether `about` lies in the folder `path`, or beside the file `path` as its journal does. The working
+    folder, the default of some flags, holds everything and so tells nothing."""
     return about.startswith((path + os.sep, path + ".")) and path != os.getcwd()
 
 
@@ -118,7 +118,7 @@ class MalformedJSON(UsageError, json.JSONDecodeError):
 
 
 def first_line(error: Exception) -> str:
-    """Of its message, or of what it is called where it has none."""
+    """Return the first line of an error's message, or what it is called where it has none."""
     return (str(error).strip() or repr(error)).splitlines()[0]
 
 
@@ -169,12 +169,12 @@ def fail(message: str, program: str) -> NoReturn:
 
 
 def format_bytes(size: float) -> str:
-    """Bytes as "1.3 GB" (10^9) or, where smaller, "0.9 MB"."""
+    """Return bytes as "1.3 GB" (10^9) or, where smaller, "0.9 MB"."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"
 
 
 def format_first(numbers: Sequence[int]) -> str:
-    """ "0, 1, 2 …", of at most ten"""
+    """Return "0, 1, 2 …", of at most ten."""
     return ", ".join(map(str, numbers[:10])) + " …" * (len(numbers) > 10)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from alpaca.common.commands import check_numbers, flag
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import ParameterError
 
 MOST_CUTS = 12  # of max_tokens: 0.8^12 leaves 7% of it
 Prompt = str | Mapping[str, Any] | Sequence[Mapping[str, Any]]
@@ -38,12 +38,12 @@ class SamplingFlags:
     max_new_tokens: int = flag(2048, "Tokens of an answer, at most.")
 
     def sampling(self) -> Sampling:
-        """Raise UsageError for a number that no model takes."""
+        """Return the settings of a request. Raise ParameterError for a number that no model takes."""
         check_numbers(max_new_tokens=self.max_new_tokens)
         if self.temperature is not None and not 0 <= self.temperature < math.inf:
-            raise UsageError(f"--temperature {self.temperature}: expected 0 (greedy) or more")
+            raise ParameterError(f"{{temperature}} {self.temperature}: expected 0 (greedy) or more", "temperature")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UsageError(f"--top_p {self.top_p}: expected more than 0, 1 at most")
+            raise ParameterError(f"{{top_p}} {self.top_p}: expected more than 0, 1 at most", "top_p")
         return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
 

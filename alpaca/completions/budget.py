@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from alpaca.common.commands import flag
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import ParameterError
 
 ENVELOPE = 256  # tokens that a chat template may add to a prompt, at most
 
@@ -56,11 +56,13 @@ class BudgetFlags:
     dry_run: bool = flag(False, "Print one prompt and an estimate of tokens and cost, and ask nothing.")
 
     def budget(self) -> Budget:
-        """Raise UsageError for prices below 0 and a limit that is none."""
+        """Return the budget. Raise ParameterError for prices below 0 and a limit that is none."""
+        names = ("price_in", "price_out", "max_cost")
         if min(self.price_in, self.price_out) < 0:
-            raise UsageError("--price_in, --price_out: expected dollars per million tokens, at least 0")
+            raise ParameterError("{price_in}, {price_out}: expected dollars per million tokens, at least 0", *names)
         if self.max_cost is not None and not (self.max_cost > 0 and self.price_in + self.price_out > 0):
-            raise UsageError(f"--max_cost {self.max_cost}: expected dollars above 0, with --price_in and --price_out")
+            expected = "expected dollars above 0, with {price_in} and {price_out}"
+            raise ParameterError(f"{{max_cost}} {self.max_cost}: {expected}", *names)
         return Budget(self.price_in, self.price_out, self.max_cost)
 
 

@@ -174,3 +174,12 @@ def _read(path: Path) -> Tokens | None:
             return make_tokens(Ragged(arrays["ids"], arrays["lengths"]), arrays["masked"], problems)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
+
+
+def tokenize_each(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    """Tokenize each text alone, cut at `model_max_length`; it is 2023's `train._tokenize_fn`. A length counts what is
+    not the pad token; in a text such as "</s>" the control token is parsed, unlike in `train.preprocess`."""
+    cut_at = dict(truncation=True, max_length=tokenizer.model_max_length)
+    ids = [torch.tensor(tokenizer(text, **cut_at)["input_ids"], dtype=torch.long) for text in strings]
+    lengths = [sum(token != tokenizer.pad_token_id for token in row.tolist()) for row in ids]
+    return dict(input_ids=ids, labels=ids, input_ids_lens=lengths, labels_lens=lengths)

@@ -170,8 +170,8 @@ def _split_as_in_2023(text: str, num_prompt_instructions: int) -> list[Fields | 
 
 
 def _split_robustly(text: str, num_prompt_instructions: int) -> list[Fields | None]:
-    """A task begins at a line with a number and "Instruction:" (or at every "Instruction:" if none is numbered), its
-    fields at lines with its number or without one. Lines inside a code fence are not looked at."""
+    """Split where a task begins: at a line with a number and "Instruction:" (or at every "Instruction:" if none is
+    numbered), its fields at lines with its number or without one. Lines inside a code fence are not looked at."""
     text = re.sub(r"(?s)^\s*<think>.*?</think>", "", text).replace("\r\n", "\n").replace("\r", "\n")
     lines = _without_outer_fences(text.split("\n"))
     begin = next((number for number, line in enumerate(lines) if line.strip(" \t#*")), None)

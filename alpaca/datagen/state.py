@@ -72,7 +72,7 @@ class Generation:
         self.useless = 0
 
     def _continue(self, digest: str | None, seed: int | None) -> int:
-        """Go to where an earlier run in this folder was stopped. Returns the seed."""
+        """Go to where an earlier run in this folder was stopped. Return the seed."""
         saved = None
         for entry in self.journal:
             if entry["kind"] == "run" and seed is None:
@@ -104,7 +104,7 @@ class Generation:
         return encode_prompt(examples, self.head)
 
     def wants(self, target: int, in_flight: int) -> bool:
-        """Whether another request is needed for `target` tasks, as far as the answers so far tell."""
+        """Return whether another request is needed for `target` tasks, as far as the answers so far tell."""
         if self.num_generated and in_flight >= LAG:
             return False
         yields = self.counts["kept"] / self.counts["answers"] if self.counts["answers"] else FIRST_GUESS

@@ -210,7 +210,7 @@ def is_verb(tokens: list[str], place: int) -> bool:
 
 
 def is_unknown_verb(tokens: list[str], place: int) -> bool:
-    """ "Photoshop the picture": whatever opens a sentence and takes an object."""
+    """May the word be a verb, as in "Photoshop the picture"? It opens a sentence and takes an object."""
     if place + 1 >= len(tokens) or not re.fullmatch(r"[A-Za-z][a-z-]{2,}", tokens[place]):
         return False
     word, following = tokens[place].lower(), tokens[place + 1].lower()
@@ -346,7 +346,7 @@ def joins_adjectives(tokens: list[str], place: int, adjectives_only: bool) -> bo
 
 
 def is_participle(tokens: list[str], place: int) -> bool:
-    """ "using", and "listing" in "a page listing the prices", not in "a job listing"."""
+    """Is this a participle? "using" is, and "listing" in "a page listing the prices", not in "a job listing"."""
     word = tokens[place].lower()
     return word in PARTICIPLES or (word.endswith("ing") and begins_phrase(tokens, place + 1))
 

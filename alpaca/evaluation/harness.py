@@ -63,7 +63,7 @@ class HarnessRun:
             raise ParameterError(f"{{limit}} {self.limit}: expected examples of a task, 1 or more", "limit")
 
     def run(self) -> str:
-        """Evaluate what has no file in `output_dir` yet, and write the table. Returns the table.
+        """Evaluate what has no file in `output_dir` yet, and write the table. Return the table.
 
         Raises:
             UsageError: the harness is missing, a flag is wrong, a file was made with other arguments or of other tasks,

@@ -80,8 +80,8 @@ def open_backend(model: str, flags: BackendFlags, chat: bool = True) -> Model:
 
 
 def is_folder(model: str, base_url: str | None) -> bool:
-    """Whether `model` is a folder to open. A base URL, of the environment too, wins: servers such as vLLM call their
-    models by the folder they came from."""
+    """Return whether `model` is a folder to open. A base URL, of the environment too, wins: servers such as vLLM call
+    their models by the folder they came from."""
     return not base_url and not os.environ.get("OPENAI_BASE_URL") and Path(model).expanduser().is_dir()
 
 

@@ -173,7 +173,7 @@ class LocalModel:
         return len(self._encode(prompt))
 
     def fits(self, tokens: int, sampling: Sampling) -> bool:
-        """Whether the context has room for a prompt of so many `tokens`, and an answer."""
+        """Return whether the context has room for a prompt of so many `tokens`, and an answer."""
         try:
             self._fitting(tokens, sampling)
         except ContextOverflow:

@@ -136,7 +136,7 @@ def _said(error: Exception) -> str:
 
 
 def never_connected(error: Exception) -> bool:
-    """Whether the server cannot have seen the request."""
+    """Return whether the server cannot have seen the request."""
     names = {"ConnectError", "ConnectTimeout", "PoolTimeout"}
     while error is not None and type(error).__name__ not in names:
         error = error.__cause__ or error.__context__

@@ -287,7 +287,7 @@ def _longest_first(costs: Sequence[int], number: int) -> list[list[int]]:
 
 def _even_out(packs: list[list[int]], costs: Sequence[int]) -> list[int]:
     """Exchange items between the fullest and the emptiest pack, in place, each time the exchange that halves their
-    difference best. Returns the sizes."""
+    difference best. Return the sizes."""
     sizes = [sum(costs[item] for item in pack) for pack in packs]
     for _ in range(EXCHANGES):
         full, empty = sizes.index(max(sizes)), sizes.index(min(sizes))

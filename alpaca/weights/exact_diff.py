@@ -342,7 +342,7 @@ class ExactDiff:
             )
 
     def _explain(self, name: str) -> str:
-        """Whether one base tensor is damaged or the base is another model: a few others are looked at."""
+        """Say whether one base tensor is damaged or the base is another model: a few others are looked at."""
         base, pairs = self.base, self.pairs
         others = [spec for spec in self.specs if pairs[spec.name] and len(spec.shape) > 1 and spec.name != name][-4:]
         same = [

@@ -10,10 +10,10 @@ import dataclasses
 import json
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -24,9 +24,6 @@ from alpaca.weights.mismatch import raise_other_base, rows_may_differ
 from alpaca.weights.provenance import files_of_merged, note_of_quantized_base, other_base
 from alpaca.weights.reader import ADAPTER_CONFIG, Tensor, Weights, dtype_name, find_folder, readable, shard_tensors
 from alpaca.weights.writer import Pipeline, Slot, Spec, cast
-
-if TYPE_CHECKING:
-    from peft.tuners.lora import LoraLayer
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."  # what peft puts before the model's own names
@@ -108,8 +105,11 @@ class Adapter:
         if match := re.fullmatch(PARTS, name):
             self._change_of(f"{match[1]}.weight").lora[match[2]] = tensor
         elif match := re.fullmatch(r"(.+)\.token_adapter\.trainable_tokens_delta", name):
+            tokens = self.config.get("trainable_token_indices") or []
+            if isinstance(tokens, dict):
+                tokens = next((ids for module, ids in tokens.items() if f".{match[1]}".endswith(f".{module}")), [])
             change = self._change_of(f"{match[1]}.weight")
-            change.rows, change.tokens = tensor, self._tokens(match[1])
+            change.rows, change.tokens = tensor, list(tokens)
         elif ".lora_" in name:
             raise self._error(f"cannot be merged here: it has {tensor.name}")
         elif ".original_module." not in name:  # what modules_to_save has replaced
@@ -118,12 +118,6 @@ class Adapter:
 
     def _change_of(self, name: str) -> Change:
         return self.changes.setdefault(name, Change(name.removesuffix(".weight")))
-
-    def _tokens(self, module: str) -> list[int]:
-        tokens = self.config.get("trainable_token_indices")
-        if isinstance(tokens, dict):
-            tokens = next((ids for name, ids in tokens.items() if f".{module}".endswith(f".{name}")), None)
-        return list(tokens or [])
 
     def _check_changes(self) -> None:
         """Raise InputError if a tensor is missing that the settings promise."""
@@ -197,18 +191,18 @@ class Merged:
 
     def _shape(self, tensor: Tensor, change: Change | None) -> tuple[int, ...]:
         """Return the shape of a tensor of the result, once base and adapter are known to fit."""
-        shape = tensor.shape
-        if change is None:
-            return shape
+        shape, wanted, change = tensor.shape, None, change or Change(tensor.name)
         if change.whole is not None and change.whole.shape != shape:
             if not rows_may_differ(tensor.name, tensor, change.whole):
-                self._misfit(tensor, change.whole.shape)
+                wanted = change.whole.shape
             shape = change.whole.shape
         if change.lora and (list(shape) != self._wanted(change) or not tensor.dtype.is_floating_point):
-            self._misfit(tensor, self._wanted(change))
+            wanted = wanted or self._wanted(change)
+        if change.rows is not None and (len(change.rows.shape) != 2 or change.rows.shape[1:] != shape[1:]):
+            wanted = wanted or (shape[0], *change.rows.shape[1:])
+        if wanted is not None:
+            self._refuse(f"{tensor} there, and the adapter was trained on {list(wanted)}")
         if change.rows is not None:
-            if len(change.rows.shape) != 2 or change.rows.shape[1:] != shape[1:]:
-                self._misfit(tensor, (shape[0], *change.rows.shape[1:]))
             rows = max(shape[0], *(token + 1 for token in change.tokens))
             if unknown := sorted(set(range(shape[0], rows)) - set(change.tokens)):
                 self._refuse(f"{tensor} there, and the adapter has trained token {rows - 1} but not {unknown[0]}")
@@ -222,9 +216,6 @@ class Merged:
         a, b = change.factors()
         shape = [b.shape[0], a.shape[-1]]
         return shape[::-1] if change.module in self.layers.transposed else shape
-
-    def _misfit(self, tensor: Tensor, wanted: Iterable[int]) -> NoReturn:
-        self._refuse(f"{tensor} there, and the adapter was trained on {list(wanted)}")
 
     def _refuse(self, why: str) -> NoReturn:
         raise_other_base(self.base, self.adapter.weights, why)
@@ -366,7 +357,7 @@ class _Layers:
         self.tied = self.output != self.input and self.model.config.get_text_config().tie_word_embeddings
         kinds = (Conv1D, nn.Embedding)
         self.transposed = {name for name, module in self.model.named_modules() if isinstance(module, kinds)}
-        self.lora: dict[str, LoraLayer] = {}
+        self.lora: dict[str, nn.Module] = {}
 
     def inject(self, adapter: Adapter) -> None:
         """Let peft put its layers in, by the adapter's settings."""

@@ -16,10 +16,9 @@ from alpaca.data.prompts import TEMPLATE_FILE
 from alpaca.weights import reader
 from alpaca.weights.reader import ADAPTER_CONFIG, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Weights, find_folder
 
-MANIFEST = (
-    "alpaca_checkpoint.json"  # in every checkpoint: its files, and the contract of the run (alpaca/training/resume.py)
-)
-RECORD = "alpaca_run.json"  # in --output_dir: the contract of the run, and whether it is finished
+# The fingerprint of a run (alpaca/training/resume.py) stands in both under the key "contract", its name at first.
+MANIFEST = "alpaca_checkpoint.json"  # in every checkpoint: its files, and the fingerprint of the run
+RECORD = "alpaca_run.json"  # in --output_dir: the fingerprint of the run, and whether it is finished
 OF_THE_RUN = (
     "trainer_state.json",
     "alpaca_*.json",
@@ -89,9 +88,9 @@ def read_record(output: Path) -> dict[str, Any] | None:
     return {**record, "finished": record["finished"] and holds_a_model(output)}
 
 
-def write_record(output: Path, contract: dict[str, Any], finished: bool) -> None:
+def write_record(output: Path, run_fingerprint: dict[str, Any], finished: bool) -> None:
     with atomic_write(output / RECORD) as file:
-        json.dump({"finished": finished, "contract": contract}, file, indent=1)
+        json.dump({"finished": finished, "contract": run_fingerprint}, file, indent=1)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -352,3 +352,19 @@ def test_of_flags_with_one_value_the_one_at_fault_is_named(about, written, named
     with pytest.raises(InputError) as error:
         command("same", "same", "same")
     assert str(error.value).replace(": same", " same") == named
+
+
+def test_library_code_names_no_flag_to_who_calls_it_from_python():
+    from alpaca.completions.api import SamplingFlags
+    from alpaca.completions.budget import BudgetFlags
+
+    for number, call, message in (
+        ("max_new_tokens", SamplingFlags(max_new_tokens=0).sampling, "max_new_tokens 0: expected at least 1"),
+        ("temperature", SamplingFlags(temperature=-1.0).sampling, "temperature -1.0: expected 0 (greedy) or more"),
+        ("top_p", SamplingFlags(top_p=0.0).sampling, "top_p 0.0: expected more than 0, 1 at most"),
+        ("price_in", BudgetFlags(price_in=-1.0).budget, "price_in, price_out: expected dollars per million tokens"),
+        ("max_cost", BudgetFlags(max_cost=1.0).budget, "max_cost 1.0: expected dollars above 0, with price_in and"),
+    ):
+        with pytest.raises(UsageError) as error:
+            call()
+        assert str(error.value).startswith(message), number

@@ -27,6 +27,14 @@ def test_round_trip_by_path_and_by_file_object(tmp_path):
     assert path.read_text().startswith('[\n    {\n        "a"'), "indented by 4, as in 2023"
 
 
+def test_the_openers_of_2023(tmp_path):
+    with utils._make_w_io_base(str(tmp_path / "new" / "x.txt"), "w") as file:
+        file.write("é")
+        assert utils._make_w_io_base(file, "w") is file
+    with utils._make_r_io_base(tmp_path / "new" / "x.txt", "r") as file:
+        assert file.read() == "é"
+
+
 def test_text_is_written_as_it_is_and_other_types_are_refused(tmp_path):
     utils.jdump("plain", tmp_path / "t.txt")
     assert (tmp_path / "t.txt").read_text() == "plain"

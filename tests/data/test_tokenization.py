@@ -52,6 +52,21 @@ def test_ids_and_labels_equal_2023_on_real_rows(name):
         assert (result["input_ids"][i].tolist(), result["labels"][i].tolist()) == (ids, labels), rows[i]
 
 
+@pytest.mark.parametrize("max_length", [512, 96])
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_the_function_of_2023_that_forks_import(name, max_length):
+    tokenizer = golden_tokenizer(name, max_length)
+    golden = json.loads((GOLDEN / "labels" / f"labels_{name}_{max_length}.json").read_text())["rows"]
+    sources, targets = texts_of(json.loads((GOLDEN / "labels" / "examples.json").read_text()), tokenizer)
+    whole = train._tokenize_fn([source + target for source, target in zip(sources, targets)], tokenizer)
+    assert [ids.tolist() for ids in whole["input_ids"]] == [row["input_ids"] for row in golden]
+    assert whole["labels"] is whole["input_ids"] and whole["labels_lens"] == whole["input_ids_lens"]
+    assert train._tokenize_fn(sources, tokenizer)["input_ids_lens"] == [row["first_label"] for row in golden]
+    padded = train._tokenize_fn([f"a{tokenizer.pad_token} b", ""], tokenizer)
+    assert padded["input_ids_lens"][0] == len(padded["input_ids"][0]) - 1
+    assert padded["input_ids"][1].dtype == torch.long
+
+
 def one_by_one(sources, targets, tokenizer, apart):
     """Ids and labels of every row by calls of the tokenizer for single texts."""
     eos, limit = tokenizer.eos_token, tokenizer.model_max_length

@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import ROOT, SHARED, history, largest_difference, recipe, run, run_card, train, weights, write_rows
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from alpaca.data.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt, templates_of
 from scripts.quickstart import README_FLAGS, fresh_folder
-from train import TrainingArguments
+from train import TrainingArguments, safe_save_model_for_hf_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -347,6 +347,15 @@ def test_lora_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
     adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (r, alpha, 0.05)
     assert sorted(adapter["target_modules"]) == layers
+
+
+def test_the_saving_function_of_2023_that_forks_import(tiny, tmp_path):
+    """It takes any Trainer, ours or transformers' own."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True))
+    safe_save_model_for_hf_trainer(trainer=trainer, output_dir=str(tmp_path / "out"))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.stress)])

@@ -266,6 +266,18 @@ def test_the_golden_diff_of_a_tied_model(kind, tmp_path):
     assert all(torch.equal(tensor, expected[key]) for key, tensor in model.state_dict().items() if key in expected)
 
 
+def test_what_was_done_is_not_said_before_it_is_refused(tmp_path, capsys, monkeypatch):
+    golds = golden(next(iter(TIED)))
+    monkeypatch.setattr(float_diff.FloatDiff, "notes", lambda self: ["note: this was done"])
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").touch()
+    with pytest.raises(UsageError, match="already exists"):
+        recover(golds["raw"], golds["diff"], tmp_path / "taken")
+    assert "note" not in capsys.readouterr().out
+    recover(golds["raw"], golds["diff"], tmp_path / "result")
+    assert capsys.readouterr().out.startswith("note: this was done\n")
+
+
 @pytest.mark.parametrize("kind", TIED)
 def test_the_golden_diff_of_a_tied_model_is_written(kind, tmp_path):
     golds = golden(kind)

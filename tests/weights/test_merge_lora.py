@@ -297,7 +297,7 @@ def test_a_quantized_base(adapter, tiny, tmp_path, capsys):
         merge_lora(str(adapter), str(tmp_path / "again"), base=str(base))
 
 
-def test_the_command_writes_all_or_nothing_and_never_over_something(adapter, tmp_path, monkeypatch):
+def test_the_command_writes_all_or_nothing_and_never_over_something(adapter, tmp_path, monkeypatch, capsys):
     words = ["merge_lora", "--adapter", str(adapter), "--output_dir", str(tmp_path / "merged")]
     monkeypatch.setattr("sys.argv", [*words, "--bas", "x"])
     with pytest.raises(UsageError, match="unknown flag --bas; did you mean --base?"):
@@ -305,8 +305,10 @@ def test_the_command_writes_all_or_nothing_and_never_over_something(adapter, tmp
     assert not (tmp_path / "merged").exists()
     monkeypatch.setattr("sys.argv", words)
     main()
+    assert "matrices merged" in capsys.readouterr().out
     with pytest.raises(UsageError, match="--output_dir .* already exists"):
         main()
+    assert not capsys.readouterr().out, "what was done is not said before it is refused"
     monkeypatch.setattr("sys.argv", [*words, "--overwrite", "--dtype", "bfloat16"])
     monkeypatch.setattr(Merged, "_load", lambda *_: 1 / 0)
     before = state_of(tmp_path / "merged")

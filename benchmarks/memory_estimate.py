@@ -1,6 +1,6 @@
-r"""The memory forecast of train.py beside the peak that the same run reaches, on CPU processes.
+r"""The memory estimate of train.py beside the peak that the same run reaches, on CPU processes.
 
-    python -m benchmarks.memory_forecast --output benchmarks/results/memory_forecast_cpu.json
+    python -m benchmarks.memory_estimate --output benchmarks/results/memory_estimate_cpu.json
 
 A model of about 0.2 billion parameters is trained for two steps. Measured is the peak resident memory of the process
 (the larger of two ranks) less that of the same run with a model of a few hundred kilobytes, which is what Python and
@@ -38,7 +38,7 @@ RUNS = {
 
 
 def run(model: str, processes: int, flags: list[str], folder: Path) -> tuple[float, float]:
-    """(forecast, peak) of a run in bytes."""
+    """Return (estimate, peak) of a run in bytes."""
     words = [
         f"--model_name_or_path={model}",
         f"--data_path={folder / 'rows.json'}",
@@ -76,12 +76,12 @@ def main() -> None:
         small = str(make_tiny_model(folder / "small", "llama", hidden_size=32, num_hidden_layers=2))
         large = str(make_tiny_model(folder / "large", "llama", hidden_size=1024, num_hidden_layers=16))
         for label, (processes, flags) in RUNS.items():
-            (own_forecast, own_peak), (forecast, peak) = (run(m, processes, flags, folder) for m in (small, large))
+            (own_estimate, own_peak), (estimate, peak) = (run(m, processes, flags, folder) for m in (small, large))
             grown = peak - own_peak
             results[label] = {
-                "forecast_gb": round((forecast - own_forecast) / 1e9, 2),
+                "estimate_gb": round((estimate - own_estimate) / 1e9, 2),
                 "measured_gb": round(grown / 1e9, 2),
-                "forecast_over_measured": round((forecast - own_forecast) / grown, 2),
+                "estimate_over_measured": round((estimate - own_estimate) / grown, 2),
             }
             print(label, results[label], flush=True)
     write_result({"runs": results}, ("torch", "transformers"), options.output)
