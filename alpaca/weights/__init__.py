@@ -6,6 +6,7 @@ exact_diff     a diff that gives back every bit, with digests
 float_diff     the diff of 2023: tuned minus base in float32
 recovery       base and diff make the tuned model
 merge_lora     a LoRA adapter merged into its base
+gguf           a checkpoint as a GGUF file, for llama.cpp and Ollama
 mismatch       why base and diff do not fit, in words
 provenance     what a folder says of its making; fingerprints
 """
