@@ -25,12 +25,11 @@ Row = dict[str, Any]
 
 FIELDS = ("instruction", "input", "output")
 QUESTIONS, ANSWERS = ("instruction", "prompt", "question", "query"), ("output", "response", "completion", "answer")
-OTHER_PAIRS = (
-    *product(("input",), ANSWERS),
-    *(("inputs", "targets"), ("problem", "solution"), ("user", "assistant"), ("human", "assistant")),
-)
+OTHERS = "inputs/targets input/target problem/solution user/assistant human/assistant"
+OTHER_PAIRS = (*product(("input",), ANSWERS), *(tuple(pair.split("/")) for pair in OTHERS.split()))
 INPUTS, SYSTEMS = ("input", "context"), ("system", "system_prompt")
 CONVERSATIONS = ("messages", "conversations", "conversation")
+TEXTS = "texts of a human and an assistant in turn"
 EMPTY = (None, "", [], {})
 NEEDED = "needed are instruction, output and, where a row has one, input"
 ADVICE = {"columns": "; {columns} instruction=<column>,input=<column>,output=<column> says which is which"}
@@ -204,6 +203,8 @@ def _kind_of_turns(value: Any) -> str | None:
         except ValueError:
             return None
     first = value[0] if isinstance(value, list) and value else None
+    if isinstance(first, str) and len(value) > 1:
+        return TEXTS
     if not isinstance(first, Mapping):
         return None
     kinds = {"from": "ShareGPT", "role": "OpenAI messages", "input": "pairs of input and output"}
@@ -265,8 +266,7 @@ def rows_of(row: Any, layout: Layout, pairs: str, where: str, about: str) -> tup
         if layout.name == "Guanaco":
             text = row.get(layout.columns["turns"])
             if not isinstance(text, str):
-                got = f"{type(text).__name__} {text!r:.60}"
-                raise InputError(f"{where}: {layout.columns['turns']!r} must be text, got {got}", about)
+                raise InputError(f"{where}: {layout.columns['turns']!r} must be text, got {text!r:.60}", about)
             return parse_conversation(text, pairs)
         return pairs_of(list(_turns(row, layout, where, about)), pairs)
     if not isinstance(row, Mapping) or layout.is_plain:
@@ -310,6 +310,8 @@ def _turns(row: Mapping[str, Any], layout: Layout, where: str, about: str) -> It
             raise InputError(f"{where}: the turns are no JSON ({error})", about) from error
         if not isinstance(value, list):
             raise InputError(f"{where}: expected a list of turns, got {type(value).__name__} {value!r:.60}", about)
+        if layout.name == TEXTS:
+            value = [{"role": ("user", "assistant")[i % 2], "content": said} for i, said in enumerate(value)]
         turns += value
     parsed = [turn for number, part in enumerate(turns) for turn in _parse(part, f"{where}: turn {number}", about)]
     if isinstance(system, str) and system.strip() and Turn("System", system.strip()) not in parsed[:1]:

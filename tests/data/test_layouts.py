@@ -131,6 +131,12 @@ LAYOUTS = {  # rows, what the first line of the report says, and whether they ha
         "pairs of input and output: turns=conversation; the first pair of each",
         False,
     ),
+    "LIMA": (
+        [{"conversations": [row["instruction"], row["output"]], "source": "x"} for row in ROWS],
+        "texts of a human and an assistant in turn: turns=conversations; the first pair of each",
+        False,
+    ),
+    "Firefly": (named("input", "target", kind="x"), "input/target: instruction=input, output=target", False),
     "Guanaco": (
         [{"text": f"### Human: {row['instruction']}### Assistant: {row['output']}"} for row in ROWS],
         "Guanaco: turns=text; the first pair of each",
