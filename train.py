@@ -33,8 +33,18 @@ from alpaca.common.files import fingerprint
 from alpaca.data.chat_template import set_chat_template
 from alpaca.data.prompts import PROMPT_DICT, format_prompt, load_prompt_template
 from alpaca.data.report import report, text_problems
-from alpaca.data.rows import read_data
-from alpaca.data.tokenization import IGNORE_INDEX, Ragged, cached_tokens, cut, encode, joined, make_tokens, starts_with
+from alpaca.data.rows import Data, read_data
+from alpaca.data.tokenization import IGNORE_INDEX as IGNORE_INDEX
+from alpaca.data.tokenization import (
+    DataCollatorForSupervisedDataset,
+    Ragged,
+    cached_tokens,
+    cut,
+    encode,
+    joined,
+    make_tokens,
+    starts_with,
+)
 from alpaca.data.tokenization import tokenize_each as _tokenize_fn  # noqa: F401  (2023's name, for who imports it)
 from alpaca.data.tokenizer import SPECIAL_TOKENS, control_tokens, identity, to_save
 from alpaca.models import deepspeed, fsdp
@@ -90,12 +100,17 @@ class ModelArguments:
 @dataclass
 class DataArguments:
     _argument_group_name = "data"
+    _renamed = {"guanaco_turns": "turns"}
     data_path: str = flag(
         None,
-        "Rows to train on, Alpaca's or Guanaco's: .json, .jsonl, .csv, .tsv, .parquet, seed_tasks.jsonl, a folder of "
-        "the datasets library, or a hub id.",
+        "Rows or conversations to train on: .json, .jsonl, .csv, .tsv, .parquet, a folder of the datasets library, or "
+        "a hub id. docs/data.md lists the layouts that are recognised.",
     )
+    columns: str | None = flag(None, "Which column is what: instruction=prompt,input=context,output=response.")
     eval_data_path: str | None = flag(None, "Rows to evaluate on when --eval_strategy is steps or epoch.")
+    eval_size: float | None = flag(
+        None, "In its place, share (0.05) or number of the rows to hold out, drawn by --seed."
+    )
     data_split: str = flag("train", "Split of a hub dataset or a datasets folder, such as train or train[:1000].")
     prompt_template: str | None = flag(
         None, "JSON file with prompt_input and prompt_no_input; omit it for Alpaca's two prompts."
@@ -106,10 +121,10 @@ class DataArguments:
         "prompt's last token loses it to the mask. split: tokenized apart, as generation sees them.",
         choices=["stanford", "split"],
     )
-    guanaco_turns: str = flag(
+    turns: str = flag(
         "first",
-        "Pairs of a conversation that become rows: the first, or all, each with what came before.",
-        choices=["first", "all"],
+        "Pairs of a conversation that become rows: the first, or all or the last with what came before.",
+        choices=["first", "all", "last"],
     )
     backward: bool = flag(False, "Learn the instruction, with its input, from the output, with a prompt for that.")
 
@@ -119,6 +134,8 @@ class DataArguments:
             raise UsageError(
                 "--data_path is missing: a file of rows (./alpaca_data.json) or a hub id (tatsu-lab/alpaca)"
             )
+        if self.eval_size is not None and self.eval_data_path:
+            raise UsageError(f"--eval_size {self.eval_size:g}: --eval_data_path has the rows already; drop one of them")
 
 
 @dataclass
@@ -261,9 +278,10 @@ class SupervisedDataset(Dataset):
         prompt_boundary: str = "stanford",
         split: str = "train",
         cache_dir: str | None = None,
-        **reading: Any,  # guanaco_turns and backward, as for alpaca.data.rows.read_data
+        data: Data | None = None,  # of `data_path`, where it has been read
+        **reading: Any,  # as alpaca.data.rows.read_data takes it
     ):
-        data = read_data(data_path, split, cache_dir, **reading)
+        data = data or read_data(data_path, split, cache_dir, **reading)
         rows = data.rows
         sources = [format_prompt(row, templates) for row in rows]
         targets = [f"{row['output']}{tokenizer.eos_token}" for row in rows]
@@ -282,50 +300,30 @@ class SupervisedDataset(Dataset):
         return dict(input_ids=self.input_ids[i], labels=self.labels[i])
 
 
-@dataclass
-class DataCollatorForSupervisedDataset:
-    """Pad rows on the right to the longest:
-
-        input_ids       [[5, 6, 7], [8]]  ->  [[5, 6, 7], [8, pad, pad]]
-        labels          [[-, 6, 7], [8]]  ->  [[-, 6, 7], [8, -, -]]         - is IGNORE_INDEX
-        attention_mask                        [[T, T, T], [T, F, F]]         booleans, as in 2023
-
-    The mask comes from lengths, not from `input_ids != pad`: with pad == eos that would hide the end of every answer.
-    No rows at all (a rank that has none left in the last step) give one token without a target.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-
-    def __call__(self, instances: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        pad, pad_id = torch.nn.utils.rnn.pad_sequence, self.tokenizer.pad_token_id
-        if not instances:
-            instances = [dict(input_ids=torch.tensor([pad_id]), labels=torch.tensor([IGNORE_INDEX]))]
-        input_ids = [torch.as_tensor(instance["input_ids"]) for instance in instances]
-        labels = [torch.as_tensor(instance["labels"]) for instance in instances]
-        return dict(
-            input_ids=pad(input_ids, batch_first=True, padding_value=pad_id),
-            labels=pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
-            attention_mask=pad([torch.ones_like(ids, dtype=torch.bool) for ids in input_ids], batch_first=True),
-        )
-
-
 def make_supervised_data_module(
-    tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, cache_dir: str | None = None
+    tokenizer: PreTrainedTokenizerBase, data_args: DataArguments, cache_dir: str | None = None, seed: int = 42
 ) -> dict[str, Any]:
-    """Return train_dataset, eval_dataset (None without --eval_data_path) and data_collator, as the Trainer takes them.
-    `data_args` may be any object with a data_path; what else it lacks is as by default."""
+    """Return train_dataset, eval_dataset (None without --eval_data_path or --eval_size) and data_collator, as the
+    Trainer takes them. `data_args` may be any object with a data_path; what else it lacks is as by default."""
     given = {field.name: getattr(data_args, field.name, field.default) for field in fields(DataArguments)}
     data_args = DataArguments(**given)
     data_args.check()
-    options = {name: getattr(data_args, name) for name in ("prompt_boundary", "guanaco_turns", "backward")}
-    options |= dict(templates=load_prompt_template(data_args.prompt_template, data_args.backward), cache_dir=cache_dir)
+    templates = load_prompt_template(data_args.prompt_template, data_args.backward)
+    reading = {name: getattr(data_args, name) for name in ("turns", "backward", "columns")}
 
-    def dataset(path: str | None, split: str = "train") -> SupervisedDataset | None:
-        return SupervisedDataset(path, tokenizer, split=split, **options) if path else None
+    def dataset(path: str, data: Data) -> SupervisedDataset:
+        return SupervisedDataset(path, tokenizer, templates, data_args.prompt_boundary, cache_dir=cache_dir, data=data)
 
+    path, eval_path = data_args.data_path, data_args.eval_data_path
+    data, held_out = read_data(path, data_args.data_split, cache_dir, **reading), None
+    if data_args.eval_size is not None:
+        data, held_out = data.hold_out(data_args.eval_size, seed)
+        path, eval_path = f"{path} (to train on)", f"{path} (held out by seed {seed})"
+    elif eval_path:
+        held_out = read_data(eval_path, "train", cache_dir, **reading)
     return dict(
-        train_dataset=dataset(data_args.data_path, data_args.data_split),
-        eval_dataset=dataset(data_args.eval_data_path),
+        train_dataset=dataset(path, data),
+        eval_dataset=dataset(eval_path, held_out) if held_out else None,
         data_collator=DataCollatorForSupervisedDataset(tokenizer),
     )
 
@@ -363,12 +361,12 @@ def run(
     """Train as the flags say."""
     hide_progress_bars(training_args)
     transformers.set_seed(training_args.seed)
-    check_evaluation(training_args, data_args.eval_data_path)
+    check_evaluation(training_args, data_args.eval_data_path, data_args.eval_size)
     checkpoint = find_checkpoint(training_args)
 
     check_is_model(model_args.model_name_or_path)
     tokenizer, num_new_tokens = load_tokenizer(model_args, training_args)
-    data_module = make_supervised_data_module(tokenizer, data_args, training_args.cache_dir)
+    data_module = make_supervised_data_module(tokenizer, data_args, training_args.cache_dir, training_args.seed)
     set_chat_template(tokenizer, data_module["train_dataset"].templates, training_args.process_index)
     run_fingerprint = prepare_run(model_args, data_args, lora_args, training_args, tokenizer, data_module, checkpoint)
     if run_fingerprint is None:

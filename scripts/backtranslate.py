@@ -227,6 +227,7 @@ def curate(
     sampling: SamplingFlags = OF_RATINGS,
     seed: int = 42,
     drop_failed: bool = False,
+    columns: str | None = None,
     budget: BudgetFlags = NO_BUDGET,
 ) -> None:
     """Rate every pair from 1 to 5, and write those that reach the threshold.
@@ -248,6 +249,7 @@ def curate(
             A chat model gets the question as it is.
         seed: Of sampling; every rating has its own, drawn from this one.
         drop_failed: Leave pairs that the model does not answer without a score; else they are an error at the end.
+        columns: Which column is what: instruction=prompt,output=response.
     """
     if not 1 <= threshold <= 5:
         raise UsageError(f"--threshold {threshold}: expected 1 to 5, as scores are")
@@ -266,7 +268,7 @@ def curate(
         if ratings > 1 and sampling.temperature == 0:
             raise UsageError(f"--ratings {ratings}: at --temperature 0 they are all the same")
         templates = load_prompt_template(prompt_template) if prompt_template else None
-        rows = load_rows(data_path)
+        rows = load_rows(data_path, columns=columns)
         if budget.dry_run:
             prompts = [rating_prompt(row) for row in rows]
             print(estimate(prompts, ratings * len(rows), sampling.max_new_tokens, spent))
@@ -323,6 +325,7 @@ def mix(
     augmented_path: str | None = None,
     tags: bool = True,
     seed: int = 42,
+    columns: str | None = None,
 ) -> None:
     """Write seed and augmented data as one shuffled file for train.py, each instruction with its tag.
 
@@ -336,12 +339,13 @@ def mix(
         augmented_path: what curate chose.
         tags: add the sentences.
         seed: of the shuffle.
+        columns: of the seed data, which column is what: instruction=prompt,output=response.
     """
     refuse_overwriting_input(output_path, seed_path, augmented_path)
     augmented = load_rows(augmented_path) if augmented_path else []
     if any("ratings" in row for row in augmented):
         raise UsageError(f"--augmented_path {augmented_path}: has all rated pairs; give curate's --output_path")
-    rows, summary = mixed(load_rows(seed_path), augmented, tags, seed)
+    rows, summary = mixed(load_rows(seed_path, columns=columns), augmented, tags, seed)
     print(summary)
     write_rows(output_path, rows)
     if tags:

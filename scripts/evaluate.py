@@ -115,7 +115,7 @@ def alpaca_eval(model: str, data_path: str, output_path: str, options: AnswerFla
     """
     asked = GenerateArguments(**vars(options), model=model, data_path=data_path, output_path=output_path)
     asked.check()
-    rows = load_rows(data_path, asked.data_split, answered=False)
+    rows = load_rows(data_path, asked.data_split, answered=False, columns=asked.columns)
     answer_file([{"instruction": instruction_and_input(row)} for row in rows], *opened(asked), asked)
     print(f"average length: {_average_length(utils.jload(output_path))} characters")
 
@@ -139,6 +139,7 @@ def win_rate(
     seed: int = 0,
     sampling: SamplingFlags = OF_VERDICTS,
     drop_failed: bool = False,
+    columns: str | None = None,
     budget: BudgetFlags = NO_BUDGET,
 ) -> None:
     """Measure how often a judge prefers the answers of one file to those of another; a rerun continues and asks nothing
@@ -156,6 +157,7 @@ def win_rate(
         orders: both, or one, drawn for each row: half the requests, and the place counts.
         seed: Of the orders, if one.
         drop_failed: Leave out rows that the judge does not answer; else they are an error at the end.
+        columns: Of the reference file, which column is what: instruction=prompt,output=response.
 
     Raises:
         UsageError: a bad flag, file, key, address or model, the limit of cost, or pairs without a verdict.
@@ -165,7 +167,7 @@ def win_rate(
         raise UsageError(f"--orders {orders}: expected both or one")
     result_path = output_path or f"{data_path.removesuffix('.json')}.win_rate.json"
     refuse_overwriting_input(result_path, data_path, reference_path)
-    ours, others = _pairs(data_path, reference_path)
+    ours, others = _pairs(data_path, reference_path, columns)
     asked = judge_questions(len(ours), orders, seed)
     pairs = [(ours[question["row"]], others[question["row"]], question["first"]) for question in asked]
     questions = [judge_prompt(instruction_and_input(a), a["output"], b["output"], first) for a, b, first in pairs]
@@ -206,9 +208,9 @@ def _verdict(entry: dict[str, Any], first: str) -> dict[str, Any]:
     return {"output": text, "preference": read_preference(text, first, cut)}
 
 
-def _pairs(outputs: str, reference: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _pairs(outputs: str, reference: str, columns: str | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the rows of `outputs`, and for each the one of `reference` with the same instruction."""
-    ours, others = load_rows(outputs), load_rows(reference)
+    ours, others = load_rows(outputs), load_rows(reference, columns=columns)
     places = partners(
         list(map(instruction_and_input, ours)),
         list(map(instruction_and_input, others)),
@@ -269,6 +271,7 @@ def backward(
     output_path: str | None = None,
     show_worst: int = 10,
     bleu_tokenizer: str = "13a",
+    columns: str | None = None,
 ) -> None:
     """Measure BLEU and ROUGE-1, -2, -L of the instructions that a backward model has written, against the true ones.
 
@@ -280,6 +283,7 @@ def backward(
         output_path: JSON for the scores, those of each row too; not given, <data_path without .json>.scores.json.
         show_worst: Rows to print, those with the lowest ROUGE-L.
         bleu_tokenizer: Tokenizer of sacrebleu: 13a, intl, zh, char ...
+        columns: Of the reference file, which column is what: instruction=prompt,output=response.
 
     Raises:
         UsageError: a file is malformed, a text has no true instruction, or sacrebleu or rouge_score is missing.
@@ -289,7 +293,7 @@ def backward(
     if show_worst < 0:
         raise UsageError(f"--show_worst {show_worst}: expected a number of rows, 0 or more")
     rows = load_rows(data_path, also=("reference",))
-    true = _true_instructions(rows, data_path, reference_path)
+    true = _true_instructions(rows, data_path, reference_path, columns)
     scores = overlap([row["output"] for row in rows], true, bleu_tokenizer)
     print("\n".join(_report(scores, rows, true, show_worst)))
     for row, text, truth in zip(scores["rows"], rows, true):
@@ -321,9 +325,11 @@ def _report(scores: dict[str, Any], rows: list[dict[str, Any]], true: list[str],
     return lines
 
 
-def _true_instructions(rows: list[dict[str, Any]], data_path: str, reference: str | None) -> list[str]:
+def _true_instructions(
+    rows: list[dict[str, Any]], data_path: str, reference: str | None, columns: str | None
+) -> list[str]:
     if reference is not None:
-        known = load_rows(reference)
+        known = load_rows(reference, columns=columns)
         places = partners(
             [row["instruction"] for row in rows],
             [row["output"] for row in known],
@@ -331,6 +337,8 @@ def _true_instructions(rows: list[dict[str, Any]], data_path: str, reference: st
             reference,
         )
         return [instruction_and_input(known[place]) for place in places]
+    if columns:
+        raise UsageError(f"--columns {columns}: is for the file of --reference_path, which is not given")
     without = [number for number, row in enumerate(rows) if not isinstance(row.get("reference"), str)]
     if without:
         raise UsageError(

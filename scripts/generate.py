@@ -49,6 +49,7 @@ class AnswerFlags:
 
     base: str | None = flag(None, "The base model of an adapter or a diff.")
     data_split: str = flag("train", "Split of a hub dataset, such as eval or train[:100].")
+    columns: str | None = flag(None, "Which column is what: instruction=prompt,input=context.")
     prompt_template: str | None = flag(None, "JSON file with other prompts than those that the model was trained with.")
     max_new_tokens: int = flag(512, "Tokens of an answer, at most.")
     temperature: float = flag(0.0, "Sampling temperature; 0 is greedy.")
@@ -98,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 @names_flags
 def generate(options: GenerateArguments) -> None:
     """Answer the rows of a file, or talk at the terminal."""
-    rows = load_rows(options.data_path, options.data_split, answered=options.backward) if options.data_path else []
+    rows: list[Row] = []
+    if options.data_path:
+        rows = load_rows(options.data_path, options.data_split, options.backward, columns=options.columns)
     if options.backward:
         rows = [{"instruction": row["output"], "reference": instruction_and_input(row)} for row in rows]
     model, templates = opened(options)

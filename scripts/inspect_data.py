@@ -41,6 +41,7 @@ class InspectArguments:
     problem: str | None = flag(None, "Show the first rows with this problem.", choices=list(PROBLEMS))
     limit: int = flag(5, "How many rows --problem shows.")
     model_max_length: int = flag(512, "Maximum sequence length in tokens, as in train.py.")
+    seed: int = flag(42, "Seed of --eval_size, as in train.py.")
     cache_dir: str | None = flag(None, "Folder for downloads and tokenized data, as in train.py.")
     color: str = flag("auto", "When to use colour.", choices=["auto", "always", "never"])
 
@@ -60,23 +61,29 @@ def inspect_data(model_args: ModelArguments, data_args: DataArguments, options: 
     check_numbers(model_max_length=options.model_max_length, limit=options.limit)
     check_is_model(model_args.model_name_or_path)
     tokenizer, _ = load_tokenizer(model_args, options)
-    data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir)
+    data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir, options.seed)
+    datasets = [data_module[name] for name in ("train_dataset", "eval_dataset") if data_module[name]]
+    of_file = datasets if data_args.eval_size else datasets[:1]
     spoiled = []
-    for dataset in filter(None, (data_module["train_dataset"], data_module["eval_dataset"])):
+    for dataset in datasets:
         print(dataset.report)
-        if dataset is data_module["train_dataset"]:
-            show_rows(dataset, tokenizer, options)
+        if dataset is of_file[-1]:
+            show_rows(of_file, tokenizer, options)
         spoiled += dataset.report.spoiled_by()
     for line in spoiled:
         print(f"would spoil training: {line}")
     return 1 if spoiled else 0
 
 
-def show_rows(dataset: SupervisedDataset, tokenizer: PreTrainedTokenizerBase, options: InspectArguments) -> None:
-    """Print the rows asked for, by their number in the file, every token with its label."""
-    numbers = list(options.rows)
-    places, problems = dataset.report.numbers, dataset.report.problems
-    last = max(places + problems["no_pair"])
+def show_rows(
+    datasets: Sequence[SupervisedDataset], tokenizer: PreTrainedTokenizerBase, options: InspectArguments
+) -> None:
+    """Print the rows asked for, by their number in the file that `datasets` are parts of, every token with its
+    label."""
+    numbers, reports = list(options.rows), [dataset.report for dataset in datasets]
+    problems = {name: [row for report in reports for row in report.problems[name]] for name in PROBLEMS}
+    places = [(place, dataset[i]) for dataset in datasets for i, place in enumerate(dataset.report.numbers)]
+    last = max([place for place, _ in places] + problems["no_pair"])
     if wrong := [number for number in numbers if not 0 <= number <= last]:
         raise UsageError(f"--rows {wrong[0]}: the data has {f'rows 0 to {last}' if last else 'row 0 only'}")
     if options.problem:
@@ -86,11 +93,11 @@ def show_rows(dataset: SupervisedDataset, tokenizer: PreTrainedTokenizerBase, op
     )
     for number in numbers:
         names = ", ".join(name for name, rows in problems.items() if number in rows)
-        found = [i for i, place in enumerate(places) if place == number]  # a conversation gives several, or none
+        found = [row for place, row in places if place == number]  # a conversation gives several, or none
         if not found:
             print(f"\nrow {number}: left out | {names}")
-        for i in found:
-            show_row(f"row {number}", names, dataset[i], tokenizer, colored)
+        for row in found:
+            show_row(f"row {number}", names, row, tokenizer, colored)
 
 
 def show_row(

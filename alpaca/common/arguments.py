@@ -67,14 +67,16 @@ def parse(
         translate: makes today's command line of an older one, with a note for each change.
         adapt: changes parsed flags in place before the dataclasses see them, with a note for each change.
         hidden: flags that --help does not show.
-        aliases: former name of a flag -> its name, with a note for each that is used.
+        aliases: former name of a flag -> its name, with a note for each that is used. A dataclass may have them as
+            `_renamed`.
 
     Raises:
         UsageError: the message names the flag, what was got and what is expected.
     """
     parser = FlagParser(dataclass_types, description, program, hidden)
     words, notes = translate(list(argv)) if translate else (list(argv), [])
-    words, renamed = rename_flags(words, aliases or {})
+    former = [*(getattr(group, "_renamed", {}) for group in dataclass_types), aliases or {}]
+    words, renamed = rename_flags(words, {old: new for names in former for old, new in names.items()})
     notes += renamed
     for name, values in split_flags(words):
         if name not in parser.known():

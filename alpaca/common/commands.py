@@ -49,7 +49,7 @@ SYNONYMS = {  # what other trainers call a flag -> ours; a command has the first
     "device": ("use_cpu True",),
 }
 ADVICE = {  # where no flag of ours does it
-    "val_set_size": "rows to evaluate on are a file of their own: --eval_data_path",
+    "val_set_size": "--eval_size holds out rows of the data; a file of their own is --eval_data_path",
     "wandb_project": "set the environment variable WANDB_PROJECT, with --report_to wandb",
     **dict.fromkeys(("gpus", "num_gpus", "n_gpu", "nproc"), "start with torchrun --nproc_per_node=N"),
 }

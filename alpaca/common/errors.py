@@ -48,10 +48,11 @@ class InputError(UsageError):
     (`names_flags`).
     """
 
-    def __init__(self, message: str, about: str | Path, written: bool = False):
-        """`written`: of equal paths the mistake is in that of what is made, not in that of what it is made from."""
+    def __init__(self, message: str, about: str | Path, written: bool = False, advice: Mapping[str, str] | None = None):
+        """`written`: of equal paths the mistake is in that of what is made, not in that of what it is made from.
+        `advice`: {parameter: end of the message for a command that has it}, which names it as a ParameterError does."""
         super().__init__(message)
-        self.message, self.about, self.written = message, str(about), written
+        self.message, self.about, self.written, self.advice = message, str(about), written, dict(advice or {})
 
 
 class ParameterError(UsageError):
@@ -86,12 +87,15 @@ def names_flags(command: Callable) -> Callable:
         except (InputError, ParameterError) as error:
             bound = inspect.signature(command).bind(*values, **flags)
             bound.apply_defaults()
+            groups = [value for value in bound.arguments.values() if dataclasses.is_dataclass(value)]
+            names = [*bound.arguments, *(field.name for group in groups for field in dataclasses.fields(group))]
+            names = getattr(command, "_renamed", {}) | {name: name for name in names}
             if isinstance(error, InputError):
+                for name in error.advice.keys() & names.keys():
+                    error.message += error.advice.pop(name).replace(f"{{{name}}}", f"--{names[name]}")
+                    error.args = (error.message,)
                 _name_flag(error, _flags_of(bound.arguments))
             else:
-                groups = [value for value in bound.arguments.values() if dataclasses.is_dataclass(value)]
-                names = [*bound.arguments, *(field.name for group in groups for field in dataclasses.fields(group))]
-                names = getattr(command, "_renamed", {}) | {name: name for name in names}
                 error.args = (error.naming({name: f"--{flag}" for name, flag in names.items()}),)
             raise
 

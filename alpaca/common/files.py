@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import IO, Any
 
 from alpaca.common.errors import InputError, format_bytes
@@ -19,7 +20,6 @@ ROOM = 10**8  # bytes on the disk for what stands beside the tensors: tokenizer,
 AUX_SUFFIXES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 _SPACE = re.compile(r"[ \t\n\r]*")  # as JSON has it
 OF_A_CHECKPOINT = (".safetensors", ".bin", ".sha256", ".png", ".md", ".gitattributes", "LICENSE", *AUX_SUFFIXES)
-
 
 try:
     import fcntl
@@ -358,3 +358,43 @@ def sync_folder(folder: Path, files: bool = True) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+COMPRESSED = dict(gzip=b"\x1f\x8b", zip=b"PK\x03\x04", bzip2=b"BZh", xz=b"\xfd7zXZ", zstd=b"\x28\xb5\x2f\xfd")
+NO_TEXT = {  # how a file begins, and what is wrong with it
+    b"version https://git-lfs": "is a git-lfs pointer, not the data; run `git lfs pull`",
+    **{magic: f"is compressed ({kind}); unpack it first" for kind, magic in COMPRESSED.items()},
+    b"PAR1": "is a parquet file; name it .parquet",
+    **dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "is UTF-16, not UTF-8; convert it first"),
+    b"\xd0\xcf\x11\xe0": "is a spreadsheet or document of Office; save it as CSV UTF-8",
+}
+
+
+def decode_text(data: bytes, path: Path) -> str:
+    """Return the text of a file. Raise InputError, with the way out, for one that is not UTF-8, or no text at all."""
+    found = next((advice for magic, advice in NO_TEXT.items() if data.startswith(magic)), "")
+    is_workbook = data.startswith(COMPRESSED["zip"]) and re.search(rb"xl/workbook|opendocument\.spreadsheet", data)
+    if path.suffix.lower() in (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods", ".numbers") or is_workbook:
+        found = "is a spreadsheet; save it as CSV UTF-8 and give that file"
+    if found:
+        raise InputError(f"{path}: {found}{_iconv('UTF-16', path) if 'UTF-16' in found else ''}", path)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not UTF-8: {_other_encoding(data, error.start, path)}", path) from error
+    if "\0" in text:
+        line, advice = text.count("\n", 0, text.index("\0")) + 1, f"convert it first{_iconv('UTF-16LE', path)}"
+        raise InputError(f"{path}: holds a NUL byte (line {line}): it is damaged, or UTF-16; {advice}", path)
+    return text
+
+
+def _other_encoding(data: bytes, at: int, path: Path) -> str:
+    encoding = "latin-1" if any(byte in data for byte in b"\x81\x8d\x8f\x90\x9d") else "cp1252"  # which lacks those
+    word = re.search(rb"[^\s,;|]*\Z", data[max(at - 20, 0) : at])[0] + re.match(rb"[^\s,;|]{0,20}", data[at:])[0]
+    where = f"byte 0x{data[at]:02X} at position {at} (line {data.count(10, 0, at) + 1})"
+    guess = f"makes {word.decode(encoding)!r} in {encoding}, which Windows and Excel write; if so, convert it"
+    return f"{where} {guess}{_iconv(encoding.upper(), path)}, or save it as CSV UTF-8"
+
+
+def _iconv(code: str, path: Path) -> str:
+    return f": iconv -f {code} -t UTF-8 {quote(str(path))} > {quote(str(path.with_stem(path.stem + '.utf8')))}"

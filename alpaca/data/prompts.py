@@ -5,6 +5,7 @@ evaluation and the chat template all come here.
 """
 
 import json
+import reprlib
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from alpaca.common.errors import InputError, UsageError
 from alpaca.common.files import atomic_write, read_json
+from alpaca.data.formats import ADVICE, ALPACA, FIELDS, NEEDED, Layout
 
 PROMPT_DICT = {
     "prompt_input": (
@@ -125,3 +127,38 @@ def save_templates(templates: Mapping[str, str], folder: str) -> None:
     """Write the file that alpaca.data.prompts.templates_of and --prompt_template read."""
     with atomic_write(f"{folder}/{TEMPLATE_FILE}") as file:
         json.dump(dict(templates), file, indent=1, ensure_ascii=False)
+
+
+def check_row(row: Any, read: Any, number: int, data_path: str, layout: Layout) -> None:
+    """Raise InputError for a row without text in its fields, which the row `read` has under the names of `layout`."""
+    where = f"{data_path}: row {number}"
+    if not isinstance(row, Mapping):
+        got = type(row).__name__
+        raise InputError(f"{where}: expected an object with instruction, input and output, got {got}", data_path)
+    for name in ("instruction", "output"):
+        if name not in row:
+            has = f"{sorted(map(str, read if layout is not ALPACA else row))}"
+            column = layout.columns.get(name, name)
+            raise InputError(
+                f"{where}: no field {column!r}; the row has {has:.500}; {NEEDED}", data_path, advice=ADVICE
+            )
+    for name in FIELDS:
+        value, column = row.get(name), layout.columns.get(name, name)
+        if not isinstance(value, str) and not (name == "input" and value is None):
+            got = f"{type(value).__name__} {reprlib.repr(value):.60}"
+            raise InputError(f"{where}: {column!r} must be text, got {got}", data_path)
+        check_text(value or "", f"{where}: {column!r}", data_path)
+
+
+def check_text(text: str, where: str, about: str) -> None:
+    """Raise InputError for half of a surrogate pair: JSON can say it ("\\ud83d"), no tokenizer or server reads it."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = text[error.start]
+            raise InputError(
+                f"{where} holds {half!r} at character {error.start}, one half of a character such as an emoji that was "
+                "cut in two; mend or remove it",
+                about,
+            ) from error

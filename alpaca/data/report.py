@@ -22,7 +22,7 @@ class Problem:
 PROBLEMS = {
     "truncated": Problem("cut at --model_max_length", "raise it if their ends matter"),
     "no_eos": Problem("the end-of-text token is cut off", "the model does not learn to stop from them", 0.01),
-    "nothing_to_learn": Problem("no target is left", "the prompt alone fills --model_max_length", 0.0),
+    "nothing_to_learn": Problem("no target is left", "the prompt alone fills --model_max_length", 0.001),
     "merged_boundary": Problem(
         "the answer's first character merges with the prompt's last token and is masked with it, as in 2023",
         "--prompt_boundary split tokenizes the two apart",
@@ -41,14 +41,16 @@ PROBLEMS = {
     "no_pair": Problem("no human turn with an answer", "they are left out", 0.05),
     "ends_on_human": Problem("the conversation ends on a human turn", "that turn is left out"),
     "unpaired_turns": Problem("turns without text or partner, or text before the first", "those are left out"),
-    "later_pairs": Problem("more pairs follow the first", "--guanaco_turns all learns from them too"),
+    "not_text_turns": Problem("turns that call a tool, or hold an image", "those are not taken; only text is learned"),
+    "later_pairs": Problem("more pairs follow the first", "--turns all learns from them too"),
+    "earlier_pairs": Problem("more pairs come before the last", "--turns all learns from them too"),
 }
 
 
 @dataclass
 class DataReport:
     """What is known of the rows: sizes in tokens, the `numbers` of rows, row numbers per name of PROBLEMS, and what is
-    `unread` of the file, as alpaca.data.rows.Data has it."""
+    `unread` of the file and what it was `read_as`, as alpaca.data.rows.Data has it."""
 
     name: str
     lengths: list[int]
@@ -56,13 +58,15 @@ class DataReport:
     numbers: list[int]
     problems: dict[str, list[int]]
     unread: Mapping[str, int] = field(default_factory=dict)
+    read_as: str | None = None
 
     def __str__(self) -> str:
         lengths, total = sorted(self.lengths), sum(self.lengths)
         prompt = total - self.num_targets
         median, p90 = lengths[len(lengths) // 2], lengths[len(lengths) * 9 // 10]
+        begin = f"{self.name}: {len(lengths):,} rows, " + (f"{self.read_as}\n  " if self.read_as else "")
         lines = [
-            f"{self.name}: {len(lengths):,} rows, {total:,} tokens: {prompt:,} of prompts ({prompt / total:.0%}), "
+            f"{begin}{total:,} tokens: {prompt:,} of prompts ({prompt / total:.0%}), "
             f"{self.num_targets:,} to learn ({self.num_targets / total:.0%}); a row has {total / len(lengths):.0f} on "
             f"average, median {median}, 90% at most {p90}, longest {lengths[-1]}"
         ]
@@ -80,7 +84,7 @@ class DataReport:
         """Return one line per problem that more rows have than is tolerated."""
         return [
             f"{name}: {_rows(len(rows))} of {len(self.lengths):,} ({len(rows) / len(self.lengths):.1%}), "
-            f"tolerated are {PROBLEMS[name].tolerated:.0%}: {PROBLEMS[name].advice}"
+            f"tolerated are {100 * PROBLEMS[name].tolerated:g}%: {PROBLEMS[name].advice}"
             for name, rows in self.problems.items()
             if len(rows) > PROBLEMS[name].tolerated * len(self.lengths)
         ]
@@ -102,7 +106,7 @@ def report(name: str, tokens: Tokens, texts: Mapping[str, list[int]], data: Data
     found = {name: [data.numbers[i] for i in rows] for name, rows in {**tokens["problems"], **texts}.items()}
     found |= data.problems
     problems = {problem: found.get(problem, []) for problem in PROBLEMS}
-    whole = DataReport(name, lengths, num_targets, data.numbers, problems, data.unread)
+    whole = DataReport(name, lengths, num_targets, data.numbers, problems, data.unread, data.read_as)
     if len(problems["nothing_to_learn"]) == len(lengths):
         raise InputError(f"{name}: no row has an answer left to learn within the maximum length\n{whole}", name)
     return whole

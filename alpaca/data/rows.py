@@ -1,5 +1,5 @@
-"""Rows in, whatever file they come from: Alpaca JSON, JSONL, CSV, parquet, seed_tasks.jsonl, conversations such as
-OpenAssistant-Guanaco's, or a dataset of the hub.
+"""Rows in, whatever file they come from: JSON, JSONL, CSV, parquet or a dataset of the hub, in any layout of
+alpaca/data/formats.py.
 
 A row is a dict with `instruction`, `output` and an optional `input`, all str. Row numbers count from 0, as an index
 into the file's list does, also where a row of the file gives several rows or none.
@@ -8,37 +8,26 @@ into the file's list does, also where a row of the file gives several rows or no
 import csv
 import io
 import json
-import reprlib
+import random
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import InputError, UsageError, format_bytes, loading
-from alpaca.common.files import decode_json, fingerprint, json_items
-from alpaca.data.formats import Row, check_is_list, instances_of, is_conversation, parse_conversation
-from alpaca.data.prompts import backward_row
+from alpaca.common.errors import InputError, ParameterError, UsageError, format_bytes, loading
+from alpaca.common.files import decode_json, decode_text, fingerprint, json_items
+from alpaca.data import formats
+from alpaca.data.formats import ALPACA, EMPTY, FIELDS, Row, rows_of
+from alpaca.data.prompts import backward_row, check_row
 
-FIELDS = ("instruction", "input", "output")
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 DATA_SUFFIXES = (".json", ".jsonl", *DELIMITERS, ".parquet")
 MOST_BYTES = 2 * 10**9  # of a file, and of what a table unpacks to, where a row counts ROW_BYTES more
 ROW_BYTES = 100
 MOST_LEVELS = 100  # of lists and objects in a row
-NO_TEXT = {  # how a file begins, and what is wrong with it
-    b"version https://git-lfs": "is a git-lfs pointer, not the data; run `git lfs pull`",
-    b"\x1f\x8b": "is compressed (gzip); unpack it first",
-    b"PK\x03\x04": "is compressed (zip); unpack it first",
-    b"BZh": "is compressed (bzip2); unpack it first",
-    b"\xfd7zXZ": "is compressed (xz); unpack it first",
-    b"\x28\xb5\x2f\xfd": "is compressed (zstd); unpack it first",
-    b"PAR1": "is a parquet file; name it .parquet",
-    b"\xff\xfe": "is UTF-16, not UTF-8; convert it first",
-    b"\xfe\xff": "is UTF-16, not UTF-8; convert it first",
-}
-OF_A_ROW, OF_A_CONVERSATION = {*FIELDS, "instances"}, {"text"}
-EMPTY = (None, "", [], {})
+OF_A_ROW = {*FIELDS, "instances"}
 OURS = (  # what our own programs write beside a row's fields, and the data of self-instruct and AlpacaEval has
     *("id", "name", "is_classification", "generator", "dataset", "datasplit", "text"),
     *("most_similar_instructions", "avg_similarity_score", "score", "source"),
@@ -53,21 +42,59 @@ ALPACA_DATA_HINT = (
 class Data:
     """`numbers`: for each of `rows` the number of the file's row that it comes from. `problems`: what reading noticed,
     numbers of the file's rows per name of alpaca/data/report.py. `unread`: in how many rows of the file something
-    stands in a column that nothing is read from."""
+    stands in a column that nothing is read from. `read_as`: what was read as what, unless it is Alpaca's own."""
 
     rows: list[Row]
     numbers: list[int]
     problems: dict[str, list[int]]
     unread: dict[str, int] = field(default_factory=dict)
+    read_as: str | None = None
 
     def fingerprint(self) -> str:
         return fingerprint([(row["instruction"], row.get("input") or "", row["output"]) for row in self.rows])
 
+    def hold_out(self, eval_size: float, seed: int) -> tuple["Data", "Data"]:
+        """Return the rows to train on, and those to evaluate on, which `seed` draws. Rows that come from one row of the
+        file, such as a conversation, stay together, so that there may be a few more than `eval_size`.
 
-def load_rows(data_path: str, split: str = "train", answered: bool = True, also: Collection[str] = ()) -> list[Row]:
-    """Return the rows of `read_data`. Print a line each if rows of the file are left out, fields are given twice, or
-    columns other than `also` are not read."""
-    data = read_data(data_path, split, answered=answered)
+        Args:
+            eval_size: a number of rows or, below 1, their share.
+        """
+        if not (0 < eval_size < 1 or (eval_size >= 1 and float(eval_size).is_integer())):
+            problem = "expected a share of the rows above 0 and below 1, or a whole number of rows"
+            raise ParameterError(f"{{eval_size}} {eval_size:g}: {problem}", "eval_size")
+        wanted = max(1, round(eval_size * len(self.rows))) if eval_size < 1 else int(eval_size)
+        of_row = Counter(self.numbers)
+        order, held, count = sorted(of_row), set(), 0
+        random.Random(seed).shuffle(order)
+        while count < wanted and order:
+            held.add(number := order.pop())
+            count += of_row[number]
+        if not order:
+            problem = f"no row would be left to train on; the data has {len(self.rows):,} in all"
+            raise ParameterError(f"{{eval_size}} {eval_size:g}: {problem}", "eval_size")
+        return self._part(held, False), self._part(held, True)
+
+    def _part(self, held: set[int], inside: bool) -> "Data":
+        kept = [i for i, number in enumerate(self.numbers) if (number in held) == inside]
+        problems = {name: [row for row in rows if (row in held) == inside] for name, rows in self.problems.items()}
+        return Data(
+            [self.rows[i] for i in kept],
+            [self.numbers[i] for i in kept],
+            {name: rows for name, rows in problems.items() if rows},
+            {} if inside else self.unread,
+            self.read_as,
+        )
+
+
+def load_rows(
+    data_path: str, split: str = "train", answered: bool = True, also: Collection[str] = (), columns: str | None = None
+) -> list[Row]:
+    """Return the rows of `read_data`. Print a line each if they are not in Alpaca's layout, rows of the file are left
+    out, fields are given twice, or columns other than `also` are not read."""
+    data = read_data(data_path, split, answered=answered, columns=columns)
+    if data.read_as:
+        print(f"{data_path}: {data.read_as}")
     for name, what in (
         ("no_pair", "rows left out, without a human turn and its answer"),
         ("repeated_field", "rows give a field twice, and only the last of both is read"),
@@ -84,10 +111,9 @@ def describe_unread(unread: Mapping[str, int]) -> str:
     """Return the line of the report about `Data.unread`."""
     parts = []
     for name, rows in unread.items():
-        meant = next((known for known in FIELDS if known == name.strip(" \t\ufeff").lower()), None)
-        shown = repr(name) if name != name.strip() or not name.isprintable() or not name else name
+        meant = next((known for known in FIELDS if known == formats.plain_name(name)), None)
         count = "1 row" if rows == 1 else f"{rows:,} rows"
-        parts.append(f"{shown:.80} ({count}{f', is not {meant}' if meant else ''})")
+        parts.append(f"{formats.shown_name(name):.80} ({count}{f', is not {meant}' if meant else ''})")
     return "columns never read: " + ", ".join(parts[:20]) + (f", and {len(parts) - 20} more" if parts[20:] else "")
 
 
@@ -95,57 +121,51 @@ def read_data(
     data_path: str,
     split: str = "train",
     cache_dir: str | None = None,
-    guanaco_turns: str = "first",
+    turns: str = "first",
     backward: bool = False,
     answered: bool = True,
+    columns: str | None = None,
 ) -> Data:
     """Read and check all rows of `data_path`.
 
     Args:
         split: of a hub dataset or a saved dataset folder (`train`, `train[:1000]`); a file has one split.
-        guanaco_turns: which pairs of a conversation become rows, see `parse_conversation`.
+        turns: which pairs of a conversation become rows, see `alpaca.data.formats.pairs_of`.
         backward: what a row is to learn is its instruction, from its output: see `alpaca.data.prompts.backward_row`.
         answered: a row without an output is an error.
+        columns: which column is what, see `alpaca.data.formats.choose_layout`.
 
     Raises:
-        InputError: nothing is there, the file is malformed (line and column), empty, or a row has a missing field or a
-            wrong type (row number).
+        InputError: nothing is there, the file is malformed (line and column), empty, or of no known layout, or a row
+            has a missing field or a wrong type (row number).
     """
     read = raw_rows(data_path, split, cache_dir)
-    check_is_list(read, data_path)
-    rows: list[Row] = []
-    numbers: list[int] = []
-    problems: dict[str, list[int]] = {}
-    unread: Counter[str] = Counter()
+    layout = formats.choose_layout(read, data_path, columns, answered)
+    data = Data([], [], {}, unread := Counter(), layout.description(turns))
+    names = ALPACA if layout.is_conversation else layout
+    taken = OF_A_ROW if layout.is_plain else set(layout.columns.values())
     for number, row in enumerate(read):
-        conversation = is_conversation(row)
-        parts, found = parse_conversation(row["text"], guanaco_turns) if conversation else (instances_of(row), [])
+        parts, found = rows_of(row, layout, turns, f"{data_path}: row {number}", data_path)
         for part in parts:
             unanswered = not answered and isinstance(part, Mapping)
-            _check_row({"output": "", **part} if unanswered else part, number, data_path)
-            rows.append(backward_row(part) if backward else part)
-            numbers.append(number)
-        instances = row["instances"] if isinstance(row.get("instances"), list) else ()
+            check_row({"output": "", **part} if unanswered else part, row, number, data_path, names)
+            data.rows.append(backward_row(part) if backward else part)
+            data.numbers.append(number)
+        instances = row["instances"] if layout.is_plain and isinstance(row.get("instances"), list) else ()
         if any(isinstance(one, RowWithRepeats) for one in (row, *instances)):
             found.append("repeated_field")
         for name in found:
-            problems.setdefault(name, []).append(number)
-        read_here = OF_A_CONVERSATION if conversation else OF_A_ROW
-        unread.update({name for one in (row, *instances) for name in one.keys() - read_here if one[name] not in EMPTY})
-    if not rows:
-        why = "holds no rows"
-        if read and problems:
-            why = f"none of its {len(read):,} rows has a turn `### Human: ...` with an answer `### Assistant: ...`"
+            data.problems.setdefault(name, []).append(number)
+        unread.update({name for one in (row, *instances) for name in one.keys() - taken if one[name] not in EMPTY})
+    if not data.rows:
+        why = layout.without_pairs(len(read), data.problems) if read else "holds no rows"
         raise InputError(f"{data_path}: {why}", data_path)
-    return Data(rows, numbers, problems, dict(unread))
+    return data
 
 
 def raw_rows(data_path: str, split: str = "train", cache_dir: str | None = None) -> list[Any]:
-    """Return what stands in the file, folder or hub dataset, unchecked.
-
-    Raises:
-        InputError: nothing is there, or the file is malformed (line and column).
-    """
+    """Return what stands in the file, folder or hub dataset, unchecked. Raise InputError if nothing is there, or the
+    file is malformed (line and column)."""
     path = Path(data_path)
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
@@ -183,15 +203,7 @@ def read_text(path: Path, line_ends: bool = True) -> str:
         data = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})", path) from error
-    if found := next((advice for magic, advice in NO_TEXT.items() if data.startswith(magic)), None):
-        raise InputError(f"{path}: {found}", path)
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not UTF-8 (byte {error.start}); convert it first", path) from error
-    if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
-        raise InputError(f"{path}: holds a NUL byte (line {line}): it is damaged, or UTF-16; convert it first", path)
+    text = decode_text(data, path)
     return text.replace("\r\n", "\n").replace("\r", "\n") if line_ends else text
 
 
@@ -275,7 +287,8 @@ def _check_depth(row: Any, where: str, about: Path) -> None:
 def _read_csv(text: str, path: Path, delimiter: str) -> Iterator[Row]:
     """Yield the rows of CSV through the standard library: "007", "NA" and "" stay the text they are."""
     csv.field_size_limit(2**31 - 1)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    separator = _find_separator(text, delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     header: list[str] | None = None
     while True:
         line = reader.line_num + 1
@@ -289,7 +302,7 @@ def _read_csv(text: str, path: Path, delimiter: str) -> Iterator[Row]:
             ) from error
         if fields is None:
             return
-        if not fields or (len(fields) == 1 and not fields[0].strip()):
+        if (len(fields) <= 1 and not "".join(fields).strip()) or (line == 1 and fields == ["sep=", ""]):
             continue
         if header is None:
             header = fields
@@ -301,6 +314,28 @@ def _read_csv(text: str, path: Path, delimiter: str) -> Iterator[Row]:
             )
         else:
             yield _row(zip(header, fields))
+
+
+def _find_separator(text: str, usual: str) -> str:
+    """Return what separates the fields of a table: with it the header has most names that are known, the next line as
+    many fields, and the header most of them. `usual` is meant where others are as good."""
+    if named := re.match(r"sep=([,;|\t])\r?\n", text):  # as Excel writes and reads it
+        return named[1]
+
+    def fit(separator: str) -> tuple[int, bool, int]:
+        lines, first = csv.reader(io.StringIO(text[: 2**20], newline=""), delimiter=separator, strict=True), []
+        try:
+            for line in lines:
+                first += [line] if "".join(line).strip() else []
+                if len(first) == 2:
+                    break
+        except csv.Error:
+            pass  # said when it is read
+        header, after = [*first, [], []][:2]
+        known = sum(formats.plain_name(name) in formats.KNOWN for name in header)
+        return known, len(header) == len(after) > 1, len(header)
+
+    return max((usual, ",", ";", "\t", "|"), key=fit)
 
 
 def _read_parquet(path: Path) -> list[Row]:
@@ -356,33 +391,3 @@ def _read_dataset(name: str, split: str, cache_dir: str | None) -> list[Row]:
         raise InputError(
             f"{name}: no such file, and loading it as a dataset (split {split!r}) failed: {error}{hint}", name
         ) from error
-
-
-def _check_row(row: Any, number: int, data_path: str) -> None:
-    where = f"{data_path}: row {number}"
-    if not isinstance(row, Mapping):
-        got = type(row).__name__
-        raise InputError(f"{where}: expected an object with instruction, input and output, got {got}", data_path)
-    for name in ("instruction", "output"):
-        if name not in row:
-            raise InputError(f"{where}: no field {name!r}; the row has {sorted(map(str, row))}", data_path)
-    for name in ("instruction", "input", "output"):
-        value = row.get(name)
-        if not isinstance(value, str) and not (name == "input" and value is None):
-            got = f"{type(value).__name__} {reprlib.repr(value):.60}"
-            raise InputError(f"{where}: {name!r} must be text, got {got}", data_path)
-        check_text(value or "", f"{where}: {name!r}", data_path)
-
-
-def check_text(text: str, where: str, about: str) -> None:
-    """Raise InputError for half of a surrogate pair: JSON can say it ("\\ud83d"), no tokenizer or server reads it."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            half = text[error.start]
-            raise InputError(
-                f"{where} holds {half!r} at character {error.start}, one half of a character such as an emoji that was "
-                "cut in two; mend or remove it",
-                about,
-            ) from error

@@ -8,6 +8,7 @@ import os
 import zipfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -234,3 +235,30 @@ def tokenize_each(strings: Sequence[str], tokenizer: PreTrainedTokenizerBase) ->
     ids = [torch.tensor(tokenizer(text, **cut_at)["input_ids"], dtype=torch.long) for text in strings]
     lengths = [sum(token != tokenizer.pad_token_id for token in row.tolist()) for row in ids]
     return dict(input_ids=ids, labels=ids, input_ids_lens=lengths, labels_lens=lengths)
+
+
+@dataclass
+class DataCollatorForSupervisedDataset:
+    """Pad rows on the right to the longest:
+
+        input_ids       [[5, 6, 7], [8]]  ->  [[5, 6, 7], [8, pad, pad]]
+        labels          [[-, 6, 7], [8]]  ->  [[-, 6, 7], [8, -, -]]         - is IGNORE_INDEX
+        attention_mask                        [[T, T, T], [T, F, F]]         booleans, as in 2023
+
+    The mask comes from lengths, not from `input_ids != pad`: with pad == eos that would hide the end of every answer.
+    No rows at all (a rank that has none left in the last step) give one token without a target.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, instances: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        pad, pad_id = torch.nn.utils.rnn.pad_sequence, self.tokenizer.pad_token_id
+        if not instances:
+            instances = [dict(input_ids=torch.tensor([pad_id]), labels=torch.tensor([IGNORE_INDEX]))]
+        input_ids = [torch.as_tensor(instance["input_ids"]) for instance in instances]
+        labels = [torch.as_tensor(instance["labels"]) for instance in instances]
+        return dict(
+            input_ids=pad(input_ids, batch_first=True, padding_value=pad_id),
+            labels=pad(labels, batch_first=True, padding_value=IGNORE_INDEX),
+            attention_mask=pad([torch.ones_like(ids, dtype=torch.bool) for ids in input_ids], batch_first=True),
+        )

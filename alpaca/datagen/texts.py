@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import InputError, ParameterError
-from alpaca.data.rows import check_text, raw_rows, read_text
+from alpaca.data.prompts import check_text
+from alpaca.data.rows import raw_rows, read_text
 
 # Words that hardly any English text of some sentences goes without, and that other languages do not have
 ENGLISH = frozenset(

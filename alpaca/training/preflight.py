@@ -225,13 +225,15 @@ def check_output_dir(args: "TrainingArguments") -> None:
             raise UsageError(f"--output_dir {args.output_dir}: another process is training in this folder")
 
 
-def check_evaluation(args: "TrainingArguments", eval_data_path: str | None) -> None:
-    """Raise UsageError where --eval_data_path and --eval_strategy are not given together."""
+def check_evaluation(args: "TrainingArguments", eval_data_path: str | None, eval_size: float | None = None) -> None:
+    """Raise UsageError where --eval_strategy is given without --eval_data_path or --eval_size, or one of them alone."""
     wanted = args.eval_strategy != "no"
-    if wanted and not eval_data_path:
-        raise UsageError(f"--eval_strategy {args.eval_strategy.value}: needs rows to evaluate on, --eval_data_path")
-    if eval_data_path and not wanted:
-        raise UsageError(f"--eval_data_path {eval_data_path}: is never used; add --eval_strategy steps or epoch")
+    given = f"--eval_data_path {eval_data_path}" if eval_data_path else eval_size and f"--eval_size {eval_size:g}"
+    if wanted and not given:
+        needed = "needs rows to evaluate on, --eval_data_path or --eval_size"
+        raise UsageError(f"--eval_strategy {args.eval_strategy.value}: {needed}")
+    if given and not wanted:
+        raise UsageError(f"{given}: is never used; add --eval_strategy steps or epoch")
 
 
 def prepare_run(

@@ -47,7 +47,8 @@ ROUNDING = (
 # Of these, what the memory estimate decides where the flags leave it open, and what they are then.
 DECIDED = {"max_tokens_per_pack": "auto", "gradient_checkpointing": None, "hold_gradients": None}
 # What an older run fingerprint, which lacks it, stands for.
-FORMERLY = {"--reproduce_2023": False}
+FORMERLY = {"--reproduce_2023": False, "--eval_size": None}
+RENAMED = {"--guanaco_turns": "--turns"}
 PROCESSES = "the number of processes"
 STEPS = "the steps of the run (--num_train_epochs, --max_steps)"
 
@@ -65,7 +66,7 @@ def describe_run(
     fixed = {
         "the data (--data_path)": f"{len(dataset):,} rows {dataset.data_fingerprint[:12]}",
         "--prompt_template": dataset.template_fingerprint[:12],
-        **{f"--{name}": getattr(data_args, name) for name in ("prompt_boundary", "guanaco_turns", "backward")},
+        **{f"--{name}": getattr(data_args, name) for name in ("prompt_boundary", "turns", "backward", "eval_size")},
         **{f"--{name}": getattr(args, name) for name in FIXED},
         **{f"--{name}": value for name, value in vars(lora_args).items()},
         "the tokenizer (of --model_name_or_path)": vocabulary[:12],
@@ -107,7 +108,7 @@ def note_decisions(args: "TrainingArguments", run: RunFingerprint) -> None:
 
 def changes(old: RunFingerprint, new: RunFingerprint, kind: str) -> list[str]:
     """Return a line such as `--seed: 42 then, 43 now` for every entry of `kind` that both have and that differs."""
-    then = FORMERLY | old[kind]
+    then = FORMERLY | {RENAMED.get(name, name): value for name, value in old[kind].items()}
     lines = [
         f"{name}: {then[name]} then, {value} now"
         for name, value in new[kind].items()

@@ -9,8 +9,9 @@ from conftest import GOLDEN
 from support.goldens import golden_tokenizer
 
 from alpaca.common.errors import UsageError
+from alpaca.data.formats import parse_conversation
 from alpaca.data.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, format_prompt, load_prompt_template
-from alpaca.data.rows import load_rows, parse_conversation, read_data
+from alpaca.data.rows import load_rows, read_data
 from alpaca.training.resume import changes, describe_run
 from train import DataArguments, make_supervised_data_module, parse_flags
 
@@ -87,7 +88,7 @@ def test_conversations_in_every_format(tmp_path, kind, capsys):
     assert data.rows == [row for text in TEXTS for row in parse_conversation(text)[0]]
     assert data.numbers == [0, 1, 2, 4]
     assert data.problems == {"ends_on_human": [1, 3], "later_pairs": [1], "no_pair": [3], "unpaired_turns": [4]}
-    assert read_data(path, guanaco_turns="all").numbers == [0, 1, 1, 2, 4]
+    assert read_data(path, turns="all").numbers == [0, 1, 1, 2, 4]
     assert load_rows(path) == data.rows
     assert f"{path}: rows left out, without a human turn and its answer: 1 (3)\n" in capsys.readouterr().out
 
@@ -99,7 +100,7 @@ def test_other_files_keep_their_rows_and_numbers(tmp_path):
     with pytest.raises(UsageError, match="row 2: no field 'output'"):
         load_rows(str(path))
     path.write_text(json.dumps(rows))
-    data = read_data(str(path), guanaco_turns="all")
+    data = read_data(str(path), turns="all")
     assert data.rows[0] == rows[0] and data.numbers == [0, 1, 1] and not data.problems
     path.write_text(json.dumps([{"text": "a"}, {"text": "### Human: b"}]))
     with pytest.raises(UsageError, match="none of its 2 rows has a turn `### Human: ...` with an answer"):
@@ -114,7 +115,7 @@ def test_the_report_and_the_inspection_name_rows_of_the_file(tmp_path, capsys):
     from scripts.inspect_data import main
 
     path = save(tmp_path, "jsonl")
-    dataset = dataset_of(path, golden_tokenizer("llama"), guanaco_turns="all")
+    dataset = dataset_of(path, golden_tokenizer("llama"), turns="all")
     assert len(dataset) == 5 and dataset.report.problems["ends_on_human"] == [1, 3]
     lines = str(dataset.report).splitlines()
     assert lines[0].startswith(f"{path}: 5 rows, ")
@@ -186,7 +187,7 @@ def test_a_resumed_run_must_have_the_same_flags(tmp_path):
     usual, everything, backward = contract(), contract("--guanaco_turns", "all"), contract("--backward", "True")
     assert [line.split(":")[0] for line in changes(usual, everything, "fixed")] == [
         "the data (--data_path)",
-        "--guanaco_turns",
+        "--turns",
     ]
     assert [line.split(":")[0] for line in changes(usual, backward, "fixed")] == [
         "the data (--data_path)",

@@ -125,7 +125,7 @@ def test_the_seed_tasks_of_this_repository():
         ("a.json", '[{"instruction": 5, "output": "y"}]', "'instruction' must be text, got int 5"),
         ("a.json", '[{"instruction": "é", "output": "a \\ud83d"}]', "row 0: 'output' holds '.ud83d' at character 2"),
         ("a.json", '["x"]', "row 0: expected an object"),
-        ("a.csv", "question,answer\n1,2\n", "no field 'instruction'"),
+        ("a.csv", "theme,reply\n1,2\n", "no field 'instruction'"),
         ("a.parquet", "not parquet", "cannot be read as parquet"),
         ("a.json", "version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git-lfs pointer"),
     ],
