@@ -77,12 +77,13 @@ def test_code_beside_a_tokenizer_is_neither_run_nor_asked_about(saved, tmp_path,
 
 
 def test_a_vocabulary_with_gaps_and_no_end(tmp_path):
-    """Ids 0, 7 and 900: opened as it is; the missing end-of-text token is added as in 2023, or asked for."""
+    """Ids 0, 7 and 900: opened as it is; a token that were added would have another id in the saved tokenizer."""
     model = {"type": "BPE", "vocab": {"a": 0, "b": 7, "c": 900}, "merges": []}
     (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     assert open_tokenizer(str(tmp_path))("abc")["input_ids"] == [0, 7, 900]
-    use(tmp_path, add=True)
+    with pytest.raises(UsageError, match="ids of .* have a gap"):
+        use(tmp_path, add=True)
     with pytest.raises(InputError, match="has no end-of-text token"):
         use(tmp_path, add=False)
 
