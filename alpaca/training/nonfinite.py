@@ -23,14 +23,16 @@ DECODED_TOKENS = 128  # of a row, for the file: the template's preamble and the 
 
 def nonfinite_weights(model: nn.Module) -> list[str]:
     """Return the names of trained weights of which a value is not finite, here or on another rank. Collective."""
-    counts = []
+    ends = []  # (2,) the smallest and the largest value of each, NaN where one is: no copy of the weights is made
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     with torch.no_grad():
         for _, parameter in trained:
             held = getattr(parameter, "ds_tensor", parameter)  # DeepSpeed's part
             held = held.to_local() if isinstance(held, DTensor) else held
-            counts.append((~torch.isfinite(held)).any())
-    here = [name for (name, _), bad in zip(trained, torch.stack(counts).tolist() if counts else []) if bad]
+            nothing = torch.zeros(2, device=held.device)
+            ends.append(torch.stack(torch.aminmax(held)).float() if held.numel() else nothing)
+    finite = torch.stack(ends).isfinite().all(dim=1).tolist() if ends else []
+    here = [name for (name, _), whole in zip(trained, finite) if not whole]
     return sorted({name for names in all_gather_object(here) for name in names})
 
 
