@@ -188,7 +188,7 @@ def find_folder(folder: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    small = [*(f"*{ending}" for ending in AUX_SUFFIXES), "*.sha256"]
+    small = [*(f"*{ending}" for ending in AUX_SUFFIXES), "*.sha256", "README.md"]
     try:
         for weights in ("*.safetensors", "*.bin"):
             path = Path(snapshot_download(str(folder), allow_patterns=[*small, weights]))
