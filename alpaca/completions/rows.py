@@ -53,16 +53,19 @@ class BatchCompletion:
         with Journal(f"{self.output_path}.journal.jsonl", self.output_path) as journal:
             check_same_run(journal, self.how, self.output_path)
             before = answered_before(journal, 0, self.budget)
-            journal.append({"kind": "run", "how": self.how, "time": time.time()})
             return asyncio.run(self._ask(journal, before, requests))
 
     async def _ask(self, journal: Journal, before: dict[int, Entry], requests: Iterable[Request]) -> dict[int, Entry]:
         async with RequestRunner(self.model, journal, self.budget, self.concurrency, overflows_count=False) as runner:
+            journal.append({"kind": "run", "how": self.how, "time": time.time()})
             rows = {request.key: request for request in requests}
             runner.known = {key: entry for key, entry in before.items() if key in rows and entry["kind"] == "answer"}
             answers: dict[int, Entry] = {}
             failed: list[Entry] = []
+            if runner.known:
+                print(f"continuing: {len(runner.known):,} answers from the journal", flush=True)
             progress = Progress(self.unit, len(rows), len(runner.known), self.budget)
+            runner.on_wait = progress.wait
             try:
                 async for ready in runner.answers(rows.values(), self.sampling):
                     answers |= {entry["index"]: entry for entry in ready if entry["kind"] == "answer"}
