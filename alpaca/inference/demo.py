@@ -20,8 +20,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from huggingface_hub import metadata_load
-
 from alpaca.common.errors import UsageError, first_line
 from alpaca.common.files import foreign, parse_json
 from alpaca.completions.api import ContextOverflow, Sampling
@@ -29,6 +27,8 @@ from alpaca.data.prompts import format_prompt
 from alpaca.data.rows import Row
 from alpaca.inference.local_model import LocalModel
 from alpaca.inference.token_stream import Ending
+from alpaca.weights.provenance import front_matter
+from alpaca.weights.reader import CARD
 
 ALONE = 10.0  # seconds that a request goes on, or waits, while nobody listens to its answer
 LARGEST_BODY = 2**20  # bytes of a request, where --max_characters needs no more
@@ -114,12 +114,12 @@ def speed(reason: str, seconds: float) -> str:
 
 def licence_of(folder: Path) -> str:
     """Return what the card of a model, README.md in its folder, says of licences: its own and those of its data."""
-    card = folder / "README.md"
+    card = folder / CARD
     if not card.is_file():
         return "It has no card (README.md), and so nothing names the licences of the model and its data."
     try:
         with foreign(f"{card}: cannot be read", card):
-            facts = metadata_load(card) or {}
+            facts = front_matter(folder)
             ours = re.search(r"^- Licence: (?!not stated)(\S.*)$", card.read_text(encoding="utf-8"), re.MULTILINE)
     except UsageError as error:
         print(f"note: {error}", flush=True)

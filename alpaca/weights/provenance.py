@@ -11,10 +11,17 @@ from typing import Any
 import torch
 
 from alpaca.common.errors import InputError
-from alpaca.common.files import AUX_SUFFIXES, atomic_write, fingerprint_of_files, fingerprint_of_weights, read_json
+from alpaca.common.files import (
+    AUX_SUFFIXES,
+    atomic_write,
+    fingerprint_of_files,
+    fingerprint_of_weights,
+    foreign,
+    read_json,
+)
 from alpaca.data.prompts import TEMPLATE_FILE
 from alpaca.weights import reader
-from alpaca.weights.reader import ADAPTER_CONFIG, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Weights, find_folder
+from alpaca.weights.reader import ADAPTER_CONFIG, CARD, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Weights, find_folder
 
 # The fingerprint of a run (alpaca/training/resume.py) stands in both under the key "contract", its name at first.
 MANIFEST = "alpaca_checkpoint.json"  # in every checkpoint: its files, and the fingerprint of the run
@@ -63,9 +70,27 @@ def files_of_merged(base: Path, adapter: Path) -> dict[str, Path]:
     return {path.name: path for path in taken}
 
 
+def front_matter(folder: Path) -> dict[str, Any] | None:
+    """Return what the model card of a folder, its README.md, has in its front matter; None: there is no card.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    from huggingface_hub import metadata_load
+
+    card = folder / CARD
+    if not card.is_file():
+        return None
+    with foreign(f"{card}: cannot be read", card):
+        facts = metadata_load(card) or {}
+    if not isinstance(facts, dict):
+        raise InputError(f"{card}: its front matter is no list of names and values", card)
+    return facts
+
+
 def note_of_quantized_base(adapter: Path) -> list[str]:
     """Return a line where the adapter's own card says that its base was loaded in 8 or 4 bits."""
-    card = adapter / "README.md"
+    card = adapter / CARD
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     return [
         f"note: trained on the base in {bits} bits, merged into its plain weights: answers may differ a little from "
