@@ -286,6 +286,8 @@ def curate(
         write_rows(ratings_path, rated)
         curation = Curation(rated, ratings_path)
     print(curation.summary(threshold))
+    if data_path is not None and curation.unread:
+        print("note: the same command with --ask_again unread asks again for what could not be read")
     utils.jdump(curation.report(threshold), f"{output_path}.report.json")
     write_rows(output_path, curation.chosen(threshold))
 
