@@ -126,11 +126,11 @@ def licence_of(folder: Path) -> str:
         return "Its card (README.md) cannot be read, and so nothing names the licences of the model and its data."
     licence, data = _listed(facts.get("license_name") or facts.get("license")), _listed(facts.get("datasets"))
     of_data = ours[1].strip()[:100] if ours else ""  # train.py's cards have it in their text
-    if of_data or data:
-        data = f"{data or 'Its data'} ({of_data or 'licence not named'})"
+    named = f" ({data})" if data else ""
     if not licence and not of_data:
-        return f"Its card names no licence, neither of the model nor of its data{f', {data}' * bool(data)}."
-    return f"By its card, the model's licence is {licence or 'not named'}; data: {data or 'not named'}."
+        return f"Its card names no licence, neither of the model nor of its data{named}."
+    own, theirs = licence or "not named", of_data or "not named"
+    return f"By its card, the licence of the model is {own}, and that of its data{named} is {theirs}."
 
 
 def _listed(value: Any) -> str:

@@ -185,16 +185,22 @@ def test_the_page_and_the_terminal_answer_alike():
     "card, told",
     [
         (None, "It has no card (README.md)"),
-        ("---\nlicense: apache-2.0\n---\n", "the model's licence is apache-2.0; data: not named."),
-        ("---\nlicense: [mit, cc0-1.0]\ndatasets: own/rows\n---", "mit, cc0-1.0; data: own/rows (licence not named)."),
-        ("---\nlicense: other\nlicense_name: llama2\n---\n# x\n", "the model's licence is llama2; data"),
+        (
+            "---\nlicense: apache-2.0\n---\n",
+            "the licence of the model is apache-2.0, and that of its data is not named.",
+        ),
+        (
+            "---\nlicense: [mit, cc0-1.0]\ndatasets: own/rows\n---",
+            "mit, cc0-1.0, and that of its data (own/rows) is not",
+        ),
+        ("---\nlicense: other\nlicense_name: llama2\n---\n# x\n", "the licence of the model is llama2, and"),
         (
             "---\ndatasets:\n- tatsu-lab/alpaca\n---\n# x\n- Licence: CC BY-NC 4.0\n",
-            "the model's licence is not named; data: tatsu-lab/alpaca (CC BY-NC 4.0).",
+            "is not named, and that of its data (tatsu-lab/alpaca) is CC BY-NC 4.0.",
         ),
         (
             "---\ndatasets: [a/b]\n---\n- Licence: not stated\n",
-            "neither of the model nor of its data, a/b (licence not",
+            "neither of the model nor of its data (a/b).",
         ),
         ("no front matter", "Its card names no licence, neither of the model nor of its data."),
         ("---\nlicense: {a: 1}\n---\n", "names no licence"),
@@ -769,7 +775,7 @@ def photograph(browser, url: str, full: Path, picture: Path) -> None:
     """The page with the answer that the quickstart's model knows by heart."""
     from PIL import Image
 
-    page = Page(browser, url, 1180, 600)
+    page = Page(browser, url, 1180, 760)
     page.sampling(temperature=0)
     page.tab.get_by_role("button", name="Sampling").click()
     page.tab.get_by_text(PICTURED).click()
