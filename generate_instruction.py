@@ -62,7 +62,7 @@ def generate_instruction_following_data(
     output_dir: str = "./",
     seed_tasks_path: str = "./seed_tasks.jsonl",
     num_instructions_to_generate: int = 100,
-    model_name: str = "text-davinci-003",
+    model_name: str = "gpt-3.5-turbo-instruct",
     num_prompt_instructions: int = 3,
     request_batch_size: int = 5,
     temperature: float | None = 1.0,
@@ -149,10 +149,12 @@ def generate_instruction_following_data(
         )
         print(f"Loaded {len(seeds)} human-written seed instructions, {len(state.rows)} machine-generated instructions")
         known = answered_before(journal, state.next, spent)
+        if answers := state.counts["answers"] + sum(entry["kind"] == "answer" for entry in known.values()):
+            print(f"continuing: {answers:,} answers from the journal", flush=True)
         run = {"kind": "run", "seed": state.seed, "model": model_name, "time": time.time()}
-        journal.append(run | ({"extra_body": masked(extra_body)} if extra_body else {}))
+        run |= {"extra_body": masked(extra_body)} if extra_body else {}
         runner = RequestRunner(model, journal, spent, backend.at_once, known)
-        asyncio.run(_generate(state, runner, sampling, parser, num_instructions_to_generate, model_name))
+        asyncio.run(_generate(state, runner, sampling, parser, num_instructions_to_generate, run))
     runner.refuse_stop_by_cost(len(state.rows), num_instructions_to_generate)
     if len(state.rows) < num_instructions_to_generate:
         kept = f"{len(state.rows)} of {num_instructions_to_generate} tasks"
@@ -162,12 +164,16 @@ def generate_instruction_following_data(
 
 
 async def _generate(
-    state: Generation, runner: RequestRunner, sampling: Sampling, parser: str, target: int, model_name: str
+    state: Generation, runner: RequestRunner, sampling: Sampling, parser: str, target: int, run: dict[str, Any]
 ) -> None:
-    """Ask until `target` tasks are kept, and write what there is then, whatever ends it."""
-    progress = Progress("tasks", target, len(state.rows), runner.budget)
+    """Ask until `target` tasks are kept, and write what there is then, whatever ends it. A model that cannot be asked
+    at all is an error before anything is written."""
+    progress = None
     try:
         async with runner:
+            state.journal.append(run)
+            progress = Progress("tasks", target, len(state.rows), runner.budget)
+            runner.on_wait = progress.wait
             if parser == "auto":
                 parser = "original" if runner.model.api == "completions" else "robust"
             sampling = replace(sampling, stop=STOP_OF_2023 if parser == "original" else ())
@@ -177,17 +183,25 @@ async def _generate(
                 await asyncio.to_thread(state.take, entries)
                 progress.show(len(state.rows), runner.asked, getattr(runner.model, "retries", 0))
     finally:
-        progress.close()
-        state.save()
-        report = {
-            "model": model_name,
-            "seed": state.seed,
-            "rows": len(state.rows),
-            **state.counts,
-            **progress.report(),
-        }
-        utils.jdump(report, state.output_dir / REPORT)
-        print(f"{state.summary()}\n{progress.summary()}\n{len(state.rows)} tasks in {state.output_dir / REGEN}")
+        if progress is not None:
+            _finish(state, progress, target, run["model"])
+
+
+def _finish(state: Generation, progress: Progress, target: int, model_name: str) -> None:
+    """Write regen.json and the report, and print what is in them."""
+    progress.close()
+    state.save()
+    report = {
+        "model": model_name,
+        "seed": state.seed,
+        "rows": len(state.rows),
+        **state.counts,
+        **progress.report(),
+    }
+    utils.jdump(report, state.output_dir / REPORT)
+    more = len(state.rows) - target
+    beyond = f", {more} more than asked for: an answer holds several, and what is paid for is kept" * (more > 0)
+    print(f"{state.summary()}\n{progress.summary()}\n{len(state.rows)} tasks in {state.output_dir / REGEN}{beyond}")
 
 
 # ---- answers of another model ----

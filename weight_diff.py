@@ -11,6 +11,7 @@ of the largest tensor in float32.
 """
 
 import functools
+import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 from alpaca.common import commands
 from alpaca.common.errors import InputError, UsageError, format_bytes, loading, names_flags, reported
-from alpaca.common.files import new_folder, read_json
+from alpaca.common.files import new_folder, read_json, sha256_of_file
 from alpaca.data.prompts import format_prompt
 from alpaca.data.tokenizer import copy_slow_files
 from alpaca.models.device import check_device
@@ -28,7 +29,8 @@ from alpaca.weights import exact_diff
 from alpaca.weights.exact_diff import ExactDiff
 from alpaca.weights.float_diff import FloatDiff, write_files_of_2023
 from alpaca.weights.mismatch import check_same_tensors
-from alpaca.weights.reader import EXACT_DIFF, find_folder, folder_kind, open_weights
+from alpaca.weights.provenance import front_matter
+from alpaca.weights.reader import CARD, EXACT_DIFF, MANIFEST, find_folder, folder_kind, open_weights
 from alpaca.weights.recovery import (
     NaiveSum,
     copy_files,
@@ -42,6 +44,31 @@ from alpaca.weights.writer import FLOATS, Pipeline, cast, plan_shards, write_mod
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+CARD_OF_A_DIFF = """\
+---
+{metadata}
+---
+
+# {tuned} as a weight diff
+
+This is no model, but the difference between one and its base, **{base}**. {what}
+With the base and the program that made it:
+
+```bash
+python weight_diff.py recover --path_raw <{base}> --path_diff <this folder> --path_tuned <new folder>{flag}
+```
+
+- Base: {base}
+- Digest: {digest}
+- Licence: {licence}
+"""
+OF_AN_EXACT_DIFF = (
+    "`recover` gives back every bit of the model, and proves it.",
+    f"`{{}}`, the SHA-256 of `{MANIFEST}`, which has those of all other files but this page. Compare it with what the "
+    "publisher names elsewhere",
+)
+OF_2023 = ("It is in the format of 2023.", "none; `recover` prints the sum of the weights")
+OF_A_CARD = ("license", "license_name", "license_link", "datasets", "language")  # that are a diff's, too
 QUESTION = "List three technologies that make life easier."  # as in 2023
 
 
@@ -87,7 +114,36 @@ def make_diff(
                 else:
                     diff.write(pipe, folder, max_shard_size)
                     lines = [*diff.notes(), *write_files_of_2023(tuned.folder, base.folder, folder)]
+            _write_card(folder, base.folder, tuned.folder, None if diff else sha256_of_file(folder / MANIFEST))
     print("\n".join([*lines, f"wrote {path_diff}: {format_bytes(size)}"]), flush=True)
+
+
+def _write_card(folder: Path, base: Path, tuned: Path, digest: str | None) -> None:
+    """Write the diff's README.md, which is not in the manifest, so that its publisher may write on: no path of this
+    machine, and of licences what the tuned model's own card says. No digest: the format of 2023."""
+    from huggingface_hub import ModelCardData
+
+    try:
+        facts = front_matter(tuned) or {}
+    except InputError as error:
+        print(f"note: {error}; nothing of it is taken over into {CARD}", flush=True)
+        facts = {}
+    cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/\w+$", base.absolute().as_posix())
+    hub_id = f"{cached[1]}/{cached[2]}" if cached else None
+    taken = {name: facts[name] for name in OF_A_CARD if facts.get(name)}
+    licence = facts.get("license_name") or facts.get("license")
+    known = f"{licence}, by the model's own card; those" if licence else "not stated by the model's own card; those"
+    what, proof = OF_AN_EXACT_DIFF if digest else OF_2023
+    text = CARD_OF_A_DIFF.format(
+        metadata=ModelCardData(base_model=hub_id, tags=["weight-diff"], **taken).to_yaml(),
+        tuned=tuned.resolve().name,
+        base=hub_id or base.resolve().name,
+        what=what,
+        flag=f" --digest {digest}" if digest else "",
+        digest=proof.format(digest),
+        licence=f"{known} of the base and of the data apply",
+    )
+    (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def recover(

@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import utils
 from alpaca.common import commands
@@ -26,7 +27,15 @@ from alpaca.completions.budget import Budget, BudgetFlags, estimate
 from alpaca.completions.rows import BatchCompletion, write_rows
 from alpaca.data.prompts import BACKWARD_PROMPT_DICT, PROMPT_DICT, backward_prompt, load_prompt_template
 from alpaca.data.rows import Row, load_rows, raw_rows
-from alpaca.datagen.backtranslation import Curation, inference_templates, mixed, pairs_of, rated_row, rating_prompt
+from alpaca.datagen.backtranslation import (
+    Curation,
+    inference_templates,
+    mixed,
+    pairs_of,
+    parse_score,
+    rated_row,
+    rating_prompt,
+)
 from alpaca.datagen.texts import Filters, load_texts
 from alpaca.inference.backend import BackendFlags, ModelBackend, PromptSet, fitting
 
@@ -228,6 +237,7 @@ def curate(
     seed: int = 42,
     drop_failed: bool = False,
     columns: str | None = None,
+    ask_again: Literal["unread"] | None = None,
     budget: BudgetFlags = NO_BUDGET,
 ) -> None:
     """Rate every pair from 1 to 5, and write those that reach the threshold.
@@ -250,6 +260,7 @@ def curate(
         seed: Of sampling; every rating has its own, drawn from this one.
         drop_failed: Leave pairs that the model does not answer without a score; else they are an error at the end.
         columns: Which column is what: instruction=prompt,output=response.
+        ask_again: unread: ask once more, with another seed, for the ratings that could not be read.
     """
     if not 1 <= threshold <= 5:
         raise UsageError(f"--threshold {threshold}: expected 1 to 5, as scores are")
@@ -273,10 +284,12 @@ def curate(
             prompts = [rating_prompt(row) for row in rows]
             print(estimate(prompts, ratings * len(rows), sampling.max_new_tokens, spent))
             return
-        rated = _rate(rows, rater, ratings, templates, ratings_path, spent, drop_failed)
+        rated = _rate(rows, rater, ratings, templates, ratings_path, spent, drop_failed, ask_again is not None)
         write_rows(ratings_path, rated)
         curation = Curation(rated, ratings_path)
     print(curation.summary(threshold))
+    if data_path is not None and curation.unread:
+        print("note: the same command with --ask_again unread asks again for what could not be read")
     utils.jdump(curation.report(threshold), f"{output_path}.report.json")
     write_rows(output_path, curation.chosen(threshold))
 
@@ -289,6 +302,7 @@ def _rate(
     ratings_path: str,
     budget: Budget,
     drop_failed: bool,
+    ask_again: bool,
 ) -> list[Row]:
     """Return the rows with what the rater says of them. Rating k of row n is request k * len(rows) + n, so that more
     ratings come behind those that there are."""
@@ -303,6 +317,8 @@ def _rate(
     completion = BatchCompletion(
         model, rater.sampling, ratings_path, how, rater.flags.at_once, budget, drop_failed, "ratings"
     )
+    if ask_again:
+        completion.again = lambda key, entry: parse_score(entry["text"], was_cut(entry["finish_reason"]))[0] is None
     answers = completion.answers(rated.requests(keys, range(pairs), rater.seed))
     of_row = [[answers.get(turn * pairs + number) for turn in range(ratings)] for number in range(pairs)]
     return [

@@ -26,10 +26,10 @@ from alpaca.common import arguments
 from alpaca.common.arguments import flag
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, names_flags, reported
-from alpaca.completions.api import Sampling, SamplingFlags
+from alpaca.completions.api import GREEDY, Sampling
 from alpaca.data.prompts import load_prompt_template
 from alpaca.data.rows import Row, load_rows
-from alpaca.inference.demo import Answer, DemoEngine, DemoGuard, DemoModel
+from alpaca.inference.demo import Answer, DemoEngine, DemoGuard, DemoModel, licence_of
 from alpaca.inference.local_model import LocalModel
 from alpaca.weights.reader import ADAPTER, EXACT_DIFF, MODEL, find_folder, folder_kind, open_weights
 
@@ -51,10 +51,25 @@ EXAMPLES = {  # what it is called on the page: words that are in one instruction
 WAITING = 100  # requests that may wait for their turn; others are asked to come back
 LONGEST_ANSWER = 2048  # tokens, where the model's context allows it
 NOTE = (
-    "For research, as the demo of 2023 was: Alpaca's data is CC BY-NC 4.0, and the licence of the base model and the "
-    "terms of the model that wrote the data apply to what is trained on them. It can be wrong, biased or offensive in "
-    "good English, and nothing filters what it writes: check what matters."
+    "It can be wrong, biased or offensive in good English, and nothing filters what it writes: check what matters. "
+    "The licences of its base model and of its data apply, and so do the terms of a model that wrote the data."
 )
+KEYS = "Enter asks; Shift+Enter begins a new line."
+SHOW = """() => {
+    window.answering = true;
+    const box = document.querySelector("#answer_0"), {top, bottom} = box.getBoundingClientRect();
+    if (top >= 0 && Math.min(bottom, top + 160) <= innerHeight) return;
+    document.activeElement.blur();
+    box.scrollIntoView({behavior: "smooth", block: "start"});
+}"""  # the answer, where it is out of sight; without a phone's keyboard in front of it
+ENDED = "() => { window.answering = false; }"
+ASK = """async () => {
+    for (let tries = 0; window.answering && tries < 600; tries++) {
+        document.querySelector("#stop").click();
+        await new Promise(done => setTimeout(done, 100));
+    }
+    document.querySelector("#ask").click();
+}"""  # when an example is in the form; an answer that is being written is stopped before
 FOLLOW = """() => {
     const box = document.querySelector("#ID textarea");
     if (box.scrollHeight - box.clientHeight - box.scrollTop < 120) box.scrollTop = box.scrollHeight;
@@ -70,7 +85,12 @@ CSS = """
 .status.wrong { color: #b91c1c; opacity: 1; }
 .dark .status.wrong { color: #fca5a5; }
 #stop:disabled { background: var(--button-secondary-background-fill); color: var(--body-text-color-subdued); }
-.note { font-size: .85rem; opacity: .8; max-width: 90ch; }
+#instruction textarea { min-height: 5.2em; }
+#input textarea { min-height: 3.8em; }
+.keys { margin: 0 .2rem; font-size: .85rem; opacity: .8; }
+.note { font-size: .85rem; opacity: .8; max-width: 90ch; overflow-wrap: anywhere; }
+.note p { margin: 0 0 .3rem; }
+@media (max-width: 767px) { .note { padding-bottom: 45svh; } }  /* room to scroll a short answer to the top */
 """
 
 
@@ -133,6 +153,7 @@ def load_models(options: DemoArguments) -> list[DemoModel]:
     names = [Path(model.name).resolve().name for model in models]
     override = load_prompt_template(options.prompt_template) if options.prompt_template else None
     for model, name in zip(models, names):
+        model.licence = licence_of(find_folder(model.name))
         model.name = name if names.count(name) == 1 else model.name
         model.templates = override or model.templates
     return models
@@ -174,21 +195,18 @@ def build_page(engine: DemoEngine) -> "gradio.Blocks":
                 with gr.Row():
                     ask = gr.Button("Answer", variant="primary", elem_id="ask", min_width=120)
                     halt = gr.Button("Stop", variant="stop", interactive=False, elem_id="stop", min_width=120)
+                gr.HTML(f'<p class="keys">{KEYS}</p>', elem_classes="plain")
+                chosen = example_buttons(instruction, input)
                 with gr.Accordion("Sampling", open=False):
                     sampling = sampling_sliders(longest)
             with gr.Column(scale=6 if len(models) == 1 else 9, min_width=320), gr.Row():
                 answers = [part for number, model in enumerate(models) for part in answer_box(model, number)]
-        gr.Examples(
-            [[row["instruction"], row.get("input", "")] for row in examples()],
-            [instruction, input],
-            example_labels=list(EXAMPLES),
-            label="Try one of these",
-            cache_examples=False,
-            api_visibility="private",
-        )
-        gr.HTML(f'<footer class="note">{html.escape(NOTE)}</footer>', elem_classes="plain")
-        gr.on(
-            [ask.click, instruction.submit, input.submit],
+        gr.HTML(footer(models), elem_classes="plain")
+        asks = [ask.click, instruction.submit, input.submit]
+        gr.on(asks, None, js=SHOW, show_progress="hidden", api_visibility="private")
+        chosen.then(None, js=ASK, show_progress="hidden", api_visibility="private")
+        asked = gr.on(
+            asks,
             answer,
             [instruction, input, *sampling],
             [*answers, ask, halt],
@@ -196,6 +214,7 @@ def build_page(engine: DemoEngine) -> "gradio.Blocks":
             concurrency_limit=None,
             api_visibility="private",
         )
+        asked.then(None, js=ENDED, show_progress="hidden", api_visibility="private")
         halt.click(stop, queue=False, show_progress="hidden", api_visibility="private")
     page.engine = engine  # for the guard that `launch` puts in front
     return page
@@ -206,7 +225,7 @@ def question_boxes() -> tuple["gradio.Textbox", "gradio.Textbox"]:
 
     instruction = gr.Textbox(
         label="Instruction",
-        lines=3,
+        lines=1,  # of more lines, Enter would begin another one
         max_lines=10,
         autofocus=True,
         elem_id="instruction",
@@ -214,7 +233,7 @@ def question_boxes() -> tuple["gradio.Textbox", "gradio.Textbox"]:
     )
     input = gr.Textbox(
         label="Input (optional)",
-        lines=2,
+        lines=1,
         max_lines=10,
         elem_id="input",
         placeholder="The text or data that the instruction is about",
@@ -222,15 +241,30 @@ def question_boxes() -> tuple["gradio.Textbox", "gradio.Textbox"]:
     return instruction, input
 
 
+def example_buttons(instruction: "gradio.Textbox", input: "gradio.Textbox") -> "gradio.events.Dependency":
+    """Return the event that one of them has been put into the form."""
+    import gradio as gr
+
+    buttons = gr.Examples(
+        [[row["instruction"], row.get("input", "")] for row in examples()],
+        [instruction, input],
+        example_labels=list(EXAMPLES),
+        label="Or ask one of these",
+        cache_examples=False,
+        api_visibility="private",
+    )
+    return buttons.load_input_event
+
+
 def sampling_sliders(longest: int) -> list["gradio.Slider"]:
     """Return sliders of temperature, top-p and new tokens, of which an answer has `longest` at most."""
     import gradio as gr
 
-    usual = SamplingFlags()
+    tokens = min(GREEDY.max_new_tokens, longest)
     sliders = (
-        ("temperature", "Temperature", (0, 2, usual.temperature), 0.05, "0 always takes the likeliest token"),
-        ("top_p", "Top-p", (0.05, 1, usual.top_p), 0.05, "Draws from the likeliest tokens that make up this share"),
-        ("max_tokens", "Max new tokens", (1, longest, min(512, longest)), 1, "The answer is cut there"),
+        ("temperature", "Temperature", (0, 2, GREEDY.temperature), 0.05, "0 always takes the likeliest token"),
+        ("top_p", "Top-p", (0.05, 1, GREEDY.top_p), 0.05, "Draws from the likeliest tokens that make up this share"),
+        ("max_tokens", "Max new tokens", (1, longest, tokens), 1, "The answer is cut there"),
     )
     return [gr.Slider(*at, step=step, label=label, elem_id=name, info=info) for name, label, at, step, info in sliders]
 
@@ -265,6 +299,13 @@ def heading(models: Sequence[DemoModel]) -> str:
         name = f"<b>{html.escape(model.name)}</b> " if len(models) > 1 else ""
         facts += f"<li>{name}{html.escape(model.facts())}</li>"
     return f'<header class="title"><p>Alpaca demo</p><h1>{names}</h1><ul>{facts}</ul></header>'
+
+
+def footer(models: Sequence[DemoModel]) -> str:
+    """Return what to know about the answers, and what the models' cards say of licences."""
+    several = len(models) > 1
+    parts = [f"{model.name}: {model.licence}" if several else model.licence for model in models if model.licence]
+    return f'<footer class="note">{"".join(f"<p>{html.escape(part)}</p>" for part in (*parts, NOTE))}</footer>'
 
 
 def examples() -> list[Row]:

@@ -8,6 +8,7 @@
 harness and backward need `pip install -c constraints.txt -r scripts/requirements.txt`.
 """
 
+import functools
 import hashlib
 import shlex
 from collections import defaultdict, deque
@@ -27,6 +28,7 @@ from alpaca.data.prompts import instruction_and_input
 from alpaca.data.rows import load_rows
 from alpaca.evaluation.bleu_rouge import ROUGE, overlap, worst
 from alpaca.evaluation.harness import HarnessRun
+from alpaca.evaluation.harness_tasks import STANDARD
 from alpaca.evaluation.judge import PROMPT, judge_prompt, read_preference, tally
 from alpaca.evaluation.judge import questions as judge_questions
 from alpaca.inference.backend import BackendFlags, ModelBackend, PromptSet
@@ -46,7 +48,7 @@ def harness(
     model: str,
     output_dir: str,
     base: str | None = None,
-    group: str = "open_llm_v1_4",
+    group: str = STANDARD,
     include_path: str | None = None,
     tasks: str | None = None,
     limit: int | None = None,
@@ -67,8 +69,9 @@ def harness(
         output_dir: gets <task>.json for each task, results.json and table.md.
         base: the base model of an adapter or a diff.
         group: of tasks; a YAML file of the harness whose metadata.table names columns and metrics.
-        include_path: folder with that file and with tasks of one's own; not given, configs/harness.
-        tasks: some of the group's, divided by commas.
+        include_path: folder with that file or with tasks of one's own; not given, configs/harness.
+        tasks: some of the group's, divided by commas; without --group any others too, those of include_path or of the
+            harness, with their own settings and the first of their metrics.
         limit: the first so many examples of each task, for a try.
         add_bos_token: begin every context with the BOS token, or never; not given, as the tokenizer does.
         batch_size: a number, or auto.
@@ -140,8 +143,9 @@ def win_rate(
     sampling: SamplingFlags = OF_VERDICTS,
     drop_failed: bool = False,
     columns: str | None = None,
+    ask_again: Literal["unread"] | None = None,
     budget: BudgetFlags = NO_BUDGET,
-) -> None:
+) -> dict[str, Any] | None:
     """Measure how often a judge prefers the answers of one file to those of another; a rerun continues and asks nothing
     twice.
 
@@ -158,6 +162,8 @@ def win_rate(
         seed: Of the orders, if one.
         drop_failed: Leave out rows that the judge does not answer; else they are an error at the end.
         columns: Of the reference file, which column is what: instruction=prompt,output=response.
+        ask_again: unread: ask once more where an earlier answer ended without a verdict. The command ends with exit
+            code 2 as long as there are such answers.
 
     Raises:
         UsageError: a bad flag, file, key, address or model, the limit of cost, or pairs without a verdict.
@@ -173,7 +179,7 @@ def win_rate(
     questions = [judge_prompt(instruction_and_input(a), a["output"], b["output"], first) for a, b, first in pairs]
     if budget.dry_run:
         print(estimate(questions, len(questions), sampling.max_new_tokens, spent))
-        return
+        return None
 
     model = judging.open()
     judged = PromptSet(questions, model)
@@ -181,6 +187,8 @@ def win_rate(
     completion = BatchCompletion(
         model, judging.sampling, result_path, how, backend.at_once, spent, drop_failed, "questions"
     )
+    if ask_again:
+        completion.again = lambda key, entry: _verdict(entry, asked[key]["first"])["preference"] is None
     answers = completion.answers(judged.requests(range(len(asked)), [question["row"] for question in asked]))
     verdicts = [asked[number] | _verdict(entry, asked[number]["first"]) for number, entry in answers.items()]
     write_rows(f"{result_path.removesuffix('.json')}.verdicts.json", verdicts)
@@ -200,6 +208,19 @@ def win_rate(
     print(_summary(result, verdicts), f"AlpacaEval's own, after pip install alpaca_eval:\n    {official}", sep="\n")
     write_json(result_path, result)
     print(f"wrote {result_path}")
+    return result
+
+
+@functools.wraps(win_rate)
+def _win_rate_command(**flags: Any) -> None:
+    """Do what win_rate does. Raise UsageError at its end if verdicts are missing: a script must not take them for no
+    difference."""
+    result = win_rate(**flags)
+    if result and result["verdicts_unread"]:
+        raise UsageError(
+            f"{result['verdicts_unread']} of {result['verdicts']} answers of the judge end without a verdict; the same "
+            "command with --ask_again unread asks for these again"
+        )
 
 
 def _verdict(entry: dict[str, Any], first: str) -> dict[str, Any]:
@@ -354,7 +375,7 @@ def _bad_row(number: int, scores: dict[str, Any], text: str, truth: str) -> str:
 
 
 def main() -> None:
-    tasks = (harness, alpaca_eval, win_rate, backward)
+    tasks = (harness, alpaca_eval, _win_rate_command, backward)
     commands.run("scripts.evaluate", {task.__name__: task for task in tasks})
 
 

@@ -28,7 +28,7 @@ from alpaca.common import arguments
 from alpaca.common.commands import check_numbers, flag
 from alpaca.common.errors import UsageError, format_first, names_flags, reported
 from alpaca.common.files import digest, refuse_overwriting_input
-from alpaca.completions.api import ContextOverflow, Request, Sampling, SamplingFlags, seed_of
+from alpaca.completions.api import GREEDY, ContextOverflow, Request, Sampling, SamplingFlags, seed_of
 from alpaca.completions.rows import BatchCompletion, write_answered
 from alpaca.data.prompts import format_prompt, instruction_and_input, load_prompt_template
 from alpaca.data.rows import Row, load_rows
@@ -51,9 +51,9 @@ class AnswerFlags:
     data_split: str = flag("train", "Split of a hub dataset, such as eval or train[:100].")
     columns: str | None = flag(None, "Which column is what: instruction=prompt,input=context.")
     prompt_template: str | None = flag(None, "JSON file with other prompts than those that the model was trained with.")
-    max_new_tokens: int = flag(512, "Tokens of an answer, at most.")
-    temperature: float = flag(0.0, "Sampling temperature; 0 is greedy.")
-    top_p: float = flag(1.0, "Sample from the likeliest tokens of this probability.")
+    max_new_tokens: int = flag(GREEDY.max_new_tokens, "Tokens of an answer, at most.")
+    temperature: float = flag(GREEDY.temperature, "Sampling temperature; 0 is greedy.")
+    top_p: float = flag(GREEDY.top_p, "Sample from the likeliest tokens of this probability.")
     seed: int = flag(42, "Seed of sampling, for each row apart.")
     batch_size: int = flag(8, "Prompts in a batch; the longest ones come first.")
     generator: str | None = flag(None, "Name of the model in the answered rows; by default that of its folder.")

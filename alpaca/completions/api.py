@@ -49,6 +49,9 @@ class SamplingFlags:
         return Sampling(self.max_new_tokens, self.temperature, self.top_p)
 
 
+GREEDY = SamplingFlags(0.0, 1.0, 512)  # how a model in this process answers, unless flags or sliders say otherwise
+
+
 class Request(NamedTuple):
     """A prompt to complete.
 

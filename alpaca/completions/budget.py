@@ -13,6 +13,8 @@ from alpaca.common.commands import flag
 from alpaca.common.errors import ParameterError
 from alpaca.completions.api import whole_characters
 
+FIRST_LINE = 30.0  # seconds without an answer until a log says so; the next line comes after twice as many
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # the rate is in the postfix
 ENVELOPE = 256  # tokens that a chat template may add to a prompt, at most
 
 
@@ -78,30 +80,43 @@ class Progress:
         self.done = done
         self.requests = self.retries = 0
         self.began = time.monotonic()
-        calm = {} if sys.stderr.isatty() else {"mininterval": 30.0, "miniters": 1}  # a line now and then in a log file
-        self.bar = tqdm(total=total, initial=done, unit=f" {unit}", dynamic_ncols=True, **calm)
+        self.on_terminal = sys.stderr.isatty()
+        self.next_line = FIRST_LINE
+        calm = {} if self.on_terminal else {"mininterval": 30.0, "miniters": 1}  # a line now and then in a log file
+        self.bar = tqdm(total=total, initial=done, unit=f" {unit}", dynamic_ncols=True, bar_format=BAR, **calm)
 
     def show(self, done: int, requests: int, retries: int) -> None:
         """Update the bar. `done` counts all runs, requests and retries this one."""
         self.done = done
         self.requests = requests
         self.retries = retries
-        self.bar.set_postfix_str(self._rates(), refresh=False)
+        self.next_line = FIRST_LINE
+        self.bar.set_postfix_str(self._rate(), refresh=False)
         self.bar.update(done - self.bar.n)
+
+    def wait(self, requests: int, seconds: float, retries: int) -> None:
+        """Show that so many requests are under way, and no answer has come for so long."""
+        self.retries = retries
+        words = f"{requests} request{'s' * (requests != 1)} under way, {seconds:.0f} s"
+        if self.on_terminal:
+            self.bar.set_postfix_str(f"{words}, {self._rate()}")
+        elif seconds >= self.next_line:
+            self.next_line = 2 * seconds
+            self.bar.write(f"{words}, {self._rate()}", file=sys.stderr)
 
     def close(self) -> None:
         self.bar.close()
 
-    def _rates(self) -> str:
+    def _rate(self) -> str:
         seconds = max(time.monotonic() - self.began, 1e-3)
         cost = f", ${self.budget.cost:.4f}" if self.budget.price_in or self.budget.price_out else ""
         retries = f", {self.retries} retries" if self.retries else ""
-        done = f"{(self.done - self.first) / seconds:.2f} {self.unit}/s"
-        return f"{self.requests / seconds:.2f} requests/s, {done}{retries}{cost}"
+        return f"{(self.done - self.first) / seconds:.2f} {self.unit}/s{retries}{cost}"
 
     def summary(self) -> str:
         tokens = f"{self.budget.prompt_tokens:,} prompt tokens and {self.budget.completion_tokens:,} generated tokens"
-        return f"{self.requests:,} requests in this run, {self._rates()}; {tokens} in all"
+        rate = f"{self.requests / max(time.monotonic() - self.began, 1e-3):.2f} requests/s, {self._rate()}"
+        return f"{self.requests:,} requests in this run, {rate}; {tokens} in all"
 
     def report(self) -> dict[str, Any]:
         """Return, of this run, seconds, requests, rates; of all runs with this journal: tokens and dollars."""

@@ -39,6 +39,8 @@ class Journal:
         self.path = Path(path)
         self.output = output or self.path.parent
         self.writing = threading.Lock()
+        made = [folder for folder in (self.path.parent, *self.path.parent.parents) if not folder.exists()]
+        self.made = [] if self.path.exists() else [self.path, *made]  # deepest first
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "a+b", buffering=0)
@@ -50,7 +52,15 @@ class Journal:
     def __enter__(self) -> "Journal":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        """Close it. An error before the first entry leaves neither a file nor a folder that was not there before."""
+        if kind is not None and self.made and not os.fstat(self.file.fileno()).st_size:
+            try:
+                self.path.unlink()
+                for folder in self.made[1:]:
+                    folder.rmdir()
+            except OSError:
+                pass  # somebody has put something there, or taken it away
         self.file.close()
 
     def _lock(self) -> None:

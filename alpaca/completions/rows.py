@@ -3,14 +3,15 @@
 import asyncio
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from alpaca.common.errors import InputError, ParameterError, UsageError, format_first
 from alpaca.common.files import atomic_write, refuse_other_arguments
-from alpaca.completions.api import NO_REASON, Model, Request, Sampling, was_cut
+from alpaca.completions.api import NO_REASON, Model, Request, Sampling, seed_of, was_cut
 from alpaca.completions.budget import Budget, Progress
 from alpaca.completions.journal import Journal
 from alpaca.completions.runner import Entry, RequestRunner, answered_before
@@ -30,6 +31,7 @@ class BatchCompletion:
         drop_failed: whether requests may stay without an answer; else they are an error at the end. None: an error,
             and the command has no such flag.
         unit: what is counted.
+        again: whether an answer of an earlier run, by its key, is asked for once more, with another seed if it had one.
     """
 
     model: Model
@@ -40,6 +42,7 @@ class BatchCompletion:
     budget: Budget = field(default_factory=Budget)
     drop_failed: bool | None = False
     unit: str = "rows"
+    again: Callable[[int, Entry], bool] | None = None
 
     def answers(self, requests: Iterable[Request]) -> dict[int, Entry]:
         """Ask for what is not in the journal. Return the journal's entries by the key of their request, in its order.
@@ -53,16 +56,20 @@ class BatchCompletion:
         with Journal(f"{self.output_path}.journal.jsonl", self.output_path) as journal:
             check_same_run(journal, self.how, self.output_path)
             before = answered_before(journal, 0, self.budget)
-            journal.append({"kind": "run", "how": self.how, "time": time.time()})
             return asyncio.run(self._ask(journal, before, requests))
 
     async def _ask(self, journal: Journal, before: dict[int, Entry], requests: Iterable[Request]) -> dict[int, Entry]:
         async with RequestRunner(self.model, journal, self.budget, self.concurrency, overflows_count=False) as runner:
+            journal.append({"kind": "run", "how": self.how, "time": time.time()})
             rows = {request.key: request for request in requests}
             runner.known = {key: entry for key, entry in before.items() if key in rows and entry["kind"] == "answer"}
+            self._forget_unwanted(journal, runner.known, rows)
             answers: dict[int, Entry] = {}
             failed: list[Entry] = []
+            if runner.known:
+                print(f"continuing: {len(runner.known):,} answers from the journal", flush=True)
             progress = Progress(self.unit, len(rows), len(runner.known), self.budget)
+            runner.on_wait = progress.wait
             try:
                 async for ready in runner.answers(rows.values(), self.sampling):
                     answers |= {entry["index"]: entry for entry in ready if entry["kind"] == "answer"}
@@ -74,6 +81,16 @@ class BatchCompletion:
                 print(progress.summary())
         runner.refuse_stop_by_cost(len(answers), len(rows))
         return self._checked(answers, failed, rows)
+
+    def _forget_unwanted(self, journal: Journal, known: dict[int, Entry], rows: dict[int, Request]) -> None:
+        """Drop the known answers that are to be asked for again. The seed of such a request is drawn from its own and
+        from how often it was answered."""
+        if self.again is None:
+            return
+        answered = Counter(entry["index"] for entry in journal if entry["kind"] == "answer")
+        for key in [key for key, entry in known.items() if self.again(key, entry)]:
+            del known[key]
+            rows[key] = rows[key]._replace(seed=seed_of(rows[key].seed, answered[key]))
 
     def _checked(
         self, answers: dict[int, Entry], failed: list[Entry], requests: dict[int, Request]

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from alpaca.common.errors import ParameterError, UsageError, masked
@@ -23,6 +24,8 @@ from alpaca.completions.journal import Journal
 
 GIVE_UP = 20  # requests that fail in a row
 KNOWN_AT_ONCE = 64  # answers of earlier runs
+SLOW = 3.0  # seconds until it is said that a model is waited for
+HEARTBEAT = 1.0  # seconds between two looks at who waits
 
 Entry = dict[str, Any]  # of a journal
 
@@ -35,6 +38,8 @@ class RequestRunner:
         known: entries of earlier runs by the key of their request: they are handed out, and not asked for again.
         overflows_count: whether prompts that are too long count among the failures in a row that end a run. Not where
             the requests are a given number, each with a prompt of its own.
+        on_wait: called now and then while no answer comes: with the requests under way, the seconds since the last
+            answer, and the retries so far.
     """
 
     model: Model
@@ -43,6 +48,7 @@ class RequestRunner:
     concurrency: int
     known: dict[int, Entry] = field(default_factory=dict)
     overflows_count: bool = True
+    on_wait: Callable[[int, float, int], None] | None = None
 
     def __post_init__(self) -> None:
         self.asked = self.failed_in_a_row = 0
@@ -55,11 +61,15 @@ class RequestRunner:
 
     async def __aenter__(self) -> "RequestRunner":
         await self.model.__aenter__()
+        words = "waiting for the first answer, which tells what the model is …"
+        note = asyncio.get_running_loop().call_later(SLOW, partial(print, words, flush=True))
         try:
             print(f"asking {await self.model.check()}", flush=True)
         except BaseException as error:
             await self.model.__aexit__(type(error), error, None)
             raise
+        finally:
+            note.cancel()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
@@ -86,13 +96,19 @@ class RequestRunner:
             UsageError: a mistake that every request would meet. What was sent is waited for and handed out before.
         """
         requests = iter(requests)
+        heard = time.monotonic()
         async for entries in self._answered_before(requests):
             yield entries
         while self._send(requests, sampling, more, about) or self.flying:
             if ready := self._ready():
                 yield ready
             if self.flying:
-                ended, self.flying = await asyncio.wait(self.flying, return_when=asyncio.FIRST_COMPLETED)
+                ended, self.flying = await asyncio.wait(
+                    self.flying, timeout=HEARTBEAT, return_when=asyncio.FIRST_COMPLETED
+                )
+                heard = time.monotonic() if ended else heard
+                if not ended and self.on_wait is not None:
+                    self.on_wait(len(self.flying), time.monotonic() - heard, getattr(self.model, "retries", 0))
                 self._look_for_errors(ended)
                 if ready := self._ready():
                     yield ready

@@ -26,7 +26,7 @@ REGEN = "regen.json"
 JOURNAL = "generation_journal.jsonl"
 REPORT = "generation_report.json"
 LAG = 64  # requests whose answers a prompt with generated tasks does not wait for
-FIRST_GUESS = 10.0  # tasks kept of an answer, before there is one
+TASKS_OF_A_LIST = 20  # in the prompt's words: its examples, and what an answer adds
 USELESS = 50  # answers without a new task, in a row
 SAVE_EVERY = 30.0  # seconds, or longer where saving takes long
 
@@ -109,7 +109,8 @@ class Generation:
         """Return whether another request is needed for `target` tasks, as far as the answers so far tell."""
         if self.num_generated and in_flight >= LAG:
             return False
-        yields = self.counts["kept"] / self.counts["answers"] if self.counts["answers"] else FIRST_GUESS
+        most = TASKS_OF_A_LIST - self.num_examples  # of an answer; fewer would ask for more than is wanted
+        yields = self.counts["kept"] / self.counts["answers"] if self.counts["answers"] else max(most, 1)
         missing = target - len(self.rows)
         return missing > 0 and missing > in_flight * yields
 

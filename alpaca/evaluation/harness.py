@@ -78,15 +78,17 @@ class HarnessRun:
                 `output_dir` cannot be written, a task's data cannot be had, it has no such metric, or the model cannot
                 be opened; all before anything is evaluated. Then: memory is short, or the model computes no numbers.
         """
-        manager, members = find_group(self.include_path, self.group)
+        manager, members = find_group(self.include_path, self.group, self._names())
         chosen, how = self._chosen(members), self._how()
+        if all(member.alone for member in members):
+            how["group"] = None
         how_of = {member.name: how | self._how_of(manager, member) for member in members}
         done = {member.name: self._finished(member, how_of[member.name]) for member in members}
         wanted = [member for member in chosen if done[member.name] is None]
         check_writable(self.output_dir)
         loaded = {member.name: load_tasks(manager, member) for member in wanted}  # before a model of many gigabytes
         for member in wanted:
-            dry_run_metrics(self.group, member, loaded[member.name])
+            dry_run_metrics(member.name if member.alone else self.group, member, loaded[member.name])
         lm = self._open() if wanted else None
         for member in wanted:
             done[member.name] = self._evaluate(lm, manager, member, loaded[member.name]) | {"how": how_of[member.name]}
@@ -96,9 +98,12 @@ class HarnessRun:
 
     # ---- what was there before ----
 
+    def _names(self) -> list[str]:
+        return list(dict.fromkeys(re.findall(r"[^\s,]+", self.tasks or "")))
+
     def _chosen(self, members: list[TaskSpec]) -> list[TaskSpec]:
         known = {member.name: member for member in members}
-        names = list(known) if self.tasks is None else list(dict.fromkeys(re.findall(r"[^\s,]+", self.tasks)))
+        names = list(known) if self.tasks is None else self._names()
         if not names:
             message = f"{{tasks}} {self.tasks!r}: names no task; {self.group} has {', '.join(known)}"
             raise ParameterError(message, "tasks")
@@ -271,7 +276,7 @@ class HarnessRun:
         write_json(
             Path(self.output_dir) / "results.json",
             {
-                "group": self.group,
+                "group": how["group"],
                 "average": average,
                 "arguments": how,
                 "measured_with": measured,

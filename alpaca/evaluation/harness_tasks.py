@@ -1,16 +1,17 @@
 """Tasks of lm-evaluation-harness: those of a group's YAML, what they are made of, their data, and a rehearsal."""
 
 import contextlib
+import difflib
 import glob
 import hashlib
 import io
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alpaca.common.errors import InputError, UsageError, loading
+from alpaca.common.errors import InputError, ParameterError, UsageError, loading
 from alpaca.common.files import fingerprint_of_files
 from alpaca.evaluation.bleu_rouge import INSTALL
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._index import Entry
+
+
+STANDARD = "open_llm_v1_4"  # the group where none is named
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,12 @@ class TaskSpec:
     item: dict[str, Any]
     column: str
     metric: str
+    alone: bool = False  # of no group
 
 
-def find_group(include_path: str, group: str) -> tuple["TaskManager", list[TaskSpec]]:
-    """Return the group of that name in the YAML files of a folder, and a manager that knows its tasks."""
+def find_group(include_path: str, group: str, tasks: Sequence[str] = ()) -> tuple["TaskManager", list[TaskSpec]]:
+    """Return the group of that name in the YAML files of a folder, and a manager that knows its tasks. Where nobody
+    chose a group, and it lacks some of `tasks`, or the folder has none: those tasks, as their own YAML has them."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -39,17 +45,23 @@ def find_group(include_path: str, group: str) -> tuple["TaskManager", list[TaskS
     if not Path(include_path).is_dir():
         raise InputError(f"{include_path}: expected a folder with YAML files of the harness", include_path)
     with loading(include_path, "its YAML files cannot be read"):
-        return _group(TaskManager, include_path, group)
+        return _group(TaskManager, include_path, group, tasks)
 
 
-def _group(manager_of: type["TaskManager"], include_path: str, group: str) -> tuple["TaskManager", list[TaskSpec]]:
+def _group(
+    manager_of: type["TaskManager"], include_path: str, group: str, tasks: Sequence[str]
+) -> tuple["TaskManager", list[TaskSpec]]:
     manager = manager_of(include_path=include_path, include_defaults=False)
+    if group == STANDARD and group not in manager.all_groups and (names := tasks or _own_tasks(manager)):
+        return _alone(manager_of, manager, include_path, names)
     if group not in manager.all_groups:
         found = ", ".join(manager.all_groups) or "none"
         raise InputError(f"{group}: no such group in {include_path}; groups there: {found}", group)
     config = manager.task_index[group].cfg
     items = [{"task": item} if isinstance(item, str) else item for item in config.get("task") or []]
     names = [item.get("group") or item.get("task") for item in items]
+    if group == STANDARD and tasks and not set(tasks) & set(names):
+        return _alone(manager_of, manager, include_path, tasks)
     if not set(names) <= set(manager.all_tasks):
         manager = manager_of(include_path=include_path)  # its own 14,000 files take a quarter of a minute to look at
     table = (config.get("metadata") or {}).get("table") or {}
@@ -69,12 +81,39 @@ def _group(manager_of: type["TaskManager"], include_path: str, group: str) -> tu
     return manager, members
 
 
+def _own_tasks(manager: "TaskManager") -> list[str]:
+    """Return the tasks of a folder that has no group of them."""
+    return [] if manager.all_groups else sorted(manager.all_subtasks)
+
+
+def _alone(
+    manager_of: type["TaskManager"], manager: "TaskManager", include_path: str, names: Sequence[str]
+) -> tuple["TaskManager", list[TaskSpec]]:
+    """Return tasks that no group lists: the first metric of each is its column's."""
+    if not set(names) <= set(manager.all_tasks):
+        manager = manager_of(include_path=include_path)
+    members = []
+    for name in dict.fromkeys(names):
+        if name not in manager.all_tasks:
+            close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f"; like it: {', '.join(close)}" if close else ""
+            raise ParameterError(
+                f"{{tasks}} {name}: the harness knows no such task, nor does {include_path}{hint}", "tasks"
+            )
+        with loading(f"task {name}", "its data cannot be loaded"):
+            first = next(iter(manager.load(name)["tasks"].values()))
+        kind = "group" if name in manager.all_groups else "task"
+        members.append(TaskSpec(name, {kind: name}, name, next(iter(first.aggregation())), alone=True))
+    return manager, members
+
+
 def load_tasks(manager: "TaskManager", member: TaskSpec) -> dict[str, "Task"]:
     """Return the tasks of a member with its settings and data. The harness takes settings only from a group's list, so
     a group of this member alone is made known to it."""
+    from lm_eval.tasks._index import Entry, Kind
+
     name = f"only_{member.name}"
-    like = next(entry for entry in manager.task_index.values() if entry.name in manager.all_groups)
-    manager.task_index[name] = replace(like, name=name, yaml_path=None, cfg={"group": name, "task": [member.item]})
+    manager.task_index[name] = Entry(name, Kind.GROUP, None, {"group": name, "task": [member.item]})
     with loading(f"task {member.name}", "its data cannot be loaded"):
         return manager.load(name)["tasks"]
 

@@ -269,6 +269,8 @@ class Client:
                 charged = problem.failure is NoResponse and not never_connected(error)
             except Exception as error:  # of the HTTP library, whose kinds are many
                 problem, charged = RetryLater(f"no answer from {url}: {shown(repr(error))}", failure=NoResponse), True
+            if self._openai.is_closed():  # the run ends; in Python 3.11 wait_for may swallow that this was cancelled
+                raise asyncio.CancelledError
             if charged and on_lost_response is not None and not on_lost_response():
                 raise RequestFailed(f"{problem}\nGave up: another attempt could exceed the limit of cost.")
             if retry == retries or (problem.wait or 0) > LONGEST_WAIT:

@@ -8,6 +8,7 @@ written, until it ends, is stopped, or nobody waits for it any more.
 
 import asyncio
 import ipaddress
+import re
 import socket
 import threading
 import time
@@ -15,15 +16,19 @@ import traceback
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from alpaca.common.errors import UsageError, first_line
+from alpaca.common.errors import UsageError, first_line, loading
 from alpaca.common.files import parse_json
 from alpaca.completions.api import ContextOverflow, Sampling
 from alpaca.data.prompts import format_prompt
 from alpaca.data.rows import Row
 from alpaca.inference.local_model import LocalModel
+from alpaca.inference.token_stream import Ending
+from alpaca.weights.provenance import front_matter
+from alpaca.weights.reader import CARD
 
 ALONE = 10.0  # seconds that a request goes on, or waits, while nobody listens to its answer
 LARGEST_BODY = 2**20  # bytes of a request, where --max_characters needs no more
@@ -34,11 +39,12 @@ PAUSE = 0.05  # seconds between two looks at what was written: there is news 20 
 
 @dataclass
 class DemoModel:
-    """A model, what it is called on the page, and the prompts it was trained with."""
+    """A model, what it is called on the page, the prompts it was trained with, and what its card says of licences."""
 
     name: str
     model: LocalModel
     templates: Mapping[str, str]
+    licence: str = ""
 
     def facts(self) -> str:
         number, dtype = self.model.model.num_parameters(), str(self.model.model.dtype).removeprefix("torch.")
@@ -80,9 +86,10 @@ class Answer:
             pieces = model.model.stream(prompt, sampling, stopped)
             while (reason := self.next_piece(pieces)) is None:
                 self.status = f"Writing, {time.monotonic() - started:.0f} s"
+            seconds = time.monotonic() - started
             limit = f" at its limit of {sampling.max_tokens:,} tokens" if reason == "length" else ""
             how = "Stopped" if stopped.is_set() else f"Ended{limit}"
-            self.status = f"{how} after {time.monotonic() - started:.1f} s"
+            self.status = f"{how} after {seconds:.1f} s{speed(reason, seconds)}"
         except Exception as error:  # whatever it is, the person who waits for an answer has to hear of it
             self.status, self.wrong = error_text(error), True
         finally:
@@ -96,6 +103,40 @@ class Answer:
         except StopIteration as end:
             return end.value
         return None
+
+
+def speed(reason: str, seconds: float) -> str:
+    """Return ": 41 tokens, 12.8 tokens/s" of an answer that took so long, the reading of its prompt included."""
+    if not isinstance(reason, Ending):
+        return ""
+    return f": {reason.tokens:,} token{'s' * (reason.tokens != 1)}, {reason.tokens / max(seconds, 1e-3):,.1f} tokens/s"
+
+
+def licence_of(folder: Path) -> str:
+    """Return what the card of a model, README.md in its folder, says of licences: its own and those of its data."""
+    card = folder / CARD
+    if not card.is_file():
+        return "It has no card (README.md), and so nothing names the licences of the model and its data."
+    try:
+        with loading(card, "cannot be read"):
+            facts = front_matter(folder)
+            ours = re.search(r"^- Licence: (?!not stated)(\S.*)$", card.read_text(encoding="utf-8"), re.MULTILINE)
+    except UsageError as error:
+        print(f"note: {error}", flush=True)
+        return "Its card (README.md) cannot be read, and so nothing names the licences of the model and its data."
+    licence, data = _listed(facts.get("license_name") or facts.get("license")), _listed(facts.get("datasets"))
+    of_data = ours[1].strip()[:100] if ours else ""  # train.py's cards have it in their text
+    named = f" ({data})" if data else ""
+    if not licence and not of_data:
+        return f"Its card names no licence, neither of the model nor of its data{named}."
+    own, theirs = licence or "not named", of_data or "not named"
+    return f"By its card, the licence of the model is {own}, and that of its data{named} is {theirs}."
+
+
+def _listed(value: Any) -> str:
+    """Return texts of a card's front matter, which may be one or a list."""
+    values = value if isinstance(value, list) else [value]
+    return ", ".join(text for text in values if isinstance(text, str))[:200]
 
 
 def error_text(error: Exception) -> str:

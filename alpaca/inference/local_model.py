@@ -30,7 +30,7 @@ from alpaca.common.errors import ParameterError, UsageError
 from alpaca.completions.api import MOST_CUTS, Completion, ContextOverflow, Prompt, Sampling, cut_at_stop
 from alpaca.data.tokenization import tokens_around, without_end
 from alpaca.inference.load import LoadOptions, load_for_inference, without_adapter
-from alpaca.inference.token_stream import Stop, TokenQueue, pieces_of, tokens_of
+from alpaca.inference.token_stream import Ending, Stop, TokenQueue, pieces_of, tokens_of
 from alpaca.models.device import best_dtype, check_device, quantizing_flag
 
 
@@ -143,11 +143,11 @@ class LocalModel:
 
     def stream(
         self, prompt: Prompt, sampling: Sampling, stopped: threading.Event | None = None
-    ) -> Generator[str, None, str]:
+    ) -> Generator[str, None, Ending]:
         """Yield the text that `generate` gives for the same seed, in pieces of whole characters, as it is generated.
 
         It ends soon after `stopped` is set, or when nobody takes the pieces any more. Returns why it ended, "stop" or
-        "length", as `finish_reason` of a Completion.
+        "length", as `finish_reason` of a Completion, and how many tokens were generated.
 
         Raises:
             ContextOverflow, UsageError: as `generate`, before the first piece.

@@ -50,6 +50,17 @@ class TokenQueue(BaseStreamer):
             yield item
 
 
+class Ending(str):
+    """Why an answer ended, "stop" or "length", and of how many tokens it is, the end not counted."""
+
+    tokens: int
+
+    def __new__(cls, reason: str, tokens: int) -> "Ending":
+        ending = super().__new__(cls, reason)
+        ending.tokens = tokens
+        return ending
+
+
 class Stop(StoppingCriteria):
     """Ends generate() after the token that it is at when one of the `events` is set."""
 
@@ -93,7 +104,7 @@ def pieces_of(
     eos: Sequence[int],
     stop: Sequence[str],
     stopped: Callable[[], bool],
-) -> Generator[str, None, str]:
+) -> Generator[str, None, Ending]:
     """Yield the text of `tokens` in pieces that later tokens do not change: without the beginning of a character or of
     a stop string at its end. All pieces are the text as a whole, up to the first of `eos` and `stop`; when `stopped`,
     without the part of a character at its end. Return why it ended: "stop", at one of those, or "length".
@@ -120,7 +131,7 @@ def pieces_of(
         text = text.rstrip(UNFINISHED)
     if len(text) > shown:
         yield text[shown:]
-    return "length" if end is None and not ended else "stop"
+    return Ending("length" if end is None and not ended else "stop", len(new))
 
 
 def _without_beginning(text: str, stop: Sequence[str]) -> str:

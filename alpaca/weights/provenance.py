@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from alpaca.common.errors import InputError
+from alpaca.common.errors import InputError, loading
 from alpaca.common.files import (
     AUX_SUFFIXES,
     atomic_write,
@@ -27,6 +27,7 @@ from alpaca.weights import reader
 from alpaca.weights.reader import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    CARD,
     DTYPES,
     INPUT_EMBEDDINGS,
     OUTPUT_EMBEDDINGS,
@@ -118,9 +119,27 @@ def files_of_merged(base: Path, adapter: Path) -> dict[str, Path]:
     return {path.name: path for path in taken}
 
 
+def front_matter(folder: Path) -> dict[str, Any] | None:
+    """Return what the model card of a folder, its README.md, has in its front matter; None: there is no card.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    from huggingface_hub import metadata_load
+
+    card = folder / CARD
+    if not card.is_file():
+        return None
+    with loading(card, "cannot be read"):
+        facts = metadata_load(card) or {}
+    if not isinstance(facts, dict):
+        raise InputError(f"{card}: its front matter is no list of names and values", card)
+    return facts
+
+
 def note_of_quantized_base(adapter: Path) -> list[str]:
     """Return a line where the adapter's own card says that its base was loaded in 8 or 4 bits."""
-    card = adapter / "README.md"
+    card = adapter / CARD
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     return [
         f"note: trained on the base in {bits} bits, merged into its plain weights: answers may differ a little from "

@@ -1,7 +1,9 @@
 """Rows answered through a journal, and who answers: what a rerun may take over, and what it must refuse."""
 
 import json
+import re
 import shutil
+import sys
 
 import pytest
 from conftest import write_rows
@@ -11,7 +13,9 @@ from support.completion_server import OVERFLOW, CompletionServer
 import generate_instruction
 from alpaca.common.errors import UsageError
 from alpaca.common.files import refuse_overwriting_input
+from alpaca.completions import budget, runner
 from alpaca.completions.api import Request, Sampling
+from alpaca.completions.budget import Budget, Progress
 from alpaca.completions.rows import BatchCompletion, write_answered
 from alpaca.inference.backend import BackendFlags, ModelBackend, PromptSet, open_backend
 from alpaca.inference.client import Client
@@ -52,6 +56,45 @@ def test_prompts_that_are_too_long_do_not_hold_up_the_others(tmp_path):
         ask(tmp_path, server, rows=50, drop_failed=True)
     rows = json.loads((tmp_path / "out.json").read_text())
     assert [row["instruction"] for row in rows] == [f"Row {number}." for number in range(30, 50)]
+
+
+def test_a_log_hears_of_a_slow_server_now_and_then(capsys):
+    progress = Progress("rows", 10, 0, Budget())
+    for seconds in range(1, 601):
+        progress.wait(5, seconds, 2)
+    progress.show(1, 5, 0)
+    progress.wait(1, 29, 0)
+    progress.wait(1, 43, 0)
+    progress.close()
+    told = re.findall(r"(\d requests? under way, \d+ s), .*", capsys.readouterr().err)
+    assert told == [*(f"5 requests under way, {s} s" for s in (30, 60, 120, 240, 480)), "1 request under way, 43 s"]
+
+
+def test_the_bar_of_a_terminal_says_what_is_waited_for_and_one_rate(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    progress = Progress("rows", 10, 0, Budget(price_in=1.0))
+    progress.wait(5, 43.2, 7)
+    assert re.search(
+        r"0/10 \[.*5 requests under way, 43 s, 0.00 rows/s, 7 retries, \$0.0000\]", capsys.readouterr().err
+    )
+    progress.show(10, 12, 7)
+    progress.close()
+    last = capsys.readouterr().err.split("\r")[-1]
+    assert "10/10" in last and last.count("/s") == 1 and "under way" not in last
+    assert "12 requests in this run" in progress.summary() and "requests/s" in progress.summary()
+
+
+def test_a_slow_server_is_waited_for_aloud(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runner, "HEARTBEAT", 0.01)
+    monkeypatch.setattr(runner, "SLOW", 0.0)
+    monkeypatch.setattr(budget, "FIRST_LINE", 0.0)
+    with CompletionServer(own_text) as server:
+        server.delay = 0.2
+        ask(tmp_path, server)
+        told = capsys.readouterr()
+        assert "2 requests under way, 0 s" in told.err and "continuing" not in told.out
+        ask(tmp_path, server, rows=4)
+        assert "continuing: 4 answers from the journal" in capsys.readouterr().out
 
 
 def test_answers_of_an_unknown_run_are_refused(tmp_path):

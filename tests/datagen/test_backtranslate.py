@@ -229,6 +229,14 @@ def test_nothing_is_asked_twice(tmp_path, capsys):
             run("curate", **flags, **asking, top_p=0.8)
         assert len(server.requests) == 3 * pairs, "fewer ratings are there already"
         assert server.requests[0].prompt.startswith("Judge how well")
+        capsys.readouterr()
+        run("curate", **flags, **asking, ratings=2, ask_again="unread")
+        again = server.requests[3 * pairs :]
+        assert len(again) == 2 and not {r.body["seed"] for r in again} & {
+            r.body["seed"] for r in server.requests[: 3 * pairs]
+        }
+        assert len({r.prompt for r in again}) == 1, "both ratings of the one pair"
+        assert "--ask_again unread asks again" in capsys.readouterr().out
     rated = read(tmp_path / "r.jsonl")
     assert [row["source"] for row in rated] == [row["source"] for row in expected], "in the order of the file"
     (unread,) = [number for number, row in enumerate(rated) if row["score"] is None]

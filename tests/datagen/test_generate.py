@@ -1,6 +1,7 @@
 """Data generation against a real HTTP server: as 2023, the same at any concurrency, nothing lost or paid twice."""
 
 import hashlib
+import inspect
 import json
 import os
 import random
@@ -540,6 +541,46 @@ def test_one_clear_message(tmp_path, monkeypatch, case):
     with pytest.raises(UsageError) as error:
         generate_instruction_following_data(**({"output_dir": "out", "seed_tasks_path": str(SEEDS)} | flags))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("fault", [None, BAD_KEY, NO_MODEL], ids=["no server", "key", "model"])
+def test_a_model_that_cannot_be_asked_leaves_nothing_behind(fault, tmp_path, capsys, monkeypatch):
+    """Neither a folder nor a bar; a folder that was there stays as it was."""
+    monkeypatch.setattr(client.Client.__init__, "__defaults__", (None, "auto", 1, 600.0, 0.001))
+    rows_file(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    with CompletionServer(answer=tasks) as server:
+        server.faults = server.other_faults = lambda request: fault
+        address = server.url if fault else "http://127.0.0.1:9/v1"
+        for folder in (tmp_path / "a" / "new", tmp_path):
+            with pytest.raises(UsageError):
+                generate_instruction_following_data(str(folder), str(SEEDS), 20, "tiny", base_url=address)
+            with pytest.raises(UsageError):
+                paths = str(tmp_path / "rows.json"), str(folder / "out.json")
+                generate_responses(*paths, "tiny", base_url=address)
+        assert sorted(tmp_path.rglob("*")) == before and "%|" not in capsys.readouterr().err
+        server.faults = server.other_faults = None
+        assert len(generate(tmp_path / "a" / "new", server, 20)) >= 20
+
+
+def test_small_numbers_are_hardly_exceeded_and_it_is_said(tmp_path, capsys):
+    for number in (1, 20, 40):
+        with CompletionServer(answer=tasks) as server:
+            rows = generate(tmp_path / str(number), server, number, request_batch_size=5)
+            assert number <= len(rows) < number + 16 and len(server.requests) == -(-number // 13)
+        more = len(rows) - number
+        assert f"{len(rows)} tasks in " in (told := capsys.readouterr().out)
+        assert (f", {more} more than asked for" in told) == (more > 0)
+    with CompletionServer(answer=tasks) as server:
+        generate(tmp_path / "40", server, len(rows))
+        assert server.requests == []
+    told = capsys.readouterr().out
+    assert "continuing: 4 answers from the journal" in told and "more than" not in told
+
+
+def test_the_default_model_is_one_that_openai_has():
+    model = inspect.signature(generate_instruction_following_data).parameters["model_name"].default
+    assert model == "gpt-3.5-turbo-instruct" and model.endswith(client.COMPLETION_MODELS)
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):

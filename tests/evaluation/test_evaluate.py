@@ -87,6 +87,38 @@ def test_a_judge_is_asked_nothing_twice(files):
             evaluate.win_rate(**files, base_url=server.url, max_tokens=9)
 
 
+def test_verdicts_that_cannot_be_read_are_asked_for_again(files, monkeypatch):
+    """They alone, with another seed, and paid for; the command fails as long as there are some."""
+    words = [
+        "scripts.evaluate",
+        "win_rate",
+        f"--data_path={files['outputs']}",
+        f"--reference_path={files['reference']}",
+    ]
+    result = Path(files["outputs"]).with_suffix(".win_rate.json")
+
+    def command(server, *flags):
+        asked = len(server.requests)
+        monkeypatch.setattr(sys, "argv", [*words, "--judge=tiny", "--api=chat", f"--base_url={server.url}", *flags])
+        try:
+            evaluate.main()
+        except UsageError as error:
+            return len(server.requests) - asked, str(error)
+        return len(server.requests) - asked, ""
+
+    with CompletionServer(judge) as server:
+        asked, error = command(server)
+        assert asked == 12 and "2 of 12 answers of the judge end without a verdict" in error and "--ask_again" in error
+        assert command(server)[0] == 0, "only where it is asked for"
+        asked, error = command(server, "--ask_again", "unread")
+        assert asked == 2 and "2 of 12" in error and all("<answer_1>\nodd" in r.prompt for r in server.requests[-2:])
+        server.answer = lambda prompt, body: "Verdict: tie"
+        assert command(server, "--ask_again", "unread") == (2, "")
+        assert read(result)["verdicts_unread"] == 0 and read(result)["rows_counted"] == 6
+        assert command(server, "--ask_again", "unread") == command(server) == (0, "")
+        assert "--ask_again read: expected one of unread" in command(server, "--ask_again", "read")[1]
+
+
 def test_a_row_counts_only_with_all_its_verdicts():
     """With one of two orders unread, or left out by --drop_failed, the place would decide."""
     verdicts = [
@@ -522,6 +554,37 @@ def test_the_harness_asks_vllm(tiny, tasks, tmp_path, monkeypatch):
         evaluate.harness(model, str(tmp_path / "other"), base=tiny("gpt2"), **flags, backend="vllm")
     with pytest.raises(UsageError, match="--backend vllm: takes no weights quantized"):
         evaluate.harness(model, out, **flags, backend="vllm", load_in_8bit=True)
+
+
+@pytest.mark.slow
+def test_tasks_need_no_group(tiny, tasks, tmp_path, capsys):
+    """Those of a folder without one: by name, or all of them. A group is not taken for what it does not list."""
+    capitals = TASK.format(name="capitals", folder=tasks, data="small", target="answer", more="")
+    rivers = TASK.format(name="rivers", folder=tasks, data="large", target="answer", more="").replace(
+        "metric: acc,", "metric: acc_norm,"
+    )
+    own = tmp_path / "mytasks"
+    own.mkdir()
+    (own / "capitals.yaml").write_text(capitals)
+    (own / "rivers.yaml").write_text(rivers)
+    flags = dict(model=tiny("llama"), include_path=str(own))
+    evaluate.harness(**flags, output_dir=str(tmp_path / "one"), tasks="capitals")
+    told, result = capsys.readouterr().out, read(tmp_path / "one" / "capitals.json")
+    assert (result["metric"], result["samples"], result["num_fewshot"]) == ("acc", 2, [0])
+    assert "| Average | capitals |" in told and f"| {result['value']:.2f} | {result['value']:.2f} |" in told
+    assert read(tmp_path / "one" / "results.json")["group"] is None
+    evaluate.harness(**flags, output_dir=str(tmp_path / "one"))  # all; the one that is there is not measured again
+    told = capsys.readouterr().out
+    assert "| Average | capitals | rivers |" in told and "rivers, 0-shot, acc_norm" in told
+    assert read(tmp_path / "one" / "capitals.json") == result
+    evaluate.harness(flags["model"], str(tmp_path / "two"), include_path=str(tasks), tasks="small_mmlu,small_arc")
+    assert set(read(tmp_path / "two" / "results.json")["results"]) == {"small_mmlu", "small_arc"}
+    with pytest.raises(UsageError, match="--tasks capitols: the harness knows no such task.*like it: capitals"):
+        evaluate.harness(**flags, output_dir=str(tmp_path / "three"), tasks="capitols")
+    with pytest.raises(UsageError, match="--tasks capitals: 'capitals' is not in small"):
+        evaluate.harness(
+            flags["model"], str(tmp_path / "three"), include_path=str(tasks), group="small", tasks="capitals"
+        )
 
 
 @pytest.mark.parametrize(

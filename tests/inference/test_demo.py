@@ -28,6 +28,7 @@ from alpaca.inference import demo as inference_demo
 from alpaca.inference.demo import DemoEngine, DemoGuard, DemoModel
 from alpaca.inference.local_model import LocalModel
 from scripts import demo, quickstart
+from scripts.generate import AnswerFlags
 from scripts.make_tiny_model import make_tiny_model
 
 PICTURED = "Countries without a coast"  # an example that the quickstart's model knows by heart
@@ -174,6 +175,48 @@ def test_mistakes_are_told_before_a_model_is_loaded(monkeypatch):
     assert "needs gradio, which is not installed: pip" in mistake("--model", "x", "--port", quickstart.free_port())
 
 
+def test_the_page_and_the_terminal_answer_alike():
+    terminal, page = AnswerFlags(), {slider.elem_id: slider.value for slider in demo.sampling_sliders(2048)}
+    assert page == {"temperature": terminal.temperature, "top_p": terminal.top_p, "max_tokens": terminal.max_new_tokens}
+    assert {slider.elem_id: slider.value for slider in demo.sampling_sliders(100)}["max_tokens"] == 100
+
+
+@pytest.mark.parametrize(
+    "card, told",
+    [
+        (None, "It has no card (README.md)"),
+        (
+            "---\nlicense: apache-2.0\n---\n",
+            "the licence of the model is apache-2.0, and that of its data is not named.",
+        ),
+        (
+            "---\nlicense: [mit, cc0-1.0]\ndatasets: own/rows\n---",
+            "mit, cc0-1.0, and that of its data (own/rows) is not",
+        ),
+        ("---\nlicense: other\nlicense_name: llama2\n---\n# x\n", "the licence of the model is llama2, and"),
+        (
+            "---\ndatasets:\n- tatsu-lab/alpaca\n---\n# x\n- Licence: CC BY-NC 4.0\n",
+            "is not named, and that of its data (tatsu-lab/alpaca) is CC BY-NC 4.0.",
+        ),
+        (
+            "---\ndatasets: [a/b]\n---\n- Licence: not stated\n",
+            "neither of the model nor of its data (a/b).",
+        ),
+        ("no front matter", "Its card names no licence, neither of the model nor of its data."),
+        ("---\nlicense: {a: 1}\n---\n", "names no licence"),
+        ("---\nlicense: [\n---\n", "Its card (README.md) cannot be read"),
+        ("---\n- a list\n---\n", "Its card (README.md) cannot be read"),
+        (b"---\nlicense: \xff\n---\n", "Its card (README.md) cannot be read"),
+    ],
+)
+def test_the_footer_says_what_the_card_says(card, told, tmp_path):
+    if card is not None:
+        (tmp_path / "README.md").write_bytes(card if isinstance(card, bytes) else card.encode())
+    assert told in inference_demo.licence_of(tmp_path)
+    shown = demo.footer([DemoModel("<a>", None, {}, "licence <b>"), DemoModel("c", None, {}, "none")])
+    assert "<p>&lt;a&gt;: licence &lt;b&gt;</p><p>c: none</p>" in shown and "check what matters" in shown
+
+
 def test_examples_are_seed_tasks_each_found_by_its_words():
     rows = demo.load_rows(str(demo.SEED_TASKS))
     for words, example in zip(demo.EXAMPLES.values(), demo.examples()):
@@ -220,6 +263,8 @@ def test_which_models_answer_with_which_prompts(tiny, adapter, tmp_path):
     shutil.copytree(base, tmp_path / "tuned")
     (tmp_path / "tuned" / "prompt_template.json").write_text(json.dumps(own))
     tuned = str(tmp_path / "tuned")
+    (tmp_path / "tuned" / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    assert ["cc-by-nc-4.0" in voice.licence for voice in voices(model=tuned, base=base)] == [True, False]
     assert [voice.name for voice in voices(model=tuned)] == ["tuned"]
     first, second = voices(model=tuned, base=base)  # a whole model and its base
     assert first.templates == second.templates == own, "the base is asked the same"
@@ -272,7 +317,7 @@ def test_the_server_streams_and_stops_when_nobody_reads(tiny):
         prompt = format_prompt({"instruction": "Name two oceans."})
         (expected,) = model.generate([prompt], Sampling(300, 0.0))
         assert states[-1][0] == expected.text and len({state[0] for state in states}) > 3
-        assert "Ended at its limit of 300 tokens after" in states[-1][1]
+        assert "Ended at its limit of 300 tokens after" in states[-1][1] and " s: 300 tokens, " in states[-1][1]
         assert client.get("/config").json()["analytics_enabled"] is False
         assert client.post("/gradio_api/upload", files={"files": ("x.txt", b"1234")}).status_code == 413
         assert re.findall(r'(?:src|href)="(https?:[^"]*)"', client.get("/").text) == []
@@ -590,16 +635,22 @@ def test_type_submit_stream_stop_reload_close(browser, chatty, tmp_path):
         page.sampling(temperature=0, max_tokens=20)
         page.tab.get_by_text("A slogan").click()
         page.wait(lambda: "slogan for a small bicycle" in page.tab.input_value("#instruction textarea"))
-        page.tab.click("#ask")
         page.wait(lambda: page.ended("Ended at its limit of 20 tokens"))
         short = page.answer()
         expected = LocalModel(chatty).generate([format_prompt(demo.examples()[0])], Sampling(20, 0.0))
         assert short == expected[0].text
 
         page.sampling()  # closes the panel, and what it is set to remains
-        page.tab.fill("#instruction textarea", "Go on.")
+        page.tab.fill("#instruction textarea", "Go on,")
         page.tab.keyboard.press("Shift+Enter")
+        page.tab.keyboard.type("please.")
+        page.tab.keyboard.press("Enter")
         page.wait(lambda: page.ended("Ended at its limit of 20 tokens") and page.answer() != short)
+        assert page.tab.input_value("#instruction textarea") == "Go on,\nplease."
+        expected = LocalModel(chatty).generate([format_prompt({"instruction": "Go on,\nplease."})], Sampling(20, 0.0))
+        assert page.answer() == expected[0].text
+        tokens = expected[0].completion_tokens
+        assert re.search(rf"after [\d.]+ s: {tokens} tokens, [\d.]+ tokens/s$", page.status())
         page.close()
 
         gone = Page(browser, url)
@@ -690,16 +741,44 @@ def test_nothing_is_cut_off_at_a_phones_width(browser, scheme):
         page.close()
 
 
+@pytest.mark.stress
+@pytest.mark.parametrize("width, height", [(390, 844), (360, 640), (1280, 800)])
+def test_a_click_on_an_example_asks_and_shows_the_answer(browser, width, height):
+    """Also in the middle of another answer, which it ends; and so do the button and Enter."""
+    model, other = Scripted(), Scripted()
+    model.go.release(3)
+    with served(answering(model, other, max_characters=1000)) as url:
+        page = Page(browser, url, width, height)
+        assert demo.KEYS in page.tab.inner_text("body")
+        shown = "(box => box.top >= 0 && box.top + 160 <= innerHeight)"
+        in_sight = f"{shown}(document.querySelector('#answer_0').getBoundingClientRect())"
+        for label in ("A slogan", "Is the egg fresh?"):
+            page.tab.get_by_text(label).click()
+            example = demo.examples()[list(demo.EXAMPLES).index(label)]
+            page.wait(lambda example=example: page.tab.input_value("#instruction textarea") == example["instruction"])
+            page.wait(lambda: model.running == 1 and page.tab.is_enabled("#stop") and page.tab.evaluate(in_sight))
+            model.go.release(3)
+            page.wait(lambda: page.answer() == "0 1 2 ")
+        page.tab.click("#stop")
+        page.wait(lambda: page.ended("Stopped"))
+        for ask in (lambda: page.tab.click("#ask"), lambda: page.tab.press("#input textarea", "Enter")):
+            page.tab.evaluate("scrollTo(0, 0)")
+            page.tab.fill("#instruction textarea", "Count.")
+            ask()
+            page.wait(lambda: model.running == 1 and page.tab.is_enabled("#stop") and page.tab.evaluate(in_sight))
+            page.tab.click("#stop")
+            page.wait(lambda: page.ended("Stopped"))
+        page.close()
+
+
 def photograph(browser, url: str, full: Path, picture: Path) -> None:
     """The page with the answer that the quickstart's model knows by heart."""
     from PIL import Image
 
-    page = Page(browser, url, 1180, 600)
+    page = Page(browser, url, 1180, 760)
     page.sampling(temperature=0)
     page.tab.get_by_role("button", name="Sampling").click()
     page.tab.get_by_text(PICTURED).click()
-    page.wait(lambda: page.tab.input_value("#instruction textarea") != "")
-    page.tab.click("#ask")
     page.wait(lambda: page.ended("Ended after"))
     task = demo.examples()[list(demo.EXAMPLES).index(PICTURED)]
     assert page.answer() == task["output"]

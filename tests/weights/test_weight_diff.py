@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -89,7 +90,7 @@ def test_the_manifest_and_its_digest(llama, capsys):
     text = (diff / "weight_diff.json").read_bytes()
     assert hashlib.sha256(text).hexdigest() in printed
     manifest = json.loads(text)
-    own = {"weight_diff.json", "weight_diff.json.sha256"}
+    own = {"weight_diff.json", "weight_diff.json.sha256", "README.md"}  # the card has the manifest's digest
     assert set(manifest["files"]) == {path.name for path in diff.iterdir()} - own
     for name, entry in manifest["files"].items():
         assert hashlib.sha256((diff / name).read_bytes()).hexdigest() == entry["sha256"]
@@ -212,7 +213,7 @@ def assert_found(base, diff, path, position):
 def test_a_flipped_byte_is_found(llama):
     base, _, diff = llama
     draw = random.Random(0)
-    for path in sorted(diff.iterdir()):
+    for path in sorted(set(diff.iterdir()) - {diff / "README.md"}):  # a publisher's to write on
         for position in (0, draw.randrange(path.stat().st_size), path.stat().st_size - 1):
             assert_found(base, diff, path, position)
     weights = base / "model.safetensors"
@@ -229,7 +230,7 @@ def test_hundreds_of_flipped_bytes_are_found(tiny, tmp_path, architecture):
     tuned = write(tmp_path / "tuned", tiny(architecture), tune(state, torch.float16, rows=-7))
     make(base, tuned, tmp_path / "diff", max_shard_size="60KB")
     draw, weights = random.Random(1), base / "model.safetensors"
-    for path in sorted((tmp_path / "diff").iterdir()):
+    for path in sorted(set((tmp_path / "diff").iterdir()) - {tmp_path / "diff" / "README.md"}):
         for _ in range(30):
             assert_found(base, tmp_path / "diff", path, draw.randrange(path.stat().st_size))
     for _ in range(150):
@@ -419,6 +420,36 @@ def test_what_a_folder_holds(llama, tiny, tmp_path):
             assert folder_kind(folder, weights) == kind
     (diff / "weight_diff.json").unlink()
     assert folder_kind(diff) == EXACT_DIFF
+
+
+CARDS = {
+    "---\nlicense: llama2\ndatasets: [tatsu-lab/alpaca]\ntags: [x]\n---\n# My model\n": ("llama2", "tatsu-lab/alpaca"),
+    "---\nlicense: other\nlicense_name: research-only\n---\n": ("research-only", "license: other"),
+    "# no front matter": ("not stated by the model's own card",),
+    "---\nlicense: [\n---\n": ("not stated by the model's own card",),
+    None: ("not stated by the model's own card",),
+}
+
+
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("method", ["exact", "float"])
+def test_the_card_of_a_diff(tiny, tmp_path, capsys, card, method):
+    """It is the diff's alone: the tuned model's own card is neither published nor overwritten."""
+    base = write(tmp_path / "my_base", tiny("llama"), state_of(tiny("llama")))
+    tuned = write(tmp_path / "mine", tiny("llama"), tune(state_of(base), torch.float32))
+    if card is not None:
+        (tuned / "README.md").write_text(card)
+    make(base, tuned, tmp_path / "diff", method=method)
+    told, text = capsys.readouterr().out, (tmp_path / "diff" / "README.md").read_text()
+    assert "# mine as a weight diff" in text and "**my_base**" in text and str(tmp_path) not in text
+    assert all(words in text for words in CARDS[card]) and "My model" not in text
+    command = re.search("^python weight_diff.py recover .*", text, re.MULTILINE)[0]
+    if method == "exact":
+        digest = re.search("digest of the manifest.*: (\\w{64})", told)[1]
+        assert command.endswith(f" --digest {digest}") and text.count(digest) == 2
+    recover(base, tmp_path / "diff", tmp_path / "result", check_integrity_naively=False)
+    assert not (tmp_path / "result" / "README.md").exists()
+    make(base, tuned, tmp_path / "diff", method=method, overwrite=True)
 
 
 def test_a_diff_that_is_not_all_there(llama):
