@@ -29,8 +29,8 @@ from alpaca.weights import exact_diff
 from alpaca.weights.exact_diff import ExactDiff
 from alpaca.weights.float_diff import FloatDiff, write_files_of_2023
 from alpaca.weights.mismatch import check_same_tensors
-from alpaca.weights.provenance import front_matter
-from alpaca.weights.reader import CARD, EXACT_DIFF, MANIFEST, find_folder, folder_kind, open_weights
+from alpaca.weights.provenance import CARD, front_matter
+from alpaca.weights.reader import EXACT_DIFF, MANIFEST, find_folder, folder_kind, open_weights
 from alpaca.weights.recovery import (
     NaiveSum,
     copy_files,

@@ -27,8 +27,7 @@ from alpaca.data.prompts import format_prompt
 from alpaca.data.rows import Row
 from alpaca.inference.local_model import LocalModel
 from alpaca.inference.token_stream import Ending
-from alpaca.weights.provenance import front_matter
-from alpaca.weights.reader import CARD
+from alpaca.weights.provenance import CARD, front_matter
 
 ALONE = 10.0  # seconds that a request goes on, or waits, while nobody listens to its answer
 LARGEST_BODY = 2**20  # bytes of a request, where --max_characters needs no more

@@ -27,7 +27,6 @@ from alpaca.weights import reader
 from alpaca.weights.reader import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    CARD,
     DTYPES,
     INPUT_EMBEDDINGS,
     OUTPUT_EMBEDDINGS,
@@ -51,6 +50,7 @@ OF_THE_RUN = (
     "*.index.json",
     f"{reader.MANIFEST}*",
 )
+CARD = "README.md"
 TUNED_CONFIG = "tuned_config.json"  # in an exact diff: the tuned model's config.json
 VERSION = 1  # of the format of exact diffs
 CHANGES_A_MODEL = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)  # beside whole weights

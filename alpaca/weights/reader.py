@@ -41,7 +41,6 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}  # safetensors' na
 ADAPTER_CONFIG = "adapter_config.json"  # of peft; a LoRA adapter's folder has it
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MANIFEST = "weight_diff.json"  # of an exact diff (alpaca/weights/exact_diff.py)
-CARD = "README.md"
 SIDECAR = f"{MANIFEST}.sha256"
 NOT_A_MODEL = "weight_diff__recover_the_model_with_weight_diff.py"  # its model_type: what from_pretrained will name
 INPUT_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
@@ -193,7 +192,7 @@ def find_folder(folder: str | Path) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    small = [*(f"*{ending}" for ending in AUX_SUFFIXES), "*.sha256", CARD]
+    small = [*(f"*{ending}" for ending in AUX_SUFFIXES), "*.sha256", "README.md"]
     try:
         for weights in ("*.safetensors", "*.bin"):
             path = Path(snapshot_download(str(folder), allow_patterns=[*small, weights]))
