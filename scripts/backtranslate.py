@@ -16,6 +16,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+if __name__ == "__main__":
+    from alpaca.common.errors import starting
+
+    starting("scripts.backtranslate")
+
 import utils
 from alpaca.common import commands
 from alpaca.common.commands import check_numbers

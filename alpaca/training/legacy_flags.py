@@ -35,6 +35,7 @@ WITHOUT_EFFECT = {  # flags of transformers for what is done otherwise here; acc
         ("remove_unused_columns", "label_names", "length_column_name"), "rows are tokens and labels, of known lengths"
     ),
 }
+LORA_RATE = "2e-4"
 HIDDEN = {*DROPPED, *WITHOUT_EFFECT}  # from --help
 FSDP_WORDS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "auto_wrap", "offload")
 
@@ -95,6 +96,10 @@ def translate_legacy_flags(argv: list[str]) -> tuple[list[str], list[str]]:
     if fsdp_words is not None or fsdp_extra:
         kept, note = _translate_fsdp(kept, fsdp_words, fsdp_extra)
         notes.append(note)
+    names = {name for name, _ in kept}
+    if "lora_r" in names and "learning_rate" not in names:
+        kept.append(("learning_rate", [LORA_RATE]))
+        notes.append(f"--lora_r without --learning_rate -> --learning_rate {LORA_RATE}; 5e-5 is for all weights")
     return join_flags(kept), notes
 
 
