@@ -184,11 +184,10 @@ def reach_hub(name: str | Path, cache_dir: str | None = None) -> None:
     Raises:
         InputError: the hub does not answer, and nothing of `name` is in the cache.
     """
-    if os.path.exists(os.path.expanduser(name)) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
-        return
-    if problem := why_no_hub():
+    if problem := why_no_hub(name):
         if not (Path(cache_dir or _hub_cache()) / f"models--{str(name).replace('/', '--')}").is_dir():
             raise InputError(f"{name}: no such folder, and as a hub id it is not in the cache; {problem}", name)
+        print(f"note: {problem}; {name} is read from the cache", file=sys.stderr, flush=True)
 
 
 def _hub_cache() -> str:
@@ -197,10 +196,17 @@ def _hub_cache() -> str:
     return constants.HF_HUB_CACHE
 
 
+def why_no_hub(name: str | Path) -> str | None:
+    """Return why the hub cannot be asked for `name`, or None: it answers, or would not be asked for that."""
+    if os.path.exists(os.path.expanduser(name)) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
+        return None
+    return _hub_problem()
+
+
 @functools.cache
-def why_no_hub() -> str | None:
+def _hub_problem() -> str | None:
     """Return what came of one try to reach the hub, or None if it answers or is not to be asked. After a failed one
-    this process does not try again."""
+    this process is offline for its libraries."""
     from huggingface_hub import constants, get_session
 
     if constants.is_offline_mode():
@@ -223,9 +229,7 @@ def why_no_hub() -> str | None:
     if datasets := sys.modules.get("datasets"):
         datasets.config.HF_HUB_OFFLINE = True
     why = found[0] if found else f"no answer within {HUB_SECONDS:.0f} s"
-    problem = f"{constants.ENDPOINT} could not be reached (tried once: {why})"
-    print(f"note: {problem}; what is in the cache is used", file=sys.stderr, flush=True)
-    return problem
+    return f"{constants.ENDPOINT} could not be reached (tried once: {why})"
 
 
 LOST_CONNECTION = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed", "failed to recv")

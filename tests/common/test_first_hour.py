@@ -1,12 +1,14 @@
 """The first hour of a new user: a command outside of its environment, a file of flags, what is said and when."""
 
+import shutil
+import socket
 import subprocess
 import sys
 import venv
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, write_rows
 
 import train as train_module
 from alpaca.common.arguments import run_yaml, split_flags, with_config
@@ -174,3 +176,60 @@ def test_no_secret_is_written(monkeypatch):
     text = run_yaml(given, 1)
     assert [line for line in text.splitlines() if not line.startswith("#")] == ["seed: 1"]
     assert not [word for word in ("abcdefgh", "horse", "pass@") if word in text] and "hub_token: is secret" in text
+
+
+# ---- a hub that cannot be reached ----
+
+
+@pytest.fixture(params=["refuses", "hangs"])
+def no_hub(request):
+    """The environment of a process whose hub refuses, or takes the connection and says nothing."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if request.param == "hangs":
+            server.listen(50)
+        yield {
+            "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}",
+            "NO_PROXY": "127.0.0.1",
+        }
+
+
+ASKING = {
+    "--model_name_or_path some/model": ["train.py", "--data_path={rows}", "--output_dir={out}", "--use_cpu"],
+    "--model some/model": ["-m", "scripts.generate", "--interactive"],
+    "--path_raw some/model": ["weight_diff.py", "recover", "--path_diff", "some/other"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flag", ASKING)
+def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path, no_hub, flag):
+    paths = {"rows": write_rows(tmp_path / "rows.json", 4), "out": tmp_path / "out"}
+    words = [word.format(**paths) for word in ASKING[flag]]
+    result = run([sys.executable, *words, *flag.split()], check=False, env=no_hub, timeout=60)
+    message = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2 and "Retrying" not in result.stderr
+    assert f"error: {flag}: no such folder, and as a hub id it is not in the cache; {no_hub['HF_ENDPOINT']}" in message
+    assert "could not be reached (tried once: " in message and "HF_HUB_OFFLINE" not in message
+
+
+@pytest.mark.slow
+def test_rows_of_a_hub_that_cannot_be_reached(tmp_path, no_hub, tiny):
+    words = [f"--model_name_or_path={tiny('llama')}", "--data_path=some/rows", f"--output_dir={tmp_path / 'out'}"]
+    result = run([sys.executable, "train.py", *words], check=False, env=no_hub, timeout=60)
+    message = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2 and "error: --data_path some/rows: no such file" in message
+    assert "could not be reached (tried once: " in message and "Retrying" not in result.stderr
+
+
+@pytest.mark.slow
+def test_a_model_of_the_cache_needs_no_hub(tmp_path, no_hub, tiny):
+    cached = tmp_path / "hub" / "models--some--model"
+    shutil.copytree(tiny("llama"), cached / "snapshots" / "0123456789")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123456789")
+    words = ["-m", "scripts.generate", "--model", "some/model", "--interactive", "--max_new_tokens", "3"]
+    env = {**no_hub, "HF_HUB_CACHE": str(tmp_path / "hub")}
+    result = run([sys.executable, *words], env=env, timeout=120)
+    assert "tried once: " in result.stderr and "some/model is read from the cache" in result.stderr
