@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 from collections.abc import Mapping
 from datetime import timedelta
@@ -68,7 +69,7 @@ def model_card(trainer: "Trainer", flags: Mapping[str, Any]) -> str:
     question = ANSWER if flags["backward"] else QUESTION
     problems = dataset.report.problems.items()
     jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    jinja.filters["quoted"] = json.dumps  # Jinja's own would escape for HTML
+    jinja.filters |= {"quoted": json.dumps, "shell": shlex.quote}  # Jinja's own would escape for HTML
     return jinja.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         metadata=metadata(base, data, lora).to_yaml(),
         marker=MARKER,
