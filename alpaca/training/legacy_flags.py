@@ -42,6 +42,8 @@ FSDP_WORDS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "auto_w
 
 def adapt(flags: Namespace, parser: FlagParser) -> list[str]:
     """Fit parsed flags, in place, to what has an effect here and to this machine. Return a note for each change."""
+    if "," in (flags.report_to or ""):
+        flags.report_to = flags.report_to.split(",")
     return _reset_without_effect(flags, parser) + adapt_to_hardware(flags)
 
 
@@ -83,6 +85,8 @@ def translate_legacy_flags(argv: list[str]) -> tuple[list[str], list[str]]:
                 new = ("train_sampling_strategy", "group_by_length") if name == "group_by_length" else ("optim", name)
                 kept.append((new[0], [new[1]]))
                 notes.append(f"--{name} -> --{new[0]} {new[1]}")
+        elif name == "report_to" and values:  # its parser takes one word
+            kept.append((name, [",".join(text.replace(",", " ").split())]))
         elif name == "fsdp" and text.lower() not in ("", "true", "false"):
             fsdp_words = _fsdp_words(text)
         elif name in ("fsdp_transformer_layer_cls_to_wrap", "fsdp_min_num_params"):

@@ -1,4 +1,4 @@
-"""What a run leaves for others: trackers, the hub, files that they may read, a file of flags, and what it says of it."""
+"""What a run leaves for others: trackers, the hub, files that they may read, a file of flags, and what it says."""
 
 import importlib.util
 import json
@@ -35,7 +35,16 @@ def test_several_trackers_at_once(flags, tmp_path):
     fork("train.py", [*words(flags), "--report_to", "wandb", "tensorboard"], env=env)
     assert any(path.stat().st_size > 500 for path in (tmp_path / "tb").rglob("events.out.tfevents.*"))
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-    assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["report_to"] == ["wandb", "tensorboard"]
+    assert yaml.safe_load((tmp_path / "out" / "run.yaml").read_text())["report_to"] == "wandb,tensorboard"
+
+
+@pytest.mark.parametrize("given", [["wandb", "tensorboard"], ["wandb,tensorboard"], ["wandb, tensorboard"]])
+def test_trackers_are_divided_by_spaces_or_commas(flags, tmp_path, given):
+    del flags["report_to"]
+    assert train_module.parse_flags([*words(flags), "--report_to", *given])[-1].report_to == ["wandb", "tensorboard"]
+    (tmp_path / "run.yaml").write_text(f"report_to: {given if len(given) > 1 else given[0]}")
+    file = f"--config={tmp_path / 'run.yaml'}"
+    assert train_module.parse_flags([*words(flags), file])[-1].report_to == ["wandb", "tensorboard"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trackio") is not None, reason="trackio is installed")
