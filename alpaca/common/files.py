@@ -18,10 +18,7 @@ MARKER = ".incomplete"  # in a folder that is being written
 ROOM = 10**8  # bytes on the disk for what stands beside the tensors: tokenizer, configuration, manifest
 AUX_SUFFIXES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 _SPACE = re.compile(r"[ \t\n\r]*")  # as JSON has it
-OF_A_CHECKPOINT = (
-    *(".safetensors", ".bin", ".sha256", ".png", ".md", ".gitattributes", "LICENSE", "run.yaml"),
-    *AUX_SUFFIXES,
-)
+OF_A_CHECKPOINT = (*".safetensors .bin .sha256 .png .md .yaml .gitattributes LICENSE".split(), *AUX_SUFFIXES)
 
 
 try:
@@ -44,25 +41,13 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else plain_mode())  # mkstemp gives 0600
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~umask)  # mkstemp gives 0600
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def plain_mode() -> int:
-    """Return the mode bits that a plain `open` gives a new file."""
-    umask = os.umask(0)
-    os.umask(umask)
-    return 0o666 & ~umask
-
-
-def share_weights(folder: str | Path) -> None:
-    """Give the safetensors in `folder` the mode bits that a plain `open` would have given: the library makes files that
-    only their owner reads."""
-    for path in Path(folder).glob("*.safetensors"):
-        os.chmod(path, plain_mode())
 
 
 def refuse_overwriting_input(output: str | Path, *inputs: str | Path | None) -> None:
