@@ -21,6 +21,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from alpaca.common.errors import starting
+
+    starting("generate_instruction")
+
 import utils
 from alpaca.common import commands
 from alpaca.common.commands import check_numbers

@@ -19,6 +19,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+if __name__ == "__main__":
+    from alpaca.common.errors import starting
+
+    starting("train.py")
+
 import numpy as np
 import torch
 import transformers
@@ -26,7 +31,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alpaca.common.arguments import check_ranges, flag, parse
+from alpaca.common.arguments import flag, parse, run_yaml
 from alpaca.common.distributed import hide_progress_bars, print_rank0, shutdown
 from alpaca.common.errors import UsageError, names_flags, reported
 from alpaca.common.files import fingerprint
@@ -50,20 +55,17 @@ from alpaca.data.tokenizer import SPECIAL_TOKENS, control_tokens, identity, to_s
 from alpaca.models import deepspeed, fsdp
 from alpaca.models.embeddings import resize_embeddings, vocabulary_size
 from alpaca.models.load import base_slow_files, load_tokenizer, make_model
-from alpaca.models.lora import LoraArguments, check_lora
+from alpaca.models.lora import LoraArguments
 from alpaca.training import legacy_flags, stop
 from alpaca.training.checkpoint import find_checkpoint
+from alpaca.training.metrics import names_trackers
+from alpaca.training.model_card import summary
 from alpaca.training.preflight import (
-    RANGES,
     check_combinations,
+    check_command_line,
     check_evaluation,
-    check_installed,
+    check_flags,
     check_is_model,
-    check_optimizer,
-    check_schedule,
-    check_trackers,
-    hide_token,
-    names_trackers,
     prepare_run,
 )
 from alpaca.training.resume import mark_finished, mark_started
@@ -153,9 +155,7 @@ class TrainingArguments(transformers.TrainingArguments):
         "auto",
         "Most tokens of a pack; a longer row makes its own. auto takes as many as the memory estimate allows.",
     )
-    share_prefix: bool = flag(
-        True, "Compute the template's beginning, which rows of a pack have in common, once per pack."
-    )
+    share_prefix: bool = flag(True, "Compute the template's beginning, which rows of a pack share, once per pack.")
     gradient_checkpointing: bool | None = flag(
         None,
         "Compute activations again in the backward pass: slower, far less memory. By default only where the memory "
@@ -197,8 +197,7 @@ class TrainingArguments(transformers.TrainingArguments):
         new_name = getattr(self, "activation_checkpointing", None)  # of transformers 5.18 and later
         recompute = self.activation_checkpointing = self.gradient_checkpointing if new_name is None else new_name
         super().__post_init__()
-        for check in (check_schedule, check_optimizer, check_trackers, check_installed, hide_token):
-            check(self)
+        check_flags(self)
         self.gradient_checkpointing = recompute  # None, which transformers makes False: check_before_loading decides
         self.logging_nan_inf_filter = False  # it would wait for the device in every step; NonFiniteGuard looks anyway
         if self.fsdp and (policy := fsdp.mixed_precision_policy(self.mixed_precision)):
@@ -209,13 +208,13 @@ class TrainingArguments(transformers.TrainingArguments):
 
 def parse_flags(argv: Sequence[str]) -> tuple[ModelArguments, DataArguments, LoraArguments, TrainingArguments]:
     """Return the dataclasses of a command line of 2023 or of today; see alpaca/training/legacy_flags.py."""
-    classes = (ModelArguments, DataArguments, LoraArguments, TrainingArguments)
+    classes, given = (ModelArguments, DataArguments, LoraArguments, TrainingArguments), {}
     hidden = {*legacy_flags.HIDDEN, "hold_gradients"}  # the memory estimate decides it
     (model_args, data_args, lora_args, training_args), notes = parse(
-        argv, classes, __doc__, "train.py", legacy_flags.translate_legacy_flags, legacy_flags.adapt, hidden
+        argv, classes, __doc__, "train.py", legacy_flags.translate_legacy_flags, legacy_flags.adapt, hidden, given=given
     )
-    check_ranges(lora_args, RANGES)
-    check_lora(lora_args, training_args)
+    check_command_line(given, lora_args, training_args)
+    training_args.run_yaml = run_yaml(given, training_args.world_size)
     if model_args.add_missing_tokens is None:
         model_args.add_missing_tokens = not lora_args
     if training_args.n_gpu > 1:
@@ -389,7 +388,7 @@ def run(
     trainer.save_final_model()
     trainer.create_model_card()
     mark_finished(training_args, run_fingerprint)
-    print_rank0(f"saved to {training_args.output_dir}", training_args.process_index)
+    print_rank0(summary(trainer, data_args.backward), training_args.process_index)
     shutdown()
 
 

@@ -17,9 +17,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if __name__ == "__main__":
+    from alpaca.common.errors import starting
+
+    starting("weight_diff.py")
+
 import torch
 
 from alpaca.common import commands
+from alpaca.common.distributed import loading_line
 from alpaca.common.errors import InputError, UsageError, format_bytes, loading, names_flags, reported
 from alpaca.common.files import new_folder, read_json, sha256_of_file
 from alpaca.data.prompts import format_prompt
@@ -273,7 +279,8 @@ def _recover(
                 if isinstance(diff, ExactDiff):
                     _verify_written(diff, folder, kind)
             lines = _sum_lines(naive, required=check_integrity_naively is True)
-        print(*lines, _verdict(diff, path_raw, path_diff, path_tuned, dtype), sep="\n", flush=True)
+        ways = [commands.ways_on(path_tuned)] if path_tuned is not None else []
+        print(*lines, _verdict(diff, path_raw, path_diff, path_tuned, dtype), *ways, sep="\n", flush=True)
         return _load(diff, path_tuned, state, device, kind, test_inference) if load else None
 
 
@@ -328,12 +335,13 @@ def _load(
     if path_tuned is not None:
         tokenizer = open_tokenizer(path_tuned)
         config = open_config(path_tuned)
-        with loading(path_tuned, "the recovered model could not be loaded"):
+        with loading_line(path_tuned), loading(path_tuned, "the recovered model could not be loaded"):
             model = AutoModelForCausalLM.from_pretrained(
                 path_tuned, config=config, dtype=dtype, trust_remote_code=False
             )
     else:
-        model, tokenizer = load_recovered(diff, state, dtype)
+        with loading_line("the recovered model"):
+            model, tokenizer = load_recovered(diff, state, dtype)
     model.to(device).eval()
     if test_inference:
         prompt = format_prompt({"instruction": QUESTION})

@@ -11,6 +11,9 @@ COSINE=(--weight_decay 0. --warmup_ratio 0.03 --lr_scheduler_type "cosine")
 # checkpoint. torchrun's own 30 are too few for 7B.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 
+# What torchrun would set, with a banner.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+
 # NODES: torchrun's flags of several nodes. The batch is the same on any number of processes that divides it.
 train() {
     # shellcheck disable=SC2086

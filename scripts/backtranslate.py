@@ -17,6 +17,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":
+    from alpaca.common.errors import starting
+
+    starting("scripts.backtranslate")
+
 import utils
 from alpaca.common import commands
 from alpaca.common.commands import check_numbers

@@ -19,6 +19,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+if __name__ == "__main__":
+    from alpaca.common.errors import starting
+
+    starting("scripts.check_packing")
+
 import torch
 from transformers import PreTrainedModel
 

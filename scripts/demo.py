@@ -22,6 +22,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if __name__ == "__main__":
+    from alpaca.common.errors import starting
+
+    starting("scripts.demo")
+
 from alpaca.common import arguments
 from alpaca.common.arguments import flag
 from alpaca.common.commands import check_numbers

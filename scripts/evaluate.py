@@ -17,6 +17,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+if __name__ == "__main__":
+    from alpaca.common.errors import starting
+
+    starting("scripts.evaluate")
+
 import utils
 from alpaca.common import commands
 from alpaca.common.errors import InputError, UsageError, format_first, reported

@@ -14,6 +14,11 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING, Literal
 
+if __name__ == "__main__":
+    from alpaca.common.errors import starting
+
+    starting("scripts.export")
+
 from alpaca.common import commands
 from alpaca.common.errors import format_bytes, names_flags, reported
 from alpaca.common.files import new_folder

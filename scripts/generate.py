@@ -24,6 +24,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if __name__ == "__main__":
+    from alpaca.common.errors import starting
+
+    starting("scripts.generate")
+
 from alpaca.common import arguments
 from alpaca.common.commands import check_numbers, flag
 from alpaca.common.errors import UsageError, format_first, names_flags, reported

@@ -15,6 +15,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+if __name__ == "__main__":
+    from alpaca.common.errors import starting
+
+    starting("scripts.inspect_data")
+
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 

@@ -14,8 +14,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
+if __name__ == "__main__":
+    from alpaca.common.errors import starting
+
+    starting("scripts.make_tiny_model")
+
 from alpaca.common import commands
 from alpaca.common.commands import check_numbers
+from alpaca.common.distributed import without_weight_bars
 from alpaca.common.errors import InputError, ParameterError, reported
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -147,7 +153,11 @@ def make_tiny_model(
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    model.save_pretrained(output_dir)
+    from alpaca.training.checkpoint import share_weights
+
+    with without_weight_bars():
+        model.save_pretrained(output_dir)
+    share_weights(output_dir)
     return output_dir
 
 

@@ -13,6 +13,11 @@ import shutil
 from collections.abc import Sequence
 from typing import Literal
 
+if __name__ == "__main__":
+    from alpaca.common.errors import starting
+
+    starting("scripts.merge_lora")
+
 from alpaca.common import commands
 from alpaca.common.errors import format_bytes, loading, names_flags, reported
 from alpaca.common.files import new_folder
@@ -60,7 +65,7 @@ def merge_lora(
                 shutil.copyfile(path, folder / name)
             copy_slow_files(weights.folder, folder)
             (folder / "config.json").write_text(json.dumps(merged.config, indent=2) + "\n", encoding="utf-8")
-    print(f"wrote {output_dir}: {format_bytes(size)}", flush=True)
+    print(f"wrote {output_dir}: {format_bytes(size)}", commands.ways_on(output_dir), sep="\n", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

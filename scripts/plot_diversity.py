@@ -20,6 +20,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+if __name__ == "__main__":
+    from alpaca.common.errors import starting
+
+    starting("scripts.plot_diversity")
+
 from alpaca.common import arguments
 from alpaca.common.commands import check_numbers, flag
 from alpaca.common.errors import UsageError, names_flags, reported

@@ -29,8 +29,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":
+    from alpaca.common.errors import starting
+
+    starting("scripts.quickstart")
+
 import utils
 from alpaca.common import commands
+from alpaca.common.distributed import loading_line
 from alpaca.common.errors import reported
 from alpaca.data.prompts import format_prompt, instruction_and_input
 from alpaca.data.rows import load_rows
@@ -148,10 +154,11 @@ def fine_tune(changed: dict[str, str]) -> None:
     for name, value in changed.items():
         print(f"    {name:32}{README_FLAGS[name]} -> {value}")
     processes = int(changed["--nproc_per_node"])
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}  # as torchrun has it, without its banner
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if 0 < torch.cuda.device_count() < processes else {}
     if hidden:
         print(f"(on the CPU: {processes} processes need as many GPUs; --nproc_per_node 1 takes one)", flush=True)
-    run(torchrun_command({**README_FLAGS, **changed}), **hidden)
+    run(torchrun_command({**README_FLAGS, **changed}), **hidden, **threads)
     tuned = Path(changed["--output_dir"])
     history = utils.jload(tuned / "trainer_state.json")["log_history"]
     first, *_, last = [entry["loss"] for entry in history if "loss" in entry]
@@ -171,7 +178,8 @@ def ask(model_dir: Path, rows: Sequence[Mapping[str, str]]) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer, learned = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False), 0
-    model = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=False)
+    with loading_line(shown(model_dir)):
+        model = AutoModelForCausalLM.from_pretrained(model_dir, trust_remote_code=False)
     for row in rows:
         inputs = tokenizer(format_prompt(row), return_tensors="pt")
         output = model.generate(**inputs, max_new_tokens=100, do_sample=False)

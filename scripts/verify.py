@@ -2,6 +2,11 @@
 
 import sys
 
+if __name__ == "__main__":
+    from alpaca.common.errors import starting
+
+    starting("scripts.verify")
+
 from alpaca.common.errors import reported
 from scripts.check_packing import main
 

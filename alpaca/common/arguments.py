@@ -2,7 +2,9 @@
 name. What 2023 called otherwise is translated by the command that asks for it (alpaca/training/legacy_flags.py)."""
 
 import dataclasses
+import json
 import math
+import re
 from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ import transformers
 
 from alpaca.common.commands import HELP, HelpFormatter, names_a_path, unknown_flag
 from alpaca.common.commands import flag as flag
-from alpaca.common.errors import ParameterError, UsageError, names_flags
+from alpaca.common.errors import ParameterError, UsageError, masked, names_flags
 from alpaca.common.files import parse_json
 
 
@@ -60,6 +62,7 @@ def parse(
     adapt: Callable[[Namespace, FlagParser], list[str]] | None = None,
     hidden: Collection[str] = (),
     aliases: Mapping[str, str] | None = None,
+    given: dict[str, list[str]] | None = None,
 ) -> tuple[tuple[Any, ...], list[str]]:
     """Return one instance per dataclass and the notes to print. Unknown flags are refused before anything loads.
 
@@ -69,12 +72,18 @@ def parse(
         hidden: flags that --help does not show.
         aliases: former name of a flag -> its name, with a note for each that is used. A dataclass may have them as
             `_renamed`.
+        given: gets the values of all flags of the command line, as translated, by name. With it there is --config, the
+            file that has them (`run_yaml`).
 
     Raises:
         UsageError: the message names the flag, what was got and what is expected.
     """
     parser = FlagParser(dataclass_types, description, program, hidden)
-    words, notes = translate(list(argv)) if translate else (list(argv), [])
+    words = list(argv)
+    if given is not None:
+        parser.add_argument("--config", metavar="VALUE", help="YAML file of flags by name; the command line wins.")
+        words = with_config(words)
+    words, notes = translate(words) if translate else (words, [])
     former = [*(getattr(group, "_renamed", {}) for group in dataclass_types), aliases or {}]
     words, renamed = rename_flags(words, {old: new for names in former for old, new in names.items()})
     notes += renamed
@@ -84,6 +93,9 @@ def parse(
         if values == [""] and names_a_path(name):
             raise UsageError(f"--{name}: needs a value")
     namespace = parser.parse_args(words)
+    if given is not None:
+        given.update(split_flags(words))
+        del namespace.config
     if adapt:
         notes += adapt(namespace, parser)
     try:
@@ -162,3 +174,120 @@ def read_config(text: str, flag: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UsageError(f"{flag} {text}: expected a JSON object, got {type(config).__name__}")
     return config
+
+
+# ---- flags in a file ----
+
+SECRET_FLAGS = {"hub_token", "push_to_hub_token"}
+OF_ONE_START = {"config", "resume_from_checkpoint", "overwrite_output_dir", "local_rank"}
+WRITTEN_BY_US = "# Written by train.py."
+NULL = ("", "~", "null", "Null", "NULL", "None")
+
+
+def with_config(argv: list[str]) -> list[str]:
+    """Return the command line with the flags of its --config before those that stand there, which win."""
+    flags = split_flags(argv)
+    files = [values for name, values in flags if name == "config"]
+    if not files:
+        return argv
+    if len(files) > 1 or len(files[0]) != 1 or not files[0][0]:
+        raise UsageError(f"--config {' '.join(word for values in files for word in values)}: expected one file")
+    own = [(name, values) for name, values in flags if name != "config"]
+    names = {name for name, _ in own}
+    return join_flags([flag for flag in _flags_of_file(files[0][0]) if flag[0] not in names] + own)
+
+
+def _flags_of_file(path: str) -> list[tuple[str, list[str]]]:
+    """Return the flags of a YAML file as `split_flags` does. Values are the texts that stand there: YAML itself would
+    read `no` as False, and 1e-4 as a text in other places than 1.0e-4."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise UsageError(f"--config {path}: has an alias (*name), which is not taken; write the value itself")
+        root = yaml.compose(text)
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"--config {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"--config {path}: cannot be read as YAML ({' '.join(str(error).split())})") from error
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"--config {path}: expected flags by name, such as learning_rate: 2e-5")
+    flags: dict[str, list[str]] = {}
+    for key, value in root.value if root is not None else ():
+        name, where = str(key.value).replace("-", "_"), f"--config {path}: {str(key.value):.50}"
+        if not isinstance(key, yaml.ScalarNode) or name in ("", "config", "help") or name[0] == "_":
+            raise UsageError(f"{where}: expected the name of a flag, without --")
+        if name in flags:
+            raise UsageError(f"{where}: stands there twice")
+        parts = value.value if isinstance(value, yaml.SequenceNode) else [value]
+        if not parts or (len(parts) > 1 and not all(isinstance(part, yaml.ScalarNode) for part in parts)):
+            raise UsageError(f"{where}: expected a value, or a list of values")
+        values = [_value_of_node(part, where) for part in parts]
+        if values != [None]:
+            flags[name] = ["None" if text is None else text for text in values]
+    return list(flags.items())
+
+
+def _value_of_node(node: Any, where: str) -> str | None:
+    """Return the text of a value, JSON of a mapping, None of a null."""
+    import yaml
+
+    if isinstance(node, yaml.ScalarNode):
+        return None if node.style is None and node.value in NULL else node.value
+    if not isinstance(node, yaml.MappingNode):
+        raise UsageError(f"{where}: expected a value, or a list of values")
+    return json.dumps(_typed(node))
+
+
+def _typed(node: Any) -> Any:
+    """Return the value of a node as JSON has it: in a mapping, types are all that tells 1 from "1"."""
+    import yaml
+
+    if isinstance(node, yaml.MappingNode):
+        return {str(key.value): _typed(value) for key, value in node.value}
+    if isinstance(node, yaml.SequenceNode):
+        return [_typed(part) for part in node.value]
+    if node.style is not None:
+        return node.value
+    return None if node.value in NULL else _plain(node.value)
+
+
+def _plain(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        if re.fullmatch(r"[-+]?[\d.]+([eE][-+]?\d+)?", text):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    return text
+
+
+def run_yaml(given: Mapping[str, list[str]], processes: int) -> str:
+    """Return a file for --config that repeats the run of the flags `given`. It holds no secrets."""
+    started = "python" if processes == 1 else f"torchrun --nproc_per_node={processes}"
+    lines = [
+        f"{WRITTEN_BY_US} Once more: {started} train.py --config <this file> --output_dir <another folder>"
+        + (f" ({processes} processes in all)" if processes > 1 else "")
+    ]
+    for name, values in given.items():
+        if name in OF_ONE_START:
+            continue
+        if name in SECRET_FLAGS or any(masked(value) != value for value in values):
+            lines.append(f"# {name}: is secret, and not written")
+            continue
+        texts = [_scalar(value) for value in values or ["True"]]
+        lines.append(f"{name}: " + (texts[0] if len(texts) == 1 else "[" + ", ".join(texts) + "]"))
+    return "\n".join([*lines, ""])
+
+
+def _scalar(text: str) -> str:
+    """Return `text` as a scalar of YAML, without quotes where it needs none."""
+    import yaml
+
+    if re.fullmatch(r"True|False|[-+]?[\d.]+([eE][-+]?\d+)?", text):
+        return text
+    written = yaml.safe_dump([text], allow_unicode=True, width=10**9, default_flow_style=True)
+    return written.strip()[1:-1]

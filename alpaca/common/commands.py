@@ -14,6 +14,7 @@ import difflib
 import functools
 import inspect
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -275,6 +276,16 @@ def check_numbers(**parameters: int) -> None:
     for name, value in parameters.items():
         if value < 1:
             raise ParameterError(f"{{{name}}} {value}: expected at least 1", name)
+
+
+def ways_on(folder: str | Path, adapter: bool = False) -> str:
+    """Return what can be done next with the model in `folder`, as three commands."""
+    path = shlex.quote(str(folder))
+    third = ("merge: ", f"scripts.merge_lora --adapter {path} --output_dir {shlex.quote(f'{folder}-merged')}")
+    if not adapter:
+        third = ("export:", f"scripts.export --model {path} --to gguf --output_dir {shlex.quote(f'{folder}-gguf')}")
+    ways = (("chat:  ", f"scripts.generate --model {path} --interactive"), ("demo:  ", f"scripts.demo --model {path}"))
+    return "\n".join(["next:", *(f"  {name} python -m {command}" for name, command in (*ways, third))])
 
 
 # ---- help ----

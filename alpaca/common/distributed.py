@@ -11,6 +11,8 @@ import os
 import pickle
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,13 +71,42 @@ def _store() -> "Store":
 
 
 def hide_progress_bars(args: Any) -> None:
-    """Switch off the bars of libraries where nobody watches: in log files, on other ranks, under --disable_tqdm."""
+    """Switch off the bars of libraries where nobody watches: in log files, on other ranks, under --disable_tqdm; and
+    everywhere those of weights that are read and written, which a line announces."""
+    _without_bar()
     if args.disable_tqdm or args.process_index != 0 or not sys.stderr.isatty():
         import datasets
         import transformers
 
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
+
+
+def _without_bar() -> Any:
+    """Let transformers make no bars of its own; those of downloads stay. Return what made them before."""
+    from transformers.utils import logging
+
+    return logging.set_tqdm_hook(lambda factory, values, options: logging.EmptyTqdm(*values, **options))
+
+
+@contextmanager
+def without_weight_bars() -> Iterator[None]:
+    """Read and write models inside without transformers' bars."""
+    from transformers.utils import logging
+
+    before = _without_bar()
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+
+
+@contextmanager
+def loading_line(name: Any) -> Iterator[None]:
+    """Print on stderr that a model is loaded inside, in place of transformers' bars."""
+    print(f"loading {name} …", file=sys.stderr, flush=True)
+    with without_weight_bars():
+        yield
 
 
 def print_rank0(message: str, rank: int) -> None:

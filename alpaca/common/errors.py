@@ -3,11 +3,14 @@
 import atexit
 import dataclasses
 import functools
+import importlib.metadata
 import inspect
 import json
+import logging
 import os
 import re
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +37,8 @@ SHAPES = (  # of secrets that nobody has named to us: in a URL, a query, a heade
     (re.compile(r"\bsk-[\w-]{8,}"), "sk-***"),
 )
 _secrets: set[str] = set()
+ROOT = Path(__file__).resolve().parents[2]
+BROUGHT = ("numpy", "google", "huggingface_hub", "jinja2", "safetensors", "tokenizers", "tqdm", "yaml")  # by packages
 WRITTEN = ("output", "path_tuned", "path_diff", "ratings_path", "eval_path")  # flags of what a command writes
 
 
@@ -173,6 +178,64 @@ def loading(name: str | Path, what: str) -> Iterator[None]:
         raise InputError(f"{name}: {why}", name) from error
 
 
+HUB_SECONDS = 6.0  # for an answer
+
+
+def reach_hub(name: str | Path, cache_dir: str | None = None) -> None:
+    """Find out, once and within seconds, whether the hub answers, before a library asks it for the hub id `name`, again
+    and again for minutes. If not, what is in the cache is used without asking.
+
+    Raises:
+        InputError: the hub does not answer, and nothing of `name` is in the cache.
+    """
+    if problem := why_no_hub(name):
+        if not (Path(cache_dir or _hub_cache()) / f"models--{str(name).replace('/', '--')}").is_dir():
+            raise InputError(f"{name}: no such folder, and as a hub id it is not in the cache; {problem}", name)
+        print(f"note: {problem}; {name} is read from the cache", file=sys.stderr, flush=True)
+
+
+def _hub_cache() -> str:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_CACHE
+
+
+def why_no_hub(name: str | Path) -> str | None:
+    """Return why the hub cannot be asked for `name`, or None: it answers, or would not be asked for that."""
+    if os.path.exists(os.path.expanduser(name)) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
+        return None
+    return _hub_problem()
+
+
+@functools.cache
+def _hub_problem() -> str | None:
+    """Return what came of one try to reach the hub, or None if it answers or is not to be asked. After a failed one
+    this process is offline for its libraries."""
+    from huggingface_hub import constants, get_session
+
+    if constants.is_offline_mode():
+        return None
+    found: list[str] = []
+
+    def ask() -> None:  # in a thread: looking up a name has no time limit
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+            found.append("")
+        except Exception as error:  # of the HTTP library, which is another one in another release
+            found.append(first_line(error))
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_SECONDS + 2)
+    if found == [""]:
+        return None
+    constants.HF_HUB_OFFLINE = True
+    if datasets := sys.modules.get("datasets"):
+        datasets.config.HF_HUB_OFFLINE = True
+    why = found[0] if found else f"no answer within {HUB_SECONDS:.0f} s"
+    return f"{constants.ENDPOINT} could not be reached (tried once: {why})"
+
+
 LOST_CONNECTION = ("closed by peer", "reset by peer", "Broken pipe", "Connection was likely closed", "failed to recv")
 
 
@@ -197,8 +260,43 @@ def masked(text: str, shapes: bool = True) -> str:
     return text
 
 
-def _print_masked(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+def starting(program: str) -> None:
+    """For the top of a command, before the imports that take seconds, or fail outside of its environment: print that it
+    is loading, and have a package that is not installed said in one line."""
+    print_anything()
+    sys.excepthook = functools.partial(_print_uncaught, program)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a kernel that it does without
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{program}: loading …", file=sys.stderr, flush=True)
+
+
+def _print_uncaught(program: str, kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    if problem := _why_not_imported(error):
+        write_torchrun_error(problem)
+        print(f"\n{program}: error: {masked(problem)}\n", file=sys.stderr, flush=True)
+        sys.exit(2)  # Python ends with this code
     sys.stderr.write(masked("".join(traceback.format_exception(kind, error, trace))))
+
+
+def _why_not_imported(error: BaseException) -> str | None:
+    """Return what to do where `error` is about a package of requirements.txt, or one that such a package brings, else
+    None."""
+    name = (error.name or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    if not name:
+        return None
+    wanted = dict(re.findall(r"^(\w+)(.*)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE))
+    environment = ROOT / ".venv" / "bin" / "activate"
+    advice = f"{'' if environment.exists() else 'make install, then '}source .venv/bin/activate"
+    versions = {each: [found.version for found in importlib.metadata.distributions(name=each)] for each in wanted}
+    missing = [each for each, found in versions.items() if not found]
+    if isinstance(error, ModuleNotFoundError) and missing and name in {*missing, *BROUGHT}:
+        return f"{missing[0]} is not installed in {sys.executable}: {advice}"
+    if name not in wanted or name in missing:
+        return None
+    return (
+        f"{name} {versions[name][0]} of {sys.executable} is not what is needed ({first_line(error)}); expected "
+        f"{name}{wanted[name]}: {advice}"
+    )
 
 
 @contextmanager
@@ -210,7 +308,7 @@ def reported(program: str) -> Iterator[None]:
     threads of torch 2.13 now and then abort it (once in some 50 runs on CPU ranks): for torchrun the run has failed.
     """
     print_anything()
-    sys.excepthook = _print_masked
+    sys.excepthook = functools.partial(_print_uncaught, program)
     launched = "TORCHELASTIC_RUN_ID" in os.environ
     if launched:
         die_with_launcher()

@@ -19,7 +19,7 @@ MARKER = ".incomplete"  # in a folder that is being written
 ROOM = 10**8  # bytes on the disk for what stands beside the tensors: tokenizer, configuration, manifest
 AUX_SUFFIXES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
 _SPACE = re.compile(r"[ \t\n\r]*")  # as JSON has it
-OF_A_CHECKPOINT = (".safetensors", ".bin", ".sha256", ".png", ".md", ".gitattributes", "LICENSE", *AUX_SUFFIXES)
+OF_A_CHECKPOINT = (*".safetensors .bin .sha256 .png .md .yaml .gitattributes LICENSE".split(), *AUX_SUFFIXES)
 
 try:
     import fcntl

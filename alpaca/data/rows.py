@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import InputError, ParameterError, UsageError, format_bytes, loading
+from alpaca.common.errors import InputError, ParameterError, UsageError, format_bytes, loading, why_no_hub
 from alpaca.common.files import decode_json, decode_text, fingerprint, json_items
 from alpaca.data import formats
 from alpaca.data.formats import ALPACA, EMPTY, FIELDS, Row, rows_of
@@ -376,6 +376,7 @@ def _unpacked_size(column: Any) -> int:
 def _read_dataset(name: str, split: str, cache_dir: str | None) -> list[Row]:
     import datasets
 
+    offline = why_no_hub(name)
     try:
         if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             saved = datasets.load_from_disk(name)
@@ -389,5 +390,6 @@ def _read_dataset(name: str, split: str, cache_dir: str | None) -> list[Row]:
     except Exception as error:  # of the hub, of a reader of any file type, of a dataset's own description
         hint = f"\n{ALPACA_DATA_HINT}" if "alpaca" in name else ""
         raise InputError(
-            f"{name}: no such file, and loading it as a dataset (split {split!r}) failed: {error}{hint}", name
+            f"{name}: no such file, and loading it as a dataset (split {split!r}) failed: {offline or error}{hint}",
+            name,
         ) from error

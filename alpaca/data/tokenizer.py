@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpaca.common.distributed import print_rank0
-from alpaca.common.errors import InputError, first_line, loading
+from alpaca.common.errors import InputError, first_line, loading, reach_hub
 from alpaca.common.files import json_text, parse_json, read_json
 
 if TYPE_CHECKING:
@@ -71,6 +71,7 @@ def open_tokenizer(
     Raises:
         InputError: there is none, it has code of its own, or its files are damaged, whatever a library raises.
     """
+    reach_hub(name, cache_dir)
     with loading(name, "no tokenizer could be loaded"):
         tokenizer = _opened(name, cache_dir, {} if unstated is None else unstated, kwargs)
         if wrong := [name for name in SPECIAL_TOKENS if not isinstance(getattr(tokenizer, name), str | None)]:
@@ -108,14 +109,11 @@ def _opened(
 
 
 def open_config(name: str | Path, cache_dir: str | None = None) -> "PreTrainedConfig":
-    """Load the configuration of a model. Attention kernels that it names are not fetched: it gets transformers' own
-    choice, and a line says so.
-
-    Raises:
-        InputError: it cannot be read, or names code of its own.
-    """
+    """Load the configuration of a model; attention kernels that it names are not fetched. Raise InputError where it
+    cannot be read, or names code of its own."""
     from transformers import AutoConfig
 
+    reach_hub(name, cache_dir)
     with loading(name, "the model could not be loaded"):
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
         for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
+from alpaca.common.distributed import loading_line
 from alpaca.common.errors import InputError, first_line, loading
 from alpaca.common.files import file_in
 from alpaca.data.prompts import templates_of
@@ -84,14 +85,15 @@ def load_for_inference(name: str | Path, base: str | Path | None, how: LoadOptio
     Raises:
         InputError: a folder is missing, damaged or not a model, or base and adapter or diff do not fit.
     """
-    folder = find_folder(name)
-    kind = folder_kind(folder)
-    if kind == ADAPTER:
-        opened = _open_adapter(folder, base, how)
-    elif base is not None or kind == EXACT_DIFF:
-        opened = _open_diff(folder, base, how)
-    else:
-        opened = _open_checkpoint(folder, how)
+    with loading_line(name):
+        folder = find_folder(name)
+        kind = folder_kind(folder)
+        if kind == ADAPTER:
+            opened = _open_adapter(folder, base, how)
+        elif base is not None or kind == EXACT_DIFF:
+            opened = _open_diff(folder, base, how)
+        else:
+            opened = _open_checkpoint(folder, how)
     if how.quantized is None:
         opened.model.to(how.device)
     opened.model.eval()

@@ -109,6 +109,7 @@ def load_model(
         options["attn_implementation"] = model_args.attn_implementation
     if lora_args:
         options |= quantization(lora_args, training_args, options["dtype"])
+    print_rank0(f"loading {name} …", training_args.process_index)
     with loading(name, "the model could not be loaded"):
         if training_args.fsdp:
             fsdp.resolve_wrap_classes(training_args, config)

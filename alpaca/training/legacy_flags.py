@@ -35,12 +35,15 @@ WITHOUT_EFFECT = {  # flags of transformers for what is done otherwise here; acc
         ("remove_unused_columns", "label_names", "length_column_name"), "rows are tokens and labels, of known lengths"
     ),
 }
+LORA_RATE = "2e-4"
 HIDDEN = {*DROPPED, *WITHOUT_EFFECT}  # from --help
 FSDP_WORDS = ("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "auto_wrap", "offload")
 
 
 def adapt(flags: Namespace, parser: FlagParser) -> list[str]:
     """Fit parsed flags, in place, to what has an effect here and to this machine. Return a note for each change."""
+    if "," in (flags.report_to or ""):
+        flags.report_to = flags.report_to.split(",")
     return _reset_without_effect(flags, parser) + adapt_to_hardware(flags)
 
 
@@ -82,6 +85,8 @@ def translate_legacy_flags(argv: list[str]) -> tuple[list[str], list[str]]:
                 new = ("train_sampling_strategy", "group_by_length") if name == "group_by_length" else ("optim", name)
                 kept.append((new[0], [new[1]]))
                 notes.append(f"--{name} -> --{new[0]} {new[1]}")
+        elif name == "report_to" and values:  # its parser takes one word
+            kept.append((name, [",".join(text.replace(",", " ").split())]))
         elif name == "fsdp" and text.lower() not in ("", "true", "false"):
             fsdp_words = _fsdp_words(text)
         elif name in ("fsdp_transformer_layer_cls_to_wrap", "fsdp_min_num_params"):
@@ -95,6 +100,10 @@ def translate_legacy_flags(argv: list[str]) -> tuple[list[str], list[str]]:
     if fsdp_words is not None or fsdp_extra:
         kept, note = _translate_fsdp(kept, fsdp_words, fsdp_extra)
         notes.append(note)
+    names = {name for name, _ in kept}
+    if "lora_r" in names and "learning_rate" not in names:
+        kept.append(("learning_rate", [LORA_RATE]))
+        notes.append(f"--lora_r without --learning_rate -> --learning_rate {LORA_RATE}; 5e-5 is for all weights")
     return join_flags(kept), notes
 
 

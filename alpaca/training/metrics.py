@@ -1,4 +1,4 @@
-"""How fast the training goes, for its log lines and trainer_state.json.
+"""How fast the training goes, for its log lines, trainer_state.json and the trackers of --report_to.
 
 tokens_per_second     tokens of the rows, all ranks together; padding is not counted, a shared prefix in every row
 examples_per_second   rows
@@ -11,21 +11,28 @@ mfu                   6 x parameters x tokens_per_second / (ranks x the rate of 
 peak_memory_gb        10^9 bytes: allocated on the GPU of rank 0 by torch; on a CPU, of its process
 """
 
+import functools
 import resource
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback
+from transformers.integrations import integration_utils
 
+from alpaca.common.errors import UsageError
 from alpaca.packing.packing import StepTotals
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 class SpeedMeter:
@@ -206,3 +213,36 @@ def plot_loss(log_history: list[dict[str, Any]], path: str | Path) -> None:
         figure.savefig(path, dpi=120)
     except OSError as error:  # a full disk: the model is there, and the numbers are in trainer_state.json
         print(f"note: {path} could not be written ({error})", flush=True)
+
+
+# ---- trackers ----
+
+
+def check_trackers(args: "TrainingArguments") -> None:
+    """Raise UsageError for a tracker of --report_to that transformers does not know, or that is not installed."""
+    known = integration_utils.INTEGRATION_TO_CALLBACK
+    installed = {*integration_utils.get_available_reporting_integrations(), "azure_ml", "flyte"}  # not told of these
+    for name in args.report_to:
+        if name not in known:
+            raise UsageError(f"--report_to {name}: expected none, all or some of {', '.join(known)}")
+        if name not in installed:
+            package = {"comet_ml": "comet-ml", "azure_ml": "azureml-mlflow", "flyte": "flytekit"}.get(name, name)
+            raise UsageError(f"--report_to {name}: is not installed; pip install {package}")
+
+
+def names_trackers(run: Callable[..., None]) -> Callable[..., None]:
+    """Make `run`, whose last argument has `report_to`, raise UsageError in place of what a tracker raises inside, such
+    as one without a login."""
+
+    @functools.wraps(run)
+    def with_trackers(*arguments: Any) -> None:
+        try:
+            run(*arguments)
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            if not any(frame.filename == integration_utils.__file__ for frame in frames):
+                raise
+            names = " ".join(arguments[-1].report_to)
+            raise UsageError(f"--report_to {names}: a tracker failed: {error}") from error
+
+    return with_trackers

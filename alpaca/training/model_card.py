@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 from collections.abc import Mapping
 from datetime import timedelta
@@ -23,6 +24,7 @@ import jinja2
 from huggingface_hub import ModelCardData
 
 from alpaca.common.arguments import enum_value
+from alpaca.common.commands import ways_on
 from alpaca.common.distributed import print_rank0
 from alpaca.common.files import atomic_write, sha256_of_file
 from alpaca.data.chat_template import separator
@@ -67,7 +69,7 @@ def model_card(trainer: "Trainer", flags: Mapping[str, Any]) -> str:
     question = ANSWER if flags["backward"] else QUESTION
     problems = dataset.report.problems.items()
     jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    jinja.filters["quoted"] = json.dumps  # Jinja's own would escape for HTML
+    jinja.filters |= {"quoted": json.dumps, "shell": shlex.quote}  # Jinja's own would escape for HTML
     return jinja.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         metadata=metadata(base, data, lora).to_yaml(),
         marker=MARKER,
@@ -90,6 +92,16 @@ def model_card(trainer: "Trainer", flags: Mapping[str, Any]) -> str:
         results=results(trainer),
         environment=environment(trainer, lora),
     )
+
+
+def summary(trainer: "Trainer", backward: bool) -> str:
+    """Return what the run leaves in its folder, and what can be done with it; a backward model is asked otherwise."""
+    folder, adapter = Path(trainer.args.output_dir), hasattr(trainer.model, "peft_config")
+    beside = {"README.md": "the model card", "loss.png": "the curve", "run.yaml": "the flags, for --config"}
+    there = [f"{name} ({what})" for name, what in beside.items() if (folder / name).is_file()]
+    held = ", ".join([f"the {'adapter' if adapter else 'model'} and its tokenizer", *there])
+    line = f"saved to {folder}: {held}"
+    return line if backward else f"{line}\n{ways_on(folder, adapter)}"
 
 
 # ---- where base and data come from ----

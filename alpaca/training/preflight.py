@@ -1,12 +1,10 @@
 """Checks before a run: values that would fail only after hours, how many steps it has, where it can be saved."""
 
-import functools
 import math
 import os
 import tempfile
-import traceback
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub
 import torch
 from transformers import Trainer, get_scheduler
-from transformers.integrations import integration_utils
 
 from alpaca.common.arguments import check_ranges, enum_value, read_config
 from alpaca.common.distributed import all_gather_object, print_rank0
@@ -22,11 +19,12 @@ from alpaca.common.errors import InputError, UsageError, first_line, format_byte
 from alpaca.common.files import free_bytes, lock
 from alpaca.models import deepspeed
 from alpaca.models.load import load_config
-from alpaca.models.lora import LoraArguments
+from alpaca.models.lora import LoraArguments, check_lora
 from alpaca.packing.packing import why_not_packed
 from alpaca.packing.sampler import count_steps, rows_per_step, steps_2023
 from alpaca.training import memory, resume
 from alpaca.training.memory import optimizer_bytes
+from alpaca.training.metrics import check_trackers
 from alpaca.weights.provenance import read_manifest
 from alpaca.weights.reader import ADAPTER, EXACT_DIFF, describe_folder, folder_kind
 
@@ -161,41 +159,25 @@ def check_installed(args: "TrainingArguments") -> None:
         raise UsageError("--push_to_hub: needs a login to the hub; run hf auth login, or set HF_TOKEN")
 
 
+def check_command_line(given: Mapping[str, Any], lora: LoraArguments, args: "TrainingArguments") -> None:
+    """Raise UsageError for what a command line lacks, whose flags are `given`, and for LoRA's numbers."""
+    if not any(given.get("output_dir", ())):
+        raise UsageError("--output_dir is missing: the folder that gets the trained model, such as output/my_model")
+    check_ranges(lora, RANGES)
+    check_lora(lora, args)
+
+
+def check_flags(args: "TrainingArguments") -> None:
+    """Check what a complete TrainingArguments says of schedule, optimizer, trackers and the hub."""
+    for check in (check_schedule, check_optimizer, check_trackers, check_installed, hide_token):
+        check(args)
+
+
 def hide_token(args: "TrainingArguments") -> None:
     """Move --hub_token to where huggingface_hub looks for one: `args` are saved with every model."""
     if args.hub_token:
         os.environ["HF_TOKEN"] = args.hub_token
         args.hub_token = None
-
-
-def check_trackers(args: "TrainingArguments") -> None:
-    """Raise UsageError for a tracker of --report_to that transformers does not know, or that is not installed."""
-    known = integration_utils.INTEGRATION_TO_CALLBACK
-    installed = {*integration_utils.get_available_reporting_integrations(), "azure_ml", "flyte"}  # not told of these
-    for name in args.report_to:
-        if name not in known:
-            raise UsageError(f"--report_to {name}: expected none, all or some of {', '.join(known)}")
-        if name not in installed:
-            package = {"comet_ml": "comet-ml", "azure_ml": "azureml-mlflow", "flyte": "flytekit"}.get(name, name)
-            raise UsageError(f"--report_to {name}: is not installed; pip install {package}")
-
-
-def names_trackers(run: Callable[..., None]) -> Callable[..., None]:
-    """Make `run`, whose last argument has `report_to`, raise UsageError in place of what a tracker raises inside, such
-    as one without a login."""
-
-    @functools.wraps(run)
-    def with_trackers(*arguments: Any) -> None:
-        try:
-            run(*arguments)
-        except Exception as error:
-            frames = traceback.extract_tb(error.__traceback__)
-            if not any(frame.filename == integration_utils.__file__ for frame in frames):
-                raise
-            names = " ".join(arguments[-1].report_to)
-            raise UsageError(f"--report_to {names}: a tracker failed: {error}") from error
-
-    return with_trackers
 
 
 def check_reproduction(args: "TrainingArguments") -> None:
@@ -287,6 +269,8 @@ def check_before_loading(
     if done > steps:
         raise UsageError(f"--resume_from_checkpoint: {checkpoint} is of step {done}, beyond the {steps} of this run")
     check_output_dir(args)
+    if checkpoint:
+        print_rank0(f"continuing from {Path(checkpoint).name}, step {done} of {steps}", args.process_index)
     decision = None
     if args.process_index == 0:
         report = dataset.report

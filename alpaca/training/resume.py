@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from alpaca.common.arguments import WRITTEN_BY_US
 from alpaca.common.distributed import all_gather_object, barrier, print_rank0
 from alpaca.common.errors import UsageError
-from alpaca.common.files import fingerprint
+from alpaca.common.files import fingerprint, write_text
 from alpaca.models import deepspeed
 from alpaca.packing.sampler import count_steps, rows_per_step
 from alpaca.training.checkpoint import is_run_fingerprint, retry_while_disk_full
@@ -217,6 +218,7 @@ def mark_started(args: "TrainingArguments", run: RunFingerprint) -> None:
     output = Path(args.output_dir)
     if args.process_index == 0:
         write_record(output, run, finished=False)
+        _write_run_yaml(args, output / "run.yaml")
     barrier()
     deadline = time.time() + 60  # a network file system may take a while to show a new file
     while (record := read_record(output)) is None or record["finished"]:
@@ -226,6 +228,17 @@ def mark_started(args: "TrainingArguments", run: RunFingerprint) -> None:
                 "it must be one folder that all nodes share"
             )
         time.sleep(1)
+
+
+def _write_run_yaml(args: "TrainingArguments", path: Path) -> None:
+    """Write the flags of a command line, but not over a file of the user's own."""
+    text = getattr(args, "run_yaml", None)
+    if text is None:
+        return
+    if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(WRITTEN_BY_US):
+        print_rank0(f"note: {path} is not one of ours and stays as it is", 0)
+    else:
+        write_text(path, text)
 
 
 def mark_finished(args: "TrainingArguments", run: RunFingerprint) -> None:

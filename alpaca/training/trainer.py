@@ -38,6 +38,7 @@ from alpaca.training.checkpoint import (
     atomic_checkpoint_dir,
     delete_old_checkpoints,
     retry_while_disk_full,
+    share_weights,
 )
 from alpaca.training.metrics import ConsoleCallback, LossTracker, SpeedMeter, plot_loss
 from alpaca.training.model_card import write_model_card
@@ -49,10 +50,7 @@ FP16_SCALE = 1024  # of the loss: the scaler's own first guess makes gradients i
 # What is overridden of transformers' Trainer although its documentation does not offer it. Another release may change
 # any of these: tests/training/test_trainer.py names their signatures.
 PRIVATE_HOOKS = (
-    (
-        "_run_epoch",
-        "Compare packed rows with padded ones once; take no step beyond the last; count the epochs of 2023.",
-    ),
+    ("_run_epoch", "Compare packed rows with padded ones once; take no step beyond the last; count 2023's epochs."),
     ("_get_grad_norm", "Hand the norm to the guard against values that are not finite, before the optimizer steps."),
     ("_track_num_input_tokens", "Count tokens from the plan of the step, without waiting for the device."),
     ("_maybe_log_save_evaluate", "Log what the guard has read; the Trainer would wait for the device once more."),
@@ -350,6 +348,8 @@ class AlpacaTrainer(Trainer):
 
         def write() -> None:
             super(AlpacaTrainer, self)._save(folder, state_dict)
+            if self.args.should_save:
+                share_weights(folder)
             if self.args.should_save and (templates := getattr(self.train_dataset, "templates", None)):
                 save_templates(templates, folder)
             if self.args.should_save and self.slow_files:

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import torch
 
-from alpaca.common.errors import InputError, first_line, format_bytes
+from alpaca.common.errors import InputError, first_line, format_bytes, reach_hub
 from alpaca.common.files import AUX_SUFFIXES, file_in, parse_json, read_json
 
 DTYPES = {
@@ -189,6 +189,7 @@ def find_folder(folder: str | Path) -> Path:
     parts = str(folder).split("/")
     if len(parts) > 2 or not all(parts) or parts[0] in (".", "..", "~"):  # one part: gpt2
         raise InputError(f"{folder}: no such folder", folder)
+    reach_hub(folder)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -199,9 +200,8 @@ def find_folder(folder: str | Path) -> Path:
             if any(path.glob(weights)):
                 return path
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise InputError(
-            f"{folder}: no such folder, and it cannot be downloaded as a hub id ({error})", folder
-        ) from error
+        problem = "no such folder, and it cannot be downloaded as a hub id"
+        raise InputError(f"{folder}: {problem} ({error})", folder) from error
     return path
 
 

@@ -12,7 +12,7 @@ from conftest import fork, run, train, write_rows
 import train as train_module
 from alpaca.common import commands
 from alpaca.common.errors import InputError, ParameterError, UsageError, names_flags
-from alpaca.training.preflight import names_trackers
+from alpaca.training.metrics import names_trackers
 
 
 def mistake(tmp_path, tiny, **changed):

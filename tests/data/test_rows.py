@@ -144,7 +144,8 @@ def test_a_file_in_another_encoding(tmp_path):
         load_rows(str(tmp_path / "a.json"))
 
 
-def test_a_missing_file_says_where_alpacas_data_is():
+def test_a_missing_file_says_where_alpacas_data_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # somebody's checkout may have the file
     with pytest.raises(UsageError, match="no such file.*\n.*tatsu-lab/alpaca"):
         load_rows("./alpaca_data.json")
     with pytest.raises(UsageError, match="no such file"):

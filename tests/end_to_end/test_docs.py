@@ -49,6 +49,7 @@ RUN = {
     "--reproduce_2023": {"<model>": "base"},
     "OPENAI_API_KEY": {"<your key>": "secret"},
     "plot_diversity": {},
+    "scripts.export": {},
     "generate --model output/alpaca-7b --interactive": {"--interactive": "--interactive --max_new_tokens 5 </dev/null"},
     "evaluate alpaca_eval": {"<model>": "judge"},
     "evaluate backward": {"output/backward": "output/tiny_tuned"},

@@ -282,7 +282,7 @@ def test_flags_without_effect_are_accepted_noted_and_left_at_their_defaults(caps
         "--logging_nan_inf_filter",
         "True",
     ]
-    training = parse_flags(["--data_path", "x.json", "--use_cpu", *words])[-1]
+    training = parse_flags(["--data_path", "x.json", "--output_dir", "out", "--use_cpu", *words])[-1]
     noted = [line.split(": ", 1)[1].split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert noted == [
         "--logging_nan_inf_filter True -> dropped",
