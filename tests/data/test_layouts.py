@@ -505,11 +505,11 @@ def test_mutated_conversations_end_in_a_message(tmp_path):
 
 def test_the_former_name_of_turns(tmp_path, capsys):
     for words in (["--guanaco_turns", "all"], ["--turns", "all"]):
-        _, data_args, _, _ = parse_flags(["--data_path", "x.json", "--use_cpu", "True", *words])
+        _, data_args, _, _ = parse_flags(["--data_path", "x.json", "--output_dir", "out", "--use_cpu", "True", *words])
         assert data_args.turns == "all"
     assert "flag: --guanaco_turns -> --turns" in capsys.readouterr().out
     with pytest.raises(UsageError, match="--turns"):
-        parse_flags(["--data_path", "x.json", "--turns", "some"])
+        parse_flags(["--data_path", "x.json", "--output_dir", "out", "--turns", "some"])
 
 
 # ---- rows held out ----
@@ -575,7 +575,7 @@ def test_evaluation_needs_its_two_flags():
     from alpaca.training.preflight import check_evaluation
 
     def args(*words):
-        return parse_flags(["--data_path", "x.json", "--use_cpu", "True", *words])[-1]
+        return parse_flags(["--data_path", "x.json", "--output_dir", "out", "--use_cpu", "True", *words])[-1]
 
     with pytest.raises(UsageError, match="^--eval_size 0.05: is never used; add --eval_strategy steps or epoch"):
         check_evaluation(args(), None, 0.05)

@@ -68,7 +68,7 @@ def test_splits_can_be_sliced(tmp_path):
 
 
 def test_the_split_of_the_command_line_is_what_is_trained_on(tmp_path):
-    words = ["--data_path", save(tmp_path, "folder"), "--data_split", "train[1:]", "--use_cpu"]
+    words = ["--data_path", save(tmp_path, "folder"), "--data_split", "train[1:]", "--use_cpu", "--output_dir", "x"]
     _, data_args, _, _ = parse_flags(words)
     module = make_supervised_data_module(golden_tokenizer("llama"), data_args, str(tmp_path))
     assert len(module["train_dataset"]) == len(ROWS) - 1
