@@ -137,6 +137,8 @@ def _arithmetic(args: "TrainingArguments", model: nn.Module) -> str:
         if getattr(args, name):
             return name
     dtypes = {weight.dtype for weight in model.parameters()} - {torch.float32}
+    if quantized := [dtype for dtype in dtypes if not dtype.is_floating_point]:
+        return "8-bit" if torch.int8 in quantized else "4-bit"  # bitsandbytes' two kinds
     return str(min(dtypes, key=str)).removeprefix("torch.") if dtypes else "float32"
 
 

@@ -29,7 +29,7 @@ import torch
 
 from alpaca.common.arguments import enum_value
 from alpaca.common.distributed import print_rank0
-from alpaca.common.errors import first_line, format_bytes
+from alpaca.common.errors import UsageError, first_line, format_bytes
 from alpaca.models.deepspeed import Zero3
 from alpaca.models.fsdp import empty_model, materialize
 from alpaca.models.lora import LoraArguments, add_lora, base_dtype, lora_layers
@@ -336,6 +336,8 @@ def estimate_memory(
     try:
         frozen = dict(lora=lora, dtype=base_dtype(args, config)) if lora else {}
         model = measure(config, rows.longest, plan.half, autocast=not plan.sharded, **frozen)
+    except UsageError:  # such as layers for LoRA that the model does not have
+        raise
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         reason = f"{type(error).__name__}: {first_line(error):.100}"
         print_rank0(f"memory and disk: no estimate, this model does not run on fake tensors ({reason})", 0)
