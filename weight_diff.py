@@ -54,6 +54,8 @@ def make_diff(
     method: str = "exact",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    *,
+    compression: str = "zstd",
 ) -> None:
     """Write the difference between a fine-tuned checkpoint and its base, to be published.
 
@@ -65,12 +67,14 @@ def make_diff(
         method: exact, or float, which is 2023's format, for people who recover with 2023's code.
         max_shard_size: largest size of one file.
         overwrite: replace path_diff if it is a checkpoint or a diff.
+        compression: of an exact diff: zstd, or none, which is larger and can be read by older versions of this program.
 
     Raises:
         UsageError: a folder is no checkpoint or is damaged, or base and tuned do not fit; nothing is written.
     """
     check_device(device)
     _check_choice("method", method, ("exact", "float"))
+    _check_choice("compression", compression, ("zstd", "none"))
     plan_shards([], "diff", max_shard_size)
     with open_weights(path_raw) as base, open_weights(path_tuned) as tuned:
         if base.folder.resolve() == tuned.folder.resolve():
@@ -83,11 +87,14 @@ def make_diff(
         with new_folder(path_diff, size, overwrite, inputs) as folder:
             with Pipeline(size, "make_diff") as pipe:
                 if diff is None:
-                    lines = exact_diff.make(pipe, base, tuned, folder, max_shard_size)
+                    lines = exact_diff.make(pipe, base, tuned, folder, max_shard_size, compression)
                 else:
                     diff.write(pipe, folder, max_shard_size)
                     lines = [*diff.notes(), *write_files_of_2023(tuned.folder, base.folder, folder)]
-    print("\n".join([*lines, f"wrote {path_diff}: {format_bytes(size)}"]), flush=True)
+            if diff is None:
+                size = sum(shard.stat().st_size for shard in folder.glob("diff*.safetensors"))
+    share = f", {size / max(tuned.nbytes, 1):.0%} of the tuned model" if diff is None and compression == "zstd" else ""
+    print("\n".join([*lines, f"wrote {path_diff}: {format_bytes(size)}{share}"]), flush=True)
 
 
 def recover(

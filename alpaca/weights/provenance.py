@@ -24,6 +24,7 @@ from alpaca.common.files import (
 )
 from alpaca.data.prompts import TEMPLATE_FILE
 from alpaca.weights import reader
+from alpaca.weights.compression import FORMAT
 from alpaca.weights.reader import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -51,7 +52,7 @@ OF_THE_RUN = (
     f"{reader.MANIFEST}*",
 )
 TUNED_CONFIG = "tuned_config.json"  # in an exact diff: the tuned model's config.json
-VERSION = 1  # of the format of exact diffs
+VERSIONS = (1, 2)  # of the format of exact diffs; in the second, tensors may be compressed
 CHANGES_A_MODEL = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)  # beside whole weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 # tie_word_embeddings is False by default; read off the configuration classes of transformers 4.28.1
@@ -245,12 +246,15 @@ def read_diff_manifest(folder: Path, digest: str | None) -> tuple[dict[str, Any]
             f"{folder}: its manifest has the digest {actual}, not {digest!r}; this is another diff", folder
         )
     manifest = read_json(folder / reader.MANIFEST)
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in VERSIONS:
         raise InputError(
             f"{folder}: is of version {str(manifest.get('version'))[:40]!r} of the format, this program reads "
-            f"{VERSION}; use the program that it was made with",
+            f"{' and '.join(map(str, VERSIONS))}; use the program that it was made with",
             folder,
         )
+    if manifest["version"] == 2 and manifest.get("compression") != FORMAT:
+        message = f"{folder}: is compressed in another way than this program knows; use the one that it was made with"
+        raise InputError(message, folder)
     try:
         _check_manifest(manifest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -270,6 +274,9 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     bases = [entry["base"] for entry in manifest["tensors"].values() if entry["base"] is not None]
     for base in bases:
         shape_of(base["shape"])
+    for entry in manifest["tensors"].values():
+        if "compressed" in entry and (entry["compressed"] is not True or not entry["base"] or manifest["version"] == 1):
+            raise ValueError("compressed")
     files = manifest["files"].values()
     digests = [entry["sha256"] for entry in [*manifest["tensors"].values(), *others, *bases, *files]]
     digests += [entry["diff_sha256"] for entry in manifest["tensors"].values()]
