@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import weight_diff
 
 STRANGE = [float("nan"), float("-nan"), -0.0, 0.0, float("inf"), float("-inf"), 1e-40, -6e-8, 65504.0]
-INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def state_of(folder) -> dict[str, torch.Tensor]:
