@@ -226,8 +226,12 @@ def digest(parts: Iterable[str]) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Return the SHA-256 of a file, which is read whole, as sha256sum prints it."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Return the SHA-256 of a file, as sha256sum prints it."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def fingerprint_of_files(files: Iterable[Path]) -> str:

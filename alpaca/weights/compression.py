@@ -12,6 +12,7 @@ grows beyond the size that the base has, whatever a stranger's frames say.
 import struct
 import zlib
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -33,7 +34,7 @@ except ImportError:
     import zstandard
 
 LEVEL = 3
-LANES = 4  # compressing at a time
+LANES = 2  # pieces that are compressed, or decompressed, at a time
 WINDOW = PIECE * 8  # bytes; the most memory that a frame may ask for
 ENTRY = struct.Struct("<II")  # of the table
 # In the manifest. Which tensors are compressed stands in their entries.
@@ -58,9 +59,12 @@ def split(piece: memoryview, width: int, planes: torch.Tensor) -> memoryview:
 def join(planes: bytes, out: torch.Tensor) -> None:
     """Undo `split`, into the elements `out`."""
     width = out.dtype.itemsize
-    elements = out.view(torch.uint8).numpy().reshape(-1, width)
-    for number, plane in enumerate(np.frombuffer(planes, np.uint8).reshape(width, -1)):
-        elements[:, number] = plane
+    elements = out.view(torch.uint8).numpy().view(f"<u{width}")
+    *lower, highest = np.frombuffer(planes, np.uint8).reshape(width, -1)
+    np.copyto(elements, highest)
+    for plane in reversed(lower):
+        np.left_shift(elements, 8, out=elements)
+        np.bitwise_or(elements, plane, out=elements)
 
 
 def compressed(content: memoryview) -> bytes:
@@ -263,13 +267,32 @@ class DiffWeights(Weights):
         """Fill `out` with the elements from `start`, where a piece begins. scratch: as many bytes as those of `out`."""
         if tensor.name not in self.places:
             return super().read(tensor, start, out, scratch)
+        self._unpack(tensor, *self._read_stored(tensor, start, out, scratch), out)
+
+    def read_ahead(
+        self, pipe: Pipeline, tensor: Tensor, start: int, out: torch.Tensor, scratch: torch.Tensor
+    ) -> list[Future]:
+        """Do as `read`, but decompress in a lane of its own. Return what is to be waited for."""
+        if tensor.name not in self.places:
+            self.read(tensor, start, out, scratch)
+            return []
+        stored, checksum = self._read_stored(tensor, start, out, scratch)
+        lane = f"decompress {start // PIECE % LANES}"
+        return [pipe.after(lane, partial(self._unpack, tensor, stored, checksum, out))]
+
+    def _read_stored(
+        self, tensor: Tensor, start: int, out: torch.Tensor, scratch: torch.Tensor
+    ) -> tuple[torch.Tensor, int]:
         piece, checksum = self.places[tensor.name][start // PIECE]
-        whole = piece.numel == out.nbytes
-        stored = out.view(torch.uint8) if whole else scratch[: piece.numel]
+        stored = out.view(torch.uint8) if piece.numel == out.nbytes else scratch[: piece.numel]
         self._read(piece, 0, stored)
+        return stored, checksum
+
+    @staticmethod
+    def _unpack(tensor: Tensor, stored: torch.Tensor, checksum: int, out: torch.Tensor) -> None:
         if zlib.crc32(as_bytes(stored)) != checksum:
             raise _damaged(tensor)
-        if not whole:
+        if stored.nbytes < out.nbytes:
             try:
                 join(decompressed(as_bytes(stored), out.nbytes), out)
             except ValueError as error:

@@ -16,6 +16,7 @@ base and diff, which are hashed only to name what is damaged, and where the base
 import hashlib
 import json
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -53,6 +54,7 @@ from alpaca.weights.reader import (
 )
 from alpaca.weights.writer import PIECE, Pipeline, ShardDigests, ShardWriter, Slot, Spec, plan_shards, write_index
 
+AHEAD = 2  # pieces of a diff that are decompressed before they are needed
 DIFF_INDEX = "diff.safetensors.index.json"
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -71,26 +73,47 @@ def xor_pieces(
 ) -> Iterator[tuple[Slot, int, torch.Tensor, torch.Tensor]]:
     """Yield (slot, first element, other, other xor base) in pieces, as integers. With a hash the base is hashed, to its
     end. Buffer 4 of the slot is free again."""
-    integer = INTEGERS[spec.dtype.itemsize]
     numel, base_numel = other_tensor.numel, base_tensor.numel if base_tensor else 0
+    ahead: deque[tuple[Slot, int, torch.Tensor, torch.Tensor, list[Future]]] = deque()
     for slot, start, count in pipe.pieces(max(numel, base_numel) if base_hash else numel):
         scratch = slot.take(3, torch.uint8, count * 8)
         base_piece = slot.take(0, spec.dtype, max(0, min(count, base_numel - start)))
         piece = slot.take(1, other_tensor.dtype, max(0, min(count, numel - start)))
-        if base_piece.numel():  # both files are read at the same time
-            reading = pipe.after("read", partial(base.read, base_tensor, start, base_piece, scratch))
-        if piece.numel():
-            other.read(other_tensor, start, piece, slot.take(4, torch.uint8, piece.nbytes))
+        reading = []  # both files are read at the same time
         if base_piece.numel():
-            reading.result()
-            if base_hash:
-                pipe.send(slot, "base", base_hash.update, base_piece)
-        if piece.numel():
-            piece, out = piece.view(integer), slot.take(2, integer, piece.numel())
-            both = min(base_piece.numel(), piece.numel())
-            torch.bitwise_xor(piece[:both], base_piece.view(integer)[:both], out=out[:both])
-            out[both:] = piece[both:]
-            yield slot, start, piece, out
+            reading.append(pipe.after("read", partial(base.read, base_tensor, start, base_piece, scratch)))
+        if piece.numel() and isinstance(other, DiffWeights):
+            reading += other.read_ahead(pipe, other_tensor, start, piece, slot.take(4, torch.uint8, piece.nbytes))
+        elif piece.numel():
+            other.read(other_tensor, start, piece, scratch[:0])
+        ahead.append((slot, start, base_piece, piece, reading))
+        if len(ahead) > (AHEAD if isinstance(other, DiffWeights) else 0):
+            yield from _xor(pipe, *ahead.popleft(), base_hash)
+    while ahead:
+        yield from _xor(pipe, *ahead.popleft(), base_hash)
+
+
+def _xor(
+    pipe: Pipeline,
+    slot: Slot,
+    start: int,
+    base_piece: torch.Tensor,
+    piece: torch.Tensor,
+    reading: list[Future],
+    base_hash: Any,
+) -> Iterator[tuple[Slot, int, torch.Tensor, torch.Tensor]]:
+    """Yield one piece, unless it is of the base alone."""
+    for future in reading:
+        future.result()
+    if base_hash and base_piece.numel():
+        pipe.send(slot, "base", base_hash.update, base_piece)
+    if piece.numel():
+        integer = INTEGERS[piece.dtype.itemsize]
+        piece, out = piece.view(integer), slot.take(2, integer, piece.numel())
+        both = min(base_piece.numel(), piece.numel())
+        torch.bitwise_xor(piece[:both], base_piece.view(integer)[:both], out=out[:both])
+        out[both:] = piece[both:]
+        yield slot, start, piece, out
 
 
 def hash_tensor(pipe: Pipeline, lane: str, weights: Weights, tensor: Tensor, dtype: torch.dtype) -> Future:
