@@ -30,10 +30,12 @@ from alpaca.weights.float_diff import FloatDiff, write_files_of_2023
 from alpaca.weights.mismatch import check_same_tensors
 from alpaca.weights.reader import EXACT_DIFF, find_folder, folder_kind, open_weights
 from alpaca.weights.recovery import (
+    Chain,
     NaiveSum,
     copy_files,
     load_recovered,
     most_common_dtype,
+    note_origin,
     open_diff,
     recover_in_memory,
 )
@@ -88,6 +90,7 @@ def make_diff(
             with Pipeline(size, "make_diff") as pipe:
                 if diff is None:
                     lines = exact_diff.make(pipe, base, tuned, folder, max_shard_size, compression)
+                    note_origin(folder, path_diff, model=tuned.folder)
                 else:
                     diff.write(pipe, folder, max_shard_size)
                     lines = [*diff.notes(), *write_files_of_2023(tuned.folder, base.folder, folder)]
@@ -146,19 +149,34 @@ def recover(
 
 
 @names_flags
-def verify(path_diff: str, path_tuned: str, path_raw: str | None = None, digest: str | None = None) -> None:
-    """Verify that a folder is, bit for bit, what recover makes of a diff.
+def verify(
+    path_diff: str | None = None,
+    path_tuned: str | None = None,
+    path_raw: str | None = None,
+    digest: str | None = None,
+    *,
+    chain: str | None = None,
+    data_path: str | None = None,
+) -> None:
+    """Verify that a folder is, bit for bit, what recover makes of a diff; with chain, from the data on.
 
     Args:
-        path_diff: folder (or hub id) of the diff.
-        path_tuned: folder to be verified.
+        path_diff: folder (or hub id) of the diff; with chain, where it is not where it was.
+        path_tuned: folder to be verified; with chain, the recovered one where chain is another.
         path_raw: the base; needed for a diff in the format of 2023, which has no digests. With an exact diff, base and
             diff are verified too.
         digest: what make_diff has printed; the manifest of the diff must have it.
+        chain: a recovered folder, a diff or a run's output_dir. Data file, run record, model, diff and recovered folder
+            are each compared with the next, as far as this folder says where they are.
+        data_path: with chain, the data file where it is not where it was.
 
     Raises:
-        UsageError: the message names the tensors or the file that differ.
+        UsageError: the message names the tensors or the file that differ, or the first link that is missing or broken.
     """
+    if chain is not None:
+        return Chain.of(chain, data_path, path_diff, path_tuned).verify(digest)
+    if missing := [f"--{n}" for n, v in (("path_diff", path_diff), ("path_tuned", path_tuned)) if v is None]:
+        raise UsageError(f"weight_diff.py verify needs {', '.join(missing)}")
     with open_weights(path_tuned) as tuned:
         folder = find_folder(path_diff)
         if folder_kind(folder) == EXACT_DIFF:
@@ -223,6 +241,7 @@ def _recover(
                 copy_slow_files(base.folder, folder)
                 if isinstance(diff, ExactDiff):
                     _verify_written(diff, folder, kind)
+                    note_origin(folder, path_tuned, diff=diff.folder)
             lines = _sum_lines(naive, required=check_integrity_naively is True)
         print(*lines, _verdict(diff, path_raw, path_diff, path_tuned, dtype), sep="\n", flush=True)
         return _load(diff, path_tuned, state, device, kind, test_inference) if load else None

@@ -225,6 +225,11 @@ def digest(parts: Iterable[str]) -> str:
     return found.hexdigest()[:12]
 
 
+def relative_path(path: Path, folder: Path) -> str:
+    """Return how to come from `folder` to `path`: what is written into a folder names no place of this machine."""
+    return os.path.relpath(path.resolve(), folder.resolve())
+
+
 def sha256_of_file(path: Path) -> str:
     """Return the SHA-256 of a file, as sha256sum prints it."""
     digest = hashlib.sha256()

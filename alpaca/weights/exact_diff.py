@@ -26,10 +26,17 @@ from typing import Any
 
 import torch
 
-from alpaca.common.errors import InputError, UsageError, format_bytes, format_rows
+from alpaca.common.errors import InputError, UsageError, format_bytes
 from alpaca.common.files import sha256_of_file
 from alpaca.weights.compression import FORMAT, CompressedWriter, DiffWeights, bases_of_compressed
-from alpaca.weights.mismatch import CONFIG_FIELDS, check_same_tensors, counterparts, explain_other_base, raise_mismatch
+from alpaca.weights.mismatch import (
+    CONFIG_FIELDS,
+    check_same_tensors,
+    counterparts,
+    describe_diff,
+    explain_other_base,
+    raise_mismatch,
+)
 from alpaca.weights.provenance import (
     CHANGES_A_MODEL,
     TUNED_CONFIG,
@@ -185,7 +192,7 @@ def make(
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     (folder / SIDECAR).write_text(sidecar(text.encode()), encoding="utf-8")
     files = ", ".join(path.name for path in aux_files(tuned.folder))
-    return [*_summary(json.loads(text)["tensors"], hashlib.sha256(text.encode()).hexdigest()), f"with {files}"]
+    return [*describe_diff(json.loads(text)["tensors"], hashlib.sha256(text.encode()).hexdigest()), f"with {files}"]
 
 
 def _diff_tensor(
@@ -215,21 +222,6 @@ def _diff_tensor(
     entry["diff_sha256"] = pipe.after("diff", diff_hash.hexdigest)
     entry["base"] = base_tensor and {"shape": base_tensor.shape, "sha256": pipe.after("base", base_hash.hexdigest)}
     return entry
-
-
-def _summary(entries: dict[str, dict[str, Any]], digest: str) -> list[str]:
-    new = [
-        f"{name} ({format_rows(entry['base']['shape'][0], entry['shape'][0] - 1)})" if entry["base"] else name
-        for name, entry in entries.items()
-        if not entry["base"] or entry["base"]["shape"][:1] < entry["shape"][:1]
-    ]
-    lines = []
-    if new:
-        more = f" and {len(new) - 5} more" if len(new) > 5 else ""
-        lines.append(f"stored as they are, not as differences from the base: {', '.join(new[:5])}{more}")
-    if all(entry["base"] and entry["base"]["sha256"] == entry["sha256"] for entry in entries.values()):
-        lines.append("note: every tensor is that of the base; is this the fine-tuned model?")
-    return [*lines, f"digest of the manifest, to be published beside it: {digest}"]
 
 
 def _header(tensor: Tensor) -> dict[str, Any]:

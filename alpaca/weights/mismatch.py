@@ -1,9 +1,9 @@
-"""Why base, diff and result of a weight diff do not fit, in words."""
+"""Why base, diff and result of a weight diff do not fit, and what a diff is of, in words."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from alpaca.common.errors import InputError
+from alpaca.common.errors import InputError, format_rows
 from alpaca.weights.reader import DTYPES, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Tensor, Weights, dtype_name
 from alpaca.weights.writer import Spec
 
@@ -182,3 +182,19 @@ def check_same_tensors(weights: Weights, specs: Iterable[Spec], source: str) -> 
         ]
         summary = "; ".join(text for text, names in found if names)
         raise InputError(f"{weights.folder} has not the tensors of {source}: {summary}", weights.folder)
+
+
+def describe_diff(entries: dict[str, dict[str, Any]], digest: str) -> list[str]:
+    """Return what the publisher of an exact diff should know, in lines. entries: of its manifest's tensors."""
+    new = [
+        f"{name} ({format_rows(entry['base']['shape'][0], entry['shape'][0] - 1)})" if entry["base"] else name
+        for name, entry in entries.items()
+        if not entry["base"] or entry["base"]["shape"][:1] < entry["shape"][:1]
+    ]
+    lines = []
+    if new:
+        more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+        lines.append(f"stored as they are, not as differences from the base: {', '.join(new[:5])}{more}")
+    if all(entry["base"] and entry["base"]["sha256"] == entry["sha256"] for entry in entries.values()):
+        lines.append("note: every tensor is that of the base; is this the fine-tuned model?")
+    return [*lines, f"digest of the manifest, to be published beside it: {digest}"]

@@ -42,7 +42,8 @@ from alpaca.weights.reader import (
 
 # The fingerprint of a run (alpaca/training/resume.py) stands in both under the key "contract", its name at first.
 MANIFEST = "alpaca_checkpoint.json"  # in every checkpoint: its files, and the fingerprint of the run
-RECORD = "alpaca_run.json"  # in --output_dir: the fingerprint of the run, and whether it is finished
+RECORD = "alpaca_run.json"  # in --output_dir: the fingerprint of the run; once it is finished, its model's digests
+CHAIN = "alpaca_chain.json"  # beside a diff and a recovered model: what they were made of (alpaca/weights/recovery.py)
 OF_THE_RUN = (
     "trainer_state.json",
     "alpaca_*.json",
@@ -145,8 +146,17 @@ def read_record(output: Path) -> dict[str, Any] | None:
 
 
 def write_record(output: Path, run_fingerprint: dict[str, Any], finished: bool) -> None:
+    record = {"finished": finished, "contract": run_fingerprint}
+    if finished:
+        record["model"] = {path.name: sha256_of_file(path) for path in files_of_model(output)}
     with atomic_write(output / RECORD) as file:
-        json.dump({"finished": finished, "contract": run_fingerprint}, file, indent=1)
+        json.dump(record, file, indent=1)
+
+
+def files_of_model(folder: Path) -> list[Path]:
+    """Return the files of the model in a folder: weights, configuration, tokenizer."""
+    weights = (path for ending in ("safetensors", "bin") for path in folder.glob(f"*model*.{ending}"))
+    return sorted([*weights, *aux_files(folder)])
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
