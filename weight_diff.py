@@ -175,6 +175,8 @@ def verify(
     """
     if chain is not None:
         return Chain.of(chain, data_path, path_diff, path_tuned).verify(digest)
+    if data_path is not None:
+        raise UsageError(f"--data_path {data_path}: is compared with --chain only; give that too")
     if missing := [f"--{n}" for n, v in (("path_diff", path_diff), ("path_tuned", path_tuned)) if v is None]:
         raise UsageError(f"weight_diff.py verify needs {', '.join(missing)}")
     with open_weights(path_tuned) as tuned:

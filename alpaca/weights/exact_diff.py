@@ -79,7 +79,8 @@ def xor_pieces(
     base_hash: Any = None,
 ) -> Iterator[tuple[Slot, int, torch.Tensor, torch.Tensor]]:
     """Yield (slot, first element, other, other xor base) in pieces, as integers. With a hash the base is hashed, to its
-    end. Buffer 4 of the slot is free again."""
+    end. Buffer 4 of the slot is free again. Where `other` is a diff, it is overwritten by what is recovered."""
+    is_diff = isinstance(other, DiffWeights)
     numel, base_numel = other_tensor.numel, base_tensor.numel if base_tensor else 0
     ahead: deque[tuple[Slot, int, torch.Tensor, torch.Tensor, list[Future]]] = deque()
     for slot, start, count in pipe.pieces(max(numel, base_numel) if base_hash else numel):
@@ -89,15 +90,15 @@ def xor_pieces(
         reading = []  # both files are read at the same time
         if base_piece.numel():
             reading.append(pipe.after("read", partial(base.read, base_tensor, start, base_piece, scratch)))
-        if piece.numel() and isinstance(other, DiffWeights):
+        if piece.numel() and is_diff:
             reading += other.read_ahead(pipe, other_tensor, start, piece, slot.take(4, torch.uint8, piece.nbytes))
         elif piece.numel():
             other.read(other_tensor, start, piece, scratch[:0])
         ahead.append((slot, start, base_piece, piece, reading))
-        if len(ahead) > (AHEAD if isinstance(other, DiffWeights) else 0):
-            yield from _xor(pipe, *ahead.popleft(), base_hash)
+        if len(ahead) > (AHEAD if is_diff else 0):
+            yield from _xor(pipe, *ahead.popleft(), base_hash, is_diff)
     while ahead:
-        yield from _xor(pipe, *ahead.popleft(), base_hash)
+        yield from _xor(pipe, *ahead.popleft(), base_hash, is_diff)
 
 
 def _xor(
@@ -108,6 +109,7 @@ def _xor(
     piece: torch.Tensor,
     reading: list[Future],
     base_hash: Any,
+    in_place: bool,
 ) -> Iterator[tuple[Slot, int, torch.Tensor, torch.Tensor]]:
     """Yield one piece, unless it is of the base alone."""
     for future in reading:
@@ -116,10 +118,12 @@ def _xor(
         pipe.send(slot, "base", base_hash.update, base_piece)
     if piece.numel():
         integer = INTEGERS[piece.dtype.itemsize]
-        piece, out = piece.view(integer), slot.take(2, integer, piece.numel())
+        piece = piece.view(integer)
+        out = piece if in_place else slot.take(2, integer, piece.numel())
         both = min(base_piece.numel(), piece.numel())
         torch.bitwise_xor(piece[:both], base_piece.view(integer)[:both], out=out[:both])
-        out[both:] = piece[both:]
+        if not in_place:
+            out[both:] = piece[both:]
         yield slot, start, piece, out
 
 
