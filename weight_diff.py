@@ -90,7 +90,6 @@ def make_diff(
             with Pipeline(size, "make_diff") as pipe:
                 if diff is None:
                     lines = exact_diff.make(pipe, base, tuned, folder, max_shard_size, compression)
-                    note_origin(folder, path_diff, model=tuned.folder)
                 else:
                     diff.write(pipe, folder, max_shard_size)
                     lines = [*diff.notes(), *write_files_of_2023(tuned.folder, base.folder, folder)]
@@ -243,7 +242,7 @@ def _recover(
                 copy_slow_files(base.folder, folder)
                 if isinstance(diff, ExactDiff):
                     _verify_written(diff, folder, kind)
-                    note_origin(folder, path_tuned, diff=diff.folder)
+                    note_origin(folder, path_tuned, diff.folder)
             lines = _sum_lines(naive, required=check_integrity_naively is True)
         print(*lines, _verdict(diff, path_raw, path_diff, path_tuned, dtype), sep="\n", flush=True)
         return _load(diff, path_tuned, state, device, kind, test_inference) if load else None

@@ -226,7 +226,7 @@ def digest(parts: Iterable[str]) -> str:
 
 
 def relative_path(path: Path, folder: Path) -> str:
-    """Return how to come from `folder` to `path`: what is written into a folder names no place of this machine."""
+    """Return how to come from `folder` to `path`, which holds where both are moved together."""
     return os.path.relpath(path.resolve(), folder.resolve())
 
 

@@ -37,7 +37,8 @@ LEVEL = 3
 LANES = 2  # pieces that are compressed, or decompressed, at a time
 WINDOW = PIECE * 8  # bytes; the most memory that a frame may ask for
 ENTRY = struct.Struct("<II")  # of the table
-# In the manifest. Which tensors are compressed stands in their entries.
+# In the manifest, and compared as a whole: a change is another format. Which tensors are compressed stands in their
+# entries.
 FORMAT = {
     "method": "zstd",
     "level": LEVEL,

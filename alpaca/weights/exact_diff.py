@@ -181,6 +181,7 @@ def make(
         "version": VERSIONS[compression == "zstd"],
         "operation": "xor",
         **({"compression": FORMAT} if compression == "zstd" else {}),
+        "tuned": tuned.folder.resolve().name,
         "base_config": {name: base.config[name] for name in CONFIG_FIELDS if name in base.config},
         "tensors": entries,
         "other_base_tensors": unused,

@@ -43,7 +43,7 @@ from alpaca.weights.reader import (
 # The fingerprint of a run (alpaca/training/resume.py) stands in both under the key "contract", its name at first.
 MANIFEST = "alpaca_checkpoint.json"  # in every checkpoint: its files, and the fingerprint of the run
 RECORD = "alpaca_run.json"  # in --output_dir: the fingerprint of the run; once it is finished, its model's digests
-CHAIN = "alpaca_chain.json"  # beside a diff and a recovered model: what they were made of (alpaca/weights/recovery.py)
+CHAIN = "alpaca_chain.json"  # beside a recovered model: where the diff lies (alpaca/weights/recovery.py)
 OF_THE_RUN = (
     "trainer_state.json",
     "alpaca_*.json",

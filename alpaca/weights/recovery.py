@@ -18,7 +18,16 @@ from alpaca.common.files import file_in, json_text, read_json, relative_path, sh
 from alpaca.weights.exact_diff import ExactDiff
 from alpaca.weights.float_diff import OF_OURS, FloatDiff, computed_in_2023, position_in_llama
 from alpaca.weights.provenance import CHAIN, RECORD, files_of_model, read_record, tied_names
-from alpaca.weights.reader import EXACT_DIFF, Weights, as_bytes, find_folder, folder_kind, open_weights, readable
+from alpaca.weights.reader import (
+    EXACT_DIFF,
+    MANIFEST,
+    Weights,
+    as_bytes,
+    find_folder,
+    folder_kind,
+    open_weights,
+    readable,
+)
 from alpaca.weights.writer import Pipeline, Spec, cast, stream
 
 if TYPE_CHECKING:
@@ -129,10 +138,9 @@ def load_recovered(
 # ---- from the data to the recovered model ----
 
 
-def note_origin(folder: Path, final: str, **made_of: Path) -> None:
-    """Note beside a diff or a recovered model where that lies which it was made of, seen from its `final` place."""
-    places = {what: relative_path(path, Path(final)) for what, path in made_of.items()}
-    (folder / CHAIN).write_text(json_text(places), encoding="utf-8")
+def note_origin(folder: Path, final: str, diff: Path) -> None:
+    """Note beside a recovered model where its diff lies, seen from its `final` place."""
+    (folder / CHAIN).write_text(json_text({"diff": relative_path(diff, Path(final))}), encoding="utf-8")
 
 
 class Chain(NamedTuple):
@@ -155,8 +163,8 @@ class Chain(NamedTuple):
             diff = start
         else:
             recovered = start
-        diff = diff or (recovered and _origin(recovered, "diff"))
-        run = run or (diff and _origin(diff, "model"))
+        diff = diff or (recovered and _link(5, lambda: _diff_of(recovered)))
+        run = run or (diff and _link(4, lambda: _run_of(diff)))
         return cls(Path(data) if data else None, run, diff, recovered)
 
     def verify(self, digest: str | None) -> None:
@@ -178,7 +186,7 @@ class Chain(NamedTuple):
         return path
 
     def _read_record(self) -> dict[str, Any]:
-        folder = self._known("model", self.run, f"{CHAIN} of the diff should; give the run's folder as --chain")
+        folder = self._known("run", self.run, "give its folder as --chain, with --path_diff and --path_tuned")
         record = read_record(folder)
         if record is None:
             raise UsageError(f"{folder / RECORD} is missing or damaged; only a run of train.py writes it")
@@ -237,11 +245,20 @@ def _link(number: int, check: Callable[[], Any]) -> Any:
         raise UsageError(f"link {number} of {len(LINKS)}, {LINKS[number - 1]}: {error}") from error
 
 
-def _origin(folder: Path, what: str) -> Path | None:
-    """Return the folder that another one was made of, as it says itself."""
-    path = file_in(folder, CHAIN)
-    place = read_json(path).get(what) if path.is_file() else None
-    return (folder / place).resolve() if isinstance(place, str) and "\0" not in place else None
+def _diff_of(recovered: Path) -> Path | None:
+    """Return the folder of the diff that a model was recovered from, as it says itself."""
+    path = file_in(recovered, CHAIN)
+    place = read_json(path).get("diff") if path.is_file() else None
+    return (recovered / place).resolve() if isinstance(place, str) and "\0" not in place else None
+
+
+def _run_of(diff: Path) -> Path | None:
+    """Return the folder of the tuned model: a manifest, which is published, has its name; it is looked for nearby."""
+    path = file_in(diff, MANIFEST)
+    name = read_json(path).get("tuned") if path.is_file() else None
+    if not isinstance(name, str) or Path(name).name != name or name in ("", "..") or "\0" in name:
+        return None
+    return next((top / name for top in diff.resolve().parents[:2] if (top / name).is_dir()), None)
 
 
 class NaiveSum:

@@ -52,7 +52,6 @@ def test_the_whole_chain(here, capsys):
     (here / "moved").mkdir()
     (here / "rows.json").rename(here / "moved" / "data.json")
     (here / "diff").rename(here / "moved" / "diff")
-    (here / "moved" / "diff" / "alpaca_chain.json").write_text('{"model": "../../run"}')
     verify(here / "result", path_diff=here / "moved" / "diff", data_path=here / "moved" / "data.json")
     told = run([sys.executable, "weight_diff.py", "verify", "--chain", here / "run"], check=False)
     assert told.returncode == 2 and "error: link 1 of 5, data file" in told.stderr and "Traceback" not in told.stderr
@@ -69,6 +68,10 @@ def flip(path, position=-1):
     content = bytearray(path.read_bytes())
     content[position] ^= 1
     path.write_bytes(content)
+
+
+def changed(path):
+    path.write_text(path.read_text().replace("xor", "XOR"))
 
 
 BREAKS = {
@@ -99,9 +102,10 @@ BREAKS = {
         lambda h: record(h, lambda r: r["model"].update({"../rows.json": "0"})),
         "link 3 of 5.*rows.json is missing since",
     ),
-    "a damaged diff": (lambda h: flip(h / "diff" / "weight_diff.json"), "link 4 of 5, diff manifest: .*damaged or was"),
+    "a damaged diff": (lambda h: changed(h / "diff" / "weight_diff.json"), "link 4 of 5, diff manifest: .*damaged or "),
+    "no JSON": (lambda h: (h / "diff" / "weight_diff.json").write_text("{"), "link 4 of 5, .*cannot be read as JSON"),
     "no diff": (lambda h: shutil.rmtree(h / "diff"), "link 4 of 5, diff manifest: .*diff is missing"),
-    "no run": (lambda h: shutil.rmtree(h / "run"), "link 2 of 5, run record: .*run is missing"),
+    "no run": (lambda h: shutil.rmtree(h / "run"), "link 2 of 5, run record: nothing says where the run is; give"),
     "another result": (lambda h: flip(h / "result" / "model.safetensors"), "link 5 of 5, recovered folder: .*1 of 21"),
     "no places": (lambda h: (h / "result" / "alpaca_chain.json").unlink(), "link 4 .* nothing says where the diff is"),
     "a place that is none": (
@@ -128,9 +132,8 @@ def test_a_diff_of_another_model(here, tiny):
     other = shutil.copytree(here / "run", here / "other")
     save_file(state, other / "model.safetensors", {"format": "pt"})
     make(here / "base", other, here / "diff", overwrite=True)
-    (here / "diff" / "alpaca_chain.json").write_text('{"model": "../run"}')
     with pytest.raises(UsageError, match="link 4 of 5, diff manifest: .*1 of 21 tensors are not those of the manifest"):
-        verify(here / "result")
+        verify(here / "run", path_diff=here / "diff", path_tuned=here / "result")
 
 
 @pytest.mark.slow
@@ -147,7 +150,16 @@ def test_links_that_are_not_given(here):
 
 @pytest.mark.slow
 def test_what_is_noted_names_no_place_of_this_machine(made):
-    for name in ("diff/alpaca_chain.json", "result/alpaca_chain.json", "run/alpaca_run.json"):
+    for name in ("diff/weight_diff.json", "result/alpaca_chain.json", "run/alpaca_run.json"):
         assert str(made) not in (made / name).read_text()
     assert json.loads((made / "result" / "alpaca_chain.json").read_text()) == {"diff": os.path.join("..", "diff")}
-    assert "alpaca_chain.json" not in json.loads((made / "diff" / "weight_diff.json").read_text())["files"]
+    assert json.loads((made / "diff" / "weight_diff.json").read_text())["tuned"] == "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [7, "..", "../run", "/", "", "\0", None])
+def test_a_manifest_that_names_another_folder(here, name):
+    path = here / "diff" / "weight_diff.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tuned": name}))
+    with pytest.raises(UsageError, match="link 2 of 5, run record: nothing says where the run is"):
+        verify(here / "result")
