@@ -38,10 +38,12 @@ from alpaca.weights.mismatch import check_same_tensors
 from alpaca.weights.provenance import CARD, front_matter
 from alpaca.weights.reader import EXACT_DIFF, MANIFEST, find_folder, folder_kind, open_weights
 from alpaca.weights.recovery import (
+    Chain,
     NaiveSum,
     copy_files,
     load_recovered,
     most_common_dtype,
+    note_origin,
     open_diff,
     recover_in_memory,
 )
@@ -87,6 +89,8 @@ def make_diff(
     method: str = "exact",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    *,
+    compression: str = "zstd",
 ) -> None:
     """Write the difference between a fine-tuned checkpoint and its base, to be published.
 
@@ -98,12 +102,14 @@ def make_diff(
         method: exact, or float, which is 2023's format, for people who recover with 2023's code.
         max_shard_size: largest size of one file.
         overwrite: replace path_diff if it is a checkpoint or a diff.
+        compression: of an exact diff: zstd, or none, which is larger and can be read by older versions of this program.
 
     Raises:
         UsageError: a folder is no checkpoint or is damaged, or base and tuned do not fit; nothing is written.
     """
     check_device(device)
     _check_choice("method", method, ("exact", "float"))
+    _check_choice("compression", compression, ("zstd", "none"))
     plan_shards([], "diff", max_shard_size)
     with open_weights(path_raw) as base, open_weights(path_tuned) as tuned:
         if base.folder.resolve() == tuned.folder.resolve():
@@ -116,12 +122,15 @@ def make_diff(
         with new_folder(path_diff, size, overwrite, inputs) as folder:
             with Pipeline(size, "make_diff") as pipe:
                 if diff is None:
-                    lines = exact_diff.make(pipe, base, tuned, folder, max_shard_size)
+                    lines = exact_diff.make(pipe, base, tuned, folder, max_shard_size, compression)
                 else:
                     diff.write(pipe, folder, max_shard_size)
                     lines = [*diff.notes(), *write_files_of_2023(tuned.folder, base.folder, folder)]
             _write_card(folder, base.folder, tuned.folder, None if diff else sha256_of_file(folder / MANIFEST))
-    print("\n".join([*lines, f"wrote {path_diff}: {format_bytes(size)}"]), flush=True)
+            if diff is None:
+                size = sum(shard.stat().st_size for shard in folder.glob("diff*.safetensors"))
+    share = f", {size / max(tuned.nbytes, 1):.0%} of the tuned model" if diff is None and compression == "zstd" else ""
+    print("\n".join([*lines, f"wrote {path_diff}: {format_bytes(size)}{share}"]), flush=True)
 
 
 def _write_card(folder: Path, base: Path, tuned: Path, digest: str | None) -> None:
@@ -201,19 +210,36 @@ def recover(
 
 
 @names_flags
-def verify(path_diff: str, path_tuned: str, path_raw: str | None = None, digest: str | None = None) -> None:
-    """Verify that a folder is, bit for bit, what recover makes of a diff.
+def verify(
+    path_diff: str | None = None,
+    path_tuned: str | None = None,
+    path_raw: str | None = None,
+    digest: str | None = None,
+    *,
+    chain: str | None = None,
+    data_path: str | None = None,
+) -> None:
+    """Verify that a folder is, bit for bit, what recover makes of a diff; with chain, from the data on.
 
     Args:
-        path_diff: folder (or hub id) of the diff.
-        path_tuned: folder to be verified.
+        path_diff: folder (or hub id) of the diff; with chain, where it is not where it was.
+        path_tuned: folder to be verified; with chain, the recovered one where chain is another.
         path_raw: the base; needed for a diff in the format of 2023, which has no digests. With an exact diff, base and
             diff are verified too.
         digest: what make_diff has printed; the manifest of the diff must have it.
+        chain: a recovered folder, a diff or a run's output_dir. Data file, run record, model, diff and recovered folder
+            are each compared with the next, as far as this folder says where they are.
+        data_path: with chain, the data file where it is not where it was.
 
     Raises:
-        UsageError: the message names the tensors or the file that differ.
+        UsageError: the message names the tensors or the file that differ, or the first link that is missing or broken.
     """
+    if chain is not None:
+        return Chain.of(chain, data_path, path_diff, path_tuned).verify(digest)
+    if data_path is not None:
+        raise UsageError(f"--data_path {data_path}: is compared with --chain only; give that too")
+    if missing := [f"--{n}" for n, v in (("path_diff", path_diff), ("path_tuned", path_tuned)) if v is None]:
+        raise UsageError(f"weight_diff.py verify needs {', '.join(missing)}")
     with open_weights(path_tuned) as tuned:
         folder = find_folder(path_diff)
         if folder_kind(folder) == EXACT_DIFF:
@@ -278,6 +304,7 @@ def _recover(
                 copy_slow_files(base.folder, folder)
                 if isinstance(diff, ExactDiff):
                     _verify_written(diff, folder, kind)
+                    note_origin(folder, path_tuned, diff.folder)
             lines = _sum_lines(naive, required=check_integrity_naively is True)
         ways = [commands.ways_on(path_tuned)] if path_tuned is not None else []
         print(*lines, _verdict(diff, path_raw, path_diff, path_tuned, dtype), *ways, sep="\n", flush=True)

@@ -139,7 +139,7 @@ def read(program: str, function: Callable[..., None], words: Sequence[str]) -> d
     others = {name: text if text is not None else "True" for name, text in given.items() if name not in parameters}
     if others and len(parameters) == len(signature):
         raise unknown_flag(next(iter(others)), parameters, program)
-    free = [name for name in parameters if name not in given]
+    free = [name for name, p in parameters.items() if name not in given and p.kind is not p.KEYWORD_ONLY]
     if len(unnamed) > len(free) or {"-", "--"} & set(unnamed):
         raise UsageError(f"expected a flag such as --{next(iter(parameters))}, got {unnamed[-1]!r}")
     given |= dict(zip(free, unnamed))

@@ -226,8 +226,12 @@ def digest(parts: Iterable[str]) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    """Return the SHA-256 of a file, which is read whole, as sha256sum prints it."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Return the SHA-256 of a file, as sha256sum prints it."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def fingerprint_of_files(files: Iterable[Path]) -> str:
@@ -236,20 +240,6 @@ def fingerprint_of_files(files: Iterable[Path]) -> str:
     for file in files:
         data = file.read_bytes()
         found.update(f"{file.name} {len(data)} ".encode() + data)
-    return found.hexdigest()[:12]
-
-
-def fingerprint_of_weights(name: str) -> str:
-    """Return a hash (12 hex digits) of a folder's weights: name, size, first and last 64 KiB of every file. It tells
-    models of the same shape apart and does not change when the folder moves. A hub id is returned as it is."""
-    if not Path(name).is_dir():
-        return name
-    found = hashlib.sha256()
-    for path in sorted(file for file in Path(name).iterdir() if file.suffix in (".safetensors", ".bin")):
-        with open(path, "rb") as file:
-            found.update(f"{path.name} {path.stat().st_size}".encode() + file.read(65536))
-            file.seek(-min(65536, path.stat().st_size), os.SEEK_END)
-            found.update(file.read())
     return found.hexdigest()[:12]
 
 

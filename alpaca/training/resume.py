@@ -14,7 +14,7 @@ import transformers
 from alpaca.common.arguments import WRITTEN_BY_US
 from alpaca.common.distributed import all_gather_object, barrier, print_rank0
 from alpaca.common.errors import UsageError
-from alpaca.common.files import fingerprint, write_text
+from alpaca.common.files import fingerprint, sha256_of_file, write_text
 from alpaca.models import deepspeed
 from alpaca.packing.sampler import count_steps, rows_per_step
 from alpaca.training.checkpoint import is_run_fingerprint, retry_while_disk_full
@@ -25,6 +25,7 @@ from alpaca.weights.provenance import (
     holds_a_model,
     read_manifest,
     read_record,
+    relative_path,
     write_record,
 )
 
@@ -89,8 +90,16 @@ def describe_run(
         "transformers": transformers.__version__,
     }
     tokens = hashlib.sha256(torch.cat(dataset.input_ids).numpy().tobytes()).hexdigest()[:12]
-    run = {"fixed": fixed, "free": free, "rounding": rounding, "tokens": tokens}
+    data = describe_data(getattr(data_args, "data_path", None), args.output_dir)
+    run = {"fixed": fixed, "free": free, "rounding": rounding, "tokens": tokens, "data": data}
     return json.loads(json.dumps(run, default=str))
+
+
+def describe_data(path: str | None, output: str) -> dict[str, str]:
+    """Return where rows lie, seen from the folder `output`, and the SHA-256 of their file; of a data set its name."""
+    if path is None or not Path(path).is_file():
+        return {"file": str(path)}
+    return {"file": relative_path(Path(path), Path(output)), "sha256": sha256_of_file(Path(path))}
 
 
 def keep_decisions(args: "TrainingArguments", checkpoint: str | None) -> None:

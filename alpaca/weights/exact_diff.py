@@ -1,20 +1,22 @@
 """The exact weight diff: xor of the stored bits of base and tuned tensors, with a manifest of SHA-256 digests.
 
     diff.safetensors (or shards)     per tensor: bits of tuned xor bits of the base cast to the tuned dtype, as integers
-                                     of its width; rows that the base lacks are stored as they are
+                                     of its width; rows that the base lacks are stored as they are. Compressed, unless
+                                     that was not wanted (alpaca/weights/compression.py); digests are of the bits
     weight_diff.json                 the manifest: digests of every base, diff and result tensor and of every file here
     weight_diff.json.sha256          the manifest's own digest, as sha256sum prints it
     config.json                      says that this is no model; the tuned model's own is tuned_config.json
     tokenizer.json, …                the tuned model's other files, as they are
 
 A base tensor is hashed whole, after the cast, so that copies of one base in float16 and float32 are equal bases; what
-the cast drops of a wider base is not looked at, as no result depends on it. In recover the digests of base and result
-prove the diff between them, which is hashed only to name what is damaged.
+the cast drops of a wider base is not looked at, as no result depends on it. In recover the digests of the results prove
+base and diff, which are hashed only to name what is damaged, and where the base has rows on which no result depends.
 """
 
 import hashlib
 import json
 import shutil
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from functools import partial
@@ -24,13 +26,21 @@ from typing import Any
 
 import torch
 
-from alpaca.common.errors import InputError, UsageError, format_bytes, format_rows
+from alpaca.common.errors import InputError, UsageError, format_bytes
 from alpaca.common.files import sha256_of_file
-from alpaca.weights.mismatch import CONFIG_FIELDS, check_same_tensors, counterparts, explain_other_base, raise_mismatch
+from alpaca.weights.compression import FORMAT, CompressedWriter, DiffWeights, bases_of_compressed
+from alpaca.weights.mismatch import (
+    CONFIG_FIELDS,
+    check_same_tensors,
+    counterparts,
+    describe_diff,
+    explain_other_base,
+    raise_mismatch,
+)
 from alpaca.weights.provenance import (
     CHANGES_A_MODEL,
     TUNED_CONFIG,
-    VERSION,
+    VERSIONS,
     aux_files,
     check_files,
     names_code,
@@ -49,8 +59,9 @@ from alpaca.weights.reader import (
     dtype_name,
     readable,
 )
-from alpaca.weights.writer import Pipeline, ShardDigests, ShardWriter, Slot, Spec, plan_shards, write_index
+from alpaca.weights.writer import PIECE, Pipeline, ShardDigests, ShardWriter, Slot, Spec, plan_shards, write_index
 
+AHEAD = 2  # pieces of a diff that are decompressed before they are needed
 DIFF_INDEX = "diff.safetensors.index.json"
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -65,28 +76,55 @@ def xor_pieces(
     base_tensor: Tensor | None,
     other: Weights,
     other_tensor: Tensor,
-    base_hash: Any,
+    base_hash: Any = None,
 ) -> Iterator[tuple[Slot, int, torch.Tensor, torch.Tensor]]:
-    """Yield (slot, first element, other, other xor base) in pieces, as integers. The base is hashed to its end."""
-    integer = INTEGERS[spec.dtype.itemsize]
+    """Yield (slot, first element, other, other xor base) in pieces, as integers. With a hash the base is hashed, to its
+    end. Buffer 4 of the slot is free again. Where `other` is a diff, it is overwritten by what is recovered."""
+    is_diff = isinstance(other, DiffWeights)
     numel, base_numel = other_tensor.numel, base_tensor.numel if base_tensor else 0
-    for slot, start, count in pipe.pieces(max(numel, base_numel)):
-        scratch, nothing = slot.take(3, torch.uint8, count * 8), slot.take(3, torch.uint8, 0)
+    ahead: deque[tuple[Slot, int, torch.Tensor, torch.Tensor, list[Future]]] = deque()
+    for slot, start, count in pipe.pieces(max(numel, base_numel) if base_hash else numel):
+        scratch = slot.take(3, torch.uint8, count * 8)
         base_piece = slot.take(0, spec.dtype, max(0, min(count, base_numel - start)))
         piece = slot.take(1, other_tensor.dtype, max(0, min(count, numel - start)))
-        if base_piece.numel():  # both files are read at the same time
-            reading = pipe.after("read", partial(base.read, base_tensor, start, base_piece, scratch))
-        if piece.numel():
-            other.read(other_tensor, start, piece, nothing)
+        reading = []  # both files are read at the same time
         if base_piece.numel():
-            reading.result()
-            pipe.send(slot, "base", base_hash.update, base_piece)
-        if piece.numel():
-            piece, out = piece.view(integer), slot.take(2, integer, piece.numel())
-            both = min(base_piece.numel(), piece.numel())
-            torch.bitwise_xor(piece[:both], base_piece.view(integer)[:both], out=out[:both])
+            reading.append(pipe.after("read", partial(base.read, base_tensor, start, base_piece, scratch)))
+        if piece.numel() and is_diff:
+            reading += other.read_ahead(pipe, other_tensor, start, piece, slot.take(4, torch.uint8, piece.nbytes))
+        elif piece.numel():
+            other.read(other_tensor, start, piece, scratch[:0])
+        ahead.append((slot, start, base_piece, piece, reading))
+        if len(ahead) > (AHEAD if is_diff else 0):
+            yield from _xor(pipe, *ahead.popleft(), base_hash, is_diff)
+    while ahead:
+        yield from _xor(pipe, *ahead.popleft(), base_hash, is_diff)
+
+
+def _xor(
+    pipe: Pipeline,
+    slot: Slot,
+    start: int,
+    base_piece: torch.Tensor,
+    piece: torch.Tensor,
+    reading: list[Future],
+    base_hash: Any,
+    in_place: bool,
+) -> Iterator[tuple[Slot, int, torch.Tensor, torch.Tensor]]:
+    """Yield one piece, unless it is of the base alone."""
+    for future in reading:
+        future.result()
+    if base_hash and base_piece.numel():
+        pipe.send(slot, "base", base_hash.update, base_piece)
+    if piece.numel():
+        integer = INTEGERS[piece.dtype.itemsize]
+        piece = piece.view(integer)
+        out = piece if in_place else slot.take(2, integer, piece.numel())
+        both = min(base_piece.numel(), piece.numel())
+        torch.bitwise_xor(piece[:both], base_piece.view(integer)[:both], out=out[:both])
+        if not in_place:
             out[both:] = piece[both:]
-            yield slot, start, piece, out
+        yield slot, start, piece, out
 
 
 def hash_tensor(pipe: Pipeline, lane: str, weights: Weights, tensor: Tensor, dtype: torch.dtype) -> Future:
@@ -102,12 +140,18 @@ def hash_tensor(pipe: Pipeline, lane: str, weights: Weights, tensor: Tensor, dty
 # ---- make_diff ----
 
 
-def make(pipe: Pipeline, base: Weights, tuned: Weights, folder: Path, max_shard_size: str) -> list[str]:
-    """Write the exact diff of two checkpoints into `folder`; returns what its publisher should know, in lines."""
+def make(
+    pipe: Pipeline, base: Weights, tuned: Weights, folder: Path, max_shard_size: str, compression: str = "zstd"
+) -> list[str]:
+    """Write the exact diff of two checkpoints into `folder`; returns what its publisher should know, in lines.
+
+    compression: zstd, or none for a diff that programs of version 1 can read.
+    """
     pairs = counterparts(base, tuned)
     specs = [Spec(name, INTEGERS[t.dtype.itemsize], t.shape) for name, t in tuned.tensors.items()]
     shards = plan_shards(specs, "diff", max_shard_size)
-    writer, files = ShardWriter(folder, shards), ShardDigests(shards)
+    writer = CompressedWriter(folder, shards) if compression == "zstd" else ShardWriter(folder, shards)
+    files = ShardDigests(shards)
     entries = {}
     for spec in (spec for shard in shards for spec in shard.tensors):
         entries[spec.name] = _diff_tensor(pipe, base, pairs[spec.name], tuned, tuned.tensors[spec.name], writer, files)
@@ -119,7 +163,13 @@ def make(pipe: Pipeline, base: Weights, tuned: Weights, folder: Path, max_shard_
     }
     pipe.drain()
     pipe.after("write", writer.close).result()
-    digests = pipe.after("files", files.close).result()
+    if isinstance(writer, CompressedWriter):
+        shards, digests, headers = writer.shards, {}, writer.headers
+        for name in writer.compressed:
+            entries[name]["compressed"] = True
+    else:
+        digests = pipe.after("files", files.close).result()
+        headers = {shard.name: shard.header for shard in shards}
     write_index(folder, "diff.safetensors", shards)
     for path in (path for path in aux_files(tuned.folder) if path.suffix != ".py"):
         if problem := why_not_published(path.name) or names_code(path):
@@ -128,8 +178,10 @@ def make(pipe: Pipeline, base: Weights, tuned: Weights, folder: Path, max_shard_
     (folder / "config.json").write_text(json.dumps({"model_type": NOT_A_MODEL}, indent=2) + "\n", encoding="utf-8")
     manifest = {
         "format": "exact weight diff",
-        "version": VERSION,
+        "version": VERSIONS[compression == "zstd"],
         "operation": "xor",
+        **({"compression": FORMAT} if compression == "zstd" else {}),
+        "tuned": tuned.folder.resolve().name,
         "base_config": {name: base.config[name] for name in CONFIG_FIELDS if name in base.config},
         "tensors": entries,
         "other_base_tensors": unused,
@@ -139,13 +191,13 @@ def make(pipe: Pipeline, base: Weights, tuned: Weights, folder: Path, max_shard_
             if not path.name.startswith(".")
         },
     }
-    for shard in shards:
-        manifest["files"][shard.name]["header_sha256"] = hashlib.sha256(shard.header).hexdigest()
+    for name, header in headers.items():
+        manifest["files"][name]["header_sha256"] = hashlib.sha256(header).hexdigest()
     text = json.dumps(manifest, indent=1, default=Future.result) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
     (folder / SIDECAR).write_text(sidecar(text.encode()), encoding="utf-8")
     files = ", ".join(path.name for path in aux_files(tuned.folder))
-    return [*_summary(json.loads(text)["tensors"], hashlib.sha256(text.encode()).hexdigest()), f"with {files}"]
+    return [*describe_diff(json.loads(text)["tensors"], hashlib.sha256(text.encode()).hexdigest()), f"with {files}"]
 
 
 def _diff_tensor(
@@ -162,31 +214,19 @@ def _diff_tensor(
     result_hash = hashlib.sha256()
     diff_hash = hashlib.sha256()
     spec = Spec(tensor.name, tensor.dtype, tensor.shape)
-    for slot, _, piece, out in xor_pieces(pipe, spec, base, base_tensor, tuned, tensor, base_hash):
+    for slot, start, piece, out in xor_pieces(pipe, spec, base, base_tensor, tuned, tensor, base_hash):
         pipe.send(slot, "result", result_hash.update, piece)
         pipe.send(slot, "diff", diff_hash.update, out)
-        pipe.send(slot, "files", files.write, out)
-        pipe.send(slot, "write", writer.write, out)
+        if isinstance(writer, CompressedWriter):
+            writer.send(pipe, slot, spec, base_tensor.numel if base_tensor else 0, start, out)
+        else:
+            pipe.send(slot, "files", files.write, out)
+            pipe.send(slot, "write", writer.write, out)
         pipe.bar.update(out.nbytes)
     entry = {**_header(tensor), "sha256": pipe.after("result", result_hash.hexdigest)}
     entry["diff_sha256"] = pipe.after("diff", diff_hash.hexdigest)
     entry["base"] = base_tensor and {"shape": base_tensor.shape, "sha256": pipe.after("base", base_hash.hexdigest)}
     return entry
-
-
-def _summary(entries: dict[str, dict[str, Any]], digest: str) -> list[str]:
-    new = [
-        f"{name} ({format_rows(entry['base']['shape'][0], entry['shape'][0] - 1)})" if entry["base"] else name
-        for name, entry in entries.items()
-        if not entry["base"] or entry["base"]["shape"][:1] < entry["shape"][:1]
-    ]
-    lines = []
-    if new:
-        more = f" and {len(new) - 5} more" if len(new) > 5 else ""
-        lines.append(f"stored as they are, not as differences from the base: {', '.join(new[:5])}{more}")
-    if all(entry["base"] and entry["base"]["sha256"] == entry["sha256"] for entry in entries.values()):
-        lines.append("note: every tensor is that of the base; is this the fine-tuned model?")
-    return [*lines, f"digest of the manifest, to be published beside it: {digest}"]
 
 
 def _header(tensor: Tensor) -> dict[str, Any]:
@@ -207,12 +247,13 @@ class ExactDiff:
         self.folder = folder
         with readable(folder):
             self.manifest, self.digest = read_diff_manifest(folder, digest)
-            self.weights = Weights(folder, check_files(folder, self.manifest["files"]))
-        self.entries: dict[str, dict[str, Any]] = self.manifest["tensors"]
-        dtypes = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
-        self.specs = [Spec(name, dtypes[e["dtype"]], tuple(e["shape"])) for name, e in self.entries.items()]
-        stored = [Spec(spec.name, INTEGERS[spec.dtype.itemsize], spec.shape) for spec in self.specs]
-        check_same_tensors(self.weights, stored, f"the manifest of {folder}")
+            tensors = check_files(folder, self.manifest["files"])
+            self.entries: dict[str, dict[str, Any]] = self.manifest["tensors"]
+            dtypes = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
+            self.specs = [Spec(name, dtypes[e["dtype"]], tuple(e["shape"])) for name, e in self.entries.items()]
+            stored = [Spec(spec.name, INTEGERS[spec.dtype.itemsize], spec.shape) for spec in self.specs]
+            bases = bases_of_compressed(self.entries)
+            self.weights = DiffWeights(folder, tensors, stored, bases, f"the manifest of {folder}")
 
     @property
     def files(self) -> dict[str, Path]:
@@ -258,27 +299,29 @@ class ExactDiff:
         base, pairs = self.base, self.pairs
         to_check = []
         for spec in order:
-            base_hash, result_hash = hashlib.sha256(), hashlib.sha256()
-            stored = self.weights.tensors[spec.name]
-            base_tensor = pairs[spec.name]
+            stored, base_tensor = self.weights.tensors[spec.name], pairs[spec.name]
+            longer = base_tensor is not None and base_tensor.numel > stored.numel
+            base_hash, result_hash = hashlib.sha256() if longer else None, hashlib.sha256()
             for slot, start, _, out in xor_pieces(pipe, spec, base, base_tensor, self.weights, stored, base_hash):
                 pipe.send(slot, "result", result_hash.update, out)
                 pipe.bar.update(out.nbytes)
                 yield slot, spec, start, out.view(spec.dtype)
-            to_check.append(
-                (spec, pipe.after("base", base_hash.hexdigest), pipe.after("result", result_hash.hexdigest))
-            )
+            of_base = pipe.after("base", base_hash.hexdigest) if longer else None
+            to_check.append((spec, of_base, pipe.after("result", result_hash.hexdigest)))
             if len(to_check) > 1:  # of the tensor before, while this one is hashed
                 self._check(*to_check.pop(0))
         for item in to_check:
             self._check(*item)
         self._check_other_tensors(pipe)
 
-    def _check(self, spec: Spec, base_hash: Future, result_hash: Future) -> None:
-        entry = self.entries[spec.name]
-        if entry["base"] and base_hash.result() != entry["base"]["sha256"]:
-            raise InputError(self._explain(spec.name), self.base.folder)
-        if result_hash.result() != entry["sha256"]:
+    def _check(self, spec: Spec, base_hash: Future | None, result_hash: Future) -> None:
+        entry, tensor = self.entries[spec.name], self.pairs[spec.name]
+        wrong = result_hash.result() != entry["sha256"]
+        if tensor and (wrong or base_hash):
+            of_base = base_hash.result() if base_hash else _digest(self.base, tensor, spec.dtype)
+            if of_base != entry["base"]["sha256"]:
+                raise InputError(self._explain(spec.name), self.base.folder)
+        if wrong:
             stored = self.weights.tensors[spec.name]
             if _digest(self.weights, stored, stored.dtype) != entry["diff_sha256"]:
                 raise InputError(f"{spec.name} in {stored.path} is damaged; copy or download it again", stored.path)
@@ -341,7 +384,7 @@ class ExactDiff:
 
 def _digest(weights: Weights, tensor: Tensor, dtype: torch.dtype) -> str:
     """Return the SHA-256 of a tensor, for a diagnosis."""
-    digest, step = hashlib.sha256(), 1 << 19
+    digest, step = hashlib.sha256(), PIECE
     scratch = torch.empty(8 * step, dtype=torch.uint8)
     for start in range(0, tensor.numel, step):
         piece = torch.empty(min(step, tensor.numel - start), dtype=dtype)

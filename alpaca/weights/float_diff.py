@@ -15,16 +15,22 @@ import torch
 from alpaca.common.errors import InputError, UsageError, first_line
 from alpaca.common.files import json_text, read_json
 from alpaca.data.tokenizer import MOST_LAYERS, OF_THE_TOKENIZER, pad_token_in_2023, write_tokenizer_of_2023
-from alpaca.weights.mismatch import VOCABULARY, check_same_tensors, config_differences, raise_mismatch, rows_may_differ
-from alpaca.weights.provenance import aliases_of, aux_files, check_published, tied_names, ties_embeddings
+from alpaca.weights.mismatch import (
+    OF_OURS,
+    VOCABULARY,
+    aliases_of,
+    check_same_tensors,
+    config_differences,
+    raise_mismatch,
+    rows_may_differ,
+    tied_names,
+    ties_embeddings,
+)
+from alpaca.weights.provenance import aux_files, check_published
 from alpaca.weights.reader import ONE, ZERO, Tensor, Weights, as_bytes, last_norm
 from alpaca.weights.writer import PIECE, BinWriter, Pipeline, Slot, Spec, plan_bin_shards, stream, write_index
 
 INV_FREQ = "rotary_emb.inv_freq"
-OF_OURS = (
-    "was made in this format by an earlier version of this program, it has the base subtracted once from a tensor "
-    "with two names (2023's code: twice); recover it with that version, or make it again with this one"
-)
 COMPUTED_IN_2023 = {  # by model type: float buffers in the state dicts of transformers 4.28.1; None: rotary frequencies
     "llama": {f"model.layers.{{}}.self_attn.{INV_FREQ}": None},
     "gpt_neox": {"gpt_neox.layers.{}.attention.masked_bias": -1e9, f"gpt_neox.layers.{{}}.attention.{INV_FREQ}": None},

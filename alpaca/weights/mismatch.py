@@ -1,15 +1,24 @@
-"""Why base, diff and result of a weight diff do not fit, in words."""
+"""Which tensors of two checkpoints are counterparts, which of one are the same by two names, and why base, diff and
+result of a weight diff do not fit, in words."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from alpaca.common.errors import InputError
+import torch
+
+from alpaca.common.errors import InputError, format_rows
 from alpaca.weights.reader import DTYPES, INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Tensor, Weights, dtype_name
 from alpaca.weights.writer import Spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# tie_word_embeddings is False by default; read off the configuration classes of transformers 4.28.1
+UNTIED_IN_2023 = ("codegen", "git", "gpt_neox", "gptj", "llama", "reformer", "rembert")
+OF_OURS = (
+    "was made in this format by an earlier version of this program, it has the base subtracted once from a tensor "
+    "with two names (2023's code: twice); recover it with that version, or make it again with this one"
+)
 VOCABULARY = (*INPUT_EMBEDDINGS, *OUTPUT_EMBEDDINGS, "lm_head.bias")  # a row per token
 
 CONFIG_FIELDS = (
@@ -182,3 +191,69 @@ def check_same_tensors(weights: Weights, specs: Iterable[Spec], source: str) -> 
         ]
         summary = "; ".join(text for text, names in found if names)
         raise InputError(f"{weights.folder} has not the tensors of {source}: {summary}", weights.folder)
+
+
+def describe_diff(entries: dict[str, dict[str, Any]], digest: str) -> list[str]:
+    """Return what the publisher of an exact diff should know, in lines. entries: of its manifest's tensors."""
+    new = [
+        f"{name} ({format_rows(entry['base']['shape'][0], entry['shape'][0] - 1)})" if entry["base"] else name
+        for name, entry in entries.items()
+        if not entry["base"] or entry["base"]["shape"][:1] < entry["shape"][:1]
+    ]
+    lines = []
+    if new:
+        more = f" and {len(new) - 5} more" if len(new) > 5 else ""
+        lines.append(f"stored as they are, not as differences from the base: {', '.join(new[:5])}{more}")
+    if all(entry["base"] and entry["base"]["sha256"] == entry["sha256"] for entry in entries.values()):
+        lines.append("note: every tensor is that of the base; is this the fine-tuned model?")
+    return [*lines, f"digest of the manifest, to be published beside it: {digest}"]
+
+
+# ---- tied embeddings ----
+
+
+def ties_embeddings(config: dict[str, Any]) -> bool:
+    """Return whether a model of this configuration has one tensor for its input and its output embeddings.
+
+    Where the configuration does not say so, the default of its class in transformers 4.28.1 holds. Today's classes
+    agree with the other ones of then; the classes that came later have only today's default.
+    """
+    config = config | (config.get("text_config") or {})
+    if config.get("tie_word_embeddings") is not None:
+        return bool(config["tie_word_embeddings"])
+    kind = config.get("model_type")
+    if kind is None or kind in UNTIED_IN_2023:
+        return False
+    from transformers import CONFIG_MAPPING
+
+    return kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind]().get_text_config().tie_word_embeddings
+
+
+def tied_names(config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
+    """Return {name of the output embedding: name of the input embedding} where they are one tensor, else {}.
+
+    The file of a tied model may hold both names or only the first.
+    """
+    names = list(names)
+    first = next((name for name in names if name.endswith(INPUT_EMBEDDINGS)), None)
+    if first is None or not ties_embeddings(config):
+        return {}
+    of_class = "embed_out.weight" if config.get("model_type", "").startswith("gpt_neox") else "lm_head.weight"
+    return {next((name for name in names if name in OUTPUT_EMBEDDINGS), of_class): first}
+
+
+def aliases_of(weights: Weights) -> dict[str, str]:
+    """Return {second name: name} of the tensors that have two names in the model that 2023 loaded.
+
+    The embeddings are one tensor if the configuration ties them. Names that share memory in a .bin file do so in the
+    model too, unless they were cast to float32 when they were loaded; that made two tensors of them.
+    """
+    found = tied_names(weights.config, weights.tensors)
+    first: dict[tuple, str] = {}
+    for name, tensor in weights.tensors.items():
+        if tensor.path.suffix == ".bin" and tensor.dtype == torch.float32 and tensor.numel:
+            place = tensor.data.data_ptr() if tensor.data is not None else tensor.offset
+            known = first.setdefault((tensor.path, place, tensor.shape), name)
+            if known != name and name not in found.values():
+                found.setdefault(name, found.get(known, known))
+    return found

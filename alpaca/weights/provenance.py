@@ -3,13 +3,12 @@ fingerprints of those that answers depend on, and which tensors of it are one.""
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from alpaca.common.errors import InputError, loading
 from alpaca.common.files import (
@@ -17,22 +16,19 @@ from alpaca.common.files import (
     atomic_write,
     file_in,
     fingerprint_of_files,
-    fingerprint_of_weights,
     parse_json,
     read_json,
     sha256_of_file,
 )
 from alpaca.data.prompts import TEMPLATE_FILE
 from alpaca.weights import reader
+from alpaca.weights.compression import FORMAT
 from alpaca.weights.reader import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     DTYPES,
-    INPUT_EMBEDDINGS,
-    OUTPUT_EMBEDDINGS,
     SIDECAR,
     Tensor,
-    Weights,
     dtype_name,
     find_folder,
     safetensors_header,
@@ -41,7 +37,8 @@ from alpaca.weights.reader import (
 
 # The fingerprint of a run (alpaca/training/resume.py) stands in both under the key "contract", its name at first.
 MANIFEST = "alpaca_checkpoint.json"  # in every checkpoint: its files, and the fingerprint of the run
-RECORD = "alpaca_run.json"  # in --output_dir: the fingerprint of the run, and whether it is finished
+RECORD = "alpaca_run.json"  # in --output_dir: the fingerprint of the run; once it is finished, its model's digests
+CHAIN = "alpaca_chain.json"  # beside a recovered model: where the diff lies (alpaca/weights/recovery.py)
 OF_THE_RUN = (
     "trainer_state.json",
     "alpaca_*.json",
@@ -52,11 +49,9 @@ OF_THE_RUN = (
 )
 CARD = "README.md"
 TUNED_CONFIG = "tuned_config.json"  # in an exact diff: the tuned model's config.json
-VERSION = 1  # of the format of exact diffs
+VERSIONS = (1, 2)  # of the format of exact diffs; in the second, tensors may be compressed
 CHANGES_A_MODEL = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)  # beside whole weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-# tie_word_embeddings is False by default; read off the configuration classes of transformers 4.28.1
-UNTIED_IN_2023 = ("codegen", "git", "gpt_neox", "gptj", "llama", "reformer", "rembert")
 # What answers depend on beside the weights.
 SETTINGS = ("config.json", "generation_config.json", ADAPTER_CONFIG)
 TOKENIZER = (*TOKENIZER_FILES, "merges.txt", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
@@ -163,8 +158,17 @@ def read_record(output: Path) -> dict[str, Any] | None:
 
 
 def write_record(output: Path, run_fingerprint: dict[str, Any], finished: bool) -> None:
+    record = {"finished": finished, "contract": run_fingerprint}
+    if finished:
+        record["model"] = {path.name: sha256_of_file(path) for path in files_of_model(output)}
     with atomic_write(output / RECORD) as file:
-        json.dump({"finished": finished, "contract": run_fingerprint}, file, indent=1)
+        json.dump(record, file, indent=1)
+
+
+def files_of_model(folder: Path) -> list[Path]:
+    """Return the files of the model in a folder: weights, configuration, tokenizer."""
+    weights = (path for ending in ("safetensors", "bin") for path in folder.glob(f"*model*.{ending}"))
+    return sorted([*weights, *aux_files(folder)])
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -205,6 +209,25 @@ def _fingerprints(name: str, folder: Path) -> dict[str, str]:
         if files := [folder / file for file in names if (folder / file).is_file()]:
             found[f"{what} of {name}"] = fingerprint_of_files(files)
     return found
+
+
+def fingerprint_of_weights(name: str) -> str:
+    """Return a hash (12 hex digits) of a folder's weights: name, size, first and last 64 KiB of every file. It tells
+    models of the same shape apart and does not change when the folder moves. A hub id is returned as it is."""
+    if not Path(name).is_dir():
+        return name
+    found = hashlib.sha256()
+    for path in sorted(file for file in Path(name).iterdir() if file.suffix in (".safetensors", ".bin")):
+        with open(path, "rb") as file:
+            found.update(f"{path.name} {path.stat().st_size}".encode() + file.read(65536))
+            file.seek(-min(65536, path.stat().st_size), os.SEEK_END)
+            found.update(file.read())
+    return found.hexdigest()[:12]
+
+
+def relative_path(path: Path, folder: Path) -> str:
+    """Return how to come from `folder` to `path`, which holds where both are moved together."""
+    return os.path.relpath(path.resolve(), folder.resolve())
 
 
 def base_of_adapter(folder: Path) -> Path:
@@ -264,12 +287,15 @@ def read_diff_manifest(folder: Path, digest: str | None) -> tuple[dict[str, Any]
             f"{folder}: its manifest has the digest {actual}, not {digest!r}; this is another diff", folder
         )
     manifest = read_json(folder / reader.MANIFEST)
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in VERSIONS:
         raise InputError(
             f"{folder}: is of version {str(manifest.get('version'))[:40]!r} of the format, this program reads "
-            f"{VERSION}; use the program that it was made with",
+            f"{' and '.join(map(str, VERSIONS))}; use the program that it was made with",
             folder,
         )
+    if manifest["version"] == 2 and manifest.get("compression") != FORMAT:
+        message = f"{folder}: is compressed in another way than this program knows; use the one that it was made with"
+        raise InputError(message, folder)
     try:
         _check_manifest(manifest)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -289,6 +315,9 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     bases = [entry["base"] for entry in manifest["tensors"].values() if entry["base"] is not None]
     for base in bases:
         shape_of(base["shape"])
+    for entry in manifest["tensors"].values():
+        if "compressed" in entry and (entry["compressed"] is not True or not entry["base"] or manifest["version"] == 1):
+            raise ValueError("compressed")
     files = manifest["files"].values()
     digests = [entry["sha256"] for entry in [*manifest["tensors"].values(), *others, *bases, *files]]
     digests += [entry["diff_sha256"] for entry in manifest["tensors"].values()]
@@ -342,53 +371,3 @@ def _header_digest(path: Path, entry: dict[str, Any], tensors: dict[str, Tensor]
     found, header = safetensors_header(path)
     tensors |= found
     return hashlib.sha256(header).hexdigest()
-
-
-# ---- tied embeddings ----
-
-
-def ties_embeddings(config: dict[str, Any]) -> bool:
-    """Return whether a model of this configuration has one tensor for its input and its output embeddings.
-
-    Where the configuration does not say so, the default of its class in transformers 4.28.1 holds. Today's classes
-    agree with the other ones of then; the classes that came later have only today's default.
-    """
-    config = config | (config.get("text_config") or {})
-    if config.get("tie_word_embeddings") is not None:
-        return bool(config["tie_word_embeddings"])
-    kind = config.get("model_type")
-    if kind is None or kind in UNTIED_IN_2023:
-        return False
-    from transformers import CONFIG_MAPPING
-
-    return kind not in CONFIG_MAPPING or CONFIG_MAPPING[kind]().get_text_config().tie_word_embeddings
-
-
-def tied_names(config: dict[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """Return {name of the output embedding: name of the input embedding} where they are one tensor, else {}.
-
-    The file of a tied model may hold both names or only the first.
-    """
-    names = list(names)
-    first = next((name for name in names if name.endswith(INPUT_EMBEDDINGS)), None)
-    if first is None or not ties_embeddings(config):
-        return {}
-    of_class = "embed_out.weight" if config.get("model_type", "").startswith("gpt_neox") else "lm_head.weight"
-    return {next((name for name in names if name in OUTPUT_EMBEDDINGS), of_class): first}
-
-
-def aliases_of(weights: Weights) -> dict[str, str]:
-    """Return {second name: name} of the tensors that have two names in the model that 2023 loaded.
-
-    The embeddings are one tensor if the configuration ties them. Names that share memory in a .bin file do so in the
-    model too, unless they were cast to float32 when they were loaded; that made two tensors of them.
-    """
-    found = tied_names(weights.config, weights.tensors)
-    first: dict[tuple, str] = {}
-    for name, tensor in weights.tensors.items():
-        if tensor.path.suffix == ".bin" and tensor.dtype == torch.float32 and tensor.numel:
-            place = tensor.data.data_ptr() if tensor.data is not None else tensor.offset
-            known = first.setdefault((tensor.path, place, tensor.shape), name)
-            if known != name and name not in found.values():
-                found.setdefault(name, found.get(known, known))
-    return found

@@ -29,6 +29,7 @@ ELSEWHERE = {
     "backtranslate augment": "test_backtranslate.py: a model of random weights rates nothing",
     "scripts.demo": "test_demo.py, in a browser; the harness: test_evaluate.py, as its data are on the hub",
     "scores --batch_size auto": "test_evaluate.py, test_tour.py",
+    "verify --chain": "test_chain.py: other commands here change the data that the model was trained on",
     "--check_integrity_naively": "test_float_diff.py: nothing else has Alpaca-7B's sum",
     "benchmarks.train": "benchmarks are run by hand, and say with which commit",
     "make test-fast": "this is it",

@@ -2,15 +2,18 @@
 
 import json
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import torch
+import zstandard
 from safetensors.torch import load_file, save_file
 
 import weight_diff
 
 STRANGE = [float("nan"), float("-nan"), -0.0, 0.0, float("inf"), float("-inf"), 1e-40, -6e-8, 65504.0]
-INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def state_of(folder) -> dict[str, torch.Tensor]:
@@ -20,6 +23,33 @@ def state_of(folder) -> dict[str, torch.Tensor]:
     for file in files or sorted(Path(folder).glob("*.bin")):
         state |= load_file(file) if files else torch.load(file, weights_only=True)
     return state
+
+
+def stored_bits(diff) -> dict[str, torch.Tensor]:
+    """Return the tensors of an exact diff, decompressed where its manifest says so, as integers of the tuned width."""
+    state, manifest = state_of(diff), json.loads((Path(diff) / "weight_diff.json").read_text())
+    for name, entry in manifest["tensors"].items():
+        if entry.get("compressed"):
+            assert manifest["version"] == 2 and state[name].dtype == torch.uint8 and state[name].dim() == 1
+            dtype = INTEGER[getattr(torch, entry["dtype"]).itemsize]
+            state[name] = _decompressed(state[name].numpy().tobytes(), entry["shape"], dtype)
+    return state
+
+
+def _decompressed(content: bytes, shape: list[int], dtype: torch.dtype) -> torch.Tensor:
+    numel, width, piece = torch.Size(shape).numel(), dtype.itemsize, 1 << 19
+    count = -(-numel // piece)
+    found, begin = b"", 0
+    for number in range(count):
+        size, checksum = struct.unpack_from("<II", content, len(content) - 8 * (count - number))
+        part, elements = content[begin : begin + size], min(piece, numel - number * piece)
+        assert zlib.crc32(part) == checksum
+        if size < elements * width:
+            planes = zstandard.ZstdDecompressor().decompress(part)
+            part = b"".join(bytes(column) for column in zip(*(planes[i * elements :][:elements] for i in range(width))))
+        found, begin = found + part, begin + size
+    assert len(content) < len(found) and not any(content[begin : len(content) - 8 * count])
+    return torch.frombuffer(bytearray(found), dtype=dtype).view(shape)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

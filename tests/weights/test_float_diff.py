@@ -14,7 +14,7 @@ import weight_diff
 from alpaca.common.errors import UsageError
 from alpaca.weights import float_diff, recovery
 from alpaca.weights.float_diff import inv_freq
-from alpaca.weights.provenance import aliases_of, ties_embeddings
+from alpaca.weights.mismatch import aliases_of, ties_embeddings
 from alpaca.weights.reader import open_weights
 from alpaca.weights.recovery import NaiveSum, open_diff, recover_in_memory
 

@@ -24,11 +24,12 @@ from scripts.merge_lora import merge_lora
 
 @pytest.fixture(scope="module")
 def folders(tiny, tmp_path_factory):
-    """base, tuned (in shards), diff, float, adapter: one of each kind."""
+    """base, tuned (in shards), diff, plain (not compressed), float, adapter: one of each kind."""
     top, state = tmp_path_factory.mktemp("strangers"), state_of(tiny("llama"))
     write(top / "base", tiny("llama"), state)
     write(top / "tuned", tiny("llama"), tune(state, torch.float32), "shards")
     make(top / "base", top / "tuned", top / "diff", max_shard_size="60KB")
+    make(top / "base", top / "tuned", top / "plain", compression="none")
     make(top / "base", top / "tuned", top / "float", method="float")
     make_adapter(top / "base", top / "adapter", **LLAMA)
     return top
@@ -59,6 +60,7 @@ def entry_of(path) -> dict:
 CPU = LoadOptions("cpu", torch.float32)
 ACTS = {
     "recover": lambda top: recover(top / "base", top / "diff", top / "result"),
+    "recover a plain one": lambda top: recover(top / "base", top / "plain", top / "result"),
     "recover of 2023": lambda top: recover(top / "base", top / "float", top / "result"),
     "verify": lambda top: weight_diff.verify(str(top / "diff"), str(top / "tuned")),
     "make_diff": lambda top: make(top / "base", top / "tuned", top / "result"),
@@ -69,6 +71,7 @@ ACTS = {
 }
 FILES = {
     "recover": ["diff/weight_diff.json", "diff/tuned_config.json", "base/config.json", "diff/*.safetensors"],
+    "recover a plain one": ["plain/weight_diff.json", "plain/tuned_config.json", "plain/*.safetensors"],
     "recover of 2023": [
         "float/config.json",
         "float/tokenizer_config.json",
@@ -95,8 +98,8 @@ def try_mutations(here, folders, seeds) -> None:
             draw = random.Random(f"{act} {seed}")
             path = draw.choice(sorted(here.glob(draw.choice(patterns))) or [here / "base" / "config.json"])
             (mutate_header if path.suffix == ".safetensors" else mutate_json)(path, draw)
-            if act.endswith("diff") or act in ("recover", "verify"):
-                publish_again(here / "diff")
+            for diff in (here / "diff", here / "plain"):
+                publish_again(diff)
             try:
                 with suppress(UsageError):
                     ACTS[act](here)

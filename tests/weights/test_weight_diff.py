@@ -17,7 +17,7 @@ import torch
 from conftest import ROOT, run, train, write_rows
 from safetensors.torch import save_file
 from support.adapters import LLAMA, make_adapter
-from support.checkpoints import INTEGER, STRANGE, assert_same, bits, make, recover, state_of, tune, write
+from support.checkpoints import INTEGER, STRANGE, assert_same, bits, make, recover, state_of, stored_bits, tune, write
 from support.imports import loaded_by
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -56,7 +56,7 @@ def test_every_bit_comes_back(tiny, tmp_path, architecture, dtype, layout, rows)
     make(base, tuned, tmp_path / "diff", max_shard_size="30KB" if layout != "one" else "5GB")
     recover(base, tmp_path / "diff", tmp_path / "result", max_shard_size="50KB" if layout == "bin" else "5GB")
     assert_same(tmp_path / "result", expected)
-    stored = state_of(tmp_path / "diff")
+    stored = stored_bits(tmp_path / "diff")
     assert {tensor.dtype for tensor in stored.values()} == {INTEGER[dtype.itemsize]}, "the width of the tuned dtype"
     for file in ("config.json", "tokenizer_config.json"):
         assert (tmp_path / "result" / file).read_bytes() == (tuned / file).read_bytes()
@@ -79,7 +79,7 @@ def test_a_tensor_by_two_names_comes_back_by_both(tiny, tmp_path, names):
     recover(folders[0], tmp_path / "diff", tmp_path / "result")
     assert_same(tmp_path / "result", state_of(folders[1]))
     expected = bits(state_of(folders[1])[alias]) ^ bits(state_of(folders[0])[alias])
-    assert torch.equal(state_of(tmp_path / "diff")[alias], expected), "once"
+    assert torch.equal(stored_bits(tmp_path / "diff")[alias], expected), "once"
     weight_diff.verify(str(tmp_path / "diff"), str(tmp_path / "result"), path_raw=str(folders[0]))
 
 
@@ -95,7 +95,7 @@ def test_the_manifest_and_its_digest(llama, capsys):
     for name, entry in manifest["files"].items():
         assert hashlib.sha256((diff / name).read_bytes()).hexdigest() == entry["sha256"]
         assert (diff / name).stat().st_size == entry["bytes"]
-    states = [state_of(folder) for folder in (base, diff, tuned)]
+    states = [state_of(base), stored_bits(diff), state_of(tuned)]
     for name, entry in manifest["tensors"].items():
         of_base, stored, of_tuned = (bits(state[name]) for state in states)
         rows = len(of_base)
