@@ -525,6 +525,7 @@ def test_slow_tokenizer_files_come_from_the_base(case, tiny, tmp_path, capsys):
     names, slow = {path.name for path in (tmp_path / "diff").iterdir()}, SLOW[case.partition("_")[0]]
     added = {"added_tokens.json"} if case != "opt" else set()
     assert names == slow | added | {
+        "README.md",
         "pytorch_model.bin",
         "config.json",
         "generation_config.json",
