@@ -120,8 +120,8 @@ def open_config(name: str | Path, cache_dir: str | None = None) -> "PreTrainedCo
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
         for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
             layers, asked = (getattr(part, key, None) for key in ("num_hidden_layers", "_attn_implementation"))
-            if isinstance(layers, int) and layers > MOST_LAYERS:
-                raise InputError(f"{name}: config.json says {layers} layers; expected at most {MOST_LAYERS}", name)
+            if isinstance(layers, int) and not 1 <= layers <= MOST_LAYERS:
+                raise InputError(f"{name}: config.json says {layers} layers; expected 1 to {MOST_LAYERS}", name)
             if asked is not None and asked not in ATTENTION_IN_TRANSFORMERS:
                 _note(f"note: {name} names the attention kernel {asked}, which is not fetched")
                 part._attn_implementation = None

@@ -84,12 +84,12 @@ def load_config(model_args: Any, training_args: "TrainingArguments", checkpoint:
 def _check_attention(config: PreTrainedConfig, attention: str) -> None:
     """Raise ParameterError for an attention implementation that the model does not have here, without its weights."""
     options = dict(dtype=torch.bfloat16, attn_implementation=attention)
-    try:
-        with deepspeed.unpartitioned(), torch.device("meta"):
+    with loading(config.name_or_path, "the model could not be loaded"), deepspeed.unpartitioned(), torch.device("meta"):
+        try:
             AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError) as error:
-        message = f"{{attn_implementation}} {attention}: {first_line(error)}"
-        raise ParameterError(message, "attn_implementation") from error
+        except (OSError, ValueError, ImportError) as error:
+            message = f"{{attn_implementation}} {attention}: {first_line(error)}"
+            raise ParameterError(message, "attn_implementation") from error
 
 
 def load_model(
