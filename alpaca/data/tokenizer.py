@@ -54,7 +54,7 @@ KEPT = (
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 WITHOUT_CLASS = ("TokenizersBackend", "PreTrainedTokenizerFast", "PreTrainedTokenizer")
 ATTENTION_IN_TRANSFORMERS = ("eager", "sdpa", "flex_attention")  # any other name may be one of code on the hub
-MOST_LAYERS = 10_000  # a model of more would be built for hours
+MOST_LAYERS = 1000  # a model of more would be built for minutes and hours
 PADDED_IN_2023 = ("Bloom", "XGLM", "BioGpt")  # tokenizers of transformers 4.28.1 with a pad token by default
 
 
@@ -109,15 +109,13 @@ def _opened(
 
 def open_config(name: str | Path, cache_dir: str | None = None) -> "PreTrainedConfig":
     """Load the configuration of a model. Attention kernels that it names are not fetched: it gets transformers' own
-    choice, and a line says so.
-
-    Raises:
-        InputError: it cannot be read, or names code of its own.
-    """
-    from transformers import AutoConfig
+    choice, and a line says so. Raise InputError if it cannot be read, or names code of its own."""
+    from transformers import AutoConfig, PreTrainedConfig
 
     with loading(name, "the model could not be loaded"):
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
+        if not isinstance(text := config.get_text_config(decoder=True), PreTrainedConfig):
+            raise ValueError(f"its text_config is {text!r:.60}, which {type(config).__name__} does not know")
         for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
             layers, asked = (getattr(part, key, None) for key in ("num_hidden_layers", "_attn_implementation"))
             if isinstance(layers, int) and not 1 <= layers <= MOST_LAYERS:
