@@ -259,10 +259,7 @@ def fingerprint_of_weights(name: str) -> str:
 @contextmanager
 def new_folder(path: str | Path, nbytes: int, overwrite: bool, inputs: Iterable[Path]) -> Iterator[Path]:
     """Yield a folder to write tensors of `nbytes` into. It is renamed to `path` when the block ends without an error.
-
-    Raises:
-        InputError: `path` is taken, is one of the `inputs`, cannot be written, or its disk is too small.
-    """
+    Raise InputError if `path` is taken, is one of the `inputs`, cannot be written, or its disk is too small."""
     target = Path(os.path.realpath(os.path.expanduser(path)))
     if not target.name:
         raise InputError(f"{path}: expected a new folder, which is named", path, written=True)
@@ -286,6 +283,9 @@ def new_folder(path: str | Path, nbytes: int, overwrite: bool, inputs: Iterable[
             if handle is not None:
                 os.close(handle)
     except OSError as error:
+        read = [folder for folder in inputs if error.filename and Path(error.filename).is_relative_to(folder)]
+        if read:
+            raise InputError(f"{error.filename}: cannot be read ({error.strerror})", read[0]) from error
         raise InputError(f"{path}: could not be written ({error})", path, written=True) from error
 
 

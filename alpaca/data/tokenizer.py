@@ -67,11 +67,12 @@ def open_tokenizer(
     tokenizer.model of a LLaMA folder that names no class, or the class LLaMATokenizer, without <s> and first space.
     It also recurses without end over bos, eos and unk that are "", as in early LLaMA folders: they are those of the
     sentencepiece model. What version 5 alone takes for a token is put into `unstated` where it was changed.
-
-    Raises:
-        InputError: there is none, it has code of its own, or its files are damaged, whatever a library raises.
+    Raise InputError if there is none, it has code of its own, or its files are damaged, whatever a library raises.
     """
     with loading(name, "no tokenizer could be loaded"):
+        for path in (Path(name) / file for file in OF_THE_TOKENIZER):
+            if path.is_file() and not os.access(path, os.R_OK):  # a library would take it for one that is not there
+                raise InputError(f"{path}: cannot be read (Permission denied)", name)
         tokenizer = _opened(name, cache_dir, {} if unstated is None else unstated, kwargs)
         if wrong := [name for name in SPECIAL_TOKENS if not isinstance(getattr(tokenizer, name), str | None)]:
             raise ValueError(f"its {wrong[0]} is {getattr(tokenizer, wrong[0])!r:.60}, expected a text")
