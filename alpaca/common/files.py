@@ -13,7 +13,7 @@ from pathlib import Path
 from shlex import quote
 from typing import IO, Any
 
-from alpaca.common.errors import InputError, format_bytes
+from alpaca.common.errors import InputError, format_bytes, loading
 
 MARKER = ".incomplete"  # in a folder that is being written
 ROOM = 10**8  # bytes on the disk for what stands beside the tensors: tokenizer, configuration, manifest
@@ -163,11 +163,8 @@ def file_in(folder: Path, name: Any) -> Path:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Make the folder, and a file in it that is deleted again, before hours of work depend on it.
-
-    Raises:
-        InputError: that is not possible.
-    """
+    """Make the folder, and a file in it that is deleted again, before hours of work depend on it. Raise InputError if
+    that is not possible."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -227,14 +224,16 @@ def digest(parts: Iterable[str]) -> str:
 
 def sha256_of_file(path: Path) -> str:
     """Return the SHA-256 of a file, which is read whole, as sha256sum prints it."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with loading(path, "cannot be read"):
+        return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def fingerprint_of_files(files: Iterable[Path]) -> str:
     """Return a hash (12 hex digits) of the files' names and contents."""
     found = hashlib.sha256()
     for file in files:
-        data = file.read_bytes()
+        with loading(file, "cannot be read"):
+            data = file.read_bytes()
         found.update(f"{file.name} {len(data)} ".encode() + data)
     return found.hexdigest()[:12]
 
@@ -246,7 +245,7 @@ def fingerprint_of_weights(name: str) -> str:
         return name
     found = hashlib.sha256()
     for path in sorted(file for file in Path(name).iterdir() if file.suffix in (".safetensors", ".bin")):
-        with open(path, "rb") as file:
+        with loading(name, "cannot be read"), open(path, "rb") as file:
             found.update(f"{path.name} {path.stat().st_size}".encode() + file.read(65536))
             file.seek(-min(65536, path.stat().st_size), os.SEEK_END)
             found.update(file.read())

@@ -18,7 +18,7 @@ from support.mutations import mutate_header, mutate_json
 
 import weight_diff
 from alpaca.common.errors import InputError, UsageError
-from alpaca.common.files import new_folder
+from alpaca.common.files import fingerprint_of_files, fingerprint_of_weights, new_folder, sha256_of_file
 from alpaca.data.tokenizer import open_tokenizer
 from alpaca.inference.load import LoadOptions, load_for_inference
 from alpaca.weights.reader import FLOAT_DIFF, MODEL, folder_kind, last_norm, open_weights
@@ -333,3 +333,11 @@ def test_an_adapter_config_that_cannot_be_used_is_not_the_bases_fault(tiny, tmp_
     path.write_text(json.dumps(json.loads(path.read_text()) | setting))
     with pytest.raises(InputError, match="adapter_config.json cannot be (used|read)"):
         load_for_inference(folder, tiny("llama"), LoadOptions("cpu", torch.float32))
+
+
+@pytest.mark.parametrize("hashed", [sha256_of_file, lambda path: fingerprint_of_files([path]), fingerprint_of_weights])
+def test_a_file_that_cannot_be_hashed(tmp_path, hashed):
+    path = tmp_path / "model.safetensors"
+    path.mkdir()  # root may read every file
+    with pytest.raises(InputError, match="cannot be read .*Is a directory"):
+        hashed(tmp_path if hashed is fingerprint_of_weights else path)
