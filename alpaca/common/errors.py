@@ -146,8 +146,8 @@ class MalformedJSON(UsageError, json.JSONDecodeError):
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or what it is called where it has none."""
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    """Return the first line of an error's message, or what it is called where it has none, or only a missing key."""
+    return ((str(error).strip() if not isinstance(error, KeyError) else "") or repr(error)).splitlines()[0]
 
 
 def print_anything() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from shlex import quote
 from typing import IO, Any
 
-from alpaca.common.errors import InputError, format_bytes
+from alpaca.common.errors import InputError, format_bytes, loading
 
 MARKER = ".incomplete"  # in a folder that is being written
 ROOM = 10**8  # bytes on the disk for what stands beside the tensors: tokenizer, configuration, manifest
@@ -163,11 +163,8 @@ def file_in(folder: Path, name: Any) -> Path:
 
 
 def check_writable(folder: str | Path) -> None:
-    """Make the folder, and a file in it that is deleted again, before hours of work depend on it.
-
-    Raises:
-        InputError: that is not possible.
-    """
+    """Make the folder, and a file in it that is deleted again, before hours of work depend on it. Raise InputError if
+    that is not possible."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -228,7 +225,7 @@ def digest(parts: Iterable[str]) -> str:
 def sha256_of_file(path: Path) -> str:
     """Return the SHA-256 of a file, as sha256sum prints it."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with loading(path, "cannot be read"), open(path, "rb", buffering=0) as file:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
@@ -238,7 +235,8 @@ def fingerprint_of_files(files: Iterable[Path]) -> str:
     """Return a hash (12 hex digits) of the files' names and contents."""
     found = hashlib.sha256()
     for file in files:
-        data = file.read_bytes()
+        with loading(file, "cannot be read"):
+            data = file.read_bytes()
         found.update(f"{file.name} {len(data)} ".encode() + data)
     return found.hexdigest()[:12]
 
@@ -249,10 +247,7 @@ def fingerprint_of_files(files: Iterable[Path]) -> str:
 @contextmanager
 def new_folder(path: str | Path, nbytes: int, overwrite: bool, inputs: Iterable[Path]) -> Iterator[Path]:
     """Yield a folder to write tensors of `nbytes` into. It is renamed to `path` when the block ends without an error.
-
-    Raises:
-        InputError: `path` is taken, is one of the `inputs`, cannot be written, or its disk is too small.
-    """
+    Raise InputError if `path` is taken, is one of the `inputs`, cannot be written, or its disk is too small."""
     target = Path(os.path.realpath(os.path.expanduser(path)))
     if not target.name:
         raise InputError(f"{path}: expected a new folder, which is named", path, written=True)
@@ -276,6 +271,9 @@ def new_folder(path: str | Path, nbytes: int, overwrite: bool, inputs: Iterable[
             if handle is not None:
                 os.close(handle)
     except OSError as error:
+        read = [folder for folder in inputs if error.filename and Path(error.filename).is_relative_to(folder)]
+        if read:
+            raise InputError(f"{error.filename}: cannot be read ({error.strerror})", read[0]) from error
         raise InputError(f"{path}: could not be written ({error})", path, written=True) from error
 
 

@@ -24,8 +24,9 @@ from alpaca.data.prompts import backward_row, check_row
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 DATA_SUFFIXES = (".json", ".jsonl", *DELIMITERS, ".parquet")
-MOST_BYTES = 2 * 10**9  # of a file, and of what a table unpacks to, where a row counts ROW_BYTES more
-ROW_BYTES = 100
+MOST_BYTES = 2 * 10**9  # of a file, and of what a table unpacks to, where rows and values count these more
+ROW_BYTES, VALUE_BYTES = 100, 50
+NO_DICTIONARY = {"DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"}  # encodings that pyarrow does not read as one
 MOST_LEVELS = 100  # of lists and objects in a row
 OF_A_ROW = {*FIELDS, "instances"}
 OURS = (  # what our own programs write beside a row's fields, and the data of self-instruct and AlpacaEval has
@@ -210,11 +211,10 @@ def read_text(path: Path, line_ends: bool = True) -> str:
 def _check_size(size: int, about: str | Path, unpacked: bool = False) -> None:
     """Raise InputError for more than MOST_BYTES."""
     if size > MOST_BYTES:
-        what = "unpacks to" if unpacked else "has"
+        has = "unpacks to" if unpacked else "has"
         raise InputError(
-            f"{about}: {what} {format_bytes(size)} or more, and at most {format_bytes(MOST_BYTES)} are read at once. "
-            "If it really is that large: split it, or put it into a folder as parquet files and take a part of that, "
-            "as with the split train[:1000000]",
+            f"{about}: {has} {format_bytes(size)} or more, and at most {format_bytes(MOST_BYTES)} are read at once. If it "
+            "is right: split it, or put it into a folder as parquet files and take a part, such as train[:1000000]",
             about,
         )
 
@@ -224,8 +224,7 @@ class RowWithRepeats(dict):
 
 
 def _row(pairs: Iterable[tuple[str, Any]]) -> Row:
-    pairs = list(pairs)
-    row = dict(pairs)
+    row = dict(pairs := list(pairs))
     return row if len(row) == len(pairs) else RowWithRepeats(row)
 
 
@@ -339,38 +338,43 @@ def _find_separator(text: str, usual: str) -> str:
 
 
 def _read_parquet(path: Path) -> list[Row]:
-    """Return the rows of a parquet file, a few at a time: its statement of how large it is unpacked may be false, and a
-    text that is repeated stands in it once."""
+    """Return the rows of a parquet file. What it says of its size may be false; a repeated text stands in it once."""
     import pyarrow.parquet
 
-    rows: list[Row] = []
+    rows, batches, size = [], [], 0
     with loading(path, "cannot be read as parquet"):
         with pyarrow.parquet.ParquetFile(path) as file:
-            groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
-            size = max(ROW_BYTES * file.metadata.num_rows, sum(group.total_byte_size for group in groups))
-            _check_size(size, path, True)
-            texts = [field.name for field in file.schema_arrow if field.type in (pyarrow.string(), pyarrow.binary())]
-        batches, size = [], 0
-        with pyarrow.parquet.ParquetFile(path, read_dictionary=texts) as file:
-            for batch in file.iter_batches(batch_size=1024):
+            schema, groups = file.schema, [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+            parts = [(schema.column(i), group.column(i)) for group in groups for i in range(len(schema))]
+            values = sum(part.num_values * (VALUE_BYTES + max(column.length, 0)) for column, part in parts)
+            least = ROW_BYTES * file.metadata.num_rows + values
+            _check_size(max(least, sum(group.total_byte_size for group in groups)), path, True)
+            texts = {column.path for column, _ in parts if column.physical_type == "BYTE_ARRAY"}
+            known = {field.name for field in file.schema_arrow if not pyarrow.types.is_nested(field.type)} & texts
+            known -= {column.path for column, part in parts if {*part.encodings} & NO_DICTIONARY}
+        with pyarrow.parquet.ParquetFile(path, read_dictionary=sorted(known)) as file:
+            for batch in file.iter_batches(batch_size=1024 if known == texts else 16):  # a text may be repeated
                 size += ROW_BYTES * batch.num_rows + sum(map(_unpacked_size, batch.columns))
                 _check_size(size, path, True)
                 batches.append(batch)
         for batch in batches:
-            columns = [column.dictionary_decode() if hasattr(column, "indices") else column for column in batch.columns]
-            values = zip(*(column.to_pylist() for column in columns))
-            rows += [_row(zip(batch.schema.names, row)) for row in values]
+            columns = (column.dictionary_decode() if hasattr(column, "indices") else column for column in batch.columns)
+            rows += [_row(zip(batch.schema.names, row)) for row in zip(*(column.to_pylist() for column in columns))]
     return rows
 
 
 def _unpacked_size(column: Any) -> int:
-    """Return the bytes of a pyarrow array with every text written out."""
-    import pyarrow.compute
+    """Return the bytes of a pyarrow array with every text written out, and VALUE_BYTES a value."""
+    from pyarrow import compute, types
 
+    size = VALUE_BYTES * len(column)
+    if types.is_nested(column.type):
+        parts = column.flatten()
+        return size + sum(map(_unpacked_size, parts if isinstance(parts, list) else [parts]))
     if not hasattr(column, "indices"):
-        return column.nbytes
-    lengths = pyarrow.compute.binary_length(column.dictionary)
-    return pyarrow.compute.sum(lengths.take(column.indices)).as_py() or 0
+        return size + column.nbytes
+    lengths = compute.binary_length(column.dictionary)
+    return size + (compute.sum(lengths.take(column.indices)).as_py() or 0)
 
 
 def _read_dataset(name: str, split: str, cache_dir: str | None) -> list[Row]:
@@ -383,7 +387,8 @@ def _read_dataset(name: str, split: str, cache_dir: str | None) -> list[Row]:
             found = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         else:
             found = datasets.load_dataset(name, split=split, cache_dir=cache_dir)
-        _check_size(found.data.nbytes, name, True)
+        of_a_row = ROW_BYTES + VALUE_BYTES * len(found.column_names)
+        _check_size(found.data.nbytes + of_a_row * len(found), name, True)
         return found.to_list()
     except UsageError:
         raise

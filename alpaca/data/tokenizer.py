@@ -54,7 +54,7 @@ KEPT = (
 NAMED = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 WITHOUT_CLASS = ("TokenizersBackend", "PreTrainedTokenizerFast", "PreTrainedTokenizer")
 ATTENTION_IN_TRANSFORMERS = ("eager", "sdpa", "flex_attention")  # any other name may be one of code on the hub
-MOST_LAYERS = 10_000  # a model of more would be built for hours
+MOST_LAYERS = 1000  # a model of more would be built for minutes and hours
 PADDED_IN_2023 = ("Bloom", "XGLM", "BioGpt")  # tokenizers of transformers 4.28.1 with a pad token by default
 
 
@@ -67,12 +67,13 @@ def open_tokenizer(
     tokenizer.model of a LLaMA folder that names no class, or the class LLaMATokenizer, without <s> and first space.
     It also recurses without end over bos, eos and unk that are "", as in early LLaMA folders: they are those of the
     sentencepiece model. What version 5 alone takes for a token is put into `unstated` where it was changed.
-
-    Raises:
-        InputError: there is none, it has code of its own, or its files are damaged, whatever a library raises.
+    Raise InputError if there is none, it has code of its own, or its files are damaged, whatever a library raises.
     """
     reach_hub(name, cache_dir)
     with loading(name, "no tokenizer could be loaded"):
+        for path in (Path(name) / file for file in OF_THE_TOKENIZER):
+            if path.is_file() and not os.access(path, os.R_OK):  # a library would take it for one that is not there
+                raise InputError(f"{path}: cannot be read (Permission denied)", name)
         tokenizer = _opened(name, cache_dir, {} if unstated is None else unstated, kwargs)
         if wrong := [name for name in SPECIAL_TOKENS if not isinstance(getattr(tokenizer, name), str | None)]:
             raise ValueError(f"its {wrong[0]} is {getattr(tokenizer, wrong[0])!r:.60}, expected a text")
@@ -109,17 +110,18 @@ def _opened(
 
 
 def open_config(name: str | Path, cache_dir: str | None = None) -> "PreTrainedConfig":
-    """Load the configuration of a model; attention kernels that it names are not fetched. Raise InputError where it
-    cannot be read, or names code of its own."""
-    from transformers import AutoConfig
+    """Load a model's configuration, no attention kernels that it names. Raise InputError if it is damaged or code."""
+    from transformers import AutoConfig, PreTrainedConfig
 
     reach_hub(name, cache_dir)
     with loading(name, "the model could not be loaded"):
         config = AutoConfig.from_pretrained(name, cache_dir=cache_dir, trust_remote_code=False)
+        if not isinstance(text := config.get_text_config(decoder=True), PreTrainedConfig):
+            raise ValueError(f"its text_config is {text!r:.60}, which {type(config).__name__} does not know")
         for part in (config, *(getattr(config, key, None) for key in config.sub_configs)):
             layers, asked = (getattr(part, key, None) for key in ("num_hidden_layers", "_attn_implementation"))
-            if isinstance(layers, int) and layers > MOST_LAYERS:
-                raise InputError(f"{name}: config.json says {layers} layers; expected at most {MOST_LAYERS}", name)
+            if isinstance(layers, int) and not 1 <= layers <= MOST_LAYERS:
+                raise InputError(f"{name}: config.json says {layers} layers; expected 1 to {MOST_LAYERS}", name)
             if asked is not None and asked not in ATTENTION_IN_TRANSFORMERS:
                 _note(f"note: {name} names the attention kernel {asked}, which is not fetched")
                 part._attn_implementation = None

@@ -7,6 +7,7 @@ An adapter stays apart from its base, as it was trained: merging it would round 
 """
 
 import copy
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -201,8 +202,9 @@ def _put_in(model: PreTrainedModel, folder: Path, config: "PeftConfig", tokens: 
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")  # peft asks for it
             result = set_peft_model_state_dict(get_peft_model(model, config), weights)
     except Exception as error:  # peft raises what it likes
-        # it lists every tensor of another size
         message = f"{misfit}: it was trained on a model of other sizes or another architecture"
+        if not re.search("size mismatch|target modules|not found", str(error), re.IGNORECASE):  # lists all its tensors
+            message = f"{folder}: {ADAPTER_CONFIG} cannot be used ({first_line(error)})"
         raise InputError(message, folder) from error
     missing = [name for name in result.missing_keys if "lora_" in name]
     # an output embedding that is the input embedding is saved twice

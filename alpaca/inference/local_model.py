@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 
-from alpaca.common.errors import ParameterError, UsageError
+from alpaca.common.errors import InputError, ParameterError, UsageError
 from alpaca.completions.api import MOST_CUTS, Completion, ContextOverflow, Prompt, Sampling, cut_at_stop
 from alpaca.data.tokenization import tokens_around, without_end
 from alpaca.inference.load import LoadOptions, load_for_inference, without_adapter
@@ -71,6 +71,9 @@ class LocalModel:
         self.summary = opened.description
         self.api = "chat" if chat and self.tokenizer.chat_template else "completions"
         ends = _listed(self.model.generation_config.eos_token_id) + _listed(self.tokenizer.eos_token_id)
+        if strange := [token for token in ends if type(token) is not int]:
+            message = f"{folder}: the end token of its generation_config.json is {strange[0]!r:.60}, expected an id"
+            raise InputError(message, str(folder))
         self.eos = list(dict.fromkeys(ends))
         # what fills rows that have ended; an end, so that nothing after a row's end is taken for text
         self.filler = self.eos[0] if self.eos else self.tokenizer.pad_token_id or 0

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from alpaca.common.distributed import barrier, print_rank0
 from alpaca.common.errors import InputError, ParameterError, UsageError, first_line, loading
+from alpaca.common.files import file_in, read_json
 from alpaca.data.tokenizer import (
     SPECIAL_TOKENS,
     existing_tokens,
@@ -76,20 +78,32 @@ def base_slow_files(tokenizer: PreTrainedTokenizerBase, training_args: "Training
 def load_config(model_args: Any, training_args: "TrainingArguments", checkpoint: str | None = None) -> PreTrainedConfig:
     name = checkpoint or model_args.model_name_or_path
     config = open_config(name, training_args.cache_dir)
+    for key, rate in config.get_text_config().to_dict().items():
+        if key.endswith(("dropout", "pdrop")) and isinstance(rate, int | float) and not 0 <= rate < 1:
+            raise InputError(f"{name}: config.json says {key} {rate}; expected at least 0 and below 1", name)
+    _check_index(Path(name))
     if model_args.attn_implementation:
         _check_attention(config, model_args.attn_implementation)
     return config
 
 
+def _check_index(folder: Path) -> None:
+    """Raise InputError for an index of shards that names files outside its folder."""
+    for index in sorted(folder.glob("*.index.json")) if folder.is_dir() else ():
+        names = read_json(index).get("weight_map")
+        for name in names.values() if isinstance(names, dict) else ():
+            file_in(folder, name)
+
+
 def _check_attention(config: PreTrainedConfig, attention: str) -> None:
     """Raise ParameterError for an attention implementation that the model does not have here, without its weights."""
     options = dict(dtype=torch.bfloat16, attn_implementation=attention)
-    try:
-        with deepspeed.unpartitioned(), torch.device("meta"):
+    with loading(config.name_or_path, "the model could not be loaded"), deepspeed.unpartitioned(), torch.device("meta"):
+        try:
             AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False, **options)
-    except (OSError, ValueError, ImportError) as error:
-        message = f"{{attn_implementation}} {attention}: {first_line(error)}"
-        raise ParameterError(message, "attn_implementation") from error
+        except (OSError, ValueError, ImportError) as error:
+            message = f"{{attn_implementation}} {attention}: {first_line(error)}"
+            raise ParameterError(message, "attn_implementation") from error
 
 
 def load_model(
@@ -117,7 +131,14 @@ def load_model(
                 return fsdp.empty_model(config, **options)
         with deepspeed.partitioned_in_float32(training_args):
             options |= dict(config=config, cache_dir=training_args.cache_dir)
-            return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
+            model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options)
+    if not lora_args and getattr(model, "is_quantized", False):
+        raise InputError(
+            f"{name}: is quantized, and such weights cannot be trained; take the model that it was made from, or train "
+            "LoRA matrices on it",
+            name,
+        )
+    return model
 
 
 def make_model(
@@ -147,7 +168,8 @@ def make_model(
         if training_args.ddp_find_unused_parameters is None:  # the Trainer would look for some in every step
             training_args.ddp_find_unused_parameters = False
         new_tokens = list(range(size - num_new_tokens, size))
-        model = add_lora(model, lora_args, new_tokens, training_args.seed, checkpoint)
+        with loading(model_args.model_name_or_path, "LoRA could not be put into the model"):
+            model = add_lora(model, lora_args, new_tokens, training_args.seed, checkpoint)
     if training_args.fsdp:
         fsdp.check_dropout(training_args, model)
         fsdp.materialize(model)

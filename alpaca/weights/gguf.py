@@ -154,6 +154,9 @@ class GGUFModel:
         if self.arch == self.gguf.MODEL_ARCH.LLAMA:
             values = self._interleaved(tensor.name, values)
         kind, _ = self._stored(tensor)
+        if not bool(values.isfinite().all()):
+            problem = "holds numbers that are not finite: the model is damaged, or its training was"
+            raise InputError(f"{self.weights.folder}: {tensor.name} {problem}", self.weights.folder)
         if kind.name == "F16" and not float(values.abs().max()) <= LAST_NORMAL:
             raise InputError(
                 f"{self.weights.folder}: {tensor.name} holds numbers that float16 cannot; export it as F32",

@@ -8,6 +8,7 @@ Tensors that the adapter does not touch keep every bit. LoRA: arXiv 2106.09685; 
 import copy
 import dataclasses
 import json
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -285,6 +286,9 @@ class Merged:
                     weights.read(tensor, start, own, slot.take(3, torch.uint8, count * 8))
                 if rows is not None:
                     _put_rows(piece, start, rows, change.tokens)
+                if piece.is_floating_point() and piece.element_size() > 1 and not _are_finite(piece):
+                    problem = f"{spec.name} would hold numbers that are not finite; it or its base is damaged"
+                    raise self.adapter._error(problem)
                 pipe.bar.update(piece.nbytes)
                 yield slot, spec, start, piece
 
@@ -292,6 +296,10 @@ class Merged:
         out = torch.empty(tensor.shape, dtype=dtype)
         self.adapter.weights.read(tensor, 0, out.view(-1), torch.empty(tensor.nbytes, dtype=torch.uint8))
         return out
+
+
+def _are_finite(piece: torch.Tensor) -> bool:
+    return all(math.isfinite(end) for end in piece.aminmax()) if piece.numel() else True
 
 
 def _put_rows(piece: torch.Tensor, start: int, rows: torch.Tensor, tokens: list[int]) -> None:

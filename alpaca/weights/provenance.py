@@ -218,7 +218,7 @@ def fingerprint_of_weights(name: str) -> str:
         return name
     found = hashlib.sha256()
     for path in sorted(file for file in Path(name).iterdir() if file.suffix in (".safetensors", ".bin")):
-        with open(path, "rb") as file:
+        with loading(name, "cannot be read"), open(path, "rb") as file:
             found.update(f"{path.name} {path.stat().st_size}".encode() + file.read(65536))
             file.seek(-min(65536, path.stat().st_size), os.SEEK_END)
             found.update(file.read())

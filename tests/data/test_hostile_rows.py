@@ -222,6 +222,67 @@ def test_the_limits(tmp_path, monkeypatch, compression, dictionary):
     assert len(load_rows(parquet(tmp_path / "c.parquet", half, **options))) == 10
 
 
+LONG = "A" * 100_000
+REPEATED = {
+    "large_string": pyarrow.array([LONG] * 1000, pyarrow.large_string()),
+    "string_view": pyarrow.array([LONG] * 1000, pyarrow.string_view()),
+    "large_binary": pyarrow.array([LONG.encode()] * 1000, pyarrow.large_binary()),
+    "list of string": pyarrow.array([[LONG]] * 1000),
+    "struct of string": pyarrow.array([{"a": LONG}] * 1000),
+    "binary of a fixed size": pyarrow.array([LONG.encode()] * 1000, pyarrow.binary(100_000)),
+}
+
+
+@pytest.mark.parametrize("kind", REPEATED)
+def test_a_text_that_is_repeated_is_not_unpacked_whole(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(rooms, "MOST_BYTES", 10**7)
+    path = parquet(tmp_path / "a.parquet", [("instruction", pyarrow.array(["a"] * 1000)), ("output", REPEATED[kind])])
+    assert os.path.getsize(path) < 10**6
+    held, measure = [], rooms._unpacked_size
+    monkeypatch.setattr(rooms, "_unpacked_size", lambda column: held.append(column.nbytes) or measure(column))
+    with pytest.raises(InputError, match="unpacks to"):
+        load_rows(path)
+    assert sum(held) < 25 * 10**6  # of 100; a part of a list or struct counts with it and by itself
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.nulls(1, pyarrow.list_(pyarrow.null())),
+        pyarrow.array([[None] * 3_000_000], pyarrow.list_(pyarrow.null())),
+        pyarrow.array([[1] * 3_000_000], pyarrow.list_(pyarrow.int8())),
+        pyarrow.array([[{"a": None}] * 3_000_000]),
+        pyarrow.array([[True] * 3_000_000]),
+    ],
+    ids=str,
+)
+def test_values_that_take_no_room_in_a_file(tmp_path, monkeypatch, column):
+    monkeypatch.setattr(rooms, "MOST_BYTES", 10**8)
+    path = parquet(tmp_path / "a.parquet", [("instruction", pyarrow.array(["a"])), TEXT, ("x", column)])
+    if column.null_count:
+        assert len(load_rows(path)) == 1
+    else:
+        assert os.path.getsize(path) < 10**5
+        with pytest.raises(InputError, match="unpacks to"):
+            load_rows(path)
+
+
+def test_columns_that_take_no_room_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(rooms, "MOST_BYTES", 10**6)
+    nothing = [(f"c{n}", pyarrow.nulls(1000)) for n in range(100)]
+    text = pyarrow.array(["a"] * 1000)
+    with pytest.raises(InputError, match="unpacks to"):
+        load_rows(parquet(tmp_path / "a.parquet", [("instruction", text), ("output", text), *nothing]))
+
+
+@pytest.mark.parametrize("encoding", ["DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY", "PLAIN"])
+def test_encodings_of_other_writers(tmp_path, encoding):
+    options = dict(use_dictionary=False, column_encoding=dict.fromkeys(("instruction", "output"), encoding))
+    texts = pyarrow.array([f"text {n}" for n in range(100)])
+    rows = load_rows(parquet(tmp_path / "a.parquet", [("instruction", texts), ("output", texts)], **options))
+    assert [row["output"] for row in rows] == texts.to_pylist()
+
+
 def test_a_part_of_a_folder_that_is_too_large(tmp_path, monkeypatch):
     monkeypatch.setattr(rooms, "MOST_BYTES", 50_000)
     column = pyarrow.array(["A" * 1000] * 40)

@@ -133,6 +133,14 @@ def test_no_default_of_the_models_folder_is_used(tiny, tmp_path):
     assert LocalModel(folder).generate(PROMPTS, GREEDY) == LocalModel(tiny("llama")).generate(PROMPTS, GREEDY)
 
 
+@pytest.mark.parametrize("end", ["x", ["</s>"], [2, {"a": 1}], 2.5, True])
+def test_an_end_token_that_is_no_id(tiny, tmp_path, end):
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    with pytest.raises(UsageError, match="the end token of its generation_config.json is|cannot be loaded"):
+        LocalModel(folder, 1)
+
+
 def test_max_tokens_are_cut_until_they_fit(model):
     prompt = "word " * 500
     length = len(model._encode(prompt))

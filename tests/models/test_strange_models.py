@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from conftest import ROOT, train, write_rows
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alpaca.common.errors import UsageError
@@ -129,16 +132,73 @@ def model_of(folder) -> SimpleNamespace:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("answer", ["y\n", "", "\n"])
-def test_train_asks_nothing(tiny, tmp_path, answer):
+@pytest.mark.parametrize("command", ["train.py", "-m scripts.generate", "-m scripts.merge_lora", "weight_diff.py"])
+def test_nothing_is_asked(tiny, tmp_path, command):
+    """An answer is waiting on stdin, as from `yes |`: whoever asks gets it, and runs the code."""
+    from support.adapters import LLAMA, make_adapter
+
     folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    adapter = make_adapter(folder, tmp_path / "adapter", **LLAMA)
     ran = with_code(folder, "config.json", model_type="own", auto_map=OWN)
+    rows, out = write_rows(tmp_path / "rows.json", 4), tmp_path / "out"
+    words = {
+        "train.py": f"--model_name_or_path {folder} --data_path {rows} --output_dir {out} --use_cpu True",
+        "-m scripts.generate": f"--model {folder} --data_path {rows} --output_path {out}",
+        "-m scripts.merge_lora": f"--adapter {adapter} --base {folder} --output_dir {out}",
+        "weight_diff.py": f"make_diff --path_raw {tiny('llama')} --path_tuned {folder} --path_diff {out}",
+    }
+    called = [sys.executable, *command.split(), *words[command].split()]
+    result = subprocess.run(called, cwd=ROOT, input="y\n" * 1000, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2 and not ran.exists()
+    assert "code of its own" in result.stderr and "Traceback" not in result.stderr
+    assert "[y/N]" not in result.stdout + result.stderr
+
+
+# ---- configurations that no model can be made of ----
+
+BROKEN = {
+    "rope": (dict(rope_scaling={"rope_type": "evil"}), "could not be loaded"),
+    "no layers": (dict(num_hidden_layers=0), "says 0 layers; expected 1 to 1000"),
+    "layers for hours": (dict(num_hidden_layers=5000), "says 5000 layers"),
+    "heads": (dict(num_attention_heads=0), "could not be loaded"),
+    "activation": (dict(hidden_act="evil"), "could not be loaded (KeyError('evil'))"),
+    "dropout": (dict(attention_dropout=5.0), "attention_dropout 5.0; expected at least 0 and below 1"),
+    "text_config": (dict(text_config={"model_type": "x"}), "its text_config is"),
+    "quantized": (
+        dict(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
+        "is quantized, and such weights cannot be trained|pip install",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [{}, dict(attn_implementation="eager")], ids=str)
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_configuration_is_a_message(tiny, tmp_path, case, flags):
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    changes, expected = BROKEN[case]
+    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | changes))
     rows = write_rows(tmp_path / "rows.json", 4)
     result = train(
-        dict(model_name_or_path=folder, data_path=rows, output_dir=tmp_path / "out", use_cpu=True), check=False
+        dict(model_name_or_path=folder, data_path=rows, output_dir=tmp_path / "out", use_cpu=True, **flags), check=False
     )
-    assert result.returncode != 0 and not ran.exists()
-    assert "brings code of its own" in result.stderr and "Traceback" not in result.stderr
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert any(part in result.stderr for part in expected.split("|")), result.stderr[-500:]
+    assert "--attn_implementation" not in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["../base/model.safetensors", "/tmp/model.safetensors", "..", 5, None])
+def test_an_index_names_files_of_its_folder_only(tiny, tmp_path, name):
+    shutil.copytree(tiny("llama"), tmp_path / "base")
+    folder = Path(shutil.copytree(tiny("llama"), tmp_path / "model"))
+    names = dict.fromkeys(load_file(folder / "model.safetensors"), name)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    rows = write_rows(tmp_path / "rows.json", 4)
+    flags = dict(model_name_or_path=folder, data_path=rows, output_dir=tmp_path / "out", use_cpu=True)
+    result = train(flags, check=False)
+    assert result.returncode == 2 and "names a file outside its folder" in result.stderr
 
 
 def test_merging_into_a_base_with_code(tiny, tmp_path, asks_nobody):

@@ -275,6 +275,18 @@ def test_a_number_beyond_float16(made, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("dtype", ["F32", "F16", "Q8_0"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite(made, tmp_path, dtype, number):
+    folder = shutil.copytree(made("qwen2"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = number
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match="model.norm.weight holds numbers that are not finite"):
+        export(str(folder), str(tmp_path / "out"), dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_the_package(made, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(UsageError, match='pip install "gguf'):

@@ -250,6 +250,27 @@ def test_no_more_than_a_block_of_rows_is_merged_at_once(adapter, tmp_path, monke
     assert max(sizes) <= 300 and len(sizes) > 30
 
 
+@pytest.mark.parametrize("where", ["adapter", "lora_alpha", "base, merged", "base, copied"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_not_saved(tiny, tmp_path, where, number):
+    base = shutil.copytree(tiny("llama"), tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", **LLAMA)
+    if where == "lora_alpha":
+        settings = json.loads((adapter / "adapter_config.json").read_text()) | {"lora_alpha": number}
+        (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    else:
+        file = adapter / "adapter_model.safetensors" if where == "adapter" else base / "model.safetensors"
+        held = load_file(file)
+        name = {"base, merged": "model.layers.0.self_attn.q_proj.weight", "base, copied": "model.norm.weight"}.get(
+            where
+        )
+        held[name or next(iter(held))].view(-1)[0] = number
+        save_file(held, file, {"format": "pt"})
+    with pytest.raises(UsageError, match="numbers that are not finite; it or its base is damaged"):
+        merge_lora(str(adapter), str(tmp_path / "out"), base=str(base))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_layer_that_the_model_lacks_is_named(adapter, tiny, tmp_path):
     """The base has a tensor of that name, but its model has no such layer."""
     state = state_of(tiny("llama"))

@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from support.checkpoints import make, recover, state_of, tune, write
 from support.mutations import mutate_header, mutate_json
 
 import weight_diff
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import InputError, UsageError
+from alpaca.common.files import fingerprint_of_files, fingerprint_of_weights, new_folder, sha256_of_file
+from alpaca.data.tokenizer import open_tokenizer
 from alpaca.inference.load import LoadOptions, load_for_inference
 from alpaca.weights.reader import FLOAT_DIFF, MODEL, folder_kind, last_norm, open_weights
 from scripts.merge_lora import merge_lora
@@ -303,3 +306,41 @@ def test_norms_of_one_plus_weight_are_no_sign_of_a_diff(tmp_path, kind, expected
     with open_weights(tmp_path) as weights:
         assert folder_kind(tmp_path, weights) == MODEL and last_norm(weights)[1] == 7.0
     assert load_file(tmp_path / "model.safetensors")
+
+
+# ---- files that may not be read ----
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model", "special_tokens_map.json", "README.md"])
+def test_a_file_of_an_input_that_cannot_be_read_is_not_the_outputs_fault(tmp_path, file):
+    denied = PermissionError(13, "Permission denied", str(tmp_path / "model" / file))
+    with pytest.raises(InputError, match=rf"model/{file}: cannot be read \(Permission denied\)") as caught:
+        with new_folder(tmp_path / "out", 0, False, (tmp_path / "base", tmp_path / "model")):
+            raise denied
+    assert caught.value.about == str(tmp_path / "model") and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["tokenizer.model", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_tokenizer_that_cannot_be_read(tiny, tmp_path, monkeypatch, file):
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    (folder / file).touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != file)  # root may read all
+    with pytest.raises(InputError, match=rf"{file}: cannot be read \(Permission denied\)"):
+        open_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize("setting", [dict(r=0), dict(lora_alpha="nan"), dict(bias="evil"), dict(rank_pattern=[1])])
+def test_an_adapter_config_that_cannot_be_used_is_not_the_bases_fault(tiny, tmp_path, setting):
+    folder = make_adapter(tiny("llama"), tmp_path / "adapter", **LLAMA)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | setting))
+    with pytest.raises(InputError, match="adapter_config.json cannot be (used|read)"):
+        load_for_inference(folder, tiny("llama"), LoadOptions("cpu", torch.float32))
+
+
+@pytest.mark.parametrize("hashed", [sha256_of_file, lambda path: fingerprint_of_files([path]), fingerprint_of_weights])
+def test_a_file_that_cannot_be_hashed(tmp_path, hashed):
+    path = tmp_path / "model.safetensors"
+    path.mkdir()  # root may read every file
+    with pytest.raises(InputError, match="cannot be read .*Is a directory"):
+        hashed(tmp_path if hashed is fingerprint_of_weights else path)
