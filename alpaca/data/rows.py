@@ -213,8 +213,8 @@ def _check_size(size: int, about: str | Path, unpacked: bool = False) -> None:
     if size > MOST_BYTES:
         has = "unpacks to" if unpacked else "has"
         raise InputError(
-            f"{about}: {has} {format_bytes(size)} or more, and at most {format_bytes(MOST_BYTES)} are read at once. If it "
-            "is right: split it, or put it into a folder as parquet files and take a part, such as train[:1000000]",
+            f"{about}: {has} {format_bytes(size)} or more, and at most {format_bytes(MOST_BYTES)} are read at once. "
+            "Split it, or put it into a folder as parquet files and take a part of that, such as train[:1000000]",
             about,
         )
 
