@@ -51,6 +51,7 @@ SYNONYMS = {  # what other trainers call a flag -> ours; a command has the first
 }
 ADVICE = {  # where no flag of ours does it
     "val_set_size": "--eval_size holds out rows of the data; a file of their own is --eval_data_path",
+    "dry_run": "scripts.inspect_data shows the data, and --max_steps 1 tries the rest",
     "wandb_project": "set the environment variable WANDB_PROJECT, with --report_to wandb",
     **dict.fromkeys(("gpus", "num_gpus", "n_gpu", "nproc"), "start with torchrun --nproc_per_node=N"),
 }

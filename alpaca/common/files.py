@@ -381,7 +381,7 @@ def _other_encoding(data: bytes, at: int, path: Path) -> str:
     word = re.search(rb"[^\s,;|]*\Z", data[max(at - 20, 0) : at])[0] + re.match(rb"[^\s,;|]{0,20}", data[at:])[0]
     where = f"byte 0x{data[at]:02X} at position {at} (line {data.count(10, 0, at) + 1})"
     guess = f"makes {word.decode(encoding)!r} in {encoding}, which Windows and Excel write; if so, convert it"
-    return f"{where} {guess}{_iconv(encoding.upper(), path)}, or save it as CSV UTF-8"
+    return f"{where} {guess}{_iconv(encoding.upper(), path)}, or save it as {'CSV ' * (path.suffix == '.csv')}UTF-8"
 
 
 def _iconv(code: str, path: Path) -> str:

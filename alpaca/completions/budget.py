@@ -83,7 +83,9 @@ class Progress:
         self.on_terminal = sys.stderr.isatty()
         self.next_line = FIRST_LINE
         calm = {} if self.on_terminal else {"mininterval": 30.0, "miniters": 1}  # a line now and then in a log file
-        self.bar = tqdm(total=total, initial=done, unit=f" {unit}", dynamic_ncols=True, bar_format=BAR, **calm)
+        self.bar = tqdm(
+            total=max(total, done), initial=done, unit=f" {unit}", dynamic_ncols=True, bar_format=BAR, **calm
+        )
 
     def show(self, done: int, requests: int, retries: int) -> None:
         """Update the bar. `done` counts all runs, requests and retries this one."""
@@ -92,6 +94,7 @@ class Progress:
         self.retries = retries
         self.next_line = FIRST_LINE
         self.bar.set_postfix_str(self._rate(), refresh=False)
+        self.bar.total = max(self.bar.total, done)  # else the bar of an answer that holds more tasks says "10/?"
         self.bar.update(done - self.bar.n)
 
     def wait(self, requests: int, seconds: float, retries: int) -> None:

@@ -31,7 +31,7 @@ INPUTS, SYSTEMS = ("input", "context"), ("system", "system_prompt")
 CONVERSATIONS = ("messages", "conversations", "conversation")
 TEXTS = "texts of a human and an assistant in turn"
 EMPTY = (None, "", [], {})
-NEEDED = "needed are instruction, output and, where a row has one, input"
+NEEDED = "needed are instruction, output and, where a row has one, input; or turns, for conversations"
 ADVICE = {"columns": "; {columns} instruction=<column>,input=<column>,output=<column> says which is which"}
 
 # A turn begins wherever its marker stands: in Guanaco right behind the last character of the turn before, which may be
@@ -77,7 +77,7 @@ class Layout:
         """Return why no row has anything to learn."""
         turn = "turn of a human with an answer behind it"
         if self.name == "Guanaco":
-            turn = "turn `### Human: ...` with an answer `### Assistant: ...`"
+            turn = f"turn `### Human: ...` with an answer `### Assistant: ...` in {self.columns['turns']!r}; {NEEDED}"
         more = "; turns that call a tool or hold an image are not taken" if "not_text_turns" in problems else ""
         return f"none of its {rows:,} rows has a {turn}{more}"
 
@@ -145,7 +145,7 @@ def choose_layout(read: Sequence[Any], data_path: str, columns: str | None = Non
         answered: a file of questions alone is an error.
 
     Raises:
-        InputError: several layouts fit; or the file is one object which holds the rows under a key.
+        InputError: several layouts fit.
         ParameterError: `columns` is malformed, or names a column that the file does not have.
     """
     known = _Columns(read, data_path)
@@ -158,8 +158,6 @@ def choose_layout(read: Sequence[Any], data_path: str, columns: str | None = Non
         layout = _pairs(known, (*QUESTIONS, "input", "inputs", "problem"), (), ())
     if layout is None and isinstance(known.example("text"), str):
         layout = Layout("Guanaco", known.of(turns="text"))
-    if layout is None:
-        _check_is_list(read, data_path)
     return layout or ALPACA
 
 
@@ -185,17 +183,17 @@ def _pairs(
 
 
 def _conversation(known: _Columns) -> Layout | None:
-    found = [name for name in CONVERSATIONS if _kind_of_turns(known.example(name))]
+    found = [name for name in CONVERSATIONS if kind_of_turns(known.example(name))]
     if len(found) > 1:
         raise known.error(f"several columns hold conversations ({', '.join(found)})")
     if found:
-        return Layout(_kind_of_turns(known.example(found[0])), known.of(turns=found[0], system=SYSTEMS))
-    if all(_kind_of_turns(known.example(name)) for name in ("prompt", "completion")):
+        return Layout(kind_of_turns(known.example(found[0])), known.of(turns=found[0], system=SYSTEMS))
+    if all(kind_of_turns(known.example(name)) not in (None, TEXTS) for name in ("prompt", "completion")):
         return Layout("prompt/completion of messages", known.of(prompt="prompt", completion="completion"))
     return None
 
 
-def _kind_of_turns(value: Any) -> str | None:
+def kind_of_turns(value: Any) -> str | None:
     """Return what a list of turns, or the JSON of one, is called; None for anything else."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
@@ -230,28 +228,11 @@ def _given_layout(known: _Columns, columns: str) -> Layout:
             )
         given[field] = known[name] if name.strip() else ""
     if "turns" in given:
-        kind = _kind_of_turns(known.examples[given["turns"]]) if given["turns"] else None
+        kind = kind_of_turns(known.examples[given["turns"]]) if given["turns"] else None
         return Layout(kind or "Guanaco", {name: given[name] for name in ("turns", "system") if given.get(name)})
     own = {name: name for name in FIELDS if name in known.examples and name not in given.values()}
     given = {"instruction": "instruction", "output": "output"} | own | given
     return Layout("told", {name: given[name] for name in (*FIELDS, "system") if given.get(name)})
-
-
-def _check_is_list(read: Sequence[Any], data_path: str) -> None:
-    """Raise InputError for a file that is one object which holds the rows, or something else, under a key."""
-    row = read[0] if len(read) == 1 else None
-    if not isinstance(row, dict) or row.keys() & {"instruction", "output"}:
-        return
-    if row and all(isinstance(value, str) for value in row.values()):
-        return  # a row, of other fields
-    holding = [
-        name for name, value in row.items() if isinstance(value, list) and value and isinstance(value[0], Mapping)
-    ]
-    advice = f"; {holding[0]!r} holds one: save that list as a file" if len(holding) == 1 else ""
-    keys = ", ".join(map(repr, row))
-    raise InputError(
-        f"{data_path}: is one object with the keys {keys:.200}; expected a list of rows{advice}", data_path
-    )
 
 
 # ---- rows ----

@@ -6,7 +6,8 @@ evaluation and the chat template all come here.
 
 import json
 import reprlib
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from string import Formatter
@@ -14,7 +15,7 @@ from typing import Any
 
 from alpaca.common.errors import InputError, UsageError
 from alpaca.common.files import atomic_write, read_json
-from alpaca.data.formats import ADVICE, ALPACA, FIELDS, NEEDED, Layout
+from alpaca.data.formats import ADVICE, ALPACA, CONVERSATIONS, FIELDS, NEEDED, TEXTS, Layout, kind_of_turns, plain_name
 
 PROMPT_DICT = {
     "prompt_input": (
@@ -129,6 +130,44 @@ def save_templates(templates: Mapping[str, str], folder: str) -> None:
         json.dump(dict(templates), file, indent=1, ensure_ascii=False)
 
 
+def check_fits(read: Sequence[Any], data_path: str, layout: Layout) -> None:
+    """Raise InputError for a file whose shape says more than what its first row lacks: one object that is a table by
+    its columns or holds the rows under a key; turns of another shape, or in a column of another name."""
+    first = read[0] if read else None
+    if isinstance(first, list) and kind_of_turns(first) not in (None, TEXTS):
+        problem = "is a list of turns; expected an object that has it under a key"
+        raise InputError(f'{data_path}: row 0 {problem}: {{"messages": [...]}}', data_path)
+    if not isinstance(first, Mapping):
+        return
+    alone, values = len(read) == 1, list(first.values())
+    if alone and len(values) > 1 and not first.keys() & {*CONVERSATIONS} and _same_shape(values):
+        problem = "is one object; expected a list of rows, as pandas' to_json(path, orient='records') writes"
+        raise InputError(f"{data_path}: {problem}", data_path)
+    if layout is not ALPACA or "instruction" in first:
+        return
+    for name, value in first.items():
+        kind, known = kind_of_turns(value), plain_name(name) in CONVERSATIONS
+        if kind not in (None, TEXTS) and not known and not (alone and "input" in kind):
+            advice = {"columns": f"; {{columns}} {shlex.quote(f'turns={name}')} reads them"}
+            raise InputError(f"{data_path}: {name!r} seems to hold conversations ({kind})", data_path, advice=advice)
+        if known and isinstance(value, list) and value and isinstance(value[0], Mapping) and kind is None:
+            turn = "a turn has from and value, role and content, or input and output"
+            got = f"objects with {sorted(map(str, value[0]))}"
+            raise InputError(f"{data_path}: row 0: {name!r} holds {got:.200}; {turn}", data_path)
+    held = [name for name, value in first.items() if isinstance(value, list) and isinstance([*value, 0][0], Mapping)]
+    if alone and (held or not any(isinstance(value, str) for value in values)):
+        advice = f"; {held[0]!r} holds one: save that list as a file" if len(held) == 1 else ""
+        keys = f"{', '.join(map(repr, first)):.200}"
+        raise InputError(f"{data_path}: is one object with the keys {keys}; expected a list of rows{advice}", data_path)
+
+
+def _same_shape(values: Sequence[Any]) -> bool:
+    """Whether these are the columns, or the rows by their numbers, of a table."""
+    if all(isinstance(value, list) for value in values):
+        return all(len(value) == len(values[0]) > 0 and isinstance(value[0], str) for value in values)
+    return all(isinstance(value, Mapping) and value.keys() == values[0].keys() != set() for value in values)
+
+
 def check_row(row: Any, read: Any, number: int, data_path: str, layout: Layout) -> None:
     """Raise InputError for a row without text in its fields, which the row `read` has under the names of `layout`."""
     where = f"{data_path}: row {number}"
@@ -139,14 +178,17 @@ def check_row(row: Any, read: Any, number: int, data_path: str, layout: Layout) 
         if name not in row:
             has = f"{sorted(map(str, read if layout is not ALPACA else row))}"
             column = layout.columns.get(name, name)
-            raise InputError(
-                f"{where}: no field {column!r}; the row has {has:.500}; {NEEDED}", data_path, advice=ADVICE
+            header = (
+                "; the first line of a table names its columns" if data_path.lower().endswith(("csv", "tsv")) else ""
             )
+            problem = f"no field {column!r}; the row has {has:.500}{header}; {NEEDED}"
+            raise InputError(f"{where}: {problem}", data_path, advice=ADVICE)
     for name in FIELDS:
         value, column = row.get(name), layout.columns.get(name, name)
         if not isinstance(value, str) and not (name == "input" and value is None):
             got = f"{type(value).__name__} {reprlib.repr(value):.60}"
-            raise InputError(f"{where}: {column!r} must be text, got {got}", data_path)
+            as_text = f'; write it as text: "{value}"' if isinstance(value, int | float) else ""
+            raise InputError(f"{where}: {column!r} must be text, got {got}{as_text}", data_path)
         check_text(value or "", f"{where}: {column!r}", data_path)
 
 

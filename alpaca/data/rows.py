@@ -20,9 +20,10 @@ from alpaca.common.errors import InputError, ParameterError, UsageError, format_
 from alpaca.common.files import decode_json, decode_text, fingerprint, json_items
 from alpaca.data import formats
 from alpaca.data.formats import ALPACA, EMPTY, FIELDS, Row, rows_of
-from alpaca.data.prompts import backward_row, check_row
+from alpaca.data.prompts import backward_row, check_fits, check_row
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+JSON = "; expected a JSON list of rows, or one JSON object per line"
 DATA_SUFFIXES = (".json", ".jsonl", *DELIMITERS, ".parquet")
 MOST_BYTES = 2 * 10**9  # of a file, and of what a table unpacks to, where rows and values count these more
 ROW_BYTES, VALUE_BYTES = 100, 50
@@ -142,6 +143,7 @@ def read_data(
     """
     read = raw_rows(data_path, split, cache_dir)
     layout = formats.choose_layout(read, data_path, columns, answered)
+    check_fits(read, data_path, layout)
     data = Data([], [], {}, unread := Counter(), layout.description(turns))
     names = ALPACA if layout.is_conversation else layout
     taken = OF_A_ROW if layout.is_plain else set(layout.columns.values())
@@ -160,7 +162,7 @@ def read_data(
         unread.update({name for one in (row, *instances) for name in one.keys() - taken if one[name] not in EMPTY})
     if not data.rows:
         why = layout.without_pairs(len(read), data.problems) if read else "holds no rows"
-        raise InputError(f"{data_path}: {why}", data_path)
+        raise InputError(f"{data_path}: {why}", data_path, advice=formats.ADVICE if layout.name == "Guanaco" else None)
     return data
 
 
@@ -236,7 +238,8 @@ def _parse_json(text: str, path: Path) -> Iterator[Any]:
             yield row
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{path}: malformed JSON at line {error.lineno}, column {error.colno} (row {number}): {error.msg}", path
+            f"{path}: malformed JSON at line {error.lineno}, column {error.colno} (row {number}): {error.msg}{JSON}",
+            path,
         ) from error
 
 
@@ -260,8 +263,8 @@ def _parse_jsonl(text: str, path: Path) -> Iterator[Any]:
                 raise json.JSONDecodeError("Extra data", line, end)
         except json.JSONDecodeError as error:
             raise InputError(
-                f"{path}: malformed JSON at line {number}, column {error.colno}: {error.msg}; expected a JSON list "
-                "of rows, or one JSON object per line",
+                f"{path}: malformed JSON at line {number}, column {error.colno}: {error.msg}{JSON}"
+                + ("" if path.suffix.lower() in DATA_SUFFIXES else "; name a table .csv or .tsv"),
                 path,
             ) from error
         _check_depth(row, f"{path}: line {number}", path)
@@ -308,11 +311,11 @@ def _read_csv(text: str, path: Path, delimiter: str) -> Iterator[Row]:
         elif len(fields) != len(header):
             raise InputError(
                 f"{path}: line {line}: the row has {len(fields)} fields, the header {len(header)} ({', '.join(header)})"
-                "; a text with a separator or a line break in it stands in quotes",
+                f"; they are separated by {separator!r}, and a text with that or a line break in it stands in quotes",
                 path,
             )
         else:
-            yield _row(zip(header, fields))
+            yield _row((name, field) for name, field in zip(header, fields) if name.strip() or field.strip())
 
 
 def _find_separator(text: str, usual: str) -> str:

@@ -243,6 +243,7 @@ def names_trackers(run: Callable[..., None]) -> Callable[..., None]:
             if not any(frame.filename == integration_utils.__file__ for frame in frames):
                 raise
             names = " ".join(arguments[-1].report_to)
-            raise UsageError(f"--report_to {names}: a tracker failed: {error}") from error
+            offline = "; WANDB_MODE=offline keeps the run on this machine" if "wandb login" in str(error) else ""
+            raise UsageError(f"--report_to {names}: a tracker failed: {error}{offline}") from error
 
     return with_trackers

@@ -164,6 +164,20 @@ def test_a_tracker_that_cannot_start_is_one_message(tmp_path, tiny, monkeypatch)
     assert message.startswith("--report_to tensorboard: a tracker failed: ") and "file" in message
 
 
+@pytest.mark.parametrize("said, offline", [("No API key. Use `wandb login` to log in.", True), ("disk full", False)])
+def test_a_tracker_without_a_login_names_the_way_without_one(said, offline):
+    from types import SimpleNamespace
+
+    from transformers.integrations import integration_utils
+
+    names: dict = {}
+    source = f"def fail(args):\n    raise RuntimeError({said!r})"
+    exec(compile(source, integration_utils.__file__, "exec"), names)
+    with pytest.raises(UsageError, match="--report_to tensorboard wandb: a tracker failed: ") as caught:
+        names_trackers(names["fail"])(SimpleNamespace(report_to=["tensorboard", "wandb"]))
+    assert ("WANDB_MODE=offline" in str(caught.value)) == offline
+
+
 def test_other_errors_are_not_a_trackers():
     with pytest.raises(ZeroDivisionError):
         names_trackers(divmod)(1, 0)

@@ -58,6 +58,16 @@ def test_prompts_that_are_too_long_do_not_hold_up_the_others(tmp_path):
     assert [row["instruction"] for row in rows] == [f"Row {number}." for number in range(30, 50)]
 
 
+def test_a_bar_that_ends_beyond_what_was_asked_for_is_full():
+    progress = Progress("tasks", 8, 0, Budget())
+    progress.show(10, 2, 0)
+    assert "10/10" in str(progress.bar)
+    progress.close()
+    later = Progress("tasks", 8, 10, Budget())
+    assert "10/10" in str(later.bar) and "10/?" not in str(later.bar)
+    later.close()
+
+
 def test_a_log_hears_of_a_slow_server_now_and_then(capsys):
     progress = Progress("rows", 10, 0, Budget())
     for seconds in range(1, 601):

@@ -282,6 +282,65 @@ def test_a_row_that_lacks_a_column_of_the_layout_is_named(tmp_path):
         load_rows(path)
 
 
+TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+MISFITS = {  # what a file holds whose shape says more than "no field 'instruction'"
+    "whole columns": (
+        {"prompt": ["a", "c"], "completion": ["b", "d"]},
+        "is one object; expected a list of rows, as pan",
+    ),
+    "pandas": ({"instruction": {"0": "a"}, "output": {"0": "b"}}, "is one object; expected a list of rows, as pandas'"),
+    "rows by number": (
+        {"0": {"prompt": "a"}, "1": {"prompt": "b"}},
+        "is one object; expected a list of rows, as pandas'",
+    ),
+    "one row of no layout": (
+        [{"question": "a", "answers": {"text": ["b"]}}],
+        "row 0: no field 'instruction'; .*<column>",
+    ),
+    "another name": (
+        [{"dialog": TURNS}] * 2,
+        "'dialog' seems to hold conversations .*; --columns turns=dialog reads them$",
+    ),
+    "and one of them": ([{"my chat": TURNS}], "(OpenAI messages); --columns 'turns=my chat' reads them$"),
+    "preferences": ([{"prompt": "a", "chosen": TURNS, "rejected": TURNS}], "'chosen' .*; --columns turns=chosen reads"),
+    "lists of turns": ([TURNS, TURNS], 'row 0 is a list of turns; expected .*: {"messages": [...]}$'),
+    "other turns": (
+        [{"conversations": [{"human": "a", "gpt": "b"}]}],
+        "holds objects with ['gpt', 'human']; a turn has",
+    ),
+    "speakers": (
+        [{"conversation": [{"speaker": "a", "text": "b"}]}],
+        "holds objects with ['speaker', 'text']; a turn has",
+    ),
+    "texts": (
+        [{"text": "<s>[INST] a [/INST] b"}],
+        "a turn `### Human: .* in 'text'; needed are .*; --columns instruction=",
+    ),
+    "texts and labels": (
+        [{"text": "a", "label": "b"}],
+        "no.* in 'text'; needed are .*; --columns instruction=<column>",
+    ),
+    "numbers": ([{"question": "a", "answer": 4}], "'answer' must be text, got int 4; write it as text: \"4\"$"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_shape_that_is_not_read_is_named_with_the_way_out(tmp_path, name):
+    from scripts import backtranslate
+
+    held, message = MISFITS[name]
+    words = ["mix", "--seed_path", save(tmp_path, "json", held), "--output_path", str(tmp_path / "o.json")]
+    pattern = ".*".join(map(re.escape, message.removesuffix("$").split(".*"))) + "$" * message.endswith("$")
+    with pytest.raises(InputError, match=pattern):
+        backtranslate.main(words)
+
+
+def test_turns_under_another_name_are_read_when_told(tmp_path):
+    for column, turns in (("dialog", TURNS), ("my chat", TURNS), ("data", ["a", "b"])):
+        path = save(tmp_path, "json", [{column: turns}] * 2)
+        assert read_data(path, columns=f"turns={column}").rows == [{"instruction": "a", "input": "", "output": "b"}] * 2
+
+
 # ---- tables and encodings ----
 
 
@@ -298,6 +357,7 @@ def test_a_row_that_lacks_a_column_of_the_layout_is_named(tmp_path):
         ("a.csv", "instruction,output\na;x,b;y\n", ["b;y"]),
         ("a.csv", "instruction,output; notes,x\n", None),
         ("a.csv", "text\n### Human: a; b### Assistant: c; d\n", ["c; d"]),
+        ("a.csv", "prompt;completion;;\r\na;b;;\r\n", ["b"]),
     ],
 )
 def test_separators(tmp_path, name, content, outputs):
@@ -307,6 +367,41 @@ def test_separators(tmp_path, name, content, outputs):
             load_rows(str(tmp_path / name))
     else:
         assert [row["output"] for row in load_rows(str(tmp_path / name))] == outputs
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        (
+            "a.csv",
+            "What is it?;It is.\nAnd this?;That.\n",
+            "has .'It is.', 'What is it.'.; the first line of a table names",
+        ),
+        ("a.tsv", "Who?\tI.\nWhat?\tThis.\n", "the first line of a table names its columns; needed are"),
+        (
+            "a.csv",
+            "prompt^completion\na^b, c\n",
+            "fields, the header 1 .*; they are separated by ',', and a text with that",
+        ),
+        ("a.txt", "prompt;completion\na;b\n", "or one JSON object per line; name a table .csv or .tsv$"),
+        ("rows", "prompt,completion\na,b\n", "name a table .csv or .tsv$"),
+        (
+            "a.jsonl",
+            '["a", "b"]\n["c", "d"]\n',
+            "Extra data; expected a JSON list of rows, or one JSON object per line$",
+        ),
+    ],
+)
+def test_a_table_that_is_not_read_names_the_way_out(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        load_rows(str(tmp_path / name))
+
+
+def test_empty_columns_without_a_name_are_no_columns(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,completion,,\na,b,,\nc,d,,e\n")
+    data = read_data(str(tmp_path / "a.csv"))
+    assert [row["output"] for row in data.rows] == ["b", "d"] and data.unread == {"": 1} and not data.problems
 
 
 @pytest.mark.parametrize(
