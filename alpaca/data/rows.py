@@ -215,8 +215,8 @@ def _check_size(size: int, about: str | Path, unpacked: bool = False) -> None:
     if size > MOST_BYTES:
         has = "unpacks to" if unpacked else "has"
         raise InputError(
-            f"{about}: {has} {format_bytes(size)} or more, and at most {format_bytes(MOST_BYTES)} are read at once. "
-            "Split it, or put it into a folder as parquet files and take a part of that, such as train[:1000000]",
+            f"{about}: {has} {format_bytes(size)} or more, and at most {format_bytes(MOST_BYTES)} are read at once: "
+            "split it, or put it into a folder as parquet files and take a part of that, such as train[:1000000]",
             about,
         )
 
@@ -390,14 +390,11 @@ def _read_dataset(name: str, split: str, cache_dir: str | None) -> list[Row]:
             found = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         else:
             found = datasets.load_dataset(name, split=split, cache_dir=cache_dir)
-        of_a_row = ROW_BYTES + VALUE_BYTES * len(found.column_names)
-        _check_size(found.data.nbytes + of_a_row * len(found), name, True)
+        _check_size(found.data.nbytes + len(found) * (ROW_BYTES + VALUE_BYTES * len(found.column_names)), name, True)
         return found.to_list()
     except UsageError:
         raise
     except Exception as error:  # of the hub, of a reader of any file type, of a dataset's own description
         hint = f"\n{ALPACA_DATA_HINT}" if "alpaca" in name else ""
-        raise InputError(
-            f"{name}: no such file, and loading it as a dataset (split {split!r}) failed: {offline or error}{hint}",
-            name,
-        ) from error
+        failed = f"no such file, and loading it as a dataset (split {split!r}) failed"
+        raise InputError(f"{name}: {failed}: {offline or error}{hint}", name) from error

@@ -140,7 +140,8 @@ def test_where_the_ids_would_be_others_there_is_no_template(tiny, capsys):
 def test_tokens_and_contract_stay_the_same(tiny, tmp_path):
     """The cache of tokens is found again, and a run that was begun without a chat template may be resumed."""
     data = write_rows(tmp_path / "rows.json", 4)
-    *flags, args = parse_flags([f"--model_name_or_path={tiny('llama')}", f"--data_path={data}", "--use_cpu", "--output_dir=out"])
+    words = [f"--model_name_or_path={tiny('llama')}", f"--data_path={data}", "--use_cpu", "--output_dir=out"]
+    *flags, args = parse_flags(words)
     tokenizer = open_tokenizer(tiny("llama"), model_max_length=512)
     dataset = SupervisedDataset(data, tokenizer)
     before = identity(tokenizer), describe_run(args, *flags, dataset, tokenizer)

@@ -313,7 +313,7 @@ def test_bad_input(tmp_path):
             main(words)
         assert message in str(error.value)
     bad = tmp_path / "bad.json"
-    bad.write_text('[{"prompt": "Write.", "output": ""}]')
+    bad.write_text('[{"question mark": "Write.", "output": ""}]')
     with pytest.raises(UsageError, match="row 0: no field 'instruction'"):
         main(["--data_path", str(bad)])
     with pytest.raises(UsageError, match="none of its 2 instructions .* noun object; the parser .rules. reads English"):

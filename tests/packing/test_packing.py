@@ -72,7 +72,7 @@ def test_share_prefix_false_packs_every_row_in_full():
     config = dict(vocab_size=99, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     model, rows = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config)), random_rows(40, seed=0)
     for words, shares in (([], True), (["--share_prefix", "False"], False), (["--no_share_prefix"], False)):
-        args = parse_flags(["--data_path", "x.json", "--use_cpu", *words])[-1]
+        args = parse_flags(["--data_path", "x.json", "--output_dir", "out", "--use_cpu", *words])[-1]
         assert bool(select_packing(model, args, rows, measure_rows(rows)).prefixes) is shares
 
 

@@ -18,9 +18,10 @@ from support.mutations import mutate_header, mutate_json
 
 import weight_diff
 from alpaca.common.errors import InputError, UsageError
-from alpaca.common.files import fingerprint_of_files, fingerprint_of_weights, new_folder, sha256_of_file
+from alpaca.common.files import fingerprint_of_files, new_folder, sha256_of_file
 from alpaca.data.tokenizer import open_tokenizer
 from alpaca.inference.load import LoadOptions, load_for_inference
+from alpaca.weights.provenance import fingerprint_of_weights
 from alpaca.weights.reader import FLOAT_DIFF, MODEL, folder_kind, last_norm, open_weights
 from scripts.merge_lora import merge_lora
 
