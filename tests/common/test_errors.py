@@ -190,6 +190,7 @@ def test_a_home_folder_that_was_not_expanded_is_said(tmp_path, tiny, monkeypatch
     assert message == f"--model_name_or_path ~/llama: no such folder; did you mean {tmp_path}/llama?"
 
 
+@pytest.mark.slow
 def test_a_mistake_of_make_tiny_model_has_no_traceback(tmp_path):
     result = fork("scripts/make_tiny_model.py", ["--output_dir", tmp_path / "x", "--hidden_size", "7"], check=False)
     assert result.returncode == 2 and "scripts.make_tiny_model: error: --hidden_size 7" in result.stderr

@@ -181,7 +181,7 @@ def test_no_secret_is_written(monkeypatch):
 # ---- a hub that cannot be reached ----
 
 
-@pytest.fixture(params=["refuses", "hangs"])
+@pytest.fixture(params=["refuses", pytest.param("hangs", marks=pytest.mark.stress)])
 def no_hub(request):
     """The environment of a process whose hub refuses, or takes the connection and says nothing."""
     with socket.socket() as server:

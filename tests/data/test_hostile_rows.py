@@ -298,7 +298,12 @@ def test_a_part_of_a_folder_that_is_too_large(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "env", [{"PYTHONIOENCODING": "ascii"}, {"PYTHONIOENCODING": "ascii:strict"}, {"LC_ALL": "C", "PYTHONUTF8": "0"}]
+    "env",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        pytest.param({"PYTHONIOENCODING": "ascii:strict"}, marks=pytest.mark.stress),
+        pytest.param({"LC_ALL": "C", "PYTHONUTF8": "0"}, marks=pytest.mark.stress),
+    ],
 )
 def test_rows_are_printed_everywhere(tiny, tmp_path, env):
     path = save(tmp_path, "a.json", json.dumps([{"instruction": "Grüße 早 🙂", "output": "é早", "\ud83d 早": "x"}]))

@@ -690,6 +690,7 @@ def test_inspection_shows_rows_of_both_parts(tmp_path, capsys):
     assert "(to train on): 20 rows" in output and "(held out by seed 3): 20 rows" in output
 
 
+@pytest.mark.slow
 def test_the_help_of_train_names_them():
     shown = run([sys.executable, "train.py", "--help"]).stdout
     for flag in ("--columns", "--turns", "--eval_size"):

@@ -32,7 +32,11 @@ def changed(one, other) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes, flags", [(2, {}), (2, dict(fsdp="full_shard auto_wrap"))], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "processes, flags",
+    [pytest.param(2, {}, marks=pytest.mark.stress), (2, dict(fsdp="full_shard auto_wrap"))],
+    ids=["ddp", "fsdp"],
+)
 def test_the_language_model_alone_is_trained(model, tmp_path, processes, flags):
     before = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).state_dict()
     out = trained(model, tmp_path, processes, **flags)
@@ -43,7 +47,7 @@ def test_the_language_model_alone_is_trained(model, tmp_path, processes, flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", [None, "q_proj,v_proj"])
+@pytest.mark.parametrize("targets", [None, pytest.param("q_proj,v_proj", marks=pytest.mark.stress)])
 def test_lora_goes_onto_the_language_model_and_is_merged(model, tmp_path, targets):
     flags = dict(lora_r=4) | (dict(lora_target_modules=targets) if targets else {})
     out = trained(model, tmp_path, 2, **flags)

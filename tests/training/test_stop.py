@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import ROOT, launcher, train, weights, write_rows
 
 from alpaca.training.checkpoint import find_problems
 
+STRESS = partial(pytest.param, marks=pytest.mark.stress)
 pytestmark = pytest.mark.slow
 
 STEPS = 120
@@ -100,11 +102,11 @@ def undisturbed(tiny, tmp_path_factory):
     "send, number, fsdp",
     [
         (to_torchrun, signal.SIGTERM, ""),
-        (to_torchrun, signal.SIGINT, "full_shard auto_wrap"),
+        STRESS(to_torchrun, signal.SIGINT, "full_shard auto_wrap"),
         (to_last_rank, signal.SIGTERM, "full_shard auto_wrap"),
-        (to_first_rank, signal.SIGINT, ""),
-        (to_group, signal.SIGTERM, ""),
-        (to_group, signal.SIGINT, ""),
+        STRESS(to_first_rank, signal.SIGINT, ""),
+        STRESS(to_group, signal.SIGTERM, ""),
+        STRESS(to_group, signal.SIGINT, ""),
     ],
 )
 def test_two_ranks_stop_at_the_same_step(tiny, tmp_path, undisturbed, send, number, fsdp):
@@ -126,9 +128,9 @@ def test_two_ranks_stop_at_the_same_step(tiny, tmp_path, undisturbed, send, numb
     "send, number, changed",
     [
         (to_torchrun, signal.SIGTERM, {}),  # to the process itself
-        (to_group, signal.SIGTERM, {"dataloader_num_workers": 2}),
+        STRESS(to_group, signal.SIGTERM, {"dataloader_num_workers": 2}),
         (to_group, signal.SIGINT, {"save_only_model": True}),
-        (to_torchrun, signal.SIGINT, {"gradient_accumulation_steps": 2, "batching": "padded"}),
+        STRESS(to_torchrun, signal.SIGINT, {"gradient_accumulation_steps": 2, "batching": "padded"}),
     ],
 )
 def test_one_process_ends_with_the_code_of_the_signal(tiny, tmp_path, undisturbed, send, number, changed):
@@ -142,7 +144,9 @@ def test_one_process_ends_with_the_code_of_the_signal(tiny, tmp_path, undisturbe
     check_continues(flags, 0, undisturbed(0, **changed))
 
 
-@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(
+    "number, processes", [(signal.SIGTERM, 0), STRESS(signal.SIGINT, 0), STRESS(signal.SIGTERM, 2)]
+)
 def test_before_the_first_step_a_signal_ends_the_run(tiny, tmp_path, number, processes):
     process = start(flags_for(tiny, tmp_path, output_dir=tmp_path / "out"), processes)
     read_until(process, "flag: ")
