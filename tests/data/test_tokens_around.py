@@ -81,7 +81,10 @@ FRONT_AND_BEHIND = {  # how to make it; what it puts in front and behind
 }
 
 
-@pytest.mark.parametrize("name", FRONT_AND_BEHIND)
+NAMES = [pytest.param(name, marks=pytest.mark.slow if "python only" in name else ()) for name in FRONT_AND_BEHIND]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_prompts_have_no_end_and_answers_one(tmp_path, name):
     make, front, behind = FRONT_AND_BEHIND[name]
     tokenizer = make(tmp_path)
@@ -101,7 +104,7 @@ def test_prompts_have_no_end_and_answers_one(tmp_path, name):
         assert result["problems"]["merged_boundary"] == []
 
 
-@pytest.mark.parametrize("name", FRONT_AND_BEHIND)
+@pytest.mark.parametrize("name", NAMES)
 def test_other_programs_are_given_one_that_puts_nothing_behind(tmp_path, name):
     """lm-evaluation-harness tokenizes a context by itself, and takes what follows for the choice."""
     make, front, behind = FRONT_AND_BEHIND[name]

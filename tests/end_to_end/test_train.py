@@ -294,7 +294,12 @@ def test_every_recipe_is_tested():
     assert names == {*RECIPES, *LORA_RECIPES, "llama_7b_2x8"}  # test_multinode.py
 
 
-@pytest.mark.parametrize("name", RECIPES)
+OTHERS_OF_A_KIND = ("llama_13b", "llama2_7b_alpaca_cleaned", "claude2_alpaca_13b")  # other numbers than another has
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.stress if name in OTHERS_OF_A_KIND else ()) for name in RECIPES]
+)
 def test_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
     """Its own flags, a tiny model, one step of its batch; the published values are read back from the run. The first of
     each architecture on 2 sharded ranks, the others, to be quick, on one; one of them by torchrun."""

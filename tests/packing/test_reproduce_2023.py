@@ -304,7 +304,7 @@ def test_epoch_events_fall_where_an_epoch_of_rows_ends(few_rows, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes, accumulation", [(0, 4), (2, 3)])
+@pytest.mark.parametrize("processes, accumulation", [pytest.param(0, 4, marks=pytest.mark.stress), (2, 3)])
 def test_resuming_continues_the_undisturbed_run(few_rows, tmp_path, processes, accumulation):
     """From the middle of an epoch, and from its end, whose last micro-batches the next step needs (2023 lost them)."""
     flags = dict(
