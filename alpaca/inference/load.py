@@ -124,7 +124,12 @@ def _load(folder: Path, how: LoadOptions) -> PreTrainedModel:
     find_shards(folder)  # raises where they are not in the folder
     config = open_config(folder)
     with loading(folder, "cannot be loaded"):
-        return AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=False, **how.options)
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=False, **how.options)
+        for module in model.modules():
+            packed = type(module).__name__ != "Linear4bit" or module.weight.shape[-1] == 1 or module.weight.is_meta
+            if not packed and getattr(module.weight, "quant_state", None) is None:
+                raise ValueError("config.json says that its weights have 4 bits, and they have not")
+        return model
 
 
 # ---- a weight diff ----

@@ -374,3 +374,13 @@ def test_no_token_is_added_behind_a_gap(gap, tmp_path, flags):
     flags = dict(model_name_or_path=gap, data_path=data, output_dir=tmp_path / "out", use_cpu=True, **flags)
     result = train(flags, check=False)
     assert "--add_missing_tokens True: the token ids of" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_weights_that_are_not_of_the_bits_that_the_configuration_says(tiny, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    folder = shutil.copytree(tiny("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"load_in_4bit": True, "quant_method": "bitsandbytes"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match="config.json says that its weights have 4 bits, and they have not"):
+        load_for_inference(folder, None, CPU)
