@@ -31,7 +31,7 @@ SHARED = ROOT.parent / "shared" / "data"  # real Alpaca rows, not part of the re
 
 def pytest_collection_modifyitems(items):
     """The longest test first, so that no other process waits for it at the end."""
-    items.sort(key=lambda item: "test_quickstart" not in item.name)
+    items.sort(key=lambda item: "test_tour" not in item.name)
 
 
 @pytest.fixture(scope="session")

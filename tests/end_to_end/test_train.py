@@ -363,7 +363,8 @@ def test_the_saving_function_of_2023_that_forks_import(tiny, tmp_path):
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.stress)])
+@pytest.mark.stress  # test_tour.py runs it in `make test`, with more behind it
+@pytest.mark.parametrize("processes", [1, 2])
 def test_quickstart_in_the_folder_of_an_earlier_one(tmp_path, processes):
     """The whole story; a folder that quickstart did not make is left alone."""
     folder = tmp_path / "q"
