@@ -20,6 +20,8 @@ from alpaca.data import rows as rooms
 from alpaca.data.rows import load_rows, read_data
 from train import SupervisedDataset
 
+pytestmark = pytest.mark.slow  # many small cases
+
 ROW = {"instruction": "Name colours.", "input": "", "output": "red"}
 
 

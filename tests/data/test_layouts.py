@@ -16,6 +16,8 @@ from alpaca.data.rows import load_rows, read_data
 from alpaca.training.resume import changes, describe_run
 from train import DataArguments, make_supervised_data_module, parse_flags
 
+pytestmark = pytest.mark.slow  # many small cases
+
 LLAMA = GOLDEN / "labels" / "llama"
 PAIRS = [("Add.", "2, 3", "5"), ('Say "hi";\nplease.', "", "007"), ("Translate: 早上好", "", "Good | morning")]
 ROWS = [{"instruction": a, "input": b, "output": c} for a, b, c in PAIRS]

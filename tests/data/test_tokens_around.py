@@ -19,6 +19,8 @@ from alpaca.data.tokenizer import open_tokenizer
 from alpaca.inference.local_model import LocalModel
 from train import preprocess
 
+pytestmark = pytest.mark.slow  # many small cases
+
 ROWS = [
     {"instruction": "Name a colour.", "output": "Red."},
     {"instruction": "Say </s> aloud.", "input": "twice", "output": "</s> and </s>"},

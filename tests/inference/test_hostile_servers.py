@@ -23,6 +23,8 @@ from alpaca.inference.backend import BackendFlags, ModelBackend, open_backend
 from alpaca.inference.client import Client, server_url
 from generate_instruction import generate_instruction_following_data, generate_responses
 
+pytestmark = pytest.mark.slow  # many small cases
+
 FEW = Sampling(max_tokens=100)
 KEY = "sk-very-secret-0123456789"
 

@@ -9,6 +9,8 @@ from alpaca.common.arguments import FlagParser
 from alpaca.common.errors import UsageError
 from alpaca.models.lora import LoraArguments
 
+pytestmark = pytest.mark.slow  # many small cases
+
 CLASSES = (train.ModelArguments, train.DataArguments, LoraArguments, train.TrainingArguments)
 NUMBERS = sorted(
     {action.dest for action in FlagParser(CLASSES, None, "train.py", ())._actions if action.type in (int, float)}

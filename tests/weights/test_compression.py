@@ -20,6 +20,8 @@ from alpaca.common.errors import UsageError
 from alpaca.weights import compression
 from alpaca.weights.writer import PIECE
 
+pytestmark = pytest.mark.slow  # many small cases
+
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]
 
 
