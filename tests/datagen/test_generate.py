@@ -26,6 +26,8 @@ from alpaca.datagen import state
 from alpaca.inference import client
 from generate_instruction import export, generate_instruction_following_data, generate_responses
 
+pytestmark = pytest.mark.slow  # many small cases
+
 SEEDS = ROOT / "seed_tasks.jsonl"
 VERBS, NOUNS = "Name List Find Describe Compare Explain Choose Rank Sort Invent".split(), 3000
 

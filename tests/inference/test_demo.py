@@ -31,6 +31,8 @@ from scripts import demo, quickstart
 from scripts.generate import AnswerFlags
 from scripts.make_tiny_model import make_tiny_model
 
+pytestmark = pytest.mark.slow  # many small cases
+
 PICTURED = "Countries without a coast"  # an example that the quickstart's model knows by heart
 GREEDY = Sampling(max_tokens=40, temperature=0.0)
 

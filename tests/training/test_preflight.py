@@ -19,6 +19,8 @@ from alpaca.packing.packing import CPU_PACK_TOKENS
 from alpaca.training import memory, preflight
 from train import SupervisedDataset
 
+pytestmark = pytest.mark.slow  # many small cases
+
 ROW = {"instruction": "Name a colour.", "input": "", "output": "Blue."}
 
 
