@@ -17,6 +17,8 @@ from alpaca.datagen import sunburst
 from alpaca.datagen.verb_noun import singular, verb_base, verb_noun
 from scripts.plot_diversity import DiversityArguments, main, most_frequent
 
+pytestmark = pytest.mark.slow  # many small cases
+
 SENTENCES = [
     # the verb
     ("Write a poem about the sea.", "write", "poem"),

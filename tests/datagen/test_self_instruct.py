@@ -11,6 +11,8 @@ import generate_instruction
 from alpaca.common.errors import UsageError
 from alpaca.datagen.self_instruct import _split_as_in_2023, encode_prompt, load_seed_tasks, parse
 
+pytestmark = pytest.mark.slow  # many small cases
+
 COMPLETIONS = json.loads((GOLDEN / "generate" / "completions.json").read_text())
 EXAMPLES = [{"instruction": f"Say  {n}:", "input": "" if n % 2 else f"in {n}", "output": f"out {n}"} for n in (1, 2, 3)]
 
