@@ -9,9 +9,9 @@ file and a Modelfile, whose template builds the prompt of training, byte for byt
 the checkpoint as it is.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from string import Formatter
 from typing import TYPE_CHECKING, Literal
 
 if __name__ == "__main__":
@@ -22,6 +22,7 @@ if __name__ == "__main__":
 from alpaca.common import commands
 from alpaca.common.errors import format_bytes, names_flags, reported
 from alpaca.common.files import new_folder
+from alpaca.data.prompts import template_parts, templates_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,25 +50,27 @@ def export(
     Raises:
         UsageError: the folder holds something else, or a model that GGUF cannot hold; nothing is written.
     """
-    from alpaca.data.prompts import templates_of
     from alpaca.data.tokenizer import open_tokenizer
     from alpaca.weights.gguf import GGUFModel, import_gguf
     from alpaca.weights.reader import open_weights
 
     import_gguf()
+    name = name or Path(model).resolve().name
     with open_weights(model) as weights:
         tokenizer = open_tokenizer(str(weights.folder))
         found = GGUFModel(weights, tokenizer, dtype)
+        for line in found.notes():
+            print(line, flush=True)
         with new_folder(output_dir, found.nbytes, False, (weights.folder,)) as folder:
-            found.write(folder / MODEL_FILE, name or Path(model).resolve().name)
+            found.write(folder / MODEL_FILE, name)
             if to == "ollama":
                 text = modelfile(templates_of(weights.folder), tokenizer)
                 (folder / "Modelfile").write_text(text, encoding="utf-8")
     print(f"wrote {output_dir}: {MODEL_FILE}, {format_bytes(found.nbytes)} of {dtype}", flush=True)
     if to == "ollama":
-        print(f"next: ollama create {name or 'alpaca'} -f {Path(output_dir) / 'Modelfile'}")
+        print(f"next: ollama create {shlex.quote(name)} -f {shlex.quote(str(Path(output_dir) / 'Modelfile'))}")
     else:
-        print(f"next: llama-server -m {Path(output_dir) / MODEL_FILE}, or open it in LM Studio")
+        print(f"next: llama-server -m {shlex.quote(str(Path(output_dir) / MODEL_FILE))}, or open it in LM Studio")
 
 
 def modelfile(templates: Mapping[str, str], tokenizer: "PreTrainedTokenizerBase") -> str:
@@ -103,9 +106,9 @@ def modelfile(templates: Mapping[str, str], tokenizer: "PreTrainedTokenizerBase"
 
 def _around_instruction(template: str) -> tuple[str, str]:
     """Return the text before and behind {instruction}."""
-    parts = list(Formatter().parse(template))
-    place = next(number for number, (_, field, *_) in enumerate(parts) if field == "instruction")
-    return "".join(text for text, *_ in parts[: place + 1]), "".join(text for text, *_ in parts[place + 1 :])
+    parts = template_parts(template)
+    place = next(number for number, (_, field) in enumerate(parts) if field == "instruction")
+    return "".join(text for text, _ in parts[: place + 1]), "".join(text for text, _ in parts[place + 1 :])
 
 
 def _go_text(text: str) -> str:

@@ -6,6 +6,7 @@ id. Everything else is refused with the command of llama.cpp's own converter. Te
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqdm import tqdm
 
 from alpaca.common.errors import InputError, UsageError
 from alpaca.data.tokenization import tokens_around
+from alpaca.data.tokenizer import open_config
 from alpaca.weights.reader import Tensor, Weights
 
 if TYPE_CHECKING:
@@ -77,6 +79,7 @@ class GGUFModel:
         try:
             self.config = _config(weights)
             self.arch = self.gguf.MODEL_ARCH[ARCHITECTURES[self.config.model_type]]
+            self.names = self.gguf.get_tensor_name_map(self.arch, self.config.num_hidden_layers)
             self.tensors = {name: tensor for tensor in self._wanted() for name in [self._name(tensor)]}
             self.vocabulary = read_vocabulary(tokenizer, self._rows())
         except _Other as error:
@@ -88,8 +91,17 @@ class GGUFModel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors in the file."""
+        """Return the bytes of the tensors in the file."""
         return sum(self._stored(tensor)[1] for tensor in self.tensors.values())
+
+    def notes(self) -> list[str]:
+        """Return what the file cannot say of the model, in lines."""
+        if self._context() == self.config.max_position_embeddings:
+            return []
+        return [
+            f"note: this model's attention reaches back {self._context():,} tokens, which llama.cpp does not know: the "
+            "context of the file is no longer than that"
+        ]
 
     def write(self, path: Path, name: str) -> None:
         """Write the file. `name` is what programs show for the model."""
@@ -126,8 +138,7 @@ class GGUFModel:
                 yield tensor
 
     def _name(self, tensor: Tensor) -> str:
-        names = self.gguf.get_tensor_name_map(self.arch, self.config.num_hidden_layers)
-        found = names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
+        found = self.names.get_name(tensor.name, try_suffixes=(".weight", ".bias"))
         if found is None:
             raise _Other(f"has a tensor {tensor.name}")
         return found
@@ -154,10 +165,11 @@ class GGUFModel:
         if self.arch == self.gguf.MODEL_ARCH.LLAMA:
             values = self._interleaved(tensor.name, values)
         kind, _ = self._stored(tensor)
-        if not bool(values.isfinite().all()):
+        largest = max(abs(float(end)) for end in values.aminmax())  # NaN where one is
+        if not math.isfinite(largest):
             problem = "holds numbers that are not finite: the model is damaged, or its training was"
             raise InputError(f"{self.weights.folder}: {tensor.name} {problem}", self.weights.folder)
-        if kind.name == "F16" and not float(values.abs().max()) <= LAST_NORMAL:
+        if kind.name == "F16" and largest > LAST_NORMAL:
             raise InputError(
                 f"{self.weights.folder}: {tensor.name} holds numbers that float16 cannot; export it as F32",
                 self.weights.folder,
@@ -175,13 +187,18 @@ class GGUFModel:
 
     # ---- what is said of the model ----
 
+    def _context(self) -> int:
+        """Return the tokens up to which llama.cpp computes what transformers does: those of Mistral's window."""
+        longest = self.config.max_position_embeddings
+        return min(longest, getattr(self.config, "sliding_window", None) or longest)
+
     def _add_config(self, writer: "GGUFWriter", name: str) -> None:
         config, files = self.config, self.gguf.LlamaFileType
         writer.add_type("model")
         writer.add_name(name)
         writer.add_file_type({"F32": files.ALL_F32, "F16": files.MOSTLY_F16, "Q8_0": files.MOSTLY_Q8_0}[self.dtype])
         writer.add_quantization_version(self.gguf.GGML_QUANT_VERSION)
-        writer.add_context_length(config.max_position_embeddings)
+        writer.add_context_length(self._context())
         writer.add_embedding_length(config.hidden_size)
         writer.add_block_count(config.num_hidden_layers)
         writer.add_feed_forward_length(config.intermediate_size)
@@ -220,13 +237,11 @@ class GGUFModel:
 
 def _config(weights: Weights) -> Any:
     """Return the model's configuration, with every default filled in. Raise _Other for what GGUF cannot say of it."""
-    from transformers import AutoConfig
-
     weights.require_config()
     kind = weights.config.get("model_type")
     if kind not in ARCHITECTURES:
         raise _Other(f"is of the architecture {kind!r} (expected one of {', '.join(ARCHITECTURES)})")
-    config = AutoConfig.for_model(**weights.config)
+    config = open_config(weights.folder)
     if config.hidden_act != "silu":
         raise _Other(f"has the activation {config.hidden_act!r}")
     rope = config.rope_parameters["rope_type"]

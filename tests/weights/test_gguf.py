@@ -166,6 +166,18 @@ def test_a_buffer_of_2023_and_a_tied_head_are_left_out(made, tmp_path):
     assert len(gguf.GGUFReader(tmp_path / "out" / "model.gguf").tensors) == len(weights)
 
 
+@pytest.mark.parametrize("window, context", [(None, 2048), (64, 64), (4096, 2048)])
+def test_the_context_is_no_longer_than_a_sliding_window(made, tmp_path, capsys, window, context):
+    folder = tmp_path / "model"
+    shutil.copytree(made("mistral"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"sliding_window": window}))
+    export(str(folder), str(tmp_path / "out"))
+    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    assert reader.fields["llama.context_length"].contents() == context
+    assert ("reaches back 64 tokens" in capsys.readouterr().out) == (window == 64)
+
+
 # ---- Ollama ----
 
 
