@@ -31,12 +31,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from alpaca.common.arguments import check_ranges, flag, parse, run_yaml
+from alpaca.common.arguments import flag, parse, run_yaml
 from alpaca.common.distributed import hide_progress_bars, print_rank0, shutdown
 from alpaca.common.errors import UsageError, names_flags, reported
 from alpaca.common.files import fingerprint
 from alpaca.data.chat_template import set_chat_template
-from alpaca.data.prompts import PROMPT_DICT, format_prompt, load_prompt_template
+from alpaca.data.prompts import PROMPT_DICT, check_eval_size, format_prompt, load_prompt_template
 from alpaca.data.report import report, text_problems
 from alpaca.data.rows import Data, read_data
 from alpaca.data.tokenization import IGNORE_INDEX as IGNORE_INDEX
@@ -134,9 +134,11 @@ class DataArguments:
         """Raise UsageError without rows to train on; called for a command line."""
         if not self.data_path:
             raise UsageError("--data_path is missing: a file of rows (alpaca_data.json) or a hub id (tatsu-lab/alpaca)")
-        check_ranges(self, {"(0, inf)": "eval_size"})
-        if self.eval_size is not None and self.eval_data_path:
-            raise UsageError(f"--eval_size {self.eval_size:g}: --eval_data_path has the rows already; drop one of them")
+        if self.eval_size is not None:
+            check_eval_size(self.eval_size)
+            if self.eval_data_path:
+                problem = "--eval_data_path has the rows already; drop one of them"
+                raise UsageError(f"--eval_size {self.eval_size:g}: {problem}")
 
 
 @dataclass

@@ -62,7 +62,7 @@ class Layout:
 
     @property
     def is_plain(self) -> bool:
-        """Whether the fields of a row are Alpaca's already, or those of a task of self-instruct."""
+        """Return whether the fields of a row are Alpaca's already, or those of a task of self-instruct."""
         return self.name == "Alpaca" and all(field == column in FIELDS for field, column in self.columns.items())
 
     def description(self, pairs: str) -> str | None:

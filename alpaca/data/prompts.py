@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from alpaca.common.errors import InputError, UsageError
+from alpaca.common.errors import InputError, ParameterError, UsageError
 from alpaca.common.files import atomic_write, read_json
 from alpaca.data.formats import ADVICE, ALPACA, CONVERSATIONS, FIELDS, NEEDED, TEXTS, Layout, kind_of_turns, plain_name
 
@@ -162,7 +162,7 @@ def check_fits(read: Sequence[Any], data_path: str, layout: Layout) -> None:
 
 
 def _same_shape(values: Sequence[Any]) -> bool:
-    """Whether these are the columns, or the rows by their numbers, of a table."""
+    """Return whether these are the columns, or the rows by their numbers, of a table."""
     if all(isinstance(value, list) for value in values):
         return all(len(value) == len(values[0]) > 0 and isinstance(value[0], str) for value in values)
     return all(isinstance(value, Mapping) and value.keys() == values[0].keys() != set() for value in values)
@@ -190,6 +190,13 @@ def check_row(row: Any, read: Any, number: int, data_path: str, layout: Layout) 
             as_text = f'; write it as text: "{value}"' if isinstance(value, int | float) else ""
             raise InputError(f"{where}: {column!r} must be text, got {got}{as_text}", data_path)
         check_text(value or "", f"{where}: {column!r}", data_path)
+
+
+def check_eval_size(eval_size: float) -> None:
+    """Raise ParameterError unless this is a share of the rows, or a number of them."""
+    if not (0 < eval_size < 1 or (eval_size >= 1 and float(eval_size).is_integer())):
+        problem = "expected a share of the rows above 0 and below 1, or a whole number of rows"
+        raise ParameterError(f"{{eval_size}} {eval_size:g}: {problem}", "eval_size")
 
 
 def check_text(text: str, where: str, about: str) -> None:

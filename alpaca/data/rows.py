@@ -20,7 +20,7 @@ from alpaca.common.errors import InputError, ParameterError, UsageError, format_
 from alpaca.common.files import decode_json, decode_text, fingerprint, json_items
 from alpaca.data import formats
 from alpaca.data.formats import ALPACA, EMPTY, FIELDS, Row, rows_of
-from alpaca.data.prompts import backward_row, check_fits, check_row
+from alpaca.data.prompts import backward_row, check_eval_size, check_fits, check_row
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 JSON = "; expected a JSON list of rows, or one JSON object per line"
@@ -62,9 +62,7 @@ class Data:
         Args:
             eval_size: a number of rows or, below 1, their share.
         """
-        if not (0 < eval_size < 1 or (eval_size >= 1 and float(eval_size).is_integer())):
-            problem = "expected a share of the rows above 0 and below 1, or a whole number of rows"
-            raise ParameterError(f"{{eval_size}} {eval_size:g}: {problem}", "eval_size")
+        check_eval_size(eval_size)
         wanted = max(1, round(eval_size * len(self.rows))) if eval_size < 1 else int(eval_size)
         of_row = Counter(self.numbers)
         order, held, count = sorted(of_row), set(), 0
