@@ -11,7 +11,6 @@ of the largest tensor in float32.
 """
 
 import functools
-import re
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,7 +34,7 @@ from alpaca.weights import exact_diff
 from alpaca.weights.exact_diff import ExactDiff
 from alpaca.weights.float_diff import FloatDiff, write_files_of_2023
 from alpaca.weights.mismatch import check_same_tensors
-from alpaca.weights.provenance import CARD, front_matter
+from alpaca.weights.provenance import CARD, front_matter, hub_id_of
 from alpaca.weights.reader import EXACT_DIFF, MANIFEST, find_folder, folder_kind, open_weights
 from alpaca.weights.recovery import (
     Chain,
@@ -143,8 +142,7 @@ def _write_card(folder: Path, base: Path, tuned: Path, digest: str | None) -> No
     except InputError as error:
         print(f"note: {error}; nothing of it is taken over into {CARD}", flush=True)
         facts = {}
-    cached = re.search(r"/models--([^/]+)--([^/]+)/snapshots/\w+$", base.absolute().as_posix())
-    hub_id = f"{cached[1]}/{cached[2]}" if cached else None
+    hub_id, _ = hub_id_of(base) or (None, None)
     taken = {name: facts[name] for name in OF_A_CARD if facts.get(name)}
     licence = facts.get("license_name") or facts.get("license")
     known = f"{licence}, by the model's own card; those" if licence else "not stated by the model's own card; those"

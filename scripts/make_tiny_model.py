@@ -23,6 +23,7 @@ from alpaca.common import commands
 from alpaca.common.commands import check_numbers
 from alpaca.common.distributed import without_weight_bars
 from alpaca.common.errors import InputError, ParameterError, reported
+from alpaca.common.files import share_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 Architecture = Literal["llama", "opt", "gpt2"]
@@ -153,8 +154,6 @@ def make_tiny_model(
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    from alpaca.training.checkpoint import share_weights
-
     with without_weight_bars():
         model.save_pretrained(output_dir)
     share_weights(output_dir)

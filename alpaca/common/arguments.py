@@ -87,9 +87,10 @@ def parse(
     former = [*(getattr(group, "_renamed", {}) for group in dataclass_types), aliases or {}]
     words, renamed = rename_flags(words, {old: new for names in former for old, new in names.items()})
     notes += renamed
+    known = parser.known()
     for name, values in split_flags(words):
-        if name not in parser.known():
-            raise unknown_flag(name, parser.known(), program)
+        if name not in known:
+            raise unknown_flag(name, known, program)
         if values == [""] and names_a_path(name):
             raise UsageError(f"--{name}: needs a value")
     namespace = parser.parse_args(words)

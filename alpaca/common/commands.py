@@ -259,6 +259,7 @@ def _value(name: str, text: str | None, annotation: Any) -> Any:
 
 
 def names_a_path(name: str) -> bool:
+    """Return whether a flag of this name takes a path or a hub id, which is never an empty text."""
     return re.search(r"(_path|_dir|^path_\w+|^adapter|^base|^model(_name(_or_path)?)?)$", name) is not None
 
 

@@ -41,13 +41,24 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~umask)  # mkstemp gives 0600
+        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else _plain_mode())  # mkstemp gives 0600
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _plain_mode() -> int:
+    """Return the mode bits that a plain `open` gives a new file."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
+
+
+def share_weights(folder: str | Path) -> None:
+    """Give the safetensors in `folder` the mode bits of other files: their library makes them for their owner only."""
+    for path in Path(folder).glob("*.safetensors"):
+        os.chmod(path, _plain_mode())
 
 
 def refuse_overwriting_input(output: str | Path, *inputs: str | Path | None) -> None:

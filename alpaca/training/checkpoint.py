@@ -183,15 +183,6 @@ def atomic_checkpoint_dir(output: Path, step: int, run_fingerprint: dict[str, An
     barrier()
 
 
-def share_weights(folder: str | Path) -> None:
-    """Give the safetensors in `folder` the mode bits that a plain `open` would have given: the library makes files that
-    only their owner reads."""
-    umask = os.umask(0)
-    os.umask(umask)
-    for path in Path(folder).glob("*.safetensors"):
-        os.chmod(path, 0o666 & ~umask)
-
-
 def _clear_leftovers(output: Path) -> None:
     """Delete what is left of a run that was killed while it wrote or deleted a checkpoint."""
     for pattern in ("saving-checkpoint-*", "deleting-checkpoint-*"):

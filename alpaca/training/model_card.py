@@ -26,11 +26,13 @@ from huggingface_hub import ModelCardData
 from alpaca.common.arguments import enum_value
 from alpaca.common.commands import ways_on
 from alpaca.common.distributed import print_rank0
+from alpaca.common.errors import InputError
 from alpaca.common.files import atomic_write, sha256_of_file
 from alpaca.data.chat_template import separator
 from alpaca.data.prompts import TEMPLATE_FILE, format_prompt
 from alpaca.data.report import PROBLEMS
 from alpaca.packing.sampler import rows_per_step
+from alpaca.weights.provenance import front_matter, hub_id_of
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -119,18 +121,21 @@ def base_source(name: str) -> Source:
     folder = Path(name)
     if not folder.is_dir():
         return Source(f"[{name}](https://huggingface.co/{name})", name)
-    licence = _licence(folder / "README.md")
-    if found := re.search(r"/models--([^/]+)--([^/]+)/snapshots/(\w+)$", folder.absolute().as_posix()):
-        hub_id = f"{found[1]}/{found[2]}"
-        return Source(f"[{hub_id}](https://huggingface.co/{hub_id}) (revision {found[3]})", hub_id, licence)
+    licence = _licence(folder)
+    if found := hub_id_of(folder):
+        hub_id, revision = found
+        return Source(f"[{hub_id}](https://huggingface.co/{hub_id}) (revision {revision})", hub_id, licence)
     return Source(f"`{folder.resolve().name}` (a local folder)", None, licence)
 
 
-def _licence(card: Path) -> str | None:
-    """Return the licence that the front matter of a model card names."""
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
-    found = re.search(r"^license: *['\"]?([\w.-]+)", front[1], re.MULTILINE) if front else None
-    return found[1] if found else None
+def _licence(folder: Path) -> str | None:
+    """Return the licence that the card of a model names. One that cannot be read is said, and names none."""
+    try:
+        found = (front_matter(folder) or {}).get("license")
+    except InputError as error:
+        print(f"note: {error}; no licence is taken over from it", flush=True)
+        return None
+    return found if isinstance(found, str) else None
 
 
 def data_source(path: str, split: str) -> Source:

@@ -20,6 +20,7 @@ from transformers.trainer_pt_utils import get_parameter_names
 from transformers.trainer_utils import speed_metrics
 
 from alpaca.common.distributed import print_rank0
+from alpaca.common.files import share_weights
 from alpaca.data.prompts import save_templates
 from alpaca.data.tokenizer import save_slow_files
 from alpaca.models import deepspeed, fsdp
@@ -38,7 +39,6 @@ from alpaca.training.checkpoint import (
     atomic_checkpoint_dir,
     delete_old_checkpoints,
     retry_while_disk_full,
-    share_weights,
 )
 from alpaca.training.metrics import ConsoleCallback, LossTracker, SpeedMeter, plot_loss
 from alpaca.training.model_card import write_model_card

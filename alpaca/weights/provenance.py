@@ -132,6 +132,12 @@ def front_matter(folder: Path) -> dict[str, Any] | None:
     return facts
 
 
+def hub_id_of(folder: Path) -> tuple[str, str] | None:
+    """Return the hub id and the revision of a folder in the hub's cache; None for any other folder."""
+    found = re.search(r"/models--([^/]+)--([^/]+)/snapshots/(\w+)$", folder.absolute().as_posix())
+    return (f"{found[1]}/{found[2]}", found[3]) if found else None
+
+
 def note_of_quantized_base(adapter: Path) -> list[str]:
     """Return a line where the adapter's own card says that its base was loaded in 8 or 4 bits."""
     card = adapter / CARD
