@@ -190,7 +190,7 @@ def test_the_band_is_three_times_what_rounding_was_seen_to_do():
     curve = reference_run.band_of([2.0, 2.0, 2.0, 2.0], {"a": [2.0, 2.01, 2.0, 2.0], "b": [2.0005, 2.0, 2.02]})
     assert curve["band"] == pytest.approx([0.003, 0.03, 0.06, 0.06])
     with pytest.raises(reference_run.UsageError, match="not finite"):
-        reference_run.band_of([2.0, float("nan")], {"a": [2.0, 2.0]})
+        reference_run.band_of([2.0, 2.0], {"a": [2.0, float("nan")]})
 
 
 # ---- the real model ----
