@@ -6,12 +6,14 @@ Memory is the sum of
     weights, gradients   4 bytes a parameter each: float32 master weights. Sharded over the ranks under FSDP. With LoRA
                          that of the matrices only, and the frozen base in its dtype, or quantized in 8 or 4.13 bits.
                          DeepSpeed has both once more, the weights in the dtype of the arithmetic
-    optimizer            8 bytes a parameter for AdamW; with torch's foreach kernels (adamw_torch) 4 more while it steps
+    optimizer            8 bytes a parameter of AdamW; with torch's foreach kernels (adamw_torch) 4 more while it steps.
+                         2 where it keeps 8 bits (adamw_bnb_8bit), but 8 for embeddings
     whole gradients      under FSDP, where they fit: 4 bytes a parameter, so that they are reduced once a step and not
                          after every pack
     gathered             under FSDP: the embeddings and two decoder layers whole, in the dtype of the arithmetic, and
-                         the gradients of one on their way to float32; else the bfloat16 copies that autocast keeps;
-                         of a quantized base one decoder layer in the dtype of the arithmetic
+                         the gradients of one on their way to float32; else the bfloat16 copies that autocast keeps,
+                         with gradient checkpointing those of a layer; of a quantized base one decoder layer in the
+                         dtype of the arithmetic
     activations          what the forward pass of the largest micro-batch keeps for the backward pass, counted on fake
                          tensors (shapes without memory), and its logits with their gradient and the loss's float32
 
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 GB = 1e9
 SPARE = 0.1  # of what is gathered and of the activations, where the size is decided here
 PACK_TOKENS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024)  # of --max_tokens_per_pack auto
-OPTIMIZER_BYTES = {"adafactor": 0.1, "sgd": 0, "rmsprop": 4, "adagrad": 4, "lion": 4, "8bit": 2}  # else AdamW's 8
+OPTIMIZER_BYTES = {"adafactor": 0.1, "sgd": 0, "rmsprop": 4, "adagrad": 4, "lion": 4, "8bit": 2.03}  # else AdamW's 8
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Model:
     vocabulary: int  # logits of a token
     recomputes: bool = True  # whether it has gradient checkpointing
     quantized: bool = False
+    embeddings: int = 0  # parameters of embeddings that are trained
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,8 @@ def measure(
     blocks = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or [])]
     layer = max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
     parameters = trained = sum(weights.values())
+    tables = [module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    embeddings = 0 if lora else sum(table.numel() for table in tables)
     frozen_bytes = 0.0
     if lora:
         frozen_bytes = bytes_of_base(model, parameters, lora, dtype)
@@ -156,6 +161,7 @@ def measure(
         vocabulary=vocabulary,
         recomputes=bool(model.supports_gradient_checkpointing),
         quantized=bool(lora and lora.quantized),
+        embeddings=embeddings,
     )
 
 
@@ -177,17 +183,20 @@ def memory(model: Model, plan: Plan) -> dict[str, float]:
         "gradients": 4 * model.trained,
         "optimizer": plan.optimizer_bytes * model.trained,
     }
+    if plan.optimizer_bytes == OPTIMIZER_BYTES["8bit"]:
+        static["optimizer"] += (8 - plan.optimizer_bytes) * model.embeddings
     item = 2 if plan.half else 4
     if plan.zero:
         static["copies of DeepSpeed"] = (item + 4) * model.trained
     static = {name: size / shards for name, size in static.items()}
+    root = model.parameters - model.layers * model.largest_layer
     if plan.sharded:
-        root = model.parameters - model.layers * model.largest_layer
         with_gradient = max(root, model.largest_layer) * model.trained / model.parameters
         live = min(plan.zero.live, model.parameters) if plan.zero else 0
         gathered = item * max(root + 2 * model.largest_layer, live) + (item + 4) * with_gradient
     else:
-        gathered = (2 if plan.half else 0) * model.trained + (4 * model.trained if plan.world_size > 1 else 0)
+        cast = min(model.trained, root + model.largest_layer) if plan.checkpointing else model.trained
+        gathered = (2 if plan.half else 0) * cast + (4 * model.trained if plan.world_size > 1 else 0)
         gathered += item * model.largest_layer * model.quantized
     kept = model.activations / model.layers + model.layer_inputs if plan.checkpointing else model.activations
     whole = 4.0 * model.trained * plan.whole_gradients
@@ -253,6 +262,9 @@ def what_fits(model: Model, plan: Plan, rows: Rows, available: float) -> str | N
         ways.append(('--fsdp "full_shard auto_wrap"', replace(plan, sharded=True)))
     recompute = " --gradient_checkpointing True" if model.recomputes and not plan.checkpointing else ""
     ways += [(flags + recompute, replace(way, checkpointing=True)) for flags, way in ways if recompute]
+    if not plan.sharded and plan.optimizer_bytes == 8:
+        small = dict(optimizer_bytes=OPTIMIZER_BYTES["8bit"], foreach=False)
+        ways += [(f"--optim adamw_bnb_8bit {flags}".strip(), replace(way, **small)) for flags, way in ways]
     if plan.on_gpu and not plan.zero:
         launch = "torchrun --nproc_per_node=1 " if plan.world_size == 1 else ""
         offload = f'{launch}--fsdp "full_shard auto_wrap offload"', replace(plan, sharded=True, offload=True)
@@ -372,7 +384,9 @@ def _print_estimate(model: Model, plan: Plan, rows: Rows, available: float, host
     print_rank0(f"memory {unit}, estimate: {described} = {format_bytes(size)}, available {format_bytes(available)}", 0)
     if size > available:
         fits = what_fits(model, plan, rows, available)
-        print_rank0(f"  does not fit; {'this would: ' + fits if fits else 'take more GPUs, or a smaller model'}", 0)
+        way = f"this would: {fits}" if fits else "take more GPUs, or a smaller model"
+        fewer = "; or train fewer parameters, as with --lora_r 8" if model.trained == model.parameters else ""
+        print_rank0(f"  does not fit; {way}{fewer}", 0)
     if parts.get("host", 0) > host:
         print_rank0(
             f"  offloading takes {format_bytes(parts['host'])} of CPU memory a process, available {format_bytes(host)}",

@@ -149,6 +149,10 @@ def check_optimizer(args: "TrainingArguments") -> None:
         package = next((PIP[key] for key in PIP if name.startswith(key)), None)
         hint = f"is not installed; pip install {package}" if package else " ".join(str(error).split())
         raise UsageError(f"{given}: {hint}") from error
+    if args.fsdp and kind.__module__.startswith("bitsandbytes"):
+        raise UsageError(
+            f"{given}: bitsandbytes does not know sharded parameters; drop --fsdp, or take another --optim"
+        )
 
 
 def check_installed(args: "TrainingArguments") -> None:

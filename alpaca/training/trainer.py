@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
@@ -25,8 +26,6 @@ from alpaca.data.prompts import save_templates
 from alpaca.data.tokenizer import save_slow_files
 from alpaca.models import deepspeed, fsdp
 from alpaca.models.compile import compile_layers, explained, repeated_layers
-from alpaca.models.deepspeed import attach
-from alpaca.models.deepspeed import full_state_dict as full_masters
 from alpaca.models.fsdp import full_state_dict, load_resharded_optimizer, save_sharded_optimizer, shard_on_cpu
 from alpaca.packing.attention import PackLayout, named_kernel, packed_attention_enabled
 from alpaca.packing.check import select_packing, verify_packing
@@ -105,11 +104,8 @@ class AlpacaTrainer(Trainer):
         self._packing_checked = False
         self.run_2023: Steps2023 | None = None  # with --reproduce_2023
         if self.args.reproduce_2023 and (dropout := active_dropout(self.model)):
-            print_rank0(
-                f"note: --reproduce_2023: the run cannot equal that of 2023, as dropout ({', '.join(dropout[:3])}) is "
-                "drawn anew",
-                self.args.process_index,
-            )
+            reason = f"the run cannot equal that of 2023, as dropout ({', '.join(dropout[:3])}) is drawn anew"
+            print_rank0(f"note: --reproduce_2023: {reason}", self.args.process_index)
         if self.args.torch_compile:
             compile_layers(self.model, self.args)
 
@@ -120,10 +116,12 @@ class AlpacaTrainer(Trainer):
         args.parallelism_config = None if on_cpu else mesh  # accelerate refuses it there
         super().create_accelerator_and_postprocess()
         args.torch_compile_backend = backend
+        if args.gradient_checkpointing:  # autocast's cache would keep a copy of every weight through the forward pass
+            self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         if on_cpu:
             shard_on_cpu(self, mesh)
         if self.is_deepspeed_enabled:
-            attach(self)
+            deepspeed.attach(self)
 
     # ---- rows ----
 
@@ -297,7 +295,7 @@ class AlpacaTrainer(Trainer):
         """Save the model; from DeepSpeed's master weights in `dtype`, else in the model's own."""
         with _caching_config(self.model):
             if self.is_deepspeed_enabled:
-                state = full_masters(self.model, self.args.should_save, dtype)
+                state = deepspeed.full_state_dict(self.model, self.args.should_save, dtype)
                 self._save(output_dir, state_dict=state)
                 if self.args.should_save:  # else it names the dtype that DeepSpeed computes in
                     self.model.config.dtype = dtype
@@ -348,11 +346,12 @@ class AlpacaTrainer(Trainer):
 
         def write() -> None:
             super(AlpacaTrainer, self)._save(folder, state_dict)
-            if self.args.should_save:
-                share_weights(folder)
-            if self.args.should_save and (templates := getattr(self.train_dataset, "templates", None)):
+            if not self.args.should_save:
+                return
+            share_weights(folder)
+            if templates := getattr(self.train_dataset, "templates", None):
                 save_templates(templates, folder)
-            if self.args.should_save and self.slow_files:
+            if self.slow_files:
                 save_slow_files(self.processing_class, self.slow_files, folder)
 
         return retry_while_disk_full(write, folder) if Path(folder) == Path(self.args.output_dir) else write()

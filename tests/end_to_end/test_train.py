@@ -291,7 +291,7 @@ LORA_RECIPES = {  # architecture, learning rate, length, batch; r, alpha, where
 
 def test_every_recipe_is_tested():
     names = {path.stem for path in (ROOT / "recipes").glob("*.sh")} - {"common"}
-    assert names == {*RECIPES, *LORA_RECIPES, "llama_7b_2x8"}  # test_multinode.py
+    assert names == {*RECIPES, *LORA_RECIPES, "llama_7b_one_80gb", "llama_7b_2x8"}  # test_multinode.py
 
 
 OTHERS_OF_A_KIND = ("llama_13b", "llama2_7b_alpaca_cleaned", "claude2_alpaca_13b")  # other numbers than another has
@@ -352,6 +352,35 @@ def test_lora_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
     adapter = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (r, alpha, 0.05)
     assert sorted(adapter["target_modules"]) == layers
+
+
+def test_7b_on_one_gpu_of_80_gb_in_miniature(tiny, tmp_path):
+    """AdamW of 8 bits, killed after a checkpoint and continued: the same bits as the run that went through. The packing
+    check and the estimate are those of any run."""
+    from conftest import free_port
+
+    pytest.importorskip("bitsandbytes")
+    env = dict(
+        MODEL=tiny("llama"),
+        DATA=write_rows(tmp_path / "r.json", 300),
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )
+
+    flags = "--max_steps 4 --save_steps 2 --save_total_limit 2".split()
+
+    def start(name, *more):
+        named = dict(OUTPUT=str(tmp_path / name), PORT=str(free_port()))
+        return run(["bash", ROOT / "recipes" / "llama_7b_one_80gb.sh", *flags, *more], env=env | named).stdout
+
+    told = start("whole")
+    assert "128 a step" in told and "checked: a packed step has the gradient of a padded one" in told
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "cut" / "checkpoint-2")
+    told = start("cut", "--resume_from_checkpoint", "True")
+    assert "step 3/4" in told and "step 2/4" not in told
+    whole, cut = (weights(tmp_path / name) for name in ("whole", "cut"))
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    whole, bits8 = (tmp_path / "cut" / "checkpoint-4" / name for name in ("model.safetensors", "optimizer.pt"))
+    assert 0.3 < bits8.stat().st_size / whole.stat().st_size < 2, "of the embeddings 8 bytes a parameter, else 2"
 
 
 def test_the_saving_function_of_2023_that_forks_import(tiny, tmp_path):

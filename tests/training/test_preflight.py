@@ -3,21 +3,27 @@
 import json
 import math
 import sys
+import weakref
 from argparse import Namespace
 from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from conftest import GOLDEN, SHARED, run, train, write_rows
 from support.goldens import golden_tokenizer, texts_of
 from support.seven_b import ON_FOUR, SEVEN, flags_of, llama_7b
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
 
 from alpaca.common.errors import UsageError
 from alpaca.data.prompts import PROMPT_DICT
 from alpaca.data.report import PROBLEMS, text_problems
 from alpaca.packing.packing import CPU_PACK_TOKENS
 from alpaca.training import memory, preflight
-from train import SupervisedDataset
+from alpaca.training.preflight import check_optimizer
+from alpaca.training.trainer import AlpacaTrainer
+from train import SupervisedDataset, TrainingArguments
 
 pytestmark = pytest.mark.slow  # many small cases
 
@@ -224,10 +230,11 @@ def test_memory_by_hand():
         # 8 GPUs hold 14 + 5.6 GB each
         (24, replace(ON_FOUR, world_size=8, group=8), ROWS, (4600, True, False)),
         (40, replace(ON_FOUR, world_size=8, group=8), ROWS, (3072, False, False)),
-        # one holds 112 + 14 GB of autocast's copies; of copies of the model, reduced in 28 GB of buckets, none fits
+        # one holds 112 + 14 GB of autocast's copies, or recomputed 1.6; of several each has 28 GB of buckets besides
         (80, ALONE, ROWS, (1024, False, False)),
         (139, ALONE, ROWS, (2048, False, False)),
-        (139, replace(ALONE, world_size=4), ROWS, (1024, False, False)),
+        (139, replace(ALONE, world_size=4), ROWS, (4600, True, False)),
+        (80, replace(ALONE, optimizer_bytes=2.03), ROWS, (4600, True, False)),  # 70 GB
         (300, ALONE, LONG_STEPS, (16384, False, False)),  # nobody to reduce gradients with
         # padded micro-batches are as large as the flags say
         (80, PADDED, ROWS, (0, False, False)),
@@ -524,3 +531,44 @@ def test_the_final_model_waits_for_room(capsys):
         retry_while_disk_full(lambda: exec("raise OSError(28, 'No space left on device')"), "out", tries=2, pause=0)
     with pytest.raises(ValueError, match="another"):
         retry_while_disk_full(lambda: exec("raise ValueError('another')"), "out", pause=0)
+
+
+def test_8_bits_and_shards(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    args = transformers.TrainingArguments(str(tmp_path), optim="adamw_bnb_8bit", use_cpu=True)
+    check_optimizer(args)
+    args.fsdp = True
+    with pytest.raises(UsageError, match="--optim adamw_bnb_8bit: bitsandbytes does not know sharded parameters; drop"):
+        check_optimizer(args)
+
+
+class Copies(TorchDispatchMode):
+    """Count the bfloat16 copies of weights of some shapes: all that are made, and most at a time."""
+
+    def __init__(self, shapes):
+        super().__init__()
+        self.shapes, self.made, self.most = shapes, [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if "_to_copy" in str(function) and made.dtype == torch.bfloat16 and tuple(made.shape) in self.shapes:
+            self.made.append(weakref.ref(made.untyped_storage()))
+            self.most = max(self.most, sum(copy() is not None for copy in self.made))
+        return made
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recomputed_layers_keep_no_copies_of_their_weights(tiny, tmp_path, recompute):
+    """Of autocast's: two layers have 14 matrices, of which those of one layer at most are there at a time."""
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    flags = dict(use_cpu=True, bf16=True, gradient_checkpointing=recompute, report_to="none")
+    trainer = AlpacaTrainer(model=model, args=TrainingArguments(str(tmp_path), **flags))
+    prepared = trainer.accelerator.prepare_model(model.train())
+    if recompute:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    shapes = {tuple(p.shape) for layer in model.model.layers for p in layer.parameters() if p.ndim == 2}
+    with Copies(shapes) as copies, trainer.compute_loss_context_manager():
+        logits = prepared(input_ids=torch.ones(2, 16, dtype=torch.long), use_cache=False).logits
+        logits.float().mean().backward()
+    assert copies.most <= 7 if recompute else copies.most == 14
+    assert len(copies.made) == (28 if recompute else 14)
