@@ -2,35 +2,52 @@ r"""Look at training data the way train.py will see it: the report it prints, an
 
     python -m scripts.inspect_data --model_name_or_path <model> --data_path alpaca_data.json
     python -m scripts.inspect_data --model_name_or_path <model> --data_path rows.jsonl --rows 0 17 --problem no_eos
+    python -m scripts.inspect_data --losses output/alpaca-7b --sample 2000
 
 Needs the tokenizer of the model only, and shares the token cache with train.py. In colour on a terminal: dim tokens are
 masked (label -100), green ones are learned, control tokens are reversed; elsewhere the two parts have a line each.
+
+--losses shows the rows that hurt: those whose loss stayed high in a finished run, or rose. Model, data and how they are
+read are those of the run's run.yaml. Row by row the losses before and after training are kept, so that a run that was
+killed goes on; at the end all are written, the worst row first.
 
 Exit code: 0, or 1 where something would spoil training (more rows with a problem than is tolerated), or 2 where
 train.py would not even start: data that cannot be read, or no row with anything to learn.
 """
 
+import json
 import os
+import random
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     from alpaca.common.errors import starting
 
     starting("scripts.inspect_data")
 
+import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from alpaca.common import arguments
-from alpaca.common.arguments import flag
+from alpaca.common.arguments import flag, flags_of_file, join_flags, split_flags
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, names_flags, reported
+from alpaca.common.files import check_writable, write_text
 from alpaca.data.report import PROBLEMS
 from alpaca.data.tokenization import IGNORE_INDEX
+from alpaca.evaluation.row_losses import RowLoss, measure
+from alpaca.inference.load import LoadOptions, load_for_inference
+from alpaca.models.device import best_dtype
+from alpaca.models.embeddings import resize_embeddings, vocabulary_size
 from alpaca.models.load import load_tokenizer
 from alpaca.training.preflight import check_is_model
+from alpaca.weights.provenance import weights_of
+from alpaca.weights.reader import ADAPTER, find_folder, folder_kind
 from train import DataArguments, ModelArguments, SupervisedDataset, make_supervised_data_module
 
 DIM = "\033[2m"
@@ -49,6 +66,11 @@ class InspectArguments:
     seed: int = flag(42, "Seed of --eval_size, as in train.py.")
     cache_dir: str | None = flag(None, "Folder for downloads and tokenized data, as in train.py.")
     color: str = flag("auto", "When to use colour.", choices=["auto", "always", "never"])
+    losses: str | None = flag(None, "Folder of a finished run: show the rows whose loss stayed high in it, or rose.")
+    sample: int | None = flag(None, "With --losses: so many rows, drawn by --seed, and those of --rows; else all.")
+    top: int = flag(20, "With --losses: how many rows to show.")
+    batch_tokens: int = flag(4096, "With --losses: tokens of a batch.")
+    output_path: str | None = flag(None, "With --losses: JSON lines, by default row_losses.jsonl in the run's folder.")
 
     process_index = 0  # what train.py's functions ask for
 
@@ -56,27 +78,51 @@ class InspectArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report and the rows of the command line `argv`. Return the exit code."""
     classes = (ModelArguments, DataArguments, InspectArguments)
-    argv = sys.argv[1:] if argv is None else argv
+    argv = flags_of_run(list(sys.argv[1:] if argv is None else argv), classes)
     flags, _ = arguments.parse(argv, classes, __doc__, program="scripts.inspect_data")
     return inspect_data(*flags)
 
 
+def flags_of_run(argv: list[str], classes: Sequence[type]) -> list[str]:
+    """Return the command line with the flags that its --losses run was started with, where it has none of its own."""
+    given = dict(split_flags(argv))
+    run = (given.get("losses") or [None])[0]
+    if run is None:
+        return argv
+    if not (file := Path(run) / "run.yaml").is_file():
+        raise UsageError(f"--losses {run}: there is no run.yaml in it; expected a folder that train.py has written")
+    known = {f.name for kind in classes for f in fields(kind)} | {name for kind in classes for name in renamed(kind)}
+    return join_flags([flag for flag in flags_of_file(str(file)) if flag[0] in known and flag[0] not in given]) + argv
+
+
+def renamed(kind: type) -> Mapping[str, str]:
+    return getattr(kind, "_renamed", {})
+
+
 @names_flags
 def inspect_data(model_args: ModelArguments, data_args: DataArguments, options: InspectArguments) -> int:
-    check_numbers(model_max_length=options.model_max_length, limit=options.limit)
+    check_numbers(
+        model_max_length=options.model_max_length,
+        limit=options.limit,
+        top=options.top,
+        batch_tokens=options.batch_tokens,
+        sample=1 if options.sample is None else options.sample,
+    )
     check_is_model(model_args.model_name_or_path)
-    tokenizer, _ = load_tokenizer(model_args, options)
+    tokenizer, new_tokens = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir, options.seed)
     datasets = [data_module[name] for name in ("train_dataset", "eval_dataset") if data_module[name]]
     of_file = datasets if data_args.eval_size else datasets[:1]
     spoiled = []
     for dataset in datasets:
         print(dataset.report)
-        if dataset is of_file[-1]:
+        if dataset is of_file[-1] and not options.losses:
             show_rows(of_file, tokenizer, options)
         spoiled += dataset.report.spoiled_by()
     for line in spoiled:
         print(f"would spoil training: {line}")
+    if options.losses:
+        show_losses(model_args, datasets[0], tokenizer, new_tokens, options)
     return 1 if spoiled else 0
 
 
@@ -103,6 +149,77 @@ def show_rows(
             print(f"\nrow {number}: left out | {names}")
         for row in found:
             show_row(f"row {number}", names, row, tokenizer, colored)
+
+
+# ---- rows that hurt ----
+
+
+def show_losses(
+    model_args: ModelArguments,
+    dataset: SupervisedDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    new_tokens: int,
+    options: InspectArguments,
+) -> None:
+    """Measure rows before and after the run, write them, and print the worst."""
+    output = Path(options.output_path or Path(options.losses) / "row_losses.jsonl")
+    check_writable(output.parent)
+    chosen = chosen_rows(dataset, options)
+    rows = {i: (dataset.input_ids[i].tolist(), int((dataset.labels[i] == IGNORE_INDEX).sum())) for i in chosen}
+    base, adapter = model_args.model_name_or_path, folder_kind(find_folder(options.losses)) == ADAPTER
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = LoadOptions(device, best_dtype(device))
+
+    def before() -> PreTrainedModel:
+        model = load_for_inference(base, None, where).model
+        resize_embeddings(model, new_tokens, vocabulary_size(tokenizer))  # as train.py begins
+        return model
+
+    models = {
+        "before": before,
+        "after": lambda: load_for_inference(options.losses, base if adapter else None, where).model,
+    }
+    how = {**weights_of(base=base, model=options.losses), "data": dataset.data_fingerprint}
+    how |= {"template": dataset.template_fingerprint, "model_max_length": options.model_max_length}
+    found = measure(models, rows, options.batch_tokens, output.with_name(f"{output.name}.journal"), how)
+    ranked = sorted(found, key=lambda i: (-found[i].score, i))
+    problems = {name: set(numbers) for name, numbers in dataset.report.problems.items()}
+    entries = [entry_of(dataset.report.numbers[i], found[i], problems) for i in ranked]
+    write_text(output, "".join(f"{json.dumps(entry)}\n" for entry in entries))
+    print("\nscore = (loss after + what it rose by) / (answer tokens + 1), in nats; before and after are per token")
+    print(f"{'row':>8} {'score':>6} {'before':>7} {'after':>7} {'tokens':>7}")
+    for i, entry in zip(ranked[: options.top], entries):
+        numbers = f"{entry['row']:>8} {entry['score']:6.2f} {entry['before']:7.2f} {entry['after']:7.2f}"
+        text = " ".join(tokenizer.decode(rows[i][0][rows[i][1] :], skip_special_tokens=True).split())
+        print(f"{numbers} {entry['tokens']:>7}  {', '.join(entry['problems'])} {text!r:.60}".rstrip())
+    print(f"wrote {output}: {len(ranked):,} rows, the worst first")
+
+
+def chosen_rows(dataset: SupervisedDataset, options: InspectArguments) -> list[int]:
+    """Return the places in `dataset` of the rows to measure: all, or a sample and those of --rows."""
+    every = [i for i, targets in enumerate(dataset.num_targets) if targets]
+    if options.sample is None and not options.rows:
+        return every
+    drawn = random.Random(options.seed).sample(every, min(options.sample or 0, len(every)))
+    named = set(options.rows)
+    if unknown := named - set(dataset.report.numbers):
+        raise UsageError(f"--rows {min(unknown)}: is not among the rows to train on")
+    return sorted({*drawn, *(i for i in every if dataset.report.numbers[i] in named)})
+
+
+def entry_of(number: int, loss: RowLoss, problems: Mapping[str, set[int]]) -> dict[str, Any]:
+    """Return what is written of a row: no text, so that the file may be shown around."""
+    return {
+        "row": number,
+        "score": round(loss.score, 4),
+        "before": round(loss.before / max(loss.targets, 1), 4),
+        "after": round(loss.after / max(loss.targets, 1), 4),
+        "tokens": loss.targets,
+        "problems": [name for name, rows in problems.items() if number in rows],
+    }
+
+
+# ---- rows token by token ----
 
 
 def show_row(

@@ -195,10 +195,10 @@ def with_config(argv: list[str]) -> list[str]:
         raise UsageError(f"--config {' '.join(word for values in files for word in values)}: expected one file")
     own = [(name, values) for name, values in flags if name != "config"]
     names = {name for name, _ in own}
-    return join_flags([flag for flag in _flags_of_file(files[0][0]) if flag[0] not in names] + own)
+    return join_flags([flag for flag in flags_of_file(files[0][0]) if flag[0] not in names] + own)
 
 
-def _flags_of_file(path: str) -> list[tuple[str, list[str]]]:
+def flags_of_file(path: str) -> list[tuple[str, list[str]]]:
     """Return the flags of a YAML file as `split_flags` does. Values are the texts that stand there: YAML itself would
     read `no` as False, and 1e-4 as a text in other places than 1.0e-4."""
     import yaml

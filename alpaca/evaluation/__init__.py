@@ -4,4 +4,5 @@ harness          lm-eval's tasks, with the published groups
 harness_tasks    group files, and a rehearsal of every task
 judge            an LLM as judge of two answers
 bleu_rouge       BLEU and ROUGE against references
+row_losses       the loss of single rows, before and after training
 """
