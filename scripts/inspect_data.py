@@ -38,6 +38,7 @@ from alpaca.common.arguments import flag, flags_of_file, join_flags, split_flags
 from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, names_flags, reported
 from alpaca.common.files import check_writable, write_text
+from alpaca.completions.journal import Journal
 from alpaca.data.report import PROBLEMS
 from alpaca.data.tokenization import IGNORE_INDEX
 from alpaca.evaluation.row_losses import RowLoss, measure
@@ -181,7 +182,8 @@ def show_losses(
     }
     how = {**weights_of(base=base, model=options.losses), "data": dataset.data_fingerprint}
     how |= {"template": dataset.template_fingerprint, "model_max_length": options.model_max_length}
-    found = measure(models, rows, options.batch_tokens, output.with_name(f"{output.name}.journal"), how)
+    with Journal(output.with_name(f"{output.name}.journal"), output) as journal:
+        found = measure(models, rows, options.batch_tokens, journal, how)
     ranked = sorted(found, key=lambda i: (-found[i].score, i))
     problems = {name: set(numbers) for name, numbers in dataset.report.problems.items()}
     entries = [entry_of(dataset.report.numbers[i], found[i], problems) for i in ranked]

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from alpaca.common.errors import InputError, ParameterError, UsageError
+from alpaca.common.errors import ParameterError, UsageError
 from alpaca.common.files import refuse_other_arguments
-from alpaca.completions.journal import Journal
 
 TokenizedRow = tuple[Sequence[int], int]  # its ids, and the place of the first target
 
@@ -68,8 +67,8 @@ def _losses_of_batch(model: PreTrainedModel, rows: Sequence[TokenizedRow]) -> li
     firsts = [max(first, 1) for _, first in rows]
     start = min(min(firsts), width) - 1  # no row has a target that is predicted before
     options: dict[str, Any] = {"use_cache": False}
-    forward = model.get_base_model().forward if hasattr(model, "peft_config") else model.forward
-    if "logits_to_keep" in inspect.signature(forward).parameters:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
         options["logits_to_keep"] = width - start
     logits = model(input_ids=padded, attention_mask=mask, **options).logits[:, start - width :]  # (B, T - start, V)
     losses = []
@@ -105,11 +104,21 @@ def score(before: float, after: float, targets: int) -> float:
     return (after + max(after - before, 0.0)) / (targets + 1)
 
 
+class Kept(Protocol):
+    """What is measured, line by line, as completions.journal.Journal keeps it."""
+
+    path: Path
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+
+    def append(self, entry: dict[str, Any]) -> None: ...
+
+
 def measure(
     models: Mapping[str, Callable[[], PreTrainedModel]],
     rows: Mapping[int, TokenizedRow],
     batch_tokens: int,
-    journal: Path,
+    journal: Kept,
     how: Mapping[str, Any],
 ) -> dict[int, RowLoss]:
     """Return the loss of each row by its key, before and after training. What is measured lies in `journal`, from which
@@ -121,30 +130,29 @@ def measure(
     Raises:
         InputError: the journal was made with another `how`.
     """
-    with Journal(journal) as kept:
-        found: dict[tuple[str, int], tuple[int, float]] = {}
-        begun = False
-        for entry in kept:
-            if entry["kind"] == "run":
-                refuse_other_arguments(journal, entry["how"], how, journal)
-                begun = True
-            elif entry.get("model") in models and type(entry.get("targets")) is int and "loss" in entry:
-                found[entry["model"], entry["index"]] = entry["targets"], float(entry["loss"])
-            else:
-                raise InputError(f"{journal}: has a line that is none of ours: {entry!r:.80}; move it away", journal)
-        if not begun:
-            kept.append({"kind": "run", "how": how})
-        for name, open_model in models.items():
-            left = [key for key in rows if (name, key) not in found]
-            if not left:
-                continue
-            losses = token_losses(open_model(), [rows[key] for key in left], batch_tokens)
-            for place, of_row in _shown(losses, name, len(left), len(rows)):
-                key, loss = left[place], of_row.sum().item()
-                if not math.isfinite(loss):
-                    raise UsageError(f"row {key}: its loss {name} training is {loss}; the weights are damaged")
-                kept.append({"kind": "answer", "model": name, "index": key, "targets": len(of_row), "loss": loss})
-                found[name, key] = len(of_row), loss
+    found: dict[tuple[str, int], tuple[int, float]] = {}
+    begun = False
+    for entry in journal:
+        if entry["kind"] == "run":
+            refuse_other_arguments(journal.path, entry["how"], how, journal.path)
+            begun = True
+        elif entry.get("model") in models and type(entry.get("targets")) is int and "loss" in entry:
+            found[entry["model"], entry["index"]] = entry["targets"], float(entry["loss"])
+        else:
+            raise UsageError(f"{journal.path}: has a line that is none of ours: {entry!r:.80}; move it away")
+    if not begun:
+        journal.append({"kind": "run", "how": how})
+    for name, open_model in models.items():
+        left = [key for key in rows if (name, key) not in found]
+        if not left:
+            continue
+        losses = token_losses(open_model(), [rows[key] for key in left], batch_tokens)
+        for place, of_row in _shown(losses, name, len(left), len(rows)):
+            key, loss = left[place], of_row.sum().item()
+            if not math.isfinite(loss):
+                raise UsageError(f"row {key}: its loss {name} training is {loss}; the weights are damaged")
+            journal.append({"kind": "answer", "model": name, "index": key, "targets": len(of_row), "loss": loss})
+            found[name, key] = len(of_row), loss
     return {key: RowLoss(*found["before", key], found["after", key][1]) for key in rows}
 
 
