@@ -1,9 +1,10 @@
-"""How good a model is, by the measures of the published ones. Four tasks:
+"""How good a model is, by the measures of the published ones, and what its training did. Five tasks:
 
     python -m scripts.evaluate harness --model output/alpaca-7b --output_dir output/scores    # ARC, HellaSwag, MMLU …
     python -m scripts.evaluate alpaca_eval --model output/alpaca-7b --data_path alpaca_eval.json --output_path ours.json
     python -m scripts.evaluate win_rate --data_path ours.json --reference_path theirs.json --judge gpt-4o
     python -m scripts.evaluate backward --data_path answers.json        # BLEU, ROUGE of generated instructions
+    python -m scripts.evaluate before_after --base my_llama --model output/alpaca-7b --output_dir output/before_after
 
 harness and backward need `pip install -c constraints.txt -r scripts/requirements.txt`.
 """
@@ -31,10 +32,11 @@ from alpaca.completions.budget import BudgetFlags, estimate
 from alpaca.completions.rows import BatchCompletion, write_rows
 from alpaca.data.prompts import instruction_and_input
 from alpaca.data.rows import load_rows
-from alpaca.evaluation.bleu_rouge import ROUGE, overlap, worst
+from alpaca.evaluation.before_after import BeforeAfter, ProbeFlags
+from alpaca.evaluation.bleu_rouge import overlap, summary
 from alpaca.evaluation.harness import HarnessRun
 from alpaca.evaluation.harness_tasks import STANDARD
-from alpaca.evaluation.judge import PROMPT, judge_prompt, read_preference, tally
+from alpaca.evaluation.judge import PROMPT, described, judge_prompt, read_preference, tally
 from alpaca.evaluation.judge import questions as judge_questions
 from alpaca.inference.backend import BackendFlags, ModelBackend, PromptSet
 from scripts.generate import AnswerFlags, GenerateArguments, answer_file, opened
@@ -44,6 +46,7 @@ GROUPS = Path(__file__).resolve().parent.parent / "configs" / "harness"
 
 OF_CLAUDE2_ALPACA = AnswerFlags(max_new_tokens=2048, temperature=0.7)
 NO_BUDGET, ANY_BACKEND, OF_VERDICTS = BudgetFlags(), BackendFlags(), SamplingFlags(0.0, 1.0, 512)
+OF_PROBES, OF_SAMPLES = ProbeFlags(), SamplingFlags(0.0, 1.0, 128)
 
 # ---- harness: multiple choice ----
 
@@ -210,7 +213,7 @@ def win_rate(
         "cost_dollars": round(spent.cost, 6),
         "official_command": official,
     }
-    print(_summary(result, verdicts), f"AlpacaEval's own, after pip install alpaca_eval:\n    {official}", sep="\n")
+    print(described(result, verdicts), f"AlpacaEval's own, after pip install alpaca_eval:\n    {official}", sep="\n")
     write_json(result_path, result)
     print(f"wrote {result_path}")
     return result
@@ -264,29 +267,6 @@ def partners(wanted: Sequence[str], offered: Sequence[str], problem: str, about:
     return found
 
 
-def _summary(result: dict[str, Any], verdicts: list[dict[str, Any]]) -> str:
-    number = {
-        name: "-" if value is None else f"{value:.2f}" if isinstance(value, float) else value
-        for name, value in result.items()
-    }
-    lines = [
-        "{what}: {win_rate} ± {standard_error} (standard error)",
-        "{rows_counted} of {rows} rows: {wins} wins, {losses} losses, {ties} ties; average length {average_length} "
-        "characters, of the reference {reference_average_length}",
-        "{win_rate_when_first} where shown first, {win_rate_when_second} where second; the answer shown first wins "
-        "{first_place_wins}% of the decided verdicts",
-    ]
-    if result["orders"] == "both":
-        lines.append("both orders agree on {orders_agree}% of the rows")
-    if result["verdicts_unread"]:
-        unread = format_first([verdict["row"] for verdict in verdicts if verdict["preference"] is None])
-        lines.append(
-            "note: {verdicts_unread} of {verdicts} answers of the judge end without a verdict; their rows do "
-            f"not count (rows {unread})"
-        )
-    return "\n".join(line.format_map(number) for line in lines)
-
-
 # ---- backward: generated instructions against the true ones ----
 
 
@@ -321,34 +301,11 @@ def backward(
     rows = load_rows(data_path, also=("reference",))
     true = _true_instructions(rows, data_path, reference_path, columns)
     scores = overlap([row["output"] for row in rows], true, bleu_tokenizer)
-    print("\n".join(_report(scores, rows, true, show_worst)))
+    print("\n".join(summary(scores, [row["output"] for row in rows], true, show_worst)))
     for row, text, truth in zip(scores["rows"], rows, true):
         row |= {"generated": text["output"], "true": truth}
     write_json(output_path, scores)
     print(f"wrote {output_path}")
-
-
-def _report(scores: dict[str, Any], rows: list[dict[str, Any]], true: list[str], show_worst: int) -> list[str]:
-    rouge = [f"{title} {scores[name]:.2f}" for name, title in ROUGE.items()]
-    lengths = [
-        f"{scores[f'generated_{unit}']:.1f} {unit} generated, {scores[f'true_{unit}']:.1f} true"
-        for unit in ("words", "characters")
-    ]
-    lines = [
-        "    ".join([f"{len(rows)} rows", f"BLEU {scores['bleu']:.2f}", *rouge]),
-        scores["bleu_signature"],
-        scores["rouge_settings"],
-        f"mean length: {', '.join(lengths)}",
-    ]
-    for name, problem in (
-        ("empty", "generated instructions are empty"),
-        ("not_latin", "true instructions have no a-z or 0-9: their ROUGE is 0, whatever is generated"),
-    ):
-        if scores[name]:
-            lines.append(f"note: {len(scores[name])} {problem} (rows {format_first(scores[name])})")
-    for number in worst(scores["rows"], show_worst):
-        lines.append(_bad_row(number, scores["rows"][number], rows[number]["output"], true[number]))
-    return lines
 
 
 def _true_instructions(
@@ -375,12 +332,45 @@ def _true_instructions(
     return [row["reference"] for row in rows]
 
 
-def _bad_row(number: int, scores: dict[str, Any], text: str, truth: str) -> str:
-    return f"row {number}: ROUGE-L {scores['rougeL']:.1f}, BLEU {scores['bleu']:.1f}  {text!r:.70} for {truth!r:.70}"
+# ---- before_after: what training did ----
+
+
+@commands.task()
+def before_after(
+    base: str,
+    model: str,
+    output_dir: str,
+    checkpoints: str | None = None,
+    data_path: str | None = None,
+    columns: str | None = None,
+    options: ProbeFlags = OF_PROBES,
+    sampling: SamplingFlags = OF_SAMPLES,
+) -> None:
+    """Measure what a model learned and what it forgot: loss on held-out rows and on plain text, questions with choices,
+    the probability of the end where an answer ends, answers that stop. A rerun continues with the next model.
+
+    Args:
+        base: Folder or hub id of the model that training began with.
+        model: Folder of the tuned model or adapter. Its model card gets the table.
+        output_dir: Gets before_after.md (table and answers side by side), .json, .png and a file for each model.
+        checkpoints: Folder of a run; its checkpoint-N are measured too.
+        data_path: Rows that were not trained on; not given, those that the run held out.
+        columns: Of data_path, which column is what: instruction=prompt,output=response.
+
+    Raises:
+        UsageError: as alpaca.evaluation.before_after.BeforeAfter.run.
+    """
+    from train import preprocess
+
+    options.check()
+    probes = BeforeAfter(
+        base, model, output_dir, checkpoints, data_path, columns, options, sampling.sampling(), preprocess
+    )
+    print(probes.run())
 
 
 def main() -> None:
-    tasks = (harness, alpaca_eval, _win_rate_command, backward)
+    tasks = (harness, alpaca_eval, _win_rate_command, backward, before_after)
     commands.run("scripts.evaluate", {task.__name__: task for task in tasks})
 
 

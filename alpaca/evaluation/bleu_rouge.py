@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from alpaca.common.errors import ParameterError, UsageError
+from alpaca.common.errors import ParameterError, UsageError, format_first
 
 INSTALL = "pip install -c constraints.txt -r scripts/requirements.txt"
 ROUGE = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
@@ -62,3 +62,31 @@ def overlap(generated: Sequence[str], true: Sequence[str], bleu_tokenizer: str =
 def worst(rows: Sequence[dict[str, Any]], count: int) -> list[int]:
     """Return the numbers of the rows with the lowest ROUGE-L, and BLEU where that is equal."""
     return sorted(range(len(rows)), key=lambda row: (rows[row]["rougeL"], rows[row]["bleu"]))[:count]
+
+
+def summary(scores: dict[str, Any], texts: Sequence[str], true: Sequence[str], show_worst: int) -> list[str]:
+    """Return lines that say the scores of `overlap`, and the `show_worst` rows with the lowest ROUGE-L."""
+    rouge = [f"{title} {scores[name]:.2f}" for name, title in ROUGE.items()]
+    lengths = [
+        f"{scores[f'generated_{unit}']:.1f} {unit} generated, {scores[f'true_{unit}']:.1f} true"
+        for unit in ("words", "characters")
+    ]
+    lines = [
+        "    ".join([f"{len(texts)} rows", f"BLEU {scores['bleu']:.2f}", *rouge]),
+        scores["bleu_signature"],
+        scores["rouge_settings"],
+        f"mean length: {', '.join(lengths)}",
+    ]
+    for name, problem in (
+        ("empty", "generated instructions are empty"),
+        ("not_latin", "true instructions have no a-z or 0-9: their ROUGE is 0, whatever is generated"),
+    ):
+        if scores[name]:
+            lines.append(f"note: {len(scores[name])} {problem} (rows {format_first(scores[name])})")
+    for number in worst(scores["rows"], show_worst):
+        lines.append(_bad_row(number, scores["rows"][number], texts[number], true[number]))
+    return lines
+
+
+def _bad_row(number: int, scores: dict[str, Any], text: str, truth: str) -> str:
+    return f"row {number}: ROUGE-L {scores['rougeL']:.1f}, BLEU {scores['bleu']:.1f}  {text!r:.70} for {truth!r:.70}"

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
+from alpaca.common.errors import format_first
+
 OURS, OTHERS = "outputs", "reference"
 PROMPT = """\
 Two assistants have answered the same instruction. Which answer would the person who gave it rather have?
@@ -125,3 +127,27 @@ def _win_rate(asked: Sequence[Mapping[str, Any]], first: str) -> float | None:
 def _percent(shares: Any) -> float | None:
     shares = list(map(float, shares))
     return 100 * fmean(shares) if shares else None
+
+
+def described(result: dict[str, Any], verdicts: list[dict[str, Any]]) -> str:
+    """Return the lines that say the `result` of scripts.evaluate win_rate."""
+    number = {
+        name: "-" if value is None else f"{value:.2f}" if isinstance(value, float) else value
+        for name, value in result.items()
+    }
+    lines = [
+        "{what}: {win_rate} ± {standard_error} (standard error)",
+        "{rows_counted} of {rows} rows: {wins} wins, {losses} losses, {ties} ties; average length {average_length} "
+        "characters, of the reference {reference_average_length}",
+        "{win_rate_when_first} where shown first, {win_rate_when_second} where second; the answer shown first wins "
+        "{first_place_wins}% of the decided verdicts",
+    ]
+    if result["orders"] == "both":
+        lines.append("both orders agree on {orders_agree}% of the rows")
+    if result["verdicts_unread"]:
+        unread = format_first([verdict["row"] for verdict in verdicts if verdict["preference"] is None])
+        lines.append(
+            "note: {verdicts_unread} of {verdicts} answers of the judge end without a verdict; their rows do "
+            f"not count (rows {unread})"
+        )
+    return "\n".join(line.format_map(number) for line in lines)
