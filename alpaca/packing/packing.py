@@ -241,6 +241,9 @@ class StepTotals:
     tokens: int  # of the rows, each counted in full
     computed: int  # that go through the model: with padding, and a shared prefix once per pack
     padding: int
+    logits: int = 0  # positions that logits are computed at: packed, those of the targets; padded, all
+    pairs: int = 0  # of a token and one that it attends to, padding included
+    useful_pairs: int = 0  # those of the rows
 
 
 @dataclass(frozen=True)

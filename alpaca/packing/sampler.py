@@ -141,11 +141,19 @@ class StepSampler(Sampler[list[MicroBatch]]):
 
     def _totals(self, batches: list[list[int]]) -> StepTotals:
         lengths, rows = self.sizes.lengths, [row for batch in batches for row in batch]
-        tokens = int(lengths[rows].sum())
+        tokens, pairs = int(lengths[rows].sum()), int(_pairs(lengths[rows]).sum())
         if self.packing:
-            return StepTotals(len(rows), tokens, sum(self.packing.tokens(batch) for batch in batches), 0)
-        computed = sum(len(batch) * int(lengths[batch].max()) if batch else 1 for batch in batches)
-        return StepTotals(len(rows), tokens, computed, computed - tokens)
+            computed, targets = sum(map(self.packing.tokens, batches)), int(self.sizes.num_targets[rows].sum())
+            return StepTotals(len(rows), tokens, computed, 0, targets, pairs, pairs)
+        widths = [(len(batch), int(lengths[batch].max())) if batch else (1, 1) for batch in batches]
+        computed = sum(number * width for number, width in widths)
+        padded = sum(number * _pairs(width) for number, width in widths)
+        return StepTotals(len(rows), tokens, computed, computed - tokens, computed, padded, pairs)
+
+
+def _pairs(length: Any) -> Any:
+    """Return how many pairs of tokens causal attention computes in `length` tokens."""
+    return length * (length + 1) // 2
 
 
 def deal(rows: Sequence[int], batch_size: int, world_size: int) -> list[list[int]]:

@@ -3,21 +3,24 @@
 tokens_per_second     tokens of the rows, all ranks together; padding is not counted, a shared prefix in every row
 examples_per_second   rows
 padding_share         padding among all tokens that went through the model
-mfu                   6 x parameters x tokens_per_second / (ranks x the rate of a large matrix product here): the
-                      share of what this hardware can do that went into the rows' tokens. 4 x for frozen parameters,
-                      which have no gradient. The input embedding, which is looked up, is not counted, nor is
-                      attention. The rate is measured when training starts, in the dtype of the arithmetic; published
-                      figures divide by the data sheet's, which is higher.
+mfu                   the operations that the steps computed (Cost), as a share of what the device does in a large
+                      product of matrices in the same dtype, measured when training starts. Padding is computed,
+                      logits of prompts and shared prefixes are not; what is computed again counts once
+useful_mfu            the same of the operations that the rows would take one by one, without padding, every prefix and
+                      every logit computed: what other programs call MFU. It is the larger, and may exceed 1, where
+                      work is saved. Published figures divide by the data sheet's rate, which is higher
 peak_memory_gb        10^9 bytes: allocated on the GPU of rank 0 by torch; on a CPU, of its process
 """
 
 import functools
+import math
 import resource
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +44,7 @@ class SpeedMeter:
     def __init__(self, model: nn.Module, device: torch.device, dtype: torch.dtype, world_size: int):
         self.device, self.dtype = device, dtype
         self.world_size = world_size
-        self.flops_per_token = flops_per_token(model)
+        self.cost = Cost.of(model)
         self.rate: float | None = None
         self._since: float | None = None
         self._counted: list[StepTotals] = []
@@ -62,7 +65,7 @@ class SpeedMeter:
 
     def flops(self, step: StepTotals) -> float:
         """Return the useful floating point operations of a step, per rank."""
-        return self.flops_per_token * step.tokens / self.world_size
+        return self.cost.useful(step) / self.world_size
 
     def read(self) -> dict[str, float]:
         """Return the figures since the last call."""
@@ -71,11 +74,13 @@ class SpeedMeter:
         rows, tokens, computed, padding = (
             sum(getattr(step, name) for step in steps) for name in ("rows", "tokens", "computed", "padding")
         )
+        able = seconds * self.world_size * self.rate
         return {
             "tokens_per_second": round(tokens / seconds, 1),
             "examples_per_second": round(rows / seconds, 2),
             "padding_share": round(padding / max(computed, 1), 4),
-            "mfu": round(self.flops_per_token * tokens / seconds / (self.world_size * self.rate), 4),
+            "mfu": round(sum(map(self.cost.computed, steps)) / able, 4),
+            "useful_mfu": round(sum(map(self.cost.useful, steps)) / able, 4),
             "peak_memory_gb": round(peak_memory(self.device) / 1e9, 2),
         }
 
@@ -100,36 +105,65 @@ class LossTracker:
         return sum(losses), logs
 
 
-def flops_per_token(model: nn.Module) -> int:
-    """Return two for every parameter that a token is multiplied with (all but the input embedding, unless it is the
-    output's too), two for the gradient of its input, and two for its own."""
-    embedding = next(model.get_input_embeddings().parameters())
-    output = model.get_output_embeddings()
-    looked_up = output is None or output.weight is not embedding
-    counted = (p for p in model.parameters() if not (looked_up and p is embedding))
-    return sum((6 if p.requires_grad else 4) * _numel(p) for p in counted)
+@dataclass(frozen=True)
+class Cost:
+    """Floating point operations of a forward and backward pass: two for each weight and token in the forward pass, two
+    for the gradient of its input, two for its own if it is trained; of attention four for each pair of tokens, channel
+    and layer, and twice that in the backward pass (arXiv 2204.02311, appendix B). Nothing else counts."""
+
+    body: float  # a token's in the layers
+    head: float  # a token's in the output embedding
+    attention: float  # of a pair of tokens
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Cost":
+        config = model.config.get_text_config()
+        output = model.get_output_embeddings()
+        head = _operations(output.weight) if output is not None else 0
+        tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+        skipped = tables | ({id(output.weight)} if output is not None else set())
+        experts, chosen = (getattr(config, name, None) for name in ("num_local_experts", "num_experts_per_tok"))
+        share = chosen / experts if experts and chosen else 1  # of experts, which have weights of three dimensions
+        weights = [weight for weight in model.parameters() if id(weight) not in skipped]
+        body = sum(_operations(w) * (share if len(_shape(w)) == 3 else 1) for w in weights if len(_shape(w)) > 1)
+        heads = getattr(config, "num_attention_heads", 0)  # none in a state space model
+        width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
+        return cls(body, head, 3 * 4 * config.num_hidden_layers * width)
+
+    def computed(self, step: StepTotals) -> float:
+        """Return the operations of a step over all ranks, as it is computed."""
+        return self.body * step.computed + self.head * step.logits + self.attention * step.pairs
+
+    def useful(self, step: StepTotals) -> float:
+        """Return the operations of its rows one by one, in full."""
+        return (self.body + self.head) * step.tokens + self.attention * step.useful_pairs
 
 
-def _numel(parameter: nn.Parameter) -> int:
-    """Return the number of weights: bitsandbytes keeps two of 4 bits in a byte, DeepSpeed an empty tensor in the
+def _operations(weight: nn.Parameter) -> int:
+    return (6 if weight.requires_grad else 4) * math.prod(_shape(weight))
+
+
+def _shape(parameter: nn.Parameter) -> Sequence[int]:
+    """Return the shape of the weights: bitsandbytes keeps two of 4 bits in a byte, DeepSpeed an empty tensor in the
     model."""
     quantized = getattr(parameter, "quant_state", None)
-    return quantized.shape.numel() if quantized is not None else getattr(parameter, "ds_numel", parameter.numel())
+    return quantized.shape if quantized is not None else getattr(parameter, "ds_shape", parameter.shape)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the floating point operations per second of a product of two square matrices, the best of five."""
-    size = 8192 if device.type == "cuda" else 1024
+    """Return the floating point operations per second of a product of two square matrices that saturate the device: the
+    best of at least three, and of as many as fit into half a second."""
+    size = 8192 if device.type == "cuda" else 2048
     own = torch.Generator(device).manual_seed(0)  # the global one draws the dropout masks of the run
     left, right = (torch.randn(size, size, generator=own, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):  # the first warms up
+    out, times = torch.empty_like(left), []
+    while len(times) < 4 or sum(times) < 0.5:  # the first warms up
         _wait_for(device)
         start = time.perf_counter()
-        left @ right
+        torch.matmul(left, right, out=out)
         _wait_for(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / min(times)
 
 
 def _wait_for(device: torch.device) -> None:

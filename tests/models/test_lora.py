@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from alpaca.common.errors import UsageError
 from alpaca.models.lora import LoraArguments, add_lora
 from alpaca.training import memory, preflight
-from alpaca.training.metrics import flops_per_token
+from alpaca.training.metrics import Cost
 from scripts.make_tiny_model import make_tiny_model
 
 
@@ -286,8 +286,11 @@ def test_estimate_counts_what_a_real_forward_pass_keeps(tiny, architecture):
     assert counted.activations * 120 == pytest.approx(bytes_kept(6) - bytes_kept(3), rel=0.1)
     assert counted.trained == sum(parameter.numel() for parameter in trained)
     assert counted.weight_bytes == 2 * size + 4 * counted.trained
-    embedding = 0 if architecture == "gpt2" else base.get_input_embeddings().weight.numel()
-    assert flops_per_token(model) == 4 * (size - embedding) + 6 * counted.trained
+    cost, tables = Cost.of(model), [m.weight for m in base.modules() if isinstance(m, torch.nn.Embedding)]
+    vectors = sum(p.numel() for p in base.parameters() if p.ndim == 1)
+    head = base.get_output_embeddings().weight
+    others = size - vectors - sum(t.numel() for t in tables) - (0 if any(head is t for t in tables) else head.numel())
+    assert cost.head == 4 * head.numel() and cost.body == 4 * others + 6 * counted.trained
 
 
 # ---- from training to a published diff ----
