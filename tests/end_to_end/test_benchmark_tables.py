@@ -1,5 +1,8 @@
 """The figures that benchmarks.train derives from its turns."""
 
+import pytest
+
+from benchmarks import roofline
 from benchmarks.training_tables import render, summarize
 
 
@@ -49,3 +52,43 @@ def test_a_reference_that_failed_is_not_one():
     table = [line.split(" | ") for line in lines if line.startswith("|")]
     assert len({len(line) for line in table}) == 1 and table[2][:2] == ["| old", "out of memory"]
     assert "took up to 30% of the cores" in lines[-1]
+
+
+# ---- the limit on paper ----
+
+
+def test_operations_and_bytes_by_hand():
+    seven = roofline.SEVEN
+    assert seven.parameters == 6_738_415_616
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008) + 32000 * 4096
+    assert roofline.operations_of_token(seven, False, 1) == 6 * weights + 12 * 32 * 4096
+    assert roofline.operations_of_token(seven, True, 1) == 4 * weights + 12 * 32 * 4096
+    inside, outside = roofline.traffic(seven, False, 4, hybrid=False)
+    assert (inside, outside) == (8 * seven.parameters * 3 / 4, 0)
+    inside, outside = roofline.traffic(seven, False, 16, hybrid=False)
+    assert (inside, outside) == (8 * seven.parameters * 7 / 8, 8 * seven.parameters / 2 / 8)
+    _, hybrid = roofline.traffic(seven, False, 16, hybrid=True)
+    assert hybrid == outside, "with one pass a step both ways send as much"
+    full = roofline.traffic(seven, False, 16, hybrid=False, passes=4)[1]
+    assert roofline.traffic(seven, False, 16, hybrid=True, passes=4)[1] == hybrid < full
+
+
+def test_no_published_figure_exceeds_its_bound():
+    reports = roofline.published()
+    assert len(reports) == 6 and all(0.1 < report["mfu"] < 1 for report in reports)
+    assert all(report["tokens_per_s_and_gpu"] < report["bound"] for report in reports)
+    assert reports[0]["tokens_per_s_and_gpu"] == pytest.approx(52002 * 3 * 129 / (79 * 60 * 4), abs=1)
+
+
+def test_more_gpus_and_faster_networks_are_never_slower_on_paper_until_the_network_bounds():
+    lines = roofline.table(0.45)
+    assert len(lines) == 3 * 3 * (2 + 2 * 2)
+    for line in lines:
+        assert line["expected_s"] >= line["bound_s"] >= line["compute_s"] and line["expected_s"] <= line["full_shard_s"]
+        assert (line["bound_by"] == "compute") == (line["rows_to_be_bound_by_compute"] <= roofline.BATCH)
+    seconds = {(line["model"], line["card"], line["gpus"], line["network"]): line["expected_s"] for line in lines}
+    for model, card, gpus, network in seconds:
+        if network == "400 Gb/s":
+            assert seconds[model, card, gpus, network] <= seconds[model, card, gpus, "200 Gb/s"]
+        if gpus == 8:
+            assert seconds[model, card, 8, "NVLink"] < seconds[model, card, 4, "NVLink"]
