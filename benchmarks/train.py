@@ -12,6 +12,7 @@ docs/benchmarks.md; who takes part, in benchmarks/contenders.py.
 
 import argparse
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from transformers import AutoTokenizer, LlamaConfig, Trainer, TrainerCallback
 
 import train
 from alpaca.common.errors import reported
+from alpaca.common.files import write_text
 from alpaca.data.prompts import format_prompt
 from alpaca.data.rows import load_rows
 from alpaca.training.metrics import matmul_rate
@@ -141,6 +144,21 @@ def count_packed_rows(trainer: Trainer) -> list[tuple[Tensor, int]]:
     return counts
 
 
+def clock_waits(trainer: Trainer) -> list[float]:
+    """Seconds of each step in which its micro-batches are fetched. The step before has ended on the device by then
+    (StepClock), so that it idles meanwhile: planning, collating and padding are the host's."""
+    waits, fetch = [], trainer.get_batch_samples
+
+    def fetched(*args: Any, **kwargs: Any) -> Any:
+        begin = time.perf_counter()
+        result = fetch(*args, **kwargs)
+        waits.append(time.perf_counter() - begin)
+        return result
+
+    trainer.get_batch_samples = fetched
+    return waits
+
+
 def take_turn(contender: Contender, setup: Setup, warmup: int, deadline: float) -> dict[str, Any]:
     """Train `setup.steps` steps, the first `warmup` of them untimed: seconds, examples and tokens of the others, loss
     and gradient norm of the first. A step lasts from the end of the one before: loading its rows is part of it.
@@ -152,7 +170,7 @@ def take_turn(contender: Contender, setup: Setup, warmup: int, deadline: float) 
     trainer = contender.build(setup, **contender.flags)
     clock = StepClock(deadline)
     trainer.add_callback(clock)
-    counts = count_packed_rows(trainer) if contender.own_rows else []
+    counts, waits = count_packed_rows(trainer) if contender.own_rows else [], clock_waits(trainer)
     before, begin = cpu_seconds(), time.perf_counter()
     trainer.train()
     taken = time.perf_counter() - begin
@@ -175,6 +193,7 @@ def take_turn(contender: Contender, setup: Setup, warmup: int, deadline: float) 
         "tokens": tokens,
         "loss": first["loss"],
         "grad_norm": first["grad_norm"],
+        "waits": waits[warmup : warmup + len(seconds)],
         "others": others / taken / os.cpu_count(),
     }
     return {**turn, "peak_GB": torch.cuda.max_memory_allocated() / 1e9} if gpu else turn
@@ -206,9 +225,18 @@ def attempt(contender: Contender, setup: Setup, warmup: int, deadline: float) ->
 # ---- sections ----
 
 
-def measure_section(contenders: list[Contender], setup: Setup, rounds: int, warmup: int, deadline: float) -> dict:
-    """All contenders in turn, `rounds` times, there and back, so that a drift of the machine hits all alike."""
+def measure_section(
+    contenders: list[Contender],
+    setup: Setup,
+    rounds: int,
+    warmup: int,
+    deadline: float,
+    keep: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """All contenders in turn, `rounds` times, there and back, so that a drift of the machine hits all alike. `keep`
+    gets the section as it is after every turn: a run that is cut off leaves what it had."""
     turns: dict[str, list[dict[str, Any]]] = {contender.name: [] for contender in contenders}
+    flops = matmul_rate(setup.device, torch.bfloat16) if setup.device.type == "cuda" else None
     for number in range(rounds):
         for contender in contenders if number % 2 == 0 else contenders[::-1]:
             mine = turns[contender.name]
@@ -220,11 +248,24 @@ def measure_section(contenders: list[Contender], setup: Setup, rounds: int, warm
                 continue
             told = mine[-1].get("failed") or f"{sum(mine[-1]['examples']) / sum(mine[-1]['seconds']):.2f} examples/s"
             print(f"round {number + 1} | {contender.name} | {told}", flush=True)
+            keep(describe_section(contenders, turns, setup, rounds, warmup, flops))
+    return describe_section(contenders, turns, setup, rounds, warmup, flops)
+
+
+def describe_section(
+    contenders: list[Contender],
+    turns: Mapping[str, list[dict[str, Any]]],
+    setup: Setup,
+    rounds: int,
+    warmup: int,
+    flops: float | None,
+) -> dict[str, Any]:
+    """The section of a result file, of the turns so far."""
+    turns = {name: mine for name, mine in turns.items() if mine}
     gpu = setup.device.type == "cuda"
     with torch.device("meta"):
         parameters = transformers.LlamaForCausalLM(setup.config).num_parameters()
     counted = parameters - setup.config.vocab_size * setup.config.hidden_size
-    flops = matmul_rate(setup.device, torch.bfloat16) if gpu else None
     return {
         "model": {
             "parameters": parameters,
@@ -252,8 +293,11 @@ def measure_section(contenders: list[Contender], setup: Setup, rounds: int, warm
     }
 
 
-def run(options: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, dict]:
-    """The section asked for; on a CPU it has two, with 32 and with 128 examples a step."""
+def run(
+    options: argparse.Namespace, device: torch.device, folder: Path, keep: Callable[[str, dict[str, Any]], None]
+) -> dict[str, dict[str, Any]]:
+    """The section asked for; on a CPU it has two, with 32 and with 128 examples a step. `keep` gets a section, as
+    it is, after every turn."""
     deadline = time.perf_counter() + 60 * options.minutes
     rows = load_rows(options.data_path)[: options.rows]
     (folder / "rows.json").write_text(json.dumps(rows))
@@ -266,7 +310,8 @@ def run(options: argparse.Namespace, device: torch.device, folder: Path) -> dict
     if options.section != "cpu":
         if device.type == "cpu":  # a rehearsal
             config.num_hidden_layers, setup = 1, replace(setup, per_step=16, steps=3)
-        return {options.section: measure_section(contenders, setup, options.rounds or 1, 2, deadline)}
+        kept = functools.partial(keep, options.section)
+        return {options.section: measure_section(contenders, setup, options.rounds or 1, 2, deadline, kept)}
     plans = {"32 examples a step": (32, 3, 3), "128 examples a step": (128, 2, 3)}  # examples, steps, rounds
     if options.quick:
         plans = {"32 examples a step": (32, 2, 1)}
@@ -274,7 +319,8 @@ def run(options: argparse.Namespace, device: torch.device, folder: Path) -> dict
     for name, (per_step, steps, rounds) in plans.items():
         print(f"--- {name}", flush=True)
         part = replace(setup, per_step=per_step, steps=steps)
-        sections[name] = measure_section(contenders, part, options.rounds or rounds, 1, deadline)
+        kept = functools.partial(keep, name)
+        sections[name] = measure_section(contenders, part, options.rounds or rounds, 1, deadline, kept)
     return sections
 
 
@@ -292,7 +338,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="on a CPU: one step, one round, 32 examples a step")
     parser.add_argument("--rounds", type=int, help="turns of every contender (CPU: 3, GPU: 1)")
     parser.add_argument("--tokens_per_pack", default="4096", help="of ours, in all sections but budget")
-    parser.add_argument("--minutes", type=float, help="no turn begins later than that (CPU: 11.5, GPU: 8)")
+    parser.add_argument("--minutes", type=float, help="no turn begins later than that (CPU: 11.5, GPU: 4)")
     parser.add_argument("--output", type=Path, help="result file; other sections in it are kept")
     parser.add_argument("--render", type=Path, nargs="*", help="only print tables, of these files or of results/")
     options = parser.parse_args()
@@ -300,21 +346,25 @@ def main() -> None:
         return print(render_files(options.render or sorted(RESULTS.glob("train_*.json"))))
     gpu = torch.cuda.is_available()
     options.section = options.section or ("rivals" if gpu else "cpu")
-    options.minutes = options.minutes or (8 if options.section != "cpu" else 11.5)
+    options.minutes = options.minutes or (4 if options.section != "cpu" else 11.5)
     device = torch.device("cuda" if gpu and options.section != "cpu" else "cpu")
     if options.section == "fsdp" and "LOCAL_RANK" not in os.environ:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", f"--master_port={free_port()}"]
         sys.exit(subprocess.run([*launcher, "-m", "benchmarks.train", *sys.argv[1:]]).returncode)
     torch.set_num_threads(os.cpu_count())
-    with tempfile.TemporaryDirectory() as folder:
-        sections = run(options, device, Path(folder))
     name = re.sub(r"\W+", "_", torch.cuda.get_device_name()).lower() if device.type == "cuda" else "cpu"
     rehearsal = device.type == "cpu" and options.section != "cpu"
     output = options.output or (None if rehearsal or options.quick else RESULTS / f"train_{name}.json")
-    if output:
-        kept = json.loads(output.read_text()) if output.exists() else {}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({**kept, **sections}, indent=1) + "\n")
+    kept = json.loads(output.read_text()) if output and output.exists() else {}
+
+    def keep(name: str, section: dict[str, Any]) -> None:
+        kept[name] = section
+        if output:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_text(output, json.dumps(kept, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory() as folder:
+        sections = run(options, device, Path(folder), keep)
     print(render(sections))
 
 

@@ -18,13 +18,19 @@ def speed(turn: Turn, of: str = "examples") -> float:
     return sum(turn[of]) / sum(turn["seconds"])
 
 
+def idle(turns: Sequence[Turn]) -> float:
+    """Share of the timed steps in which the device waits for the host to fetch their rows."""
+    waits = [wait for turn in turns for wait in turn.get("waits", [])]
+    return sum(waits) / sum(second for turn in turns for second in turn["seconds"])
+
+
 def summarize(
     turns: Mapping[str, Sequence[Turn]], own_rows: Collection[str], parameters: int, flops: float | None
 ) -> dict[str, dict[str, Any]]:
     """The first contender that did not fail is the reference. `speedup` is the median over the rounds of the ratio of
     examples per second to the reference's in the same round. Loss and gradient norm are those of the first step,
     compared except for contenders in `own_rows`. With `flops`, the card's matmul rate, `mfu` is 6 x `parameters` x
-    tokens without padding a second / flops."""
+    tokens without padding a second / flops. `idle_share`: see `idle`."""
     reference = next((name for name, mine in turns.items() if "failed" not in mine[0]), None)
     result: dict[str, dict[str, Any]] = {}
     for name, mine in turns.items():
@@ -44,6 +50,7 @@ def summarize(
             "examples_per_step": round(statistics.mean(examples), 1),
             "seconds_of_steps": [[round(second, 3) for second in turn["seconds"]] for turn in mine],
             "seconds_per_step": round(statistics.mean(seconds), 3),
+            "idle_share": round(idle(mine), 4),
             "cores_taken_by_others": [round(max(turn["others"], 0), 2) for turn in mine],
             "first_loss": mine[0]["loss"],
             "first_grad_norm": mine[0]["grad_norm"],
@@ -73,6 +80,7 @@ def row(name: str, one: Mapping[str, Any], gpu: bool) -> list[str]:
     ]
     if gpu:
         cells += [f"{one['tokens_per_second']:,.0f}", f"{one['mfu']:.1%}", f"{one['peak_GB']:.0f}"]
+        cells.append(f"{one['idle_share']:.1%}" if "idle_share" in one else "-")
     same = "other rows" if one.get("own_rows") else f"{one['loss_difference']:.0e}, {one['grad_norm_difference']:.0e}"
     return [*cells, same]
 
@@ -90,7 +98,7 @@ def render(sections: Mapping[str, Mapping[str, Any]]) -> str:
         )
         reference = next((one["reference"] for one in section["contenders"].values() if "reference" in one), "none")
         head = ["", f"times as fast as *{reference}*", "examples/s", "s a step", "examples a step"]
-        head += ["tokens/s", "MFU", "peak GB"] * gpu + ["loss, gradient norm of step 1 differ by"]
+        head += ["tokens/s", "MFU", "peak GB", "idle"] * gpu + ["loss, gradient norm of step 1 differ by"]
         table = [row(contender, one, gpu) for contender, one in section["contenders"].items()]
         text += [
             f"### {name}",

@@ -220,15 +220,15 @@ def train(name: str, steps: int, setup: Setup) -> list[float]:
         print(f"{name}: taken from {folder}", flush=True)
         return before["loss"]
     if name == "plain":
-        start, losses = time.time(), []
+        losses = []
         for loss in islice(plain_loop(setup), steps):
             losses.append(loss)
-            print(f"plain: step {len(losses)}/{steps} | loss {loss:.4f} | {time.time() - start:.0f} s", flush=True)
+            print(f"plain: step {len(losses)}/{steps} | loss {loss:.4f}", flush=True)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(curve, {"flags": flags, "loss": losses})
         return losses
     run, launcher = RUNS[name], [sys.executable]
-    words = [word for key, value in flags.items() for word in (f"--{key}", value)]
+    words = [f"--{key}={value}" for key, value in flags.items()]
     if run.processes > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={run.processes}"]
     threads = {} if run.threads is None else {"OMP_NUM_THREADS": str(run.threads)}
@@ -368,14 +368,15 @@ def record_curves(file: Path, pair: dict[str, str], setup: Setup, names: Sequenc
         if members and center in losses:
             curves[curve] = band_of(losses[center], {name: losses[name] for name in members})
     entry = {"flags": FLAGS, "rows_per_step": math.prod(RECIPES[setup.recipe][:2]), "curves": curves}
-    if seeds := [losses[name] for name in names if RUNS[name].curve == "seeds"]:
+    seeds = [losses[name] for name in names if RUNS[name].curve == "seeds"]
+    if seeds and "float32" in losses:
         tail = max(steps // 5, 1)
         entry["seeds"] = {"others": [mean(loss[-tail:]) for loss in seeds], "this": mean(losses["float32"][-tail:])}
     recipes = before.get("recipes", {}) | {setup.recipe: entry}
     write_json(file, {"sha256": pair, "recipes": recipes})
     for curve, found in curves.items():
         print(f"{curve}: band of {found['band'][0]:.4f} to {found['band'][-1]:.4f}; furthest: {found['furthest']}")
-    print(f"wrote {file}", flush=True)
+    print(f"wrote {file}")
 
 
 def band_of(center: Sequence[float], members: dict[str, Sequence[float]]) -> dict[str, Any]:
