@@ -2,6 +2,7 @@
 # make tour         the whole story in miniature: generate, train, publish, recover, talk, evaluate
 # make reference    is my loss right? SmolLM2-135M on DATA=alpaca_data.json, compared with the expected curve; STEPS=20
 # make test         the test suite (under 10 minutes on 2 cores); test-fast: under 1; stress: half an hour
+# make test-gpu     what may differ on a GPU; with a torch of your own: TEST_ON_GPU=1 python -m pytest tests/gpu
 # make lint         ruff
 #
 # Everything is installed into .venv. Another interpreter: make PYTHON=python3.12 quickstart
@@ -11,7 +12,7 @@ VENV := .venv
 RUN := $(VENV)/bin
 PYTEST := $(RUN)/python -m pytest
 
-.PHONY: help install quickstart tour reference test test-fast stress lint clean
+.PHONY: help install quickstart tour reference test test-gpu test-fast stress lint clean
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile
@@ -56,6 +57,10 @@ reference: $(VENV)/.installed-reference
 
 test: $(VENV)/.installed-tests
 	$(PYTEST) -n 2 -m "not stress"
+
+# the same code as in `make test`, on the GPU where there is one; the grid whole, with head sizes and dtypes
+test-gpu: $(VENV)/.installed-tests
+	TEST_ON_GPU=1 $(PYTEST) tests/gpu
 
 test-fast: $(VENV)/.installed-tests
 	$(PYTEST) -n 2 -m "not slow and not stress"

@@ -178,6 +178,7 @@ class TrainingArguments(transformers.TrainingArguments):
         "micro-batches. By default token, with --reproduce_2023 microbatch.",
         choices=["token", "microbatch"],
     )
+    linear_cross_entropy: bool = flag(False, "Never hold all logits of a micro-batch; for large vocabularies.")
     reproduce_2023: bool = flag(
         False,
         "The run of 2023's train.py (transformers 4.28.1) for the same flags, step by step: its rows, micro-batches, "

@@ -18,7 +18,7 @@ from benchmarks.machine import ROOT, write_result
 OPTIMIZERS = ("adamw_torch_fused", "adamw_bnb_8bit")
 FLAGS = (
     "--learning_rate 2e-5 --lr_scheduler_type cosine --warmup_ratio 0.03 --weight_decay 0. --logging_steps 1 "
-    "--save_strategy no --report_to none --gradient_checkpointing True --gradient_accumulation_steps 1"
+    "--save_strategy no --report_to none --gradient_accumulation_steps 1"
 )
 
 

@@ -36,7 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alpaca.common import arguments
 from alpaca.common.arguments import flag, flags_of_file, join_flags, split_flags
 from alpaca.common.commands import check_numbers
-from alpaca.common.errors import UsageError, names_flags, reported
+from alpaca.common.errors import ParameterError, UsageError, names_flags, reported
 from alpaca.common.files import check_writable, write_text
 from alpaca.completions.journal import Journal
 from alpaca.data.report import PROBLEMS
@@ -109,6 +109,9 @@ def inspect_data(model_args: ModelArguments, data_args: DataArguments, options: 
         batch_tokens=options.batch_tokens,
         sample=1 if options.sample is None else options.sample,
     )
+    if options.losses is None and (unused := options.output_path or options.sample):
+        name = "output_path" if options.output_path else "sample"
+        raise ParameterError(f"{{{name}}} {unused}: is for {{losses}} and the folder of a run", name, "losses")
     check_is_model(model_args.model_name_or_path)
     tokenizer, new_tokens = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir, options.seed)

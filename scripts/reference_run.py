@@ -115,7 +115,7 @@ def reference_run(
         runs: which runs, by commas: float32, one_thread, padded, fsdp, bf16, lora, reproduce_2023, plain (a loop in
             transformers alone); omit it for bf16 on a GPU and float32 elsewhere, or with --record for all.
         steps: how many; fewer are the beginning of the curve. Omit it for all.
-        recipe: small has 8 rows a step, full has 128; omit it for full on a GPU and small elsewhere.
+        recipe: small has 8 rows a step, full 128; omit it for full on a GPU and small elsewhere.
         output_dir: where each run has its folder, with the picture of its curve.
         reference: file with the expected curves; omit it for the one in configs/reference that fits.
         record: write such a file for this model and these rows from runs of it. Finished ones in output_dir are kept.
@@ -372,8 +372,7 @@ def record_curves(file: Path, pair: dict[str, str], setup: Setup, names: Sequenc
     if seeds and "float32" in losses:
         tail = max(steps // 5, 1)
         entry["seeds"] = {"others": [mean(loss[-tail:]) for loss in seeds], "this": mean(losses["float32"][-tail:])}
-    recipes = before.get("recipes", {}) | {setup.recipe: entry}
-    write_json(file, {"sha256": pair, "recipes": recipes})
+    write_json(file, {"sha256": pair, "recipes": before.get("recipes", {}) | {setup.recipe: entry}})
     for curve, found in curves.items():
         print(f"{curve}: band of {found['band'][0]:.4f} to {found['band'][-1]:.4f}; furthest: {found['furthest']}")
     print(f"wrote {file}")

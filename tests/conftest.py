@@ -16,7 +16,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "WANDB_
 if "alpaca-tests-" not in os.environ.get("HF_HOME", ""):  # xdist's workers inherit the folder
     os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="alpaca-tests-")  # huggingface_hub reads it once, at its import
     atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks on CPU, whatever the machine has
+if not os.environ.get("TEST_ON_GPU"):  # make test-gpu
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks on CPU, whatever the machine has
 
 import pytest
 

@@ -8,7 +8,7 @@ import re
 from argparse import SUPPRESS, Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import transformers
 
@@ -35,6 +35,7 @@ class FlagParser(transformers.HfArgumentParser):
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
+        self.objects: list[str] = []  # flags whose value is a JSON object
         inherited = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
         for group in self._action_groups:  # for --help: our own flags before the hundred of transformers
             group._group_actions.sort(key=lambda action: action.dest in inherited)
@@ -43,6 +44,9 @@ class FlagParser(transformers.HfArgumentParser):
                     action.help = SUPPRESS
                 elif action.dest == "help":
                     action.help = HELP
+                if get_origin(action.type) is dict:  # argparse would call dict(text)
+                    action.type = str
+                    self.objects.append(action.dest)
 
     def error(self, message: str):
         raise UsageError(message)
@@ -94,6 +98,9 @@ def parse(
         if values == [""] and names_a_path(name):
             raise UsageError(f"--{name}: needs a value")
     namespace = parser.parse_args(words)
+    for name in parser.objects:
+        if text := getattr(namespace, name):
+            setattr(namespace, name, read_config(text, f"--{name}"))
     if given is not None:
         given.update(split_flags(words))
         del namespace.config

@@ -1,12 +1,17 @@
 """The loss: cross entropies of target tokens, each with its own weight."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from alpaca.common.errors import UsageError
+
 # Logits whose probabilities stand in float32 at a time: on a CPU what its cache holds, else few launches of kernels.
+SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")  # of logits, in configs
 CHUNK = {"cpu": 2**20, "cuda": 2**24}
 
 
@@ -65,17 +70,110 @@ def weighted_cross_entropy(
     return _WeightedCrossEntropy.apply(logits, targets, weights, label_smoothing)
 
 
+# ---- without all logits at once ----
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """--linear_cross_entropy: the output embedding and the cross entropy as one, over a few targets at a time. torch
+    2.13 has that; for older ones it is here. Nothing holds all logits; the backward pass computes them again."""
+
+    layer: nn.Linear
+    dtype: torch.dtype  # of the arithmetic
+
+    @classmethod
+    def of(cls, model: nn.Module, dtype: torch.dtype) -> "LinearHead":
+        """Return the head of `model`. Raise UsageError where its logits are more than a linear layer's output."""
+        layer, config = model.get_output_embeddings(), model.config.get_text_config().to_dict()
+        scaled = [name for name in SCALES if config.get(name) not in (None, 1)]
+        if type(layer) is not nn.Linear or scaled:
+            what = f"its logits are scaled ({', '.join(scaled)})" if scaled else "its output embedding is not linear"
+            raise UsageError(f"--linear_cross_entropy: this model cannot have it: {what}; drop the flag")
+        return cls(layer, dtype)
+
+    @contextmanager
+    def returns_losses(self, targets: Tensor, positions: Tensor | None) -> Iterator[None]:
+        """Let the model return the `losses` of `targets` in place of logits: inside its forward pass, where weights are
+        gathered that are sharded. positions: of the targets among all; None where the model keeps no others."""
+
+        def forward(hidden: Tensor) -> Tensor:
+            hidden = hidden.flatten(0, 1)
+            return self.losses(hidden if positions is None else hidden[positions], targets)
+
+        self.layer.forward = forward
+        try:
+            yield
+        finally:
+            del self.layer.forward
+
+    def losses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Return the (K,) float32 cross entropies of `targets` (K,) after `hidden` (K, H)."""
+        bias = None if self.layer.bias is None else self.layer.bias.to(self.dtype)
+        hidden, weight = hidden.to(self.dtype), self.layer.weight.to(self.dtype)
+        if len(targets) == 0:  # none, but the backward pass is that of all ranks
+            return nn.functional.linear(hidden, weight, bias).sum(dim=-1).float()
+        if bias is None and hasattr(nn, "LinearCrossEntropyOptions"):  # torch sums the bias' gradient in bfloat16
+            together, options = nn.functional.linear_cross_entropy, nn.LinearCrossEntropyOptions()
+            return together(hidden, weight, targets, reduction="none", options=options).float()
+        return _LinearCrossEntropy.apply(hidden, weight, bias, targets)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Keeps the hidden states and one float32 number a target."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+        losses, normalizers = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
+        for part, target, loss, normalizer in _parts(weight, hidden, targets, losses, normalizers):
+            logits = nn.functional.linear(part, weight, bias).float()
+            normalizer.copy_(logits.logsumexp(dim=-1))
+            loss.copy_(normalizer - logits.gather(1, target.unsqueeze(1)).squeeze(1))
+        ctx.save_for_backward(hidden, weight, bias, targets, normalizers)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None]:
+        hidden, weight, bias, targets, normalizers = ctx.saved_tensors
+        of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for part, target, normalizer, share, out in _parts(weight, hidden, targets, normalizers, grad, of_hidden):
+            gradient = (nn.functional.linear(part, weight, bias).float() - normalizer.unsqueeze(1)).exp_()
+            gradient.scatter_add_(1, target.unsqueeze(1), gradient.new_full((len(target), 1), -1.0))
+            gradient = gradient.mul_(share.unsqueeze(1)).to(weight.dtype)
+            torch.matmul(gradient, weight, out=out)
+            of_weight += gradient.t() @ part
+            if of_bias is not None:
+                of_bias += gradient.sum(dim=0, dtype=torch.float32)
+        return of_hidden, of_weight.to(weight.dtype), None if of_bias is None else of_bias.to(bias.dtype), None
+
+
+def _parts(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    positions = max(CHUNK.get(weight.device.type, CHUNK["cuda"]) // len(weight), 1)
+    return zip(*(tensor.split(positions) for tensor in tensors))
+
+
+# ---- of a batch ----
+
+
 def batch_loss(
-    model: nn.Module, batch: dict[str, Any], label_smoothing: float = 0.0, pack_kernel: str | None = None
+    model: nn.Module,
+    batch: dict[str, Any],
+    label_smoothing: float = 0.0,
+    pack_kernel: str | None = None,
+    head: LinearHead | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the `weighted_cross_entropy` of a batch of a PackedBatchDataset. A packed one, which is computed inside
-    packing.attention.packed_attention_enabled, has logits only at its targets."""
+    packing.attention.packed_attention_enabled, has logits only at its targets. With `head`, logits are never whole."""
     batch = dict(batch)
     target_positions, targets, weights = (batch.pop(name) for name in ("target_positions", "targets", "weights"))
-    if "pack" in batch:
-        logits = model(**batch, logits_to_keep=target_positions, pack_kernel=pack_kernel).logits[0]  # (K, V)
-    else:
-        logits = model(**batch).logits.flatten(0, 1)[target_positions]
+    packed = "pack" in batch
+    options = dict(logits_to_keep=target_positions, pack_kernel=pack_kernel) if packed else {}
+    if head:
+        with head.returns_losses(targets, None if packed else target_positions):
+            losses = model(**batch, **options).logits
+        return (losses * weights[: len(losses)]).sum(), losses.detach()
+    logits = model(**batch, **options).logits  # packed (1, K, V), padded (B, T, V)
+    logits = logits[0] if packed else logits.flatten(0, 1)[target_positions]
     return weighted_cross_entropy(logits, targets, weights, label_smoothing)
 
 

@@ -44,6 +44,8 @@ def check_combinations(args: "TrainingArguments") -> None:
         raise UsageError("--dataloader_persistent_workers: needs --dataloader_num_workers of at least 1")
     if args.use_liger_kernel and find_spec("liger_kernel") is None:
         raise UsageError("--use_liger_kernel: is not installed; pip install liger-kernel")
+    if args.linear_cross_entropy and (args.deepspeed or args.label_smoothing_factor):
+        raise UsageError("--linear_cross_entropy: not with --deepspeed or --label_smoothing_factor; drop it")
     if args.auto_find_batch_size:
         raise UsageError(
             "--auto_find_batch_size: changes the rows of a step in the middle of a run; the memory estimate says "

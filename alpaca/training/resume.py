@@ -44,12 +44,13 @@ FIXED = (
 FREE = "bf16 fp16 max_grad_norm label_smoothing_factor neftune_noise_alpha save_dtype".split()
 ROUNDING = (
     "tf32 gradient_checkpointing fsdp per_device_train_batch_size gradient_accumulation_steps batching "
-    "max_tokens_per_pack share_prefix hold_gradients torch_compile"
+    "max_tokens_per_pack share_prefix hold_gradients torch_compile use_liger_kernel linear_cross_entropy"
 ).split()
 # Of these, what the memory estimate decides where the flags leave it open, and what they are then.
 DECIDED = {"max_tokens_per_pack": "auto", "gradient_checkpointing": None, "hold_gradients": None}
 # What an older run fingerprint, which lacks it, stands for.
 FORMERLY = {"--reproduce_2023": False, "--eval_size": None}
+FORMERLY |= {"--use_liger_kernel": False, "--linear_cross_entropy": False}
 RENAMED = {"--guanaco_turns": "--turns"}
 PROCESSES = "the number of processes"
 STEPS = "the steps of the run (--num_train_epochs, --max_steps)"

@@ -29,7 +29,7 @@ from alpaca.models.compile import compile_layers, explained, repeated_layers
 from alpaca.models.fsdp import full_state_dict, load_resharded_optimizer, save_sharded_optimizer, shard_on_cpu
 from alpaca.packing.attention import PackLayout, named_kernel, packed_attention_enabled
 from alpaca.packing.check import select_packing, verify_packing
-from alpaca.packing.loss import batch_loss, sum_of_losses
+from alpaca.packing.loss import LinearHead, batch_loss, sum_of_losses
 from alpaca.packing.packing import MicroBatch, PackedBatchDataset, StepTotals, active_dropout, measure_rows
 from alpaca.packing.sampler import Steps2023, StepSampler, StepSampler2023, make_loader, sampler_seed
 from alpaca.training.checkpoint import (
@@ -100,6 +100,7 @@ class AlpacaTrainer(Trainer):
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
         self.speed = SpeedMeter(self.model, self.args.device, dtype, self.args.world_size)
         self.pack_kernel = named_kernel(self.model.config)
+        self.head = LinearHead.of(self.model, dtype) if self.args.linear_cross_entropy else None
         self._step: StepTotals | None = None
         self._packing_checked = False
         self.run_2023: Steps2023 | None = None  # with --reproduce_2023
@@ -238,7 +239,7 @@ class AlpacaTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Return this micro-batch's share of the step's loss, times the ranks over which gradients are averaged."""
-        loss, of_targets = batch_loss(model, inputs, self.args.label_smoothing_factor, self.pack_kernel)
+        loss, of_targets = batch_loss(model, inputs, self.args.label_smoothing_factor, self.pack_kernel, self.head)
         self.nonfinite_guard.target_losses.append(of_targets)
         return loss * self.args.world_size
 

@@ -18,7 +18,7 @@ from scripts.quickstart import free_port
 
 PAGES = (  # in an order in which each finds what those before it have made
     "README data training lora packing checkpoints data_generation backtranslation inference evaluation weight_diff "
-    "differences_from_2023 benchmarks development"
+    "results differences_from_2023 benchmarks development"
 ).split()
 FILES = [ROOT / "README.md", *(ROOT / "docs" / f"{page}.md" for page in PAGES[1:])]
 BLOCKS = [block for file in FILES for block in re.findall(r"```bash\n(.*?)```", file.read_text(), re.DOTALL)]
@@ -31,6 +31,8 @@ ELSEWHERE = {
     "scores --batch_size auto": "test_evaluate.py, test_tour.py",
     "verify --chain": "test_chain.py: other commands here change the data that the model was trained on",
     "--check_integrity_naively": "test_float_diff.py: nothing else has Alpaca-7B's sum",
+    "make reference": "test_reference_run.py",
+    "benchmarks.roofline": "test_benchmark_tables.py",
     "benchmarks.train": "benchmarks are run by hand, and say with which commit",
     "make test-fast": "this is it",
 }
@@ -43,6 +45,8 @@ RUN = {
     },
     "rows.csv": {"<model>": "base", "--interactive": "--interactive --max_new_tokens 5 </dev/null"},
     "--rows 0 17": {"<model>": "base"},
+    "--losses": {"<output_dir of a run>": "output/alpaca-7b"},
+    "evaluate before_after": {"<base>": "base"},
     "--output_dir output/lora": {"<model>": "base"},
     "scripts.check_packing": {"<model>": "base"},
     "make_tiny_model": {"--nproc_per_node=2": "--nproc_per_node=2 --master_port=<port>"},

@@ -35,6 +35,8 @@ GIVEN = {
     ("scripts.evaluate", "alpaca_eval"): "--model={base} --data_path={rows} --output_path={new}",
     ("scripts.evaluate", "win_rate"): "--data_path={rows} --reference_path={rows} --judge={base}",
     ("scripts.evaluate", "backward"): "--data_path={written}",
+    ("scripts.evaluate", "before_after"): "--base={base} --model={tuned} --data_path={rows} --output_dir={new}",
+    ("scripts.reference_run",): "--model={base} --data_path={rows} --output_dir={new}",
     ("scripts.backtranslate", "augment"): "--model={base} --data_path={texts} --text_field=text --output_path={new}",
     ("scripts.backtranslate", "curate"): "--model={base} --data_path={pairs} --output_path={new}",
     ("scripts.backtranslate", "mix"): "--seed_path={rows} --augmented_path={rows} --output_path={new}",

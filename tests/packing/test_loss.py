@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import train, weights, write_rows
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alpaca.packing.loss import weighted_cross_entropy
+from alpaca.common.errors import UsageError
+from alpaca.packing.loss import LinearHead, _LinearCrossEntropy, weighted_cross_entropy
 from alpaca.packing.packing import measure_rows
 from alpaca.packing.sampler import StepSampler
 from train import DataCollatorForSupervisedDataset, SupervisedDataset
@@ -140,3 +142,73 @@ def test_gradient_with_options(tiny, tmp_path, option):
         option.get("prompt_boundary", "stanford"),
     )
     assert_close(output, expected)
+
+
+# ---- without all logits at once ----
+
+
+@pytest.mark.parametrize("ours", [False, True], ids=["torch", "older torch"])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("positions", [0, 1, 700])
+def test_a_linear_head_has_loss_and_gradient_of_plain_logits(monkeypatch, ours, bias, dtype, tolerance, positions):
+    """Against torch's own cross entropy over all logits, in float32; more than one chunk of targets."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(24, 5000, bias=bias)
+    hidden = torch.randn(positions, 24)
+    targets, shares = torch.randint(0, 5000, (positions,)), torch.rand(positions)
+    if ours:
+        monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
+    elif not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        pytest.skip("this torch does not have it")
+    found, expected = [], []
+    for results in (found, expected):
+        inputs = hidden.clone().requires_grad_()
+        layer.zero_grad()
+        if results is found:
+            losses = LinearHead(layer, dtype).losses(inputs, targets)
+        else:
+            losses = F.cross_entropy(layer(inputs), targets, reduction="none")
+        (losses * shares).sum().backward()
+        grads = [parameter.grad.clone() for parameter in (inputs, *layer.parameters())]
+        results += [losses.detach(), *grads]
+    assert len(found) == len(expected) == 3 + bias
+    for one, other in zip(found, expected):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def test_the_older_way_is_exact_to_finite_differences():
+    torch.manual_seed(0)
+    hidden, weight = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((6, 4), (9, 4)))
+    bias, targets = torch.randn(9, dtype=torch.float64, requires_grad=True), torch.randint(0, 9, (6,))
+    losses = _LinearCrossEntropy.apply(hidden, weight, bias, targets)
+    reference = F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")
+    torch.testing.assert_close(losses.double(), reference, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "ranks, more", [(1, {}), (2, {}), (2, dict(fsdp="full_shard")), (1, dict(batching="padded")), (1, dict(lora_r=4))]
+)
+def test_runs_with_a_linear_head_are_the_same(tiny, tmp_path, ranks, more):
+    """Packed, padded, with LoRA, on two ranks, sharded over two."""
+    flags = dict(
+        model_name_or_path=tiny("llama"),
+        data_path=write_rows(tmp_path / "rows.json", 24),
+        **ONE_STEP | dict(max_steps=4, learning_rate=0.1),
+        per_device_train_batch_size=2,
+        **more,
+    )
+    for name, with_it in (("plain", False), ("linear", True)):
+        train({**flags, "output_dir": tmp_path / name, "linear_cross_entropy": with_it}, ranks)
+    files = [next((tmp_path / name).glob("*model.safetensors")) for name in ("plain", "linear")]
+    plain, linear = map(load_file, files)
+    assert max((plain[name] - linear[name]).abs().max().item() for name in plain) < 2e-6
+
+
+def test_models_with_other_logits_cannot_have_it(tiny):
+    model = AutoModelForCausalLM.from_pretrained(tiny("llama"))
+    LinearHead.of(model, torch.float32)
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(UsageError, match="its logits are scaled .final_logit_softcapping.; drop the flag"):
+        LinearHead.of(model, torch.float32)

@@ -72,6 +72,12 @@ def test_the_walk_has_seen_what_it_was_made_for():
         ("--torch_compile=True --torch_compile_backend=foo", "--torch_compile_backend foo: expected one of "),
         ("--push_to_hub=True", "--push_to_hub: needs a login to the hub"),
         ("--use_liger_kernel=True", "pip install liger-kernel"),
+        ("--liger_kernel_config={x", "--liger_kernel_config {x: cannot be read as JSON"),
+        ("--liger_kernel_config=[1]", "--liger_kernel_config [1]: cannot be read as JSON"),
+        (
+            "--linear_cross_entropy --label_smoothing_factor=0.1",
+            "--linear_cross_entropy: not with --deepspeed or",
+        ),
         # JSON
         ("--lr_scheduler_kwargs=[1]", "--lr_scheduler_kwargs [1]: expected a JSON object"),
         ("--gradient_checkpointing_kwargs={", "--gradient_checkpointing_kwargs {: cannot be read as JSON"),
