@@ -194,6 +194,7 @@ def take_turn(contender: Contender, setup: Setup, warmup: int, deadline: float) 
         "loss": first["loss"],
         "grad_norm": first["grad_norm"],
         "waits": waits[warmup : warmup + len(seconds)],
+        "mfu": [entry["mfu"] for entry in trainer.state.log_history if "mfu" in entry][warmup : warmup + len(seconds)],
         "others": others / taken / os.cpu_count(),
     }
     return {**turn, "peak_GB": torch.cuda.max_memory_allocated() / 1e9} if gpu else turn

@@ -29,8 +29,9 @@ def summarize(
 ) -> dict[str, dict[str, Any]]:
     """The first contender that did not fail is the reference. `speedup` is the median over the rounds of the ratio of
     examples per second to the reference's in the same round. Loss and gradient norm are those of the first step,
-    compared except for contenders in `own_rows`. With `flops`, the card's matmul rate, `mfu` is 6 x `parameters` x
-    tokens without padding a second / flops. `idle_share`: see `idle`."""
+    compared except for contenders in `own_rows`. With `flops`, the card's matmul rate, `useful_mfu` is 6 x
+    `parameters` x tokens without padding a second / flops. `mfu`: of what was computed, where the trainer counts it.
+    `idle_share`: see `idle`."""
     reference = next((name for name, mine in turns.items() if "failed" not in mine[0]), None)
     result: dict[str, dict[str, Any]] = {}
     for name, mine in turns.items():
@@ -62,7 +63,9 @@ def summarize(
                 result[name][f"{key}_difference"] = difference(mine[0][key], turns[reference][0][key])
         if flops:
             result[name]["peak_GB"] = round(max(turn["peak_GB"] for turn in mine), 1)
-            result[name]["mfu"] = round(6 * parameters * tokens_per_second / flops, 3)
+            result[name]["useful_mfu"] = round(6 * parameters * tokens_per_second / flops, 3)
+        if counted := [share for turn in mine for share in turn.get("mfu", [])]:
+            result[name]["mfu"] = round(statistics.median(counted), 3)
     return result
 
 
@@ -79,7 +82,8 @@ def row(name: str, one: Mapping[str, Any], gpu: bool) -> list[str]:
         f"{one['examples_per_step']:g}",
     ]
     if gpu:
-        cells += [f"{one['tokens_per_second']:,.0f}", f"{one['mfu']:.1%}", f"{one['peak_GB']:.0f}"]
+        cells += [f"{one['tokens_per_second']:,.0f}", f"{one['useful_mfu']:.1%}"]
+        cells += [f"{one['mfu']:.1%}" if "mfu" in one else "-", f"{one['peak_GB']:.0f}"]
         cells.append(f"{one['idle_share']:.1%}" if "idle_share" in one else "-")
     same = "other rows" if one.get("own_rows") else f"{one['loss_difference']:.0e}, {one['grad_norm_difference']:.0e}"
     return [*cells, same]
@@ -98,7 +102,7 @@ def render(sections: Mapping[str, Mapping[str, Any]]) -> str:
         )
         reference = next((one["reference"] for one in section["contenders"].values() if "reference" in one), "none")
         head = ["", f"times as fast as *{reference}*", "examples/s", "s a step", "examples a step"]
-        head += ["tokens/s", "MFU", "peak GB", "idle"] * gpu + ["loss, gradient norm of step 1 differ by"]
+        head += ["tokens/s", "useful MFU", "MFU", "peak GB", "idle"] * gpu + ["loss, gradient norm of step 1 differ by"]
         table = [row(contender, one, gpu) for contender, one in section["contenders"].items()]
         text += [
             f"### {name}",

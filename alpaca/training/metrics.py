@@ -118,14 +118,13 @@ class Cost:
     @classmethod
     def of(cls, model: nn.Module) -> "Cost":
         config = model.config.get_text_config()
-        output = model.get_output_embeddings()
+        output, decoder = model.get_output_embeddings(), model.get_decoder()  # without the tower that reads images
         head = _operations(output.weight) if output is not None else 0
         tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         skipped = tables | ({id(output.weight)} if output is not None else set())
-        experts, chosen = (getattr(config, name, None) for name in ("num_local_experts", "num_experts_per_tok"))
-        share = chosen / experts if experts and chosen else 1  # of experts, which have weights of three dimensions
-        weights = [weight for weight in model.parameters() if id(weight) not in skipped]
-        body = sum(_operations(w) * (share if len(_shape(w)) == 3 else 1) for w in weights if len(_shape(w)) > 1)
+        chosen = getattr(config, "num_experts_per_tok", None)
+        weights = [weight for weight in decoder.parameters() if id(weight) not in skipped and len(_shape(weight)) > 1]
+        body = sum(_operations(weight) * _share(weight, chosen) for weight in weights)
         heads = getattr(config, "num_attention_heads", 0)  # none in a state space model
         width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads) if heads else 0
         return cls(body, head, 3 * 4 * config.num_hidden_layers * width)
@@ -143,6 +142,13 @@ def _operations(weight: nn.Parameter) -> int:
     return (6 if weight.requires_grad else 4) * math.prod(_shape(weight))
 
 
+def _share(weight: nn.Parameter, chosen: int | None) -> float:
+    """Return what of a weight a token is multiplied with: of experts, which lie in one of three dimensions, those that
+    are `chosen`."""
+    experts = len(_shape(weight)) == 3 and chosen
+    return min(chosen / _shape(weight)[0], 1.0) if experts else 1.0
+
+
 def _shape(parameter: nn.Parameter) -> Sequence[int]:
     """Return the shape of the weights: bitsandbytes keeps two of 4 bits in a byte, DeepSpeed an empty tensor in the
     model."""
@@ -152,18 +158,22 @@ def _shape(parameter: nn.Parameter) -> Sequence[int]:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the floating point operations per second of a product of two square matrices that saturate the device: the
-    best of at least three, and of as many as fit into half a second."""
-    size = 8192 if device.type == "cuda" else 2048
+    best of several, on a CPU of sizes up to one that takes long, as some have no arithmetic for half precision."""
     own = torch.Generator(device).manual_seed(0)  # the global one draws the dropout masks of the run
-    left, right = (torch.randn(size, size, generator=own, device=device, dtype=dtype) for _ in range(2))
-    out, times = torch.empty_like(left), []
-    while len(times) < 4 or sum(times) < 0.5:  # the first warms up
-        _wait_for(device)
-        start = time.perf_counter()
-        torch.matmul(left, right, out=out)
-        _wait_for(device)
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / min(times)
+    best = 0.0
+    for size in (8192,) if device.type == "cuda" else (256, 512, 1024, 2048):
+        left, right = (torch.randn(size, size, generator=own, device=device, dtype=dtype) for _ in range(2))
+        out, times = torch.empty_like(left), []
+        while len(times) < 4 or sum(times) < 0.2:  # the first warms up
+            _wait_for(device)
+            start = time.perf_counter()
+            torch.matmul(left, right, out=out)
+            _wait_for(device)
+            times.append(time.perf_counter() - start)
+        best = max(best, 2 * size**3 / min(times))
+        if min(times) > 0.1:  # the next takes eight times as long
+            break
+    return best
 
 
 def _wait_for(device: torch.device) -> None:

@@ -34,10 +34,12 @@ def test_ratios_are_taken_within_a_round():
 
 
 def test_a_reference_that_failed_is_not_one():
-    turns = {"old": [{"failed": "out of memory"}], "new": [turn([1, 1], peak_GB=100.04, others=0.3)]}
+    turns = {"old": [{"failed": "out of memory"}], "new": [turn([1, 1], peak_GB=100.04, others=0.3, mfu=[0.2, 0.25])]}
+    turns["other"] = [turn([2, 2], peak_GB=1.0)]  # counts nothing itself
     result = summarize(turns, [], parameters=10**9, flops=1e14)
     new = result["new"]
-    assert (new["reference"], new["speedup"], new["peak_GB"], new["mfu"]) == ("new", 1.0, 100.0, 0.24)
+    assert (new["reference"], new["speedup"], new["peak_GB"], new["useful_mfu"]) == ("new", 1.0, 100.0, 0.24)
+    assert new["mfu"] == 0.225 and "mfu" not in result["other"] and result["other"]["useful_mfu"] == 0.12
     section = {
         "contenders": result,
         "model": {"parameters": 10**9, "num_hidden_layers": 2},

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import train, write_rows
+from support.multimodal import MULTIMODAL, SIZES
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -123,6 +124,65 @@ def test_mfu_of_a_real_run_is_below_one(tiny, tmp_path):
     steps = [entry for entry in log if "mfu" in entry]
     assert len(steps) == 6 and all(0 < entry["mfu"] < 1 for entry in steps)
     assert all(entry["mfu"] < entry["useful_mfu"] for entry in steps)
+
+
+SMALL = dict(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    num_experts_per_tok=2,
+)
+
+
+@pytest.mark.parametrize(
+    "kind, names, more",
+    [
+        ("mixtral", dict(num_local_experts=8), 0),
+        ("olmoe", dict(num_experts=8), 0),
+        (
+            "qwen2_moe",
+            dict(num_experts=8, moe_intermediate_size=64, shared_expert_intermediate_size=48),
+            3 * 32 * 48 + 32,
+        ),
+    ],
+)
+def test_a_token_is_multiplied_with_the_experts_that_are_chosen_for_it(kind, names, more):
+    """Whatever the configuration calls their number. By hand: attention, two experts, the router; 4640 are a
+    shared expert (3 x 32 x 48) and its gate."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SMALL, **names))
+    layer = 4 * 32 * 32 + 2 * 3 * 32 * 64 + 8 * 32 + more
+    assert Cost.of(model).body == 6 * 2 * layer and Cost.of(model).head == 6 * 50 * 32
+
+
+@pytest.mark.parametrize("kind", MULTIMODAL)
+def test_what_reads_images_is_not_counted_for_text(kind):
+    model = MULTIMODAL[kind](SIZES | dict(vocab_size=64, max_position_embeddings=64))
+    whole = Cost.of(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("visual" not in name and "vision" not in name)
+    assert Cost.of(model) == whole
+    weights = [p.numel() for p in model.get_decoder().parameters() if p.dim() > 1]
+    assert whole.body == 6 * (sum(weights) - 64 * SIZES["hidden_size"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_rate_is_measured_in_bounded_work_where_half_precision_is_slow(dtype, monkeypatch):
+    """A product that takes long is the last size; the best of all sizes counts."""
+    sizes, seconds = [], {256: 0.01, 512: 0.2, 1024: 1.6, 2048: 12.8}
+    now = [0.0]
+
+    def product(left, right, out):
+        assert left.dtype == right.dtype == out.dtype == dtype
+        sizes.append(len(left))
+        now[0] += seconds[len(left)]
+
+    monkeypatch.setattr("alpaca.training.metrics.torch.matmul", product)
+    monkeypatch.setattr("alpaca.training.metrics.time.perf_counter", lambda: now[0])
+    assert matmul_rate(torch.device("cpu"), dtype) == pytest.approx(2 * 256**3 / 0.01)
+    assert set(sizes) == {256, 512} and now[0] < 2
 
 
 def test_a_model_without_attention_has_a_cost():
