@@ -266,7 +266,7 @@ class BeforeAfter:
         size = len(text.encode()) * predicted / len(ids)  # the first token of a piece is not predicted
         return {"text_loss": total / predicted, "text_bits_per_byte": total / math.log(2) / size}
 
-    def _of_questions(self, model: LocalModel, questions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def _of_questions(self, model: LocalModel, questions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows, context = [], model.context
         for number, asked in enumerate(questions, 1):
             prompt = f"Question: {asked['question']}\nAnswer:"
@@ -276,12 +276,12 @@ class BeforeAfter:
                 problem = f"has {longest} tokens with a choice, and {model.name} reads at most {context}"
                 raise InputError(f"{self.options.questions}, question {number}: {problem}", self.options.questions)
         losses = iter([loss.sum().item() for loss in self._losses(model, rows, "choices")])
-        right = []
+        chosen = []
         for asked in questions:
             of_choices = [next(losses) for _ in asked["choices"]]
-            right.append(of_choices.index(min(of_choices)) == asked["answer"])
-        share = fmean(right)
-        return {"right": share, "right_stderr": math.sqrt(share * (1 - share) / len(right))}
+            chosen.append(of_choices.index(min(of_choices)))
+        share = fmean(choice == asked["answer"] for choice, asked in zip(chosen, questions))
+        return {"right": share, "right_stderr": math.sqrt(share * (1 - share) / len(chosen)), "chosen": chosen}
 
     def _answers(self, model: LocalModel, rows: Sequence[Row], templates: Mapping[str, str]) -> dict[str, Any]:
         """Answer the first rows, longest prompt first. The answer to a prompt that leaves no room for one is None."""

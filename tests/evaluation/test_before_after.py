@@ -1,5 +1,6 @@
 """What a model learned and forgot, against loops in plain transformers."""
 
+import functools
 import json
 import math
 import random
@@ -48,14 +49,29 @@ def command(monkeypatch, base, model, output, *words):
     return json.loads((output / "before_after.json").read_text())["models"]
 
 
+@functools.cache
+def opened(folder):
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+
 def plain_losses(folder, text, prompt):
     """Of each token of `text` behind those of `prompt`, by transformers alone."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = opened(folder)
     first = len(tokenizer(prompt)["input_ids"])
     ids = torch.tensor([tokenizer(text)["input_ids"]])
     with torch.no_grad():
         logits = model(ids).logits[0]
     return -logits.log_softmax(-1)[range(ids.shape[1] - 1), ids[0, 1:]][first - 1 :]
+
+
+def plain_choices(folder, questions):
+    """The number of the likeliest choice of each question."""
+    chosen = []
+    for asked in questions:
+        prompt = f"Question: {asked['question']}\nAnswer:"
+        sums = [plain_losses(folder, f"{prompt} {choice}", prompt).sum().item() for choice in asked["choices"]]
+        chosen.append(sums.index(min(sums)))
+    return chosen
 
 
 def last_eval_loss(run):
@@ -98,12 +114,7 @@ def test_every_measure_is_that_of_a_plain_loop(run_folder, tiny, tmp_path, monke
     assert tuned["end_probability"] == pytest.approx(sum(ends) / 12, abs=1e-4)
     assert tuned["length"] == sum(length for length, _ in lengths) / 4
     assert tuned["stops"] == sum(stopped for _, stopped in lengths) / 4
-    right = []
-    for asked in QUESTIONS:
-        prompt = f"Question: {asked['question']}\nAnswer:"
-        sums = [plain_losses(run_folder, f"{prompt} {choice}", prompt).sum().item() for choice in asked["choices"]]
-        right.append(sums.index(min(sums)) == asked["answer"])
-    assert tuned["right"] == sum(right) / 2
+    assert tuned["chosen"] == plain_choices(run_folder, QUESTIONS)
     text = before_after.ProbeFlags().text.read_text()
     ids = tokenizer(text)["input_ids"]
     pieces = [ids[n : n + 1024] for n in range(0, len(ids), 1024)]
@@ -122,10 +133,10 @@ def test_every_measure_is_that_of_a_plain_loop(run_folder, tiny, tmp_path, monke
     assert card.count(BEGIN) == 1 and "questions answered right" in card and "](before_after.png)" in card
     assert (run_folder / "before_after.png").read_bytes() == (tmp_path / "scores" / "before_after.png").read_bytes()
     capsys.readouterr()
-    opened = []
-    monkeypatch.setattr(before_after, "LocalModel", lambda *a, **k: opened.append(a))
+    models = []
+    monkeypatch.setattr(before_after, "LocalModel", lambda *a, **k: models.append(a))
     assert command(monkeypatch, tiny("llama"), run_folder, tmp_path / "scores", *words) == found
-    assert not opened, "a rerun measures nothing again"
+    assert not models, "a rerun measures nothing again"
     with pytest.raises(UsageError, match="base.json was made with other arguments .answers 4"):
         command(monkeypatch, tiny("llama"), run_folder, tmp_path / "scores", *words[:2], "--answers", "5")
     (run_folder / "README.md").write_text(card.replace("# ", "# My ", 1))
@@ -309,6 +320,31 @@ def test_what_cannot_be_done_is_said_before_anything_is_measured(tiny, tmp_path,
         (scores / "tuned.json").write_text(content)
         with pytest.raises(UsageError, match="tuned.json: is no result of|tuned.json: expected a JSON|cannot be read"):
             command(monkeypatch, base, run, scores, *own_rows)
+
+
+def test_our_questions_are_answered_as_by_a_plain_loop(tiny, tmp_path, monkeypatch, own_rows):
+    words = [*own_rows, "--questions_path", before_after.ProbeFlags().questions, "--answers", "0"]
+    found = command(monkeypatch, tiny("llama"), tiny("gpt2"), tmp_path / "scores", *words)
+    questions = read_questions(before_after.ProbeFlags().questions)
+    for name, folder in (("base", tiny("llama")), ("tuned", tiny("gpt2"))):
+        chosen = plain_choices(folder, questions)
+        share = sum(choice == asked["answer"] for choice, asked in zip(chosen, questions)) / 40
+        assert found[name]["chosen"] == chosen and len(set(chosen)) > 1 and found[name]["right"] == share
+        assert found[name]["right_stderr"] == pytest.approx((share * (1 - share) / 40) ** 0.5)
+
+
+def test_rows_of_many_lengths_have_the_losses_of_a_plain_loop(tiny, tmp_path, monkeypatch, own_rows):
+    """In one batch, with prompts of different lengths."""
+    rows = [dict(instruction="Say it. " * n, input="now" if n % 2 else "", output="so " * (7 - n)) for n in range(1, 7)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = command(monkeypatch, tiny("llama"), tiny("gpt2"), tmp_path / "scores", *own_rows)
+    for name, folder in (("base", tiny("llama")), ("tuned", tiny("gpt2"))):
+        end = opened(folder)[1].eos_token
+        prompts = [format_prompt(row, PROMPT_DICT) for row in rows]
+        losses = [plain_losses(folder, f"{p}{row['output']}{end}", p) for p, row in zip(prompts, rows)]
+        assert found[name]["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-4)
+        ends = [math.exp(-of_row[-1]) for of_row in losses]
+        assert found[name]["end_probability"] == pytest.approx(sum(ends) / 6, rel=1e-3)
 
 
 def test_numbers_of_other_prompts_are_not_taken_for_these(tiny, tmp_path, monkeypatch, own_rows):
