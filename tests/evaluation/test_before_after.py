@@ -337,9 +337,18 @@ def test_rows_of_many_lengths_have_the_losses_of_a_plain_loop(tiny, tmp_path, mo
     """In one batch, with prompts of different lengths."""
     rows = [dict(instruction="Say it. " * n, input="now" if n % 2 else "", output="so " * (7 - n)) for n in range(1, 7)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    found = command(monkeypatch, tiny("llama"), tiny("gpt2"), tmp_path / "scores", *own_rows)
+    words = [*own_rows, "--answers", "6", "--batch_size", "4"]
+    found = command(monkeypatch, tiny("llama"), tiny("gpt2"), tmp_path / "scores", *words)
+    asked = random.Random(0).sample(rows, 6)
     for name, folder in (("base", tiny("llama")), ("tuned", tiny("gpt2"))):
-        end = opened(folder)[1].eos_token
+        model, tokenizer = opened(folder)
+        for row, answer in zip(asked, found[name]["answers"]):
+            inputs = tokenizer(format_prompt(row, PROMPT_DICT), return_tensors="pt")
+            ids = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0]
+            before = tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
+            assert tokenizer.decode(ids, skip_special_tokens=True) == before + answer, "beside its own question"
+        assert len(set(found[name]["answers"])) > 1, "which can be told apart"
+        end = tokenizer.eos_token
         prompts = [format_prompt(row, PROMPT_DICT) for row in rows]
         losses = [plain_losses(folder, f"{p}{row['output']}{end}", p) for p, row in zip(prompts, rows)]
         assert found[name]["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-4)
