@@ -252,8 +252,8 @@ def preprocess(
         alpaca/data/report.py.
     """
     eos, limit = tokenizer.eos_token, tokenizer.model_max_length
-    ends = np.array([target.endswith(eos) for target in targets], dtype=bool)
-    answers = [target.removesuffix(eos) for target in targets]
+    ends = np.array([bool(eos) and target.endswith(eos) for target in targets], dtype=bool)
+    answers = [target.removesuffix(eos or "") for target in targets]
     prompts, rows = encode(sources, answers, tokenizer, apart=prompt_boundary == "split")
     merged = ~starts_with(rows, prompts)
     whole = joined(rows, Ragged(np.full(ends.sum(), tokenizer.eos_token_id), ends.astype(np.int64)))

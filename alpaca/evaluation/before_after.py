@@ -12,9 +12,9 @@ stops, length    share of answers that end by themselves, and their mean number 
 import math
 import random
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,27 +22,28 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from alpaca.common.arguments import flags_of_file
 from alpaca.common.commands import check_numbers, flag
 from alpaca.common.errors import InputError, ParameterError
 from alpaca.common.files import (
     check_writable,
     decode_text,
     digest,
-    parse_json,
+    fingerprint,
     read_json,
     refuse_other_arguments,
     sha256_of_file,
     write_json,
     write_text,
 )
-from alpaca.data.prompts import format_prompt, templates_of
-from alpaca.data.rows import Data, Row, read_data
-from alpaca.data.tokenization import tokens_around, without_end
-from alpaca.evaluation.row_losses import TokenizedRow, token_losses
+from alpaca.data.prompts import PROMPT_DICT, format_prompt, instruction_and_input, templates_of
+from alpaca.data.rows import Row, read_data
+from alpaca.data.tokenization import IGNORE_INDEX, tokens_around, without_end
+from alpaca.evaluation.harness import CAUSES, measured_with, versions
+from alpaca.evaluation.harness_tasks import read_questions
+from alpaca.evaluation.row_losses import TokenizedRow, flags_of_run, held_out_of, token_losses
 from alpaca.inference.local_model import LocalModel
-from alpaca.weights.provenance import weights_of
-from alpaca.weights.reader import ADAPTER, EXACT_DIFF, find_folder, folder_kind
+from alpaca.weights.provenance import CARD, CARD_MARKER, weights_of
+from alpaca.weights.reader import ADAPTER, EXACT_DIFF, OTHER, RUN, find_folder, folder_kind
 
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs" / "before_after"
 PIECE = 1024  # tokens of plain text at a time, at most
@@ -57,6 +58,9 @@ LINES = {  # of the table: what is measured, as it is written
     "length": ("mean length of an answer (tokens)", "{:.1f}"),
 }
 BEGIN, END = "<!-- before_after: begin -->", "<!-- before_after: end -->"
+PICTURE = "before_after.png"
+NO_ROOM = "(no answer: the prompt leaves no room for one)"
+TRUE = ("true", "1", "yes", "y", "t")
 Tokenize = Callable[..., Mapping[str, Any]]  # train.preprocess
 
 
@@ -108,49 +112,62 @@ class BeforeAfter:
         the table.
 
         Raises:
-            UsageError: a file cannot be read, no row was held out, a file was made with other arguments, or a model
-                cannot be opened.
+            UsageError: a file or a folder cannot be read, no row was held out, or a file was made with other arguments;
+                all before anything is measured. Then: a model cannot be opened, or computes no numbers.
         """
-        output, run_flags = Path(self.output_dir), flags_of_run(Path(self.model))
+        output, folders = Path(self.output_dir), self._folders()
+        if folder_kind(output) not in (OTHER, RUN):
+            problem = "holds a model, whose files would be mixed with those of the result; choose another folder"
+            raise InputError(f"{output}: {problem}", output, written=True)
         check_writable(output)
-        rows = self._held_out(run_flags)
+        run_flags, templates = flags_of_run(folders["tuned"]), templates_of(folders["tuned"])
+        rows = self._held_out(run_flags, folders["tuned"])
         text, questions = self._text(), read_questions(self.options.questions)
-        found = {}
-        for name, folder in self._models().items():
-            how = self._how(folder, rows, run_flags)
-            file = output / f"{name}.json"
-            if file.is_file():
-                found[name] = read_json(file)
-                refuse_other_arguments(file, found[name].get("how", {}), how, self.output_dir)
-                continue
-            print(f"{name}: {folder}", flush=True)
-            found[name] = self._measure(folder, rows, text, questions, run_flags) | {"how": how}
-            write_json(file, found[name])
-        return self._finish(found, rows)
+        how = {name: self._how(folder, rows, run_flags, templates) for name, folder in folders.items()}
+        found = {name: self._earlier(output / f"{name}.json", how[name]) for name in folders}
+        for name, folder in folders.items():
+            if found[name] is None:
+                print(f"{name}: {folder}", flush=True)
+                model = self._open(folder, run_flags)
+                measured = {
+                    **self._of_rows(model, rows, templates, run_flags),
+                    **self._of_text(model, text),
+                    **self._of_questions(model, questions),
+                    **self._answers(model, rows, templates),
+                    "dtype": str(model.model.dtype).removeprefix("torch."),
+                    "device": model.device,
+                    "versions": versions(),
+                }
+                found[name] = measured | {"how": how[name]}
+                write_json(output / f"{name}.json", found[name])
+        return self._finish(found, rows, folders["tuned"])
 
     # ---- what is asked for ----
 
-    def _models(self) -> dict[str, str]:
-        models = {"base": self.base}
+    def _folders(self) -> dict[str, Path]:
+        """Return the folder of each model by its name in the table, the base first and the tuned model last."""
+        folders = {"base": find_folder(self.base)}
         if self.checkpoints:
-            numbers = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(self.checkpoints).glob("*"))
+            numbers = (re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(self.checkpoints).glob("*/"))
             for number in sorted(int(match[1]) for match in numbers if match):
-                models[f"checkpoint-{number}"] = str(Path(self.checkpoints) / f"checkpoint-{number}")
-            if len(models) == 1:
+                folders[f"checkpoint-{number}"] = Path(self.checkpoints) / f"checkpoint-{number}"
+            if len(folders) == 1:
                 raise InputError(f"{self.checkpoints}: has no checkpoint-N; give the folder of a run", self.checkpoints)
-        return {**models, "tuned": self.model}
+        return {**folders, "tuned": find_folder(self.model)}
 
-    def _held_out(self, run_flags: Mapping[str, str]) -> list[Row]:
+    def _held_out(self, run_flags: Mapping[str, Any], folder: Path) -> list[Row]:
         """Return the rows to measure on: a sample of --data_path, or of what the run itself has held out."""
         reading = {"turns": run_flags.get("turns", "first"), "columns": self.columns or run_flags.get("columns")}
-        if self.data_path:
-            data = read_data(self.data_path, "train", None, backward=False, **reading)
-        elif path := run_flags.get("eval_data_path"):
-            data = read_data(path, "train", None, backward=False, **reading)
-        elif size := run_flags.get("eval_size"):
-            split = run_flags.get("data_split", "train")
-            whole: Data = read_data(run_flags["data_path"], split, None, backward=False, **reading)
-            _, data = whole.hold_out(float(size), int(run_flags.get("seed", 42)))
+        reading |= {"backward": str(run_flags.get("backward")).lower() in TRUE, "cache_dir": run_flags.get("cache_dir")}
+        if path := self.data_path:
+            data = read_data(path, **reading)
+        elif (path := run_flags.get("eval_data_path")) or run_flags["eval_size"]:
+            try:
+                data = read_data(path, **reading) if path else held_out_of(folder, run_flags, reading)
+            except InputError as error:
+                advice = {"data_path": "; give rows that were not trained on with {data_path}"}
+                message = f"{self.model}: the rows that its run held out cannot be had ({error})"
+                raise InputError(message, self.model, advice=advice) from error
         else:
             message = f"{self.model}: its run held out no rows to measure on"
             raise InputError(message, self.model, advice={"data_path": "; give some with {data_path}"})
@@ -167,67 +184,79 @@ class BeforeAfter:
             raise InputError(f"{path}: has {len(text.split())} words, expected 50 or more", path)
         return text
 
-    def _how(self, folder: str, rows: Sequence[Row], run_flags: Mapping[str, str]) -> dict[str, Any]:
+    def _how(
+        self, folder: Path, rows: Sequence[Row], run_flags: Mapping[str, Any], templates: Mapping[str, str]
+    ) -> dict[str, Any]:
         """Return all that the numbers depend on, but rounding."""
-        based = folder != self.base and needs_base(folder)
-        names = ("model_max_length", "prompt_boundary", "prompt_template")
+        own_templates = {} if templates == PROMPT_DICT else {"templates": fingerprint(templates)[:12]}
         return {
-            **weights_of(model=folder, base=self.base if based else None),
-            **{name: run_flags[name] for name in names if name in run_flags},
-            "rows": digest(row[name] or "" for row in rows for name in ("instruction", "input", "output")),
+            **weights_of(model=str(folder), base=self._base_of(folder)),
+            **{name: str(run_flags[name]) for name in ("model_max_length", "prompt_boundary") if name in run_flags},
+            **own_templates,
+            "rows": digest(row.get(name) or "" for row in rows for name in ("instruction", "input", "output")),
             "text": sha256_of_file(self.options.text),
             "questions": sha256_of_file(self.options.questions),
             "answers": self.options.answers,
             "sampling": [self.sampling.max_tokens, self.sampling.temperature, self.sampling.top_p, self.options.seed],
         }
 
+    def _base_of(self, folder: Path) -> str | None:
+        """Return what a folder needs to be a model, if it needs something."""
+        is_base = folder == find_folder(self.base)
+        return self.base if not is_base and folder_kind(folder) in (ADAPTER, EXACT_DIFF) else None
+
+    def _earlier(self, file: Path, how: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Return what an earlier run has measured, or None. Raise InputError if it was another one."""
+        if not file.is_file():
+            return None
+        result = read_json(file)
+        kinds = {**dict.fromkeys(LINES, (int, float, type(None))), "answers": list, "how": dict, "dtype": str}
+        if wrong := [name for name, kind in kinds.items() if not isinstance(result.get(name, file), kind)]:
+            raise InputError(f"{file}: is no result of this command (no {wrong[0]!r}); move it away", file)
+        refuse_other_arguments(file, result["how"], how, self.output_dir)
+        return result
+
     # ---- one model ----
 
-    def _measure(
-        self,
-        folder: str,
-        rows: Sequence[Row],
-        text: str,
-        questions: Sequence[Mapping[str, Any]],
-        run_flags: Mapping[str, str],
+    def _open(self, folder: Path, run_flags: Mapping[str, Any]) -> LocalModel:
+        model = LocalModel(folder, self.options.batch_size, device=self.options.device, base=self._base_of(folder))
+        limit = run_flags["model_max_length"]
+        model.tokenizer.model_max_length = min(limit, model.context or limit)
+        return model
+
+    def _of_rows(
+        self, model: LocalModel, rows: Sequence[Row], templates: Mapping[str, str], run_flags: Mapping[str, Any]
     ) -> dict[str, Any]:
-        based = folder != self.base and needs_base(folder)
-        model = LocalModel(
-            folder, self.options.batch_size, device=self.options.device, base=self.base if based else None
-        )
-        templates = templates_of(Path(self.model))  # the base is asked as the tuned model is
-        model.tokenizer.model_max_length = int(run_flags.get("model_max_length", 512))
+        """Measure the held-out rows; the base is asked as the tuned model is."""
+        end = model.tokenizer.eos_token_id
         tokens = self.tokenize(
             [format_prompt(row, templates) for row in rows],
             [f"{row['output']}{model.tokenizer.eos_token or ''}" for row in rows],
             model.tokenizer,
             run_flags.get("prompt_boundary", "stanford"),
         )
-        tokenized = [
-            (ids.tolist(), int((labels == -100).sum())) for ids, labels in zip(tokens["input_ids"], tokens["labels"])
-        ]
+        firsts = [int((labels == IGNORE_INDEX).sum()) for labels in tokens["labels"]]
+        tokenized = list(zip([ids.tolist() for ids in tokens["input_ids"]], firsts))
         losses = self._losses(model, tokenized, "rows")
+        if not sum(map(len, losses)):
+            limit = model.tokenizer.model_max_length
+            problem = f"none of {len(rows)} rows has a token to predict within the {limit} tokens of a row"
+            raise InputError(f"{self.data_path or self.model}: {problem}", self.data_path or self.model)
         ends = [
             math.exp(-loss[-1].item())
             for (ids, _), loss in zip(tokenized, losses)
-            if len(loss) and ids[-1] == model.tokenizer.eos_token_id
+            if len(loss) and end is not None and ids[-1] == end
         ]
-        answers = self._answers(model, rows, templates)
-        return {
-            "loss": torch.cat(losses).mean().item(),
-            **self._of_text(model, text),
-            **self._of_questions(model, questions),
-            "end_probability": fmean(ends) if ends else None,
-            **answers,
-            "dtype": str(model.model.dtype).removeprefix("torch."),
-            "device": model.device,
-        }
+        return {"loss": torch.cat(losses).mean().item(), "end_probability": fmean(ends) if ends else None}
 
     def _losses(self, model: LocalModel, rows: Sequence[TokenizedRow], what: str) -> list[torch.Tensor]:
         losses = [torch.empty(0)] * len(rows)
         found = token_losses(model.model, rows, self.options.batch_tokens)
         for place, of_row in tqdm(found, desc=f"  {what}", total=len(rows), unit=""):
             losses[place] = of_row
+            if not of_row.isfinite().all():
+                problem = f"a loss of its {what} is not a number in {model.model.dtype}; {CAUSES}"
+                raise InputError(f"{model.name}: {problem}", model.name)
         return losses
 
     def _of_text(self, model: LocalModel, text: str) -> dict[str, float]:
@@ -237,84 +266,64 @@ class BeforeAfter:
         size = len(text.encode()) * predicted / len(ids)  # the first token of a piece is not predicted
         return {"text_loss": total / predicted, "text_bits_per_byte": total / math.log(2) / size}
 
-    def _of_questions(self, model: LocalModel, questions: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-        rows = []
-        for asked in questions:
+    def _of_questions(self, model: LocalModel, questions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        rows, context = [], model.context
+        for number, asked in enumerate(questions, 1):
             prompt = f"Question: {asked['question']}\nAnswer:"
             first = len(ids_of(model, prompt))
             rows += [(ids_of(model, f"{prompt} {choice}"), first) for choice in asked["choices"]]
+            if context and (longest := max(len(ids) for ids, _ in rows[-len(asked["choices"]) :])) > context:
+                problem = f"has {longest} tokens with a choice, and {model.name} reads at most {context}"
+                raise InputError(f"{self.options.questions}, question {number}: {problem}", self.options.questions)
         losses = iter([loss.sum().item() for loss in self._losses(model, rows, "choices")])
-        right = []
+        chosen = []
         for asked in questions:
             of_choices = [next(losses) for _ in asked["choices"]]
-            right.append(of_choices.index(min(of_choices)) == asked["answer"])
-        share = fmean(right)
-        return {"right": share, "right_stderr": math.sqrt(share * (1 - share) / len(right))}
+            chosen.append(of_choices.index(min(of_choices)))
+        share = fmean(choice == asked["answer"] for choice, asked in zip(chosen, questions))
+        return {"right": share, "right_stderr": math.sqrt(share * (1 - share) / len(chosen)), "chosen": chosen}
 
     def _answers(self, model: LocalModel, rows: Sequence[Row], templates: Mapping[str, str]) -> dict[str, Any]:
-        asked = rows[: self.options.answers]
-        prompts = [format_prompt({**row, "output": ""}, templates) for row in asked]
-        samplings = [replace(self.sampling, seed=self.options.seed + place) for place in range(len(asked))]
-        done = model.generate(prompts, samplings) if asked else []
+        """Answer the first rows, longest prompt first. The answer to a prompt that leaves no room for one is None."""
+        prompts = [format_prompt(row, templates) for row in rows[: self.options.answers]]
+        lengths = [model.prompt_tokens(prompt) for prompt in prompts]
+        fits = [place for place, length in enumerate(lengths) if model.fits(length, self.sampling)]
+        order, size = sorted(fits, key=lambda place: -lengths[place]), self.options.batch_size
+        done = {}
+        with tqdm(total=len(order), desc="  answers", unit="") as bar:
+            for batch in (order[n : n + size] for n in range(0, len(order), size)):
+                samplings = [replace(self.sampling, seed=self.options.seed + place) for place in batch]
+                done |= zip(batch, model.generate([prompts[place] for place in batch], samplings))
+                bar.update(len(batch))
         return {
-            "stops": fmean(answer.finish_reason == "stop" for answer in done) if done else None,
-            "length": fmean(answer.completion_tokens for answer in done) if done else None,
-            "answers": [answer.text for answer in done],
+            "stops": fmean(answer.finish_reason == "stop" for answer in done.values()) if done else None,
+            "length": fmean(answer.completion_tokens for answer in done.values()) if done else None,
+            "answers": [done[place].text if place in done else None for place in range(len(prompts))],
         }
 
     # ---- the result ----
 
-    def _finish(self, found: Mapping[str, dict[str, Any]], rows: Sequence[Row]) -> str:
+    def _finish(self, found: Mapping[str, dict[str, Any]], rows: Sequence[Row], tuned: Path) -> str:
         output, table = Path(self.output_dir), table_of(found)
-        asked = rows[: self.options.answers]
+        asked = [instruction_and_input(row) for row in rows[: self.options.answers]]
+        measured = measured_with([entry for entry in found.values() if "versions" in entry])
+        if different := [name for name, values in measured.items() if len(values) > 1]:
+            table += f"\n\nnote: not all models were measured alike; {', '.join(different)} differ (see each file)"
         how = f"temperature {self.sampling.temperature}, seed {self.options.seed}"
         sides = [f"\n## Answers, unedited ({how}, at most {self.sampling.max_tokens} tokens)\n"]
-        for place, row in enumerate(asked):
-            given = f"{row['instruction']}\n\n{row['input']}".strip() if row.get("input") else row["instruction"]
-            sides.append(f"### {place + 1}\n\n{quoted(given)}\n")
+        for place, question in enumerate(asked):
+            sides.append(f"### {place + 1}\n\n{verbatim(question)}\n")
             for name in ("base", "tuned"):
-                sides.append(f"{name}:\n\n{quoted(found[name]['answers'][place])}\n")
+                answer = found[name]["answers"][place]
+                sides.append(f"{name}:\n\n{NO_ROOM if answer is None else verbatim(answer)}\n")
         write_text(output / "before_after.md", f"# Before and after\n\n{table}\n" + "\n".join(sides))
-        packages = {name: version(name) for name in ("torch", "transformers")}
-        write_json(output / "before_after.json", {"models": found, "rows": len(rows), "versions": packages})
-        draw(output / "before_after.png", found)
-        put_into_card(Path(self.model) / "README.md", table)
+        result = {"models": found, "rows": len(rows), "asked": asked, "measured_with": measured, "versions": versions()}
+        write_json(output / "before_after.json", result)
+        draw(output / PICTURE, found)
+        put_into_card(tuned / CARD, table, output / PICTURE)
         return (
             f"{table}\n\nwrote {output}: before_after.md (the table and the answers), .json, .png, and a file a model"
         )
-
-
-def needs_base(folder: str) -> bool:
-    return folder_kind(find_folder(folder)) in (ADAPTER, EXACT_DIFF)
-
-
-def flags_of_run(folder: Path) -> dict[str, str]:
-    """Return the flags of the run that wrote `folder`, as far as it says."""
-    file = folder / "run.yaml"
-    flags = {name: values[0] for name, values in flags_of_file(str(file)) if values} if file.is_file() else {}
-    return flags | ({"turns": flags["guanaco_turns"]} if "guanaco_turns" in flags else {})
-
-
-def read_questions(path: Path) -> list[dict[str, Any]]:
-    """Return the questions of a JSONL file: {"question": text, "choices": [texts], "answer": number of the right one}.
-    Raise InputError for a line that is none."""
-    try:
-        lines = decode_text(path.read_bytes(), path).splitlines()
-        questions = [parse_json(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})", path) from error
-    for number, asked in enumerate(questions, 1):
-        fields = asked if isinstance(asked, dict) else {}
-        choices, answer = fields.get("choices"), fields.get("answer")
-        texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
-        if not (
-            texts and isinstance(fields.get("question"), str) and type(answer) is int and 0 <= answer < len(choices)
-        ):
-            expected = 'expected {"question": "…", "choices": ["…", "…"], "answer": 0}'
-            raise InputError(f"{path}, question {number}: got {str(asked)[:80]}; {expected}", path)
-    if not questions:
-        raise InputError(f"{path}: has no questions", path)
-    return questions
 
 
 def ids_of(model: LocalModel, text: str) -> list[int]:
@@ -331,22 +340,27 @@ def table_of(found: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def quoted(text: str) -> str:
-    return "\n".join(f"> {line}" for line in text.splitlines() or [""])
+def verbatim(text: str) -> str:
+    """Return a text as Markdown that shows it letter for letter."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
 
 
-def put_into_card(card: Path, table: str) -> None:
-    """Put the table at the end of a model card, or in place of the one that is there. What else stands there stays."""
+def put_into_card(card: Path, table: str, picture: Path) -> None:
+    """Put table and picture at the end of a model card of train.py's, or in place of those that are there. What else
+    stands there stays; a card whose owner has taken out the line that makes it ours is left alone."""
     if not card.is_file():
         return
-    text = card.read_text(encoding="utf-8")
-    section = f"{BEGIN}\n## Before and after\n\n{table}\n{END}"
-    start, end = text.find(BEGIN), text.find(END)
-    if 0 <= start < end:
-        text = text[:start] + section + text[end + len(END) :]
-    else:
-        text = f"{text.rstrip()}\n\n{section}\n"
-    write_text(card, text)
+    try:
+        text = card.read_bytes().decode()
+    except UnicodeDecodeError:
+        text = ""
+    if CARD_MARKER not in text:
+        return print(f"note: {card} is not one of ours and stays as it is", flush=True)
+    section = f"{BEGIN}\n## Before and after\n\n{table}\n\n![The same as a picture]({PICTURE})\n{END}"
+    parts = re.split(f"{BEGIN}(?:(?!{BEGIN}).)*?{END}", text, maxsplit=1, flags=re.DOTALL)
+    write_text(card, section.join(parts) if len(parts) > 1 else f"{text.rstrip()}\n\n{section}\n")
+    shutil.copyfile(picture, card.with_name(PICTURE))
 
 
 def draw(path: Path, found: Mapping[str, Mapping[str, Any]]) -> None:

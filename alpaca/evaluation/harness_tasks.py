@@ -1,4 +1,5 @@
-"""Tasks of lm-evaluation-harness: those of a group's YAML, what they are made of, their data, and a rehearsal."""
+"""Tasks of lm-evaluation-harness: those of a group's YAML, what they are made of, their data, and a rehearsal. And
+questions with choices in a file of our own, which need no harness."""
 
 import contextlib
 import difflib
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alpaca.common.errors import InputError, ParameterError, UsageError, loading
-from alpaca.common.files import fingerprint_of_files
+from alpaca.common.files import decode_text, fingerprint_of_files, parse_json
 from alpaca.evaluation.bleu_rouge import INSTALL
 
 if TYPE_CHECKING:
@@ -179,3 +180,28 @@ def dry_run_metrics(group: str, member: TaskSpec, tasks: dict[str, "Task"]) -> N
         known = [key.removesuffix(",none") for key in results[name] if key.endswith(",none") and "_stderr," not in key]
         if member.metric not in known:
             raise InputError(f"{group}: {name} has no metric {member.metric}; it has {', '.join(known)}", group)
+
+
+# ---- questions of our own format ----
+
+
+def read_questions(path: Path) -> list[dict[str, Any]]:
+    """Return the questions of a JSONL file: {"question": text, "choices": [texts], "answer": number of the right one}.
+    Raise InputError for a line that is none."""
+    try:
+        lines = decode_text(path.read_bytes(), path).split("\n")  # not splitlines: U+2028 may stand inside a string
+        questions = [parse_json(line) for line in lines if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})", path) from error
+    for number, asked in enumerate(questions, 1):
+        fields = asked if isinstance(asked, dict) else {}
+        choices, answer = fields.get("choices"), fields.get("answer")
+        texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
+        if not (
+            texts and isinstance(fields.get("question"), str) and type(answer) is int and 0 <= answer < len(choices)
+        ):
+            expected = 'expected {"question": "…", "choices": ["…", "…"], "answer": 0}'
+            raise InputError(f"{path}, question {number}: got {str(asked)[:80]}; {expected}", path)
+    if not questions:
+        raise InputError(f"{path}: has no questions", path)
+    return questions

@@ -1,4 +1,4 @@
-"""The loss of single rows, and which of them training did not help.
+"""The loss of single rows, and which of them training did not help; what a run says of its own rows.
 
 for place, losses in token_losses(model, [([1, 835, 450, 1234, 2], 2)]): ...      # of each target token, in nats
 score(before=9.1, after=10.2, targets=1)                                          # of a row, the higher the worse
@@ -6,6 +6,7 @@ score(before=9.1, after=10.2, targets=1)                                        
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,14 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from alpaca.common.errors import ParameterError, UsageError
+from alpaca.common.arguments import flags_of_file
+from alpaca.common.errors import InputError, ParameterError, UsageError
 from alpaca.common.files import refuse_other_arguments
+from alpaca.data.rows import Data, read_data
+from alpaca.weights.provenance import read_record
 
 TokenizedRow = tuple[Sequence[int], int]  # its ids, and the place of the first target
+OF_A_RUN = {"model_max_length": (int, 512), "seed": (int, 42), "eval_size": (float, None)}  # flags, and what they are
 
 
 # ---- forward passes ----
@@ -158,3 +163,41 @@ def measure(
 
 def _shown(losses: Iterable, name: str, left: int, rows: int) -> Iterable:
     return tqdm(losses, desc=f"loss {name} training", total=rows, initial=rows - left, unit="row")
+
+
+# ---- the rows of a run ----
+
+
+def flags_of_run(folder: Path) -> dict[str, Any]:
+    """Return the flags of the run that wrote `folder`, or whose checkpoint it is, as far as it says; those of OF_A_RUN
+    always."""
+    in_run = folder.parent if re.fullmatch(r"checkpoint-\d+", folder.name) else folder
+    file = next((place / "run.yaml" for place in (folder, in_run) if (place / "run.yaml").is_file()), None)
+    try:
+        flags: dict[str, Any] = {name: values[0] for name, values in flags_of_file(str(file)) if values} if file else {}
+        if "guanaco_turns" in flags:
+            flags["turns"] = flags["guanaco_turns"]
+        return flags | {
+            name: kind(flags[name]) if flags.get(name, "None") != "None" else default
+            for name, (kind, default) in OF_A_RUN.items()
+        }
+    except (UsageError, ValueError) as error:
+        problem = str(error).removeprefix(f"--config {file}: ")
+        raise InputError(f"{file}: is not as train.py writes it ({problem})", file) from error
+
+
+def held_out_of(folder: Path, run_flags: Mapping[str, Any], reading: Mapping[str, Any]) -> Data:
+    """Return the rows that the run in `folder` held out of its data by --eval_size.
+
+    Raises:
+        InputError: the data is not there, or has other rows than the run was trained on.
+    """
+    record, path = (read_record(folder) or {}).get("contract", {}), Path(run_flags["data_path"])
+    if not path.is_file() and (file := record.get("data", {}).get("file")) and (folder / file).is_file():
+        path = folder / file  # seen from another folder than the run was started in
+    data = read_data(str(path), run_flags.get("data_split", "train"), **reading)
+    trained, held = data.hold_out(run_flags["eval_size"], run_flags["seed"])
+    known = record.get("fixed", {}).get("the data (--data_path)", "").rpartition(" ")[2]
+    if known and not trained.fingerprint().startswith(known):
+        raise InputError(f"{path}: has other rows now than when the run was trained on it", path)
+    return held

@@ -32,6 +32,7 @@ from alpaca.data.chat_template import separator
 from alpaca.data.prompts import TEMPLATE_FILE, format_prompt
 from alpaca.data.report import PROBLEMS
 from alpaca.packing.sampler import rows_per_step
+from alpaca.weights.provenance import CARD_MARKER as MARKER
 from alpaca.weights.provenance import front_matter, hub_id_of
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
-MARKER = "<!-- Written by train.py, and anew by its next run here. Delete this line to keep the file as it is. -->"
 # Ours; the Trainer's; peft's, as long as nobody has given it a name.
 OF_PROGRAMS = (
     MARKER,

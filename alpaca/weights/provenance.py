@@ -50,6 +50,9 @@ OF_THE_RUN = (
     f"{reader.MANIFEST}*",
 )
 CARD = "README.md"
+CARD_MARKER = (  # in a card that train.py writes
+    "<!-- Written by train.py, and anew by its next run here. Delete this line to keep the file as it is. -->"
+)
 TUNED_CONFIG = "tuned_config.json"  # in an exact diff: the tuned model's config.json
 VERSIONS = (1, 2)  # of the format of exact diffs; in the second, tensors may be compressed
 CHANGES_A_MODEL = (ADAPTER_CONFIG, *ADAPTER_WEIGHTS)  # beside whole weights
