@@ -19,7 +19,7 @@ import json
 import os
 import random
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from alpaca.common import arguments
 from alpaca.common.arguments import flag, flags_of_file, join_flags, split_flags
 from alpaca.common.commands import check_numbers
-from alpaca.common.errors import ParameterError, UsageError, names_flags, reported
-from alpaca.common.files import check_writable, write_text
+from alpaca.common.errors import InputError, ParameterError, UsageError, names_flags, reported
+from alpaca.common.files import check_writable, fingerprint, write_text
 from alpaca.completions.journal import Journal
+from alpaca.data.prompts import template_parts
 from alpaca.data.report import PROBLEMS
 from alpaca.data.tokenization import IGNORE_INDEX
 from alpaca.evaluation.row_losses import RowLoss, measure
@@ -46,8 +47,10 @@ from alpaca.inference.load import LoadOptions, load_for_inference
 from alpaca.models.device import best_dtype
 from alpaca.models.embeddings import resize_embeddings, vocabulary_size
 from alpaca.models.load import load_tokenizer
+from alpaca.training.checkpoint import is_run_fingerprint
 from alpaca.training.preflight import check_is_model
-from alpaca.weights.provenance import weights_of
+from alpaca.training.resume import changes, tokens_of
+from alpaca.weights.provenance import BASE, fingerprint_of_weights, holds_a_model, read_record, weights_of
 from alpaca.weights.reader import ADAPTER, find_folder, folder_kind
 from train import DataArguments, ModelArguments, SupervisedDataset, make_supervised_data_module
 
@@ -91,9 +94,16 @@ def flags_of_run(argv: list[str], classes: Sequence[type]) -> list[str]:
     if run is None:
         return argv
     if not (file := Path(run) / "run.yaml").is_file():
-        raise UsageError(f"--losses {run}: there is no run.yaml in it; expected a folder that train.py has written")
+        problem = "there is no run.yaml in it; expected a folder that train.py has written"
+        if not Path(run).exists():
+            problem = "no such folder"
+        elif (Path(run).parent / "run.yaml").is_file():  # of a checkpoint
+            problem = f"is a part of a run; give the run's folder, {Path(run).parent}"
+        raise UsageError(f"--losses {run}: {problem}")
     known = {f.name for kind in classes for f in fields(kind)} | {name for kind in classes for name in renamed(kind)}
-    return join_flags([flag for flag in flags_of_file(str(file)) if flag[0] in known and flag[0] not in given]) + argv
+    taken = join_flags([flag for flag in flags_of_file(str(file)) if flag[0] in known and flag[0] not in given])
+    print(f"{file}: {' '.join(taken)}", flush=True)
+    return taken + argv
 
 
 def renamed(kind: type) -> Mapping[str, str]:
@@ -112,6 +122,8 @@ def inspect_data(model_args: ModelArguments, data_args: DataArguments, options: 
     if options.losses is None and (unused := options.output_path or options.sample):
         name = "output_path" if options.output_path else "sample"
         raise ParameterError(f"{{{name}}} {unused}: is for {{losses}} and the folder of a run", name, "losses")
+    if options.losses:
+        check_run(model_args, Path(options.losses))
     check_is_model(model_args.model_name_or_path)
     tokenizer, new_tokens = load_tokenizer(model_args, options)
     data_module = make_supervised_data_module(tokenizer, data_args, options.cache_dir, options.seed)
@@ -126,6 +138,7 @@ def inspect_data(model_args: ModelArguments, data_args: DataArguments, options: 
     for line in spoiled:
         print(f"would spoil training: {line}")
     if options.losses:
+        print_changes(Path(options.losses), model_args, data_args, datasets[0], options)
         show_losses(model_args, datasets[0], tokenizer, new_tokens, options)
     return 1 if spoiled else 0
 
@@ -158,6 +171,38 @@ def show_rows(
 # ---- rows that hurt ----
 
 
+def check_run(model_args: ModelArguments, folder: Path) -> None:
+    """Raise InputError for a run without a model. Set in `model_args` what train.py decides for LoRA."""
+    if not holds_a_model(folder):
+        problem = "holds no model; the run is not finished (train.py --resume_from_checkpoint True goes on with it)"
+        raise InputError(f"{folder}: {problem}", folder)
+    if model_args.add_missing_tokens is None:
+        model_args.add_missing_tokens = folder_kind(folder) != ADAPTER
+
+
+def print_changes(
+    folder: Path,
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    dataset: SupervisedDataset,
+    options: InspectArguments,
+) -> None:
+    """Print what is not as it was when the run in `folder` began: its rows, how they are read, or the base."""
+    record = read_record(folder)
+    if record is None or not is_run_fingerprint(record["contract"]):
+        print(f"note: {folder} has no record of its run; whether rows and base are those of then is not known")
+        return
+    fixed = {
+        "the data (--data_path)": f"{len(dataset):,} rows {dataset.data_fingerprint[:12]}",
+        "--prompt_template": dataset.template_fingerprint[:12],
+        "--prompt_boundary": data_args.prompt_boundary,
+        "--model_max_length": options.model_max_length,
+        BASE: fingerprint_of_weights(model_args.model_name_or_path),
+    }
+    for line in changes(record["contract"], {"fixed": fixed, "tokens": tokens_of(dataset)}, "fixed"):
+        print(f"WARNING: not as in the run of {folder}: {line}", flush=True)
+
+
 def show_losses(
     model_args: ModelArguments,
     dataset: SupervisedDataset,
@@ -185,6 +230,10 @@ def show_losses(
     }
     how = {**weights_of(base=base, model=options.losses), "data": dataset.data_fingerprint}
     how |= {"template": dataset.template_fingerprint, "model_max_length": options.model_max_length}
+    how |= {
+        "labels": fingerprint(tokens_of(dataset), dataset.lengths.tolist(), dataset.num_targets.tolist())[:12],
+        "dtype": str(where.dtype),
+    }
     with Journal(output.with_name(f"{output.name}.journal"), output) as journal:
         found = measure(models, rows, options.batch_tokens, journal, how)
     ranked = sorted(found, key=lambda i: (-found[i].score, i))
@@ -195,9 +244,20 @@ def show_losses(
     print(f"{'row':>8} {'score':>6} {'before':>7} {'after':>7} {'tokens':>7}")
     for i, entry in zip(ranked[: options.top], entries):
         numbers = f"{entry['row']:>8} {entry['score']:6.2f} {entry['before']:7.2f} {entry['after']:7.2f}"
-        text = " ".join(tokenizer.decode(rows[i][0][rows[i][1] :], skip_special_tokens=True).split())
-        print(f"{numbers} {entry['tokens']:>7}  {', '.join(entry['problems'])} {text!r:.60}".rstrip())
+        texts = " -> ".join(f"{text!r:.40}" for text in texts_of(*rows[i], tokenizer, dataset.templates))
+        print(f"{numbers} {entry['tokens']:>7}  {', '.join([*entry['problems'], texts])}")
     print(f"wrote {output}: {len(ranked):,} rows, the worst first")
+
+
+def texts_of(
+    ids: Sequence[int], first: int, tokenizer: PreTrainedTokenizerBase, templates: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield prompt and answer of a row on one line each, the prompt without the fixed text of its template."""
+    prompt, answer = (tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:first], ids[first:]))
+    fixed = {text for template in templates.values() for text, _ in template_parts(template) if text.strip()}
+    for text in sorted(fixed, key=len, reverse=True):
+        prompt = prompt.replace(text, " ")
+    yield from (" ".join(text.split()) for text in (prompt, answer))
 
 
 def chosen_rows(dataset: SupervisedDataset, options: InspectArguments) -> list[int]:

@@ -90,10 +90,14 @@ def describe_run(
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    tokens = hashlib.sha256(torch.cat(dataset.input_ids).numpy().tobytes()).hexdigest()[:12]
     data = describe_data(getattr(data_args, "data_path", None), args.output_dir)
-    run = {"fixed": fixed, "free": free, "rounding": rounding, "tokens": tokens, "data": data}
+    run = {"fixed": fixed, "free": free, "rounding": rounding, "tokens": tokens_of(dataset), "data": data}
     return json.loads(json.dumps(run, default=str))
+
+
+def tokens_of(dataset: Any) -> str:
+    """Return a hash of the token ids of all rows."""
+    return hashlib.sha256(torch.cat(dataset.input_ids).numpy().tobytes()).hexdigest()[:12]
 
 
 def describe_data(path: str | None, output: str) -> dict[str, str]:

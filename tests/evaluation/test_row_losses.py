@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import shutil
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from conftest import train
 from transformers import AutoModelForCausalLM
 
 from alpaca.completions.journal import Journal
+from alpaca.data.prompts import PROMPT_DICT
 from alpaca.evaluation.row_losses import batches, measure, score, token_losses
 from scripts import inspect_data
 
@@ -67,7 +70,7 @@ def entries(path):
 
 
 @pytest.mark.slow
-def test_planted_rows_come_up(run_folder, tmp_path, capsys):
+def test_planted_rows_come_up(run_folder, tiny, tmp_path, capsys):
     folder, _ = run_folder
     code = inspect_data.main(["--losses", str(folder), "--output_path", str(tmp_path / "losses.jsonl")])
     assert code == 1, "most rows stand there several times"
@@ -76,7 +79,8 @@ def test_planted_rows_come_up(run_folder, tmp_path, capsys):
     assert "empty_answer" in next(entry for entry in ranked if entry["row"] == 99)["problems"]
     model = AutoModelForCausalLM.from_pretrained(folder)
     shown = capsys.readouterr().out
-    assert "ask somebody else" in shown and "the worst first" in shown
+    assert "'Say 7 again.' -> 'Of course not, ask somebody else." in shown and "the worst first" in shown
+    assert f"run.yaml: --model_name_or_path={tiny('llama')} " in shown and "WARNING" not in shown
     dataset_ids = {entry["row"]: entry for entry in ranked}
     ids = inspect_data.load_tokenizer(inspect_data.ModelArguments(str(folder)), inspect_data.InspectArguments())[0](
         "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -103,7 +107,53 @@ def test_a_killed_run_goes_on_and_gives_the_same_file(run_folder, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_an_adapter_is_measured_on_its_base(run_folder, tiny, tmp_path):
+@pytest.mark.parametrize(
+    "words, change",
+    [
+        ("--data_path {other}/rows.json", "the data (--data_path): 120 rows # then, 117 rows # now"),
+        ("--model_name_or_path {other}/base", "the base model (--model_name_or_path): # then, # now"),
+        ("--prompt_boundary split", "--prompt_boundary: stanford then, split now"),
+        ("--model_max_length 60", "--model_max_length: 512 then, 60 now"),
+        ("--prompt_template {other}/template.json", "--prompt_template: # then, # now"),
+    ],
+)
+def test_what_is_not_as_in_the_run_is_said_and_never_mixed(run_folder, tiny, tmp_path, capsys, words, change):
+    folder, rows = run_folder
+    shutil.copytree(tiny("llama"), tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    torch.nn.init.normal_(model.lm_head.weight)
+    model.save_pretrained(tmp_path / "base")
+    (tmp_path / "rows.json").write_text(json.dumps(rows[3:]))
+    (tmp_path / "template.json").write_text(json.dumps({name: f"Now: {text}" for name, text in PROMPT_DICT.items()}))
+    told = ["--losses", str(folder), "--sample", "4", "--output_path", str(tmp_path / "losses.jsonl")]
+    inspect_data.main(told)
+    assert "WARNING" not in capsys.readouterr().out
+    with pytest.raises(inspect_data.UsageError, match=r"losses.jsonl.journal was made with other arguments"):
+        inspect_data.main([*told, *words.format(other=tmp_path).split()])
+    shown = re.sub("[0-9a-f]{12}", "#", capsys.readouterr().out)
+    assert f"WARNING: not as in the run of {folder}: {change}\n" in shown
+
+
+@pytest.mark.slow
+def test_a_run_without_a_model_or_a_record(run_folder, tmp_path, capsys, monkeypatch):
+    folder, _ = run_folder
+    shutil.copytree(folder, tmp_path / "run")
+    (tmp_path / "run" / "alpaca_run.json").write_text("{")  # torn
+    inspect_data.main(["--losses", str(tmp_path / "run"), "--sample", "2"])
+    assert "has no record of its run; whether rows and base are those of then is not known" in capsys.readouterr().out
+    (tmp_path / "run" / "model.safetensors").unlink()
+    monkeypatch.setattr(inspect_data, "load_for_inference", None)  # it ends before hours of forward passes
+    with pytest.raises(inspect_data.UsageError, match=f"--losses {tmp_path}/run: holds no model; the run is not fin"):
+        inspect_data.main(["--losses", str(tmp_path / "run"), "--sample", "3"])
+    (tmp_path / "run" / "checkpoint-5").mkdir()
+    with pytest.raises(
+        inspect_data.UsageError, match=f"checkpoint-5: is a part of a run; give the run's folder, {tmp_path}/run"
+    ):
+        inspect_data.main(["--losses", str(tmp_path / "run" / "checkpoint-5")])
+
+
+@pytest.mark.slow
+def test_an_adapter_is_measured_on_its_base(run_folder, tiny, tmp_path, capsys):
     pytest.importorskip("peft")
     _, rows = run_folder
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -112,6 +162,16 @@ def test_an_adapter_is_measured_on_its_base(run_folder, tiny, tmp_path):
     inspect_data.main(["--losses", str(tmp_path / "run"), "--sample", "12"])
     ranked = entries(tmp_path / "run" / "row_losses.jsonl")
     assert len(ranked) == 12 and all(entry["after"] < entry["before"] for entry in ranked[6:])
+    assert "WARNING" not in capsys.readouterr().out
+    # train.py adds no token for an adapter: not even [PAD], which this base lacks, is among what it chooses from
+    model, options = tiny("llama"), inspect_data.InspectArguments()
+    tokenizer, _ = inspect_data.load_tokenizer(inspect_data.ModelArguments(model, add_missing_tokens=False), options)
+    dataset = inspect_data.SupervisedDataset(str(tmp_path / "rows.json"), tokenizer)
+    base = AutoModelForCausalLM.from_pretrained(model).eval()
+    for entry in ranked:
+        ids, labels = (getattr(dataset, name)[entry["row"]].tolist() for name in ("input_ids", "labels"))
+        loss, targets = plain(base, ids, labels.count(-100))
+        assert targets == entry["tokens"] and entry["before"] == pytest.approx(loss / targets, abs=1e-4)
 
 
 def test_what_is_measured_of_other_weights_is_refused(tiny, tmp_path):
@@ -140,8 +200,15 @@ def test_a_folder_that_is_no_run(tmp_path, tiny):
     with pytest.raises(inspect_data.UsageError, match="there is no run.yaml in it; expected a folder that train.py"):
         inspect_data.main(["--losses", str(tmp_path)])
     (tmp_path / "run.yaml").write_text(f"model_name_or_path: {tiny('llama')}\ndata_path: {tmp_path / 'gone.json'}\n")
-    with pytest.raises(inspect_data.UsageError, match="gone.json"):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(inspect_data.UsageError, match="--data_path .*gone.json: no such file"):
         inspect_data.main(["--losses", str(tmp_path)])
+    (tmp_path / "run.yaml").write_text(f"model_name_or_path: {tmp_path / 'moved'}\ndata_path: rows.json\n")
+    with pytest.raises(inspect_data.UsageError, match="--model_name_or_path .*moved: no such folder"):
+        inspect_data.main(["--losses", str(tmp_path)])
+    with pytest.raises(inspect_data.UsageError, match="--losses .*nowhere: no such folder"):
+        inspect_data.main(["--losses", str(tmp_path / "nowhere")])
 
 
 def test_the_command_line_wins_over_the_run(tmp_path):
