@@ -55,7 +55,7 @@ FLAGS = dict(
     save_strategy="no",
     report_to="none",
 )
-RECIPES = {"small": (4, 2, 100), "full": (16, 8, 10)}  # rows of a micro-batch, micro-batches of a step, steps
+RECIPES = {"small": (4, 2, 100), "full": (16, 8, 5)}  # rows of a micro-batch, micro-batches of a step, steps
 
 
 @dataclass(frozen=True)
