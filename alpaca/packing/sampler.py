@@ -17,11 +17,13 @@ for which rank r of W took every W-th row of the permutation, beginning at its r
 StepSampler2023 yields the run of 2023 itself, repeated rows and steps across the end of an epoch included.
 """
 
+import atexit
 import heapq
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -319,10 +321,40 @@ def _even_out(packs: list[list[int]], costs: Sequence[int]) -> list[int]:
 
 
 class StepLoader(DataLoader):
-    """A DataLoader over StepSampler that passes the epoch on, as the Trainer expects."""
+    """A DataLoader over StepSampler that passes the epoch on, as the Trainer expects. Its workers ignore SIGTERM. Where
+    a run ends within an epoch they are killed: Python would send them SIGTERM at its exit, and wait forever."""
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        iterator = super().__iter__()
+        for worker in getattr(iterator, "_workers", ()):
+            atexit.register(worker.kill)
+        return iterator
 
     def set_epoch(self, epoch: int) -> None:
         self.batch_sampler.set_epoch(epoch)
+
+
+class OneStepAhead:
+    """Fetch the micro-batches of the next step while the device computes this one. It needs no process, from which
+    tensors would take longer to come than they take to collate: a GPU works through a queue, and the host is free."""
+
+    def __init__(self):
+        self._source: Iterator[list[Batch]] = iter(())
+        self._number = 0
+        self._fetched: list[list[Batch]] = []
+
+    def take(self, source: Iterator[list[Batch]], number: int) -> list[list[Batch]]:
+        """Return the next `number` lists of `source`, or those that it has left."""
+        if source is not self._source:  # another epoch
+            self._source, self._fetched = source, []
+        self._number = number
+        self.fetch()
+        taken, self._fetched = self._fetched[:number], self._fetched[number:]
+        return taken
+
+    def fetch(self) -> None:
+        """Have as many lists as were taken last time."""
+        self._fetched += islice(self._source, max(self._number - len(self._fetched), 0))
 
 
 def make_loader(

@@ -166,14 +166,11 @@ def check_installed(args: "TrainingArguments") -> None:
 
 
 def check_command_line(given: Mapping[str, Any], lora: LoraArguments, args: "TrainingArguments") -> None:
-    """Raise UsageError for what a command line lacks, whose flags are `given`, and for LoRA's numbers. On a GPU let a
-    worker plan and collate the next step, unless the command line says how many do."""
+    """Raise UsageError for what a command line lacks, whose flags are `given`, and for LoRA's numbers."""
     if not any(given.get("output_dir", ())):
         raise UsageError("--output_dir is missing: the folder that gets the trained model, such as output/my_model")
     check_ranges(lora, RANGES)
     check_lora(lora, args)
-    if args.device.type == "cuda" and "dataloader_num_workers" not in given:
-        args.dataloader_num_workers = 1
 
 
 def check_flags(args: "TrainingArguments") -> None:

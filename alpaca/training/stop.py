@@ -25,6 +25,7 @@ from alpaca.common.errors import write_torchrun_error
 from alpaca.weights.provenance import MANIFEST
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)  # of several ranks' the first here counts
+NO_MORE = b"\0"  # no signal has this number
 SAME = 1.0  # seconds within which a signal is the first one once more
 LOADING, TRAINING, LAST, ENDED = "loading", "training", "last", "ended"
 
@@ -93,8 +94,9 @@ def watching() -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         _watch.pipe = -1
-        os.close(writer)
+        os.write(writer, NO_MORE)  # closing it is not enough: a forked process may hold it too
         thread.join()
+        os.close(writer)
         os.close(reader)
 
 
@@ -109,7 +111,7 @@ def _forget() -> None:
 
 
 def _listen(reader: int, watch: _Watch) -> None:
-    while number := os.read(reader, 1):
+    while (number := os.read(reader, 1)) != NO_MORE:
         if number[0] in SIGNALS:  # torch has a handler of its own for another
             watch.take(number[0])
 

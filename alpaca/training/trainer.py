@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from alpaca.packing.attention import PackLayout, named_kernel, packed_attention_
 from alpaca.packing.check import select_packing, verify_packing
 from alpaca.packing.loss import LinearHead, batch_loss, sum_of_losses
 from alpaca.packing.packing import MicroBatch, PackedBatchDataset, StepTotals, active_dropout, measure_rows
-from alpaca.packing.sampler import Steps2023, StepSampler, StepSampler2023, make_loader, sampler_seed
+from alpaca.packing.sampler import OneStepAhead, Steps2023, StepSampler, StepSampler2023, make_loader, sampler_seed
 from alpaca.training.checkpoint import (
     SaveOnlyWhenAsked,
     _caching_config,
@@ -102,6 +101,7 @@ class AlpacaTrainer(Trainer):
         self.pack_kernel = named_kernel(self.model.config)
         self.head = LinearHead.of(self.model, dtype) if self.args.linear_cross_entropy else None
         self._step: StepTotals | None = None
+        self.ahead = OneStepAhead()
         self._packing_checked = False
         self.run_2023: Steps2023 | None = None  # with --reproduce_2023
         if self.args.reproduce_2023 and (dropout := active_dropout(self.model)):
@@ -188,7 +188,7 @@ class AlpacaTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, None]:
         """Return all micro-batches of an optimizer step in place of the Trainer's last one, and nothing in place of the
         others: how many there are is not its business."""
-        micro_steps = list(islice(epoch_iterator, num_batches))
+        micro_steps = self.ahead.take(epoch_iterator, num_batches)
         batches = [batch for micro_step in micro_steps for batch in micro_step]
         self._step = [batch.pop("step") for batch in batches][0]
         self.nonfinite_guard.begin_step([batch.pop("rows") for batch in batches])
@@ -196,8 +196,7 @@ class AlpacaTrainer(Trainer):
         return [[]] * (len(micro_steps) - 1) + [batches], None
 
     def training_step(self, model: nn.Module, inputs: list[dict[str, Any]], num_items_in_batch: None = None) -> Tensor:
-        """Run forward and backward pass of each micro-batch in `inputs`. Return their loss on this rank, times the
-        number of ranks: the mean over the ranks is the loss of the step."""
+        """Run the passes of each micro-batch in `inputs`. Return what, averaged over the ranks, is the step's loss."""
         self.current_gradient_accumulation_steps = 1  # the Trainer divides by it; the weights have done that
         total = torch.zeros((), device=self.args.device)
         for number, batch in enumerate(inputs):
@@ -244,6 +243,7 @@ class AlpacaTrainer(Trainer):
         return loss * self.args.world_size
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        self.ahead.fetch()  # before the guard waits for the device
         self.nonfinite_guard.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         return self.nonfinite_guard.grad_norm
 
