@@ -41,15 +41,14 @@ from alpaca.weights.provenance import sha256_of_tensors
 
 ROOT = Path(__file__).resolve().parent.parent
 KNOWN = ROOT / "configs" / "reference"
-OUTSIDE, UNKNOWN = 1, 3  # exit codes
 LEAST_BAND, TIMES, SHORT = 0.003, 3, 20  # nats; times the spread; steps of runs that are recorded only in part
-
+OUTSIDE, UNKNOWN, LENGTH = 1, 3, 512  # exit codes; tokens of a row
 FLAGS = dict(
     learning_rate="2e-5",
     lr_scheduler_type="constant_with_warmup",  # so that fewer steps are the beginning of more
     warmup_steps="3",
     weight_decay="0.",
-    model_max_length="512",
+    model_max_length=str(LENGTH),
     seed="42",
     logging_steps="1",
     save_strategy="no",
@@ -167,7 +166,7 @@ def digests(model: str, data_path: str) -> dict[str, str]:
     file of rows."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     ids = tokenizer((ROOT / "prompt.txt").read_text(encoding="utf-8"))["input_ids"]
     known = json.dumps([sorted(tokenizer.get_vocab().items()), ids])
     return {
@@ -196,10 +195,11 @@ def convert(gguf: str, model: str) -> None:
     source = Path(gguf)
     if not source.is_file():
         raise InputError(f"{gguf}: no such file", gguf)
-    named = dict(gguf_file=source.name, trust_remote_code=False)
+    named = dict(gguf_file=source.name)
     with loading_line(gguf):
-        tokenizer = AutoTokenizer.from_pretrained(source.parent, **named)
-        read = AutoModelForCausalLM.from_pretrained(source.parent, **named, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source.parent, trust_remote_code=False, **named)
+        named |= dict(dtype=torch.float32)
+        read = AutoModelForCausalLM.from_pretrained(source.parent, trust_remote_code=False, **named)
         settings = {key: value for key, value in read.config.to_dict().items() if not key.startswith("quantization")}
         plain = type(read)(type(read.config).from_dict(settings))  # transformers does not save what came from a GGUF
         plain.load_state_dict(read.state_dict(), strict=True)
@@ -269,9 +269,9 @@ def plain_loop(setup: Setup) -> Iterator[float]:
     batch_size, accumulation, _ = RECIPES[setup.recipe]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = utils.jload(setup.data_path)
-    tokenizer = AutoTokenizer.from_pretrained(setup.model, model_max_length=int(FLAGS["model_max_length"]))
-    network = AutoModelForCausalLM.from_pretrained(setup.model, dtype=torch.float32).to(device).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.0, weight_decay=0.0)
+    tokenizer = AutoTokenizer.from_pretrained(setup.model, trust_remote_code=False, model_max_length=LENGTH)
+    network = AutoModelForCausalLM.from_pretrained(setup.model, trust_remote_code=False, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(network.to(device).parameters(), lr=0.0, weight_decay=0.0)
     torch.manual_seed(int(FLAGS["seed"]))
     drawn = torch.empty((), dtype=torch.int64).random_().item()  # transformers 4.28.1 seeds its sampler so
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(drawn)).tolist()
