@@ -21,6 +21,8 @@ from alpaca.evaluation.row_losses import flags_of_run, held_out_of
 from alpaca.weights.provenance import CARD_MARKER
 from scripts import evaluate
 
+pytestmark = pytest.mark.slow  # many small cases
+
 QUESTIONS = [
     dict(question="What is frozen water called?", choices=["steam", "ice", "a mist"], answer=1),
     dict(question="How many?", choices=["one", "two"], answer=0),

@@ -15,6 +15,8 @@ from alpaca.data.prompts import PROMPT_DICT
 from alpaca.evaluation.row_losses import batches, measure, score, token_losses
 from scripts import inspect_data
 
+pytestmark = pytest.mark.slow  # many small cases
+
 ROWS = [([5, 9, 17, 30, 2], 3), ([7, 8], 1), ([3] * 40, 10), ([4, 6, 8], 3), ([11, 12, 13], 0), ([3, 5, 8, 2], 2)]
 
 

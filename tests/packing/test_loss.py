@@ -147,6 +147,7 @@ def test_gradient_with_options(tiny, tmp_path, option):
 # ---- without all logits at once ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ours", [False, True], ids=["torch", "older torch"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])

@@ -13,6 +13,8 @@ from alpaca.training.metrics import Cost, SpeedMeter, matmul_rate
 from alpaca.training.trainer import AlpacaTrainer
 from train import SupervisedDataset, TrainingArguments
 
+pytestmark = pytest.mark.slow  # many small cases
+
 KINDS = {
     "llama": ("llama", {}),
     "grouped": ("llama", dict(num_attention_heads=4, num_key_value_heads=2)),
