@@ -82,12 +82,12 @@ class InspectArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the report and the rows of the command line `argv`. Return the exit code."""
     classes = (ModelArguments, DataArguments, InspectArguments)
-    argv = flags_of_run(list(sys.argv[1:] if argv is None else argv), classes)
+    argv = with_flags_of_run(list(sys.argv[1:] if argv is None else argv), classes)
     flags, _ = arguments.parse(argv, classes, __doc__, program="scripts.inspect_data")
     return inspect_data(*flags)
 
 
-def flags_of_run(argv: list[str], classes: Sequence[type]) -> list[str]:
+def with_flags_of_run(argv: list[str], classes: Sequence[type]) -> list[str]:
     """Return the command line with the flags that its --losses run was started with, where it has none of its own."""
     given = dict(split_flags(argv))
     run = (given.get("losses") or [None])[0]

@@ -92,7 +92,8 @@ RUNS = {
     "reproduce_2023": Run("plain", dict(reproduce_2023="True"), most=50),
     **{f"seed_{seed}": Run("seeds", dict(seed=str(seed))) for seed in (1, 2, 3)},
 }
-CENTER = {"float32": "float32", "bf16": "float32", "lora": "lora", "plain": "plain"}  # curve -> the run in its middle
+# The run in the middle of each curve.
+CENTER = {"float32": "float32", "bf16": "float32", "lora": "lora", "plain": "plain", "seeds": "float32"}
 
 
 def reference_run(
@@ -142,6 +143,8 @@ def reference_run(
     if recipe not in known["recipes"]:
         raise ParameterError(f"{{recipe}} {recipe}: the reference has only {', '.join(known['recipes'])}", "recipe")
     expected = known["recipes"][recipe]
+    if (expected["flags"], expected["rows_per_step"]) != (FLAGS, math.prod(RECIPES[recipe][:2])):
+        raise UsageError("the reference was recorded with another recipe than this version's; --record it anew")
     verdicts = [check(name, expected["curves"], steps, setup) for name in names]
     if seeds := expected.get("seeds"):
         ends = ", ".join(f"{loss:.2f}" for loss in seeds["others"])
@@ -155,6 +158,8 @@ def names_of(runs: str | None, recording: bool, on_gpu: bool) -> list[str]:
     names = runs.split(",") if runs else able if recording else ["bf16" if on_gpu else "float32"]
     if unknown := [name for name in names if name not in able]:
         raise ParameterError(f"{{runs}} {unknown[0]}: expected some of {','.join(able)}", "runs")
+    if recording and (center := next((c for n in names if (c := CENTER[RUNS[n].curve]) not in names), None)):
+        raise ParameterError(f"{{runs}} {runs}: cannot be recorded without {center}; add it", "runs")
     return names
 
 
@@ -312,13 +317,12 @@ def check(name: str, curves: dict[str, Any], steps: int | None, setup: Setup) ->
     steps, folder, start = steps or len(center), setup.output / name, time.time()
     (folder / "curve.json").unlink(missing_ok=True)  # a check is a run, never one that was there
     losses = train(name, steps, setup)
-    seconds = time.time() - start
     away = [abs(loss - middle) for loss, middle in zip(losses, center)]
     outside = [at for at in range(steps) if at >= len(away) or not away[at] <= band[at]]
     draw(folder / "reference.png", name, losses, center[:steps], band[:steps])
     rate = read_json(folder / "curve.json").get("tokens_per_second")
     speed = f", {rate:.0f} tokens/s" if rate else ""
-    print(f"{folder / 'reference.png'}: the curve and its band; {seconds:.0f} s{speed}")
+    print(f"{folder / 'reference.png'}: the curve and its band; {time.time() - start:.0f} s{speed}")
     if outside:
         first = outside[0]
         got = f"{losses[first]:.4f}" if first < len(losses) else "none"
@@ -359,17 +363,12 @@ def record_curves(file: Path, pair: dict[str, str], setup: Setup, names: Sequenc
     if before and before["sha256"] != pair:
         raise UsageError(f"{file}: has the curves of other weights or rows; give another file")
     steps = steps or RECIPES[setup.recipe][2]
-    losses = {}
-    for name in names:
-        losses[name] = train(name, min(steps, RUNS[name].most or steps), setup)
-    curves = {}
-    for curve, center in CENTER.items():
-        members = [name for name in names if RUNS[name].curve == curve]
-        if members and center in losses:
-            curves[curve] = band_of(losses[center], {name: losses[name] for name in members})
+    losses = {name: train(name, min(steps, RUNS[name].most or steps), setup) for name in names}
+    of_curve = {curve: {name: losses[name] for name in names if RUNS[name].curve == curve} for curve in CENTER}
+    seeds = of_curve.pop("seeds").values()
+    curves = {curve: band_of(losses[CENTER[curve]], members) for curve, members in of_curve.items() if members}
     entry = {"flags": FLAGS, "rows_per_step": math.prod(RECIPES[setup.recipe][:2]), "curves": curves}
-    seeds = [losses[name] for name in names if RUNS[name].curve == "seeds"]
-    if seeds and "float32" in losses:
+    if seeds:
         tail = max(steps // 5, 1)
         entry["seeds"] = {"others": [mean(loss[-tail:]) for loss in seeds], "this": mean(losses["float32"][-tail:])}
     write_json(file, {"sha256": pair, "recipes": before.get("recipes", {}) | {setup.recipe: entry}})

@@ -37,7 +37,7 @@ from alpaca.common.files import (
 )
 from alpaca.data.prompts import PROMPT_DICT, format_prompt, instruction_and_input, templates_of
 from alpaca.data.rows import Row, read_data
-from alpaca.data.tokenization import IGNORE_INDEX, tokens_around, without_end
+from alpaca.data.tokenization import IGNORE_INDEX
 from alpaca.evaluation.harness import CAUSES, measured_with, versions
 from alpaca.evaluation.harness_tasks import read_questions
 from alpaca.evaluation.row_losses import TokenizedRow, flags_of_run, held_out_of, token_losses
@@ -60,7 +60,6 @@ LINES = {  # of the table: what is measured, as it is written
 BEGIN, END = "<!-- before_after: begin -->", "<!-- before_after: end -->"
 PICTURE = "before_after.png"
 NO_ROOM = "(no answer: the prompt leaves no room for one)"
-TRUE = ("true", "1", "yes", "y", "t")
 Tokenize = Callable[..., Mapping[str, Any]]  # train.preprocess
 
 
@@ -158,7 +157,7 @@ class BeforeAfter:
     def _held_out(self, run_flags: Mapping[str, Any], folder: Path) -> list[Row]:
         """Return the rows to measure on: a sample of --data_path, or of what the run itself has held out."""
         reading = {"turns": run_flags.get("turns", "first"), "columns": self.columns or run_flags.get("columns")}
-        reading |= {"backward": str(run_flags.get("backward")).lower() in TRUE, "cache_dir": run_flags.get("cache_dir")}
+        reading |= {"backward": run_flags["backward"], "cache_dir": run_flags.get("cache_dir")}
         if path := self.data_path:
             data = read_data(path, **reading)
         elif (path := run_flags.get("eval_data_path")) or run_flags["eval_size"]:
@@ -260,7 +259,7 @@ class BeforeAfter:
         return losses
 
     def _of_text(self, model: LocalModel, text: str) -> dict[str, float]:
-        ids, size = ids_of(model, text), min(model.context or PIECE, PIECE)
+        ids, size = model.encode(text), min(model.context or PIECE, PIECE)
         losses = self._losses(model, [(ids[n : n + size], 1) for n in range(0, len(ids), size)], "text")
         total, predicted = sum(loss.sum().item() for loss in losses), sum(map(len, losses))
         size = len(text.encode()) * predicted / len(ids)  # the first token of a piece is not predicted
@@ -270,8 +269,8 @@ class BeforeAfter:
         rows, context = [], model.context
         for number, asked in enumerate(questions, 1):
             prompt = f"Question: {asked['question']}\nAnswer:"
-            first = len(ids_of(model, prompt))
-            rows += [(ids_of(model, f"{prompt} {choice}"), first) for choice in asked["choices"]]
+            first = len(model.encode(prompt))
+            rows += [(model.encode(f"{prompt} {choice}"), first) for choice in asked["choices"]]
             if context and (longest := max(len(ids) for ids, _ in rows[-len(asked["choices"]) :])) > context:
                 problem = f"has {longest} tokens with a choice, and {model.name} reads at most {context}"
                 raise InputError(f"{self.options.questions}, question {number}: {problem}", self.options.questions)
@@ -324,12 +323,6 @@ class BeforeAfter:
         return (
             f"{table}\n\nwrote {output}: before_after.md (the table and the answers), .json, .png, and a file a model"
         )
-
-
-def ids_of(model: LocalModel, text: str) -> list[int]:
-    """Return the ids of a text, with what the tokenizer puts in front of it and nothing behind."""
-    ids = model.tokenizer(text, split_special_tokens=True, verbose=False)["input_ids"]
-    return without_end(ids, tokens_around(model.tokenizer)[1])
 
 
 def table_of(found: Mapping[str, Mapping[str, Any]]) -> str:

@@ -7,6 +7,7 @@ score(before=9.1, after=10.2, targets=1)                                        
 import inspect
 import math
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.hf_argparser import string_to_bool
 
 from alpaca.common.arguments import flags_of_file
 from alpaca.common.errors import InputError, ParameterError, UsageError
@@ -25,7 +27,12 @@ from alpaca.data.rows import Data, read_data
 from alpaca.weights.provenance import read_record
 
 TokenizedRow = tuple[Sequence[int], int]  # its ids, and the place of the first target
-OF_A_RUN = {"model_max_length": (int, 512), "seed": (int, 42), "eval_size": (float, None)}  # flags, and what they are
+OF_A_RUN = {  # flags: what they are made with, and their defaults
+    "model_max_length": (int, 512),
+    "seed": (int, 42),
+    "eval_size": (float, None),
+    "backward": (string_to_bool, False),
+}
 
 
 # ---- forward passes ----
@@ -181,7 +188,7 @@ def flags_of_run(folder: Path) -> dict[str, Any]:
             name: kind(flags[name]) if flags.get(name, "None") != "None" else default
             for name, (kind, default) in OF_A_RUN.items()
         }
-    except (UsageError, ValueError) as error:
+    except (UsageError, ValueError, ArgumentTypeError) as error:
         problem = str(error).removeprefix(f"--config {file}: ")
         raise InputError(f"{file}: is not as train.py writes it ({problem})", file) from error
 

@@ -130,7 +130,7 @@ class LocalModel:
             UsageError: out of memory, or a Sampling with what only servers know.
         """
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else list(sampling)
-        ids = [self._encode(prompt) for prompt in prompts]
+        ids = [self.encode(prompt) for prompt in prompts]
         samplings = [self._fitting(len(row), one) for row, one in zip(ids, samplings)]
         results: dict[int, Completion] = {}
         alike: dict[tuple, list[int]] = {}
@@ -155,7 +155,7 @@ class LocalModel:
         Raises:
             ContextOverflow, UsageError: as `generate`, before the first piece.
         """
-        ids = self._encode(prompt)
+        ids = self.encode(prompt)
         sampling = self._fitting(len(ids), sampling)
         without_stop = replace(sampling, stop=())  # `pieces_of` finds those
 
@@ -175,7 +175,7 @@ class LocalModel:
 
     def prompt_tokens(self, prompt: Prompt) -> int:
         """Return how many of the `context` tokens `prompt` takes."""
-        return len(self._encode(prompt))
+        return len(self.encode(prompt))
 
     def fits(self, tokens: int, sampling: Sampling) -> bool:
         """Return whether the context has room for a prompt of so many `tokens`, and an answer."""
@@ -194,7 +194,7 @@ class LocalModel:
         bare._working = False
         return bare
 
-    def _encode(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
         """Return ids as in training: text such as "</s>" stays text."""
         with self._text:
             return self._ids(prompt)
@@ -203,7 +203,7 @@ class LocalModel:
         if self.api == "completions":
             if not isinstance(prompt, str):
                 raise UsageError(f"{self.name} has no chat template, or was not opened for chat: expected a text")
-            ids = self.tokenizer(prompt, split_special_tokens=True)["input_ids"]
+            ids = self.tokenizer(prompt, split_special_tokens=True, verbose=False)["input_ids"]
             return without_end(ids, self._behind) or [self.filler]
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         messages = [messages] if isinstance(messages, dict) else list(messages)

@@ -71,9 +71,9 @@ def _of_a_compiler(error: Exception) -> bool:
 def less_memory(args: "TrainingArguments") -> str:
     """Return the flags that take less memory than those of a run, the cheapest in time first."""
     ways = []
-    if args.batching == "packed":
+    if args.batching == "packed" and args.max_tokens_per_pack != "auto":
         ways.append(f"--max_tokens_per_pack {max(int(args.max_tokens_per_pack) // 2, 1)}")
-    elif args.per_device_train_batch_size > 1:
+    elif args.batching == "padded" and args.per_device_train_batch_size > 1:
         rows, micro_batches = args.per_device_train_batch_size // 2, args.gradient_accumulation_steps * 2
         ways.append(f"--per_device_train_batch_size {rows} --gradient_accumulation_steps {micro_batches}")
     if not args.gradient_checkpointing:

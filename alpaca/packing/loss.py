@@ -23,7 +23,7 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor, weights: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
         losses, normalizers = torch.empty_like(weights), torch.empty_like(weights)
-        for part, target, loss, normalizer in _chunks(logits, targets, losses, normalizers):
+        for part, target, loss, normalizer in _chunks(logits.shape[-1], logits, targets, losses, normalizers):
             part = part.float()
             normalizer.copy_(part.logsumexp(dim=-1))
             loss.copy_(normalizer - part.gather(1, target.unsqueeze(1)).squeeze(1))
@@ -38,7 +38,9 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor, _: None) -> tuple[Tensor, None, None, None]:
         logits, targets, weights, normalizers = ctx.saved_tensors
         result, smoothing = torch.empty_like(logits), ctx.smoothing
-        for part, target, weight, normalizer, out in _chunks(logits, targets, weights, normalizers, result):
+        for part, target, weight, normalizer, out in _chunks(
+            logits.shape[-1], logits, targets, weights, normalizers, result
+        ):
             gradient = out if out.dtype == torch.float32 else torch.empty_like(part, dtype=torch.float32)
             torch.sub(part, normalizer.unsqueeze(1), out=gradient).exp_()  # the softmax
             if smoothing:
@@ -50,9 +52,10 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         return result, None, None, None
 
 
-def _chunks(logits: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    positions = max(CHUNK.get(logits.device.type, CHUNK["cuda"]) // logits.shape[-1], 1)
-    return zip(*(tensor.split(positions) for tensor in (logits, *tensors)))
+def _chunks(vocabulary: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Return the same few positions of each tensor at a time, so many that their logits are one CHUNK."""
+    positions = max(CHUNK.get(tensors[0].device.type, CHUNK["cuda"]) // vocabulary, 1)
+    return zip(*(tensor.split(positions) for tensor in tensors))
 
 
 def weighted_cross_entropy(
@@ -124,7 +127,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
         losses, normalizers = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
-        for part, target, loss, normalizer in _parts(weight, hidden, targets, losses, normalizers):
+        for part, target, loss, normalizer in _chunks(len(weight), hidden, targets, losses, normalizers):
             logits = nn.functional.linear(part, weight, bias).float()
             normalizer.copy_(logits.logsumexp(dim=-1))
             loss.copy_(normalizer - logits.gather(1, target.unsqueeze(1)).squeeze(1))
@@ -136,7 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden, weight, bias, targets, normalizers = ctx.saved_tensors
         of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         of_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
-        for part, target, normalizer, share, out in _parts(weight, hidden, targets, normalizers, grad, of_hidden):
+        for part, target, normalizer, share, out in _chunks(len(weight), hidden, targets, normalizers, grad, of_hidden):
             gradient = (nn.functional.linear(part, weight, bias).float() - normalizer.unsqueeze(1)).exp_()
             gradient.scatter_add_(1, target.unsqueeze(1), gradient.new_full((len(target), 1), -1.0))
             gradient = gradient.mul_(share.unsqueeze(1)).to(weight.dtype)
@@ -145,11 +148,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if of_bias is not None:
                 of_bias += gradient.sum(dim=0, dtype=torch.float32)
         return of_hidden, of_weight.to(weight.dtype), None if of_bias is None else of_bias.to(bias.dtype), None
-
-
-def _parts(weight: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    positions = max(CHUNK.get(weight.device.type, CHUNK["cuda"]) // len(weight), 1)
-    return zip(*(tensor.split(positions) for tensor in tensors))
 
 
 # ---- of a batch ----
@@ -171,22 +169,25 @@ def batch_loss(
     if head:
         with head.returns_losses(targets, None if packed else target_positions):
             losses = model(**batch, **options).logits
-        return (losses * weights[: len(losses)]).sum(), losses.detach()
+        return (losses * weights).sum(), losses.detach()
     logits = model(**batch, **options).logits  # packed (1, K, V), padded (B, T, V)
     logits = logits[0] if packed else logits.flatten(0, 1)[target_positions]
     return weighted_cross_entropy(logits, targets, weights, label_smoothing)
 
 
 def sum_of_losses(
-    model: nn.Module, batches: Iterable[dict[str, Any]], prepare: Callable[[dict[str, Any]], dict[str, Any]]
+    model: nn.Module,
+    batches: Iterable[dict[str, Any]],
+    prepare: Callable[[dict[str, Any]], dict[str, Any]],
+    head: LinearHead | None = None,
 ) -> Tensor:
     """Return (summed loss, number of targets) of the `batches` of this rank, (2,) float64 on the CPU, without gradient.
-    `prepare` puts a batch on the model's device."""
+    `prepare` puts a batch on the model's device. `head`: as `batch_loss` has it."""
     total = torch.zeros(2, dtype=torch.float64, device="cpu")
     model.eval()
     with torch.no_grad():
         for batch in batches:
             batch = {name: batch[name] for name in batch.keys() - {"rows", "step"}}
-            loss, _ = batch_loss(model, prepare(batch))
+            loss, _ = batch_loss(model, prepare(batch), head=head)
             total += torch.stack([loss, batch["weights"].sum().to(loss.device)]).cpu()
     return total

@@ -264,7 +264,11 @@ def what_fits(model: Model, plan: Plan, rows: Rows, available: float) -> str | N
     ways += [(flags + recompute, replace(way, checkpointing=True)) for flags, way in ways if recompute]
     if not plan.sharded and plan.optimizer_bytes == 8:
         small = dict(optimizer_bytes=OPTIMIZER_BYTES["8bit"], foreach=False)
-        ways += [(f"--optim adamw_bnb_8bit {flags}".strip(), replace(way, **small)) for flags, way in ways]
+        ways += [
+            (f"--optim adamw_bnb_8bit {flags.strip()}".strip(), replace(way, **small))
+            for flags, way in ways
+            if not way.sharded  # which bitsandbytes does not know
+        ]
     if plan.on_gpu and not plan.zero:
         launch = "torchrun --nproc_per_node=1 " if plan.world_size == 1 else ""
         offload = f'{launch}--fsdp "full_shard auto_wrap offload"', replace(plan, sharded=True, offload=True)

@@ -49,8 +49,12 @@ ROUNDING = (
 # Of these, what the memory estimate decides where the flags leave it open, and what they are then.
 DECIDED = {"max_tokens_per_pack": "auto", "gradient_checkpointing": None, "hold_gradients": None}
 # What an older run fingerprint, which lacks it, stands for.
-FORMERLY = {"--reproduce_2023": False, "--eval_size": None}
-FORMERLY |= {"--use_liger_kernel": False, "--linear_cross_entropy": False}
+FORMERLY = {
+    "--reproduce_2023": False,
+    "--eval_size": None,
+    "--use_liger_kernel": False,
+    "--linear_cross_entropy": False,
+}
 RENAMED = {"--guanaco_turns": "--turns"}
 PROCESSES = "the number of processes"
 STEPS = "the steps of the run (--num_train_epochs, --max_steps)"

@@ -277,7 +277,7 @@ class AlpacaTrainer(Trainer):
         loader = self.get_eval_dataloader(eval_dataset)
         batches = (batch for micro_step in loader for batch in micro_step)
         with self.speed.paused():
-            total = sum_of_losses(self.model_wrapped, batches, self._prepare_inputs)
+            total = sum_of_losses(self.model_wrapped, batches, self._prepare_inputs, self.head)
         total = total.to(self.args.device, torch.float32 if self.args.device.type == "mps" else torch.float64)
         if self.args.world_size > 1:
             torch.distributed.all_reduce(total)

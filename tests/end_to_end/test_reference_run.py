@@ -186,6 +186,24 @@ def test_what_is_asked_for_in_vain(recorded, words, expected, capfd, tmp_path):
         reference_run.main([*words, "--output_dir", str(tmp_path)])
 
 
+@pytest.mark.slow
+def test_another_recipe_than_that_of_the_reference_is_said(recorded, tmp_path):
+    model, rows, curves, _ = recorded
+    known = json.loads(curves.read_text())
+    known["recipes"]["small"]["flags"]["learning_rate"] = "1e-5"
+    (tmp_path / "other.json").write_text(json.dumps(known))
+    words = ["--recipe", "small", "--model", model, "--data_path", rows, "--reference", tmp_path / "other.json"]
+    with pytest.raises(reference_run.UsageError, match="recorded with another recipe than this version's; --record it"):
+        reference_run.main([*map(str, words), "--output_dir", str(tmp_path)])
+
+
+def test_a_curve_is_not_recorded_without_its_middle():
+    for runs, lacking in (("bf16", "float32"), ("seed_1,seed_2", "float32"), ("reproduce_2023", "plain")):
+        with pytest.raises(reference_run.ParameterError, match=f"cannot be recorded without {lacking}; add it"):
+            reference_run.names_of(runs, recording=True, on_gpu=False)
+    assert reference_run.names_of("float32,bf16", recording=True, on_gpu=False) == ["float32", "bf16"]
+
+
 def test_the_band_is_three_times_what_rounding_was_seen_to_do():
     curve = reference_run.band_of([2.0, 2.0, 2.0, 2.0], {"a": [2.0, 2.01, 2.0, 2.0], "b": [2.0005, 2.0, 2.02]})
     assert curve["band"] == pytest.approx([0.003, 0.03, 0.06, 0.06])

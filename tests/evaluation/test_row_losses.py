@@ -216,7 +216,7 @@ def test_a_folder_that_is_no_run(tmp_path, tiny):
 def test_the_command_line_wins_over_the_run(tmp_path):
     (tmp_path / "run.yaml").write_text("data_path: a.json\nguanaco_turns: all\nlearning_rate: 1\nseed: 7\n")
     classes = (inspect_data.ModelArguments, inspect_data.DataArguments, inspect_data.InspectArguments)
-    words = inspect_data.flags_of_run(["--losses", str(tmp_path), "--seed", "8"], classes)
+    words = inspect_data.with_flags_of_run(["--losses", str(tmp_path), "--seed", "8"], classes)
     assert words == ["--data_path=a.json", "--guanaco_turns=all", "--losses", str(tmp_path), "--seed", "8"]
 
 

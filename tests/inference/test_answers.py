@@ -268,7 +268,7 @@ def test_prompt_ids_are_those_of_training(tiny, architecture):
     data = train.preprocess(prompts, ["The Pacific"] * 3, model.tokenizer)
     for prompt, ids, labels in zip(prompts, data["input_ids"], data["labels"]):
         learned_from = int((labels == train.IGNORE_INDEX).sum())
-        assert model._encode(prompt) == ids[:learned_from].tolist()
+        assert model.encode(prompt) == ids[:learned_from].tolist()
 
 
 # ---- rows of a file ----

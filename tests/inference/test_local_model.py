@@ -120,7 +120,7 @@ def test_eos_ends_a_text_and_else_it_is_length(model):
 
 def test_a_space_at_the_start_is_kept(model):
     words = model.tokenizer("a dog", add_special_tokens=False)["input_ids"]
-    prompt = model._encode("I have")
+    prompt = model.encode("I have")
     assert model._decode(prompt, words) == " a dog"
     assert model.tokenizer.decode(words) == "a dog", "which is why"
 
@@ -143,7 +143,7 @@ def test_an_end_token_that_is_no_id(tiny, tmp_path, end):
 
 def test_max_tokens_are_cut_until_they_fit(model):
     prompt = "word " * 500
-    length = len(model._encode(prompt))
+    length = len(model.encode(prompt))
     old = model.context
     try:
         model.context = length + 20
@@ -183,7 +183,7 @@ def test_chat_goes_through_the_template(tiny, tmp_path):
     chat, plain = LocalModel(folder, chat=True), LocalModel(folder)
     assert (chat.api, plain.api, LocalModel(tiny("llama"), chat=True).api) == ("chat", "completions", "completions")
     written = plain.tokenizer("[user] Hi\n>", add_special_tokens=False)["input_ids"]
-    assert chat._encode("Hi") == written == chat._encode({"role": "user", "content": "Hi"})
+    assert chat.encode("Hi") == written == chat.encode({"role": "user", "content": "Hi"})
     assert chat.generate(["Hi"], GREEDY)[0].prompt_tokens == len(written)
     with pytest.raises(UsageError, match="no chat template"):
         plain.generate([{"role": "user", "content": "Hi"}], GREEDY)

@@ -1,5 +1,7 @@
 """One SGD step without clipping moves the weights by minus the gradient: compared with plain torch."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -198,13 +200,45 @@ def test_runs_with_a_linear_head_are_the_same(tiny, tmp_path, ranks, more):
         data_path=write_rows(tmp_path / "rows.json", 24),
         **ONE_STEP | dict(max_steps=4, learning_rate=0.1),
         per_device_train_batch_size=2,
+        eval_size=4,
+        eval_strategy="steps",
+        eval_steps=4,
         **more,
     )
     for name, with_it in (("plain", False), ("linear", True)):
         train({**flags, "output_dir": tmp_path / name, "linear_cross_entropy": with_it}, ranks)
+    logs = [json.loads((tmp_path / name / "trainer_state.json").read_text()) for name in ("plain", "linear")]
+    plain, linear = (next(e["eval_loss"] for e in log["log_history"] if "eval_loss" in e) for log in logs)
+    assert linear == pytest.approx(plain, abs=1e-5)
     files = [next((tmp_path / name).glob("*model.safetensors")) for name in ("plain", "linear")]
     plain, linear = map(load_file, files)
     assert max((plain[name] - linear[name]).abs().max().item() for name in plain) < 2e-6
+
+
+def test_evaluation_has_the_linear_head_too(tiny, tmp_path, monkeypatch):
+    from alpaca.training.trainer import AlpacaTrainer
+    from train import TrainingArguments
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"), model_max_length=512, pad_token="<unk>")
+    rows = SupervisedDataset(write_rows(tmp_path / "rows.json", 10), tokenizer)
+    flags = dict(use_cpu=True, report_to="none", linear_cross_entropy=True)
+    trainer = AlpacaTrainer(
+        model=AutoModelForCausalLM.from_pretrained(tiny("llama")),
+        args=TrainingArguments(str(tmp_path / "out"), **flags),
+        train_dataset=rows,
+        eval_dataset=rows,
+        data_collator=DataCollatorForSupervisedDataset(tokenizer),
+        processing_class=tokenizer,
+    )
+    targets, losses = [], LinearHead.losses
+
+    def counted(self, hidden, of_hidden):
+        targets.append(len(of_hidden))
+        return losses(self, hidden, of_hidden)
+
+    monkeypatch.setattr(LinearHead, "losses", counted)
+    trainer.evaluate()
+    assert sum(targets) == sum(int((labels[1:] != -100).sum()) for labels in rows.labels)
 
 
 def test_models_with_other_logits_cannot_have_it(tiny):

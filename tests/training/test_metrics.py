@@ -1,5 +1,7 @@
 """Operations that a step computes, counted by us from its plan and by torch as they are dispatched."""
 
+import json
+
 import pytest
 import torch
 from conftest import train, write_rows
@@ -120,8 +122,6 @@ def test_the_rate_is_that_of_a_product_that_takes_a_while():
 def test_mfu_of_a_real_run_is_below_one(tiny, tmp_path):
     flags = dict(model_name_or_path=tiny("llama"), data_path=write_rows(tmp_path / "rows.json", 60))
     train(flags | dict(output_dir=tmp_path / "run", max_steps=6, logging_steps=1, per_device_train_batch_size=16))
-    import json
-
     log = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
     steps = [entry for entry in log if "mfu" in entry]
     assert len(steps) == 6 and all(0 < entry["mfu"] < 1 for entry in steps)

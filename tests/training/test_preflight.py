@@ -533,6 +533,16 @@ def test_the_final_model_waits_for_room(capsys):
         retry_while_disk_full(lambda: exec("raise ValueError('another')"), "out", pause=0)
 
 
+def test_8_bits_are_a_way_out_only_where_nothing_is_sharded():
+    """7B on cards of 80 GB: one process fits with AdamW of 8 bits and recomputation; of several, shards come first."""
+    large = dict(optimizer_bytes=8, checkpointing=None)
+    way = memory.what_fits(SEVEN, replace(ALONE, **large, tokens=4600), ROWS, 79e9)
+    assert way.startswith("--optim adamw_bnb_8bit --gradient_checkpointing True (about 7"), way
+    one = replace(ALONE, **large, world_size=4, tokens=4600)
+    for available in range(10, 120, 5):
+        assert "8bit --fsdp" not in (memory.what_fits(SEVEN, one, ROWS, available * 1e9) or "")
+
+
 def test_8_bits_and_shards(tmp_path):
     pytest.importorskip("bitsandbytes")
     args = transformers.TrainingArguments(str(tmp_path), optim="adamw_bnb_8bit", use_cpu=True)
