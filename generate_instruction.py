@@ -15,7 +15,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,17 +35,23 @@ from alpaca.completions.api import Request, Sampling, SamplingFlags
 from alpaca.completions.budget import BudgetFlags, Progress, estimate
 from alpaca.completions.journal import Journal
 from alpaca.completions.rows import BatchCompletion, write_answered, write_rows
-from alpaca.completions.runner import RequestRunner, answered_before
+from alpaca.completions.runner import RequestRunner
 from alpaca.data.prompts import format_prompt, instruction_and_input
 from alpaca.data.rows import load_rows
 from alpaca.datagen import self_instruct
-from alpaca.datagen.self_instruct import find_word_in_string, load_prompt, load_seed_tasks  # noqa: F401  the first: of 2023
+from alpaca.datagen.self_instruct import (  # noqa: F401  the first: of 2023
+    find_word_in_string,
+    load_prompt,
+    load_seed_tasks,
+    read_excluded,
+)
 from alpaca.datagen.state import JOURNAL, REGEN, REPORT, Generation
 from alpaca.inference.backend import BackendFlags, ModelBackend, open_backend
 
 ROOT = Path(__file__).resolve().parent
 STOP_OF_2023 = ("\n20", "20.", "20.")  # the list has 20 tasks
 NO_BUDGET, SAMPLING, ANY_BACKEND = BudgetFlags(), SamplingFlags(), BackendFlags()
+SLOW_DETAILS = 100_000  # tasks from which on the scores of another one take more time than all else
 EXPECTED = 12  # tasks kept of an answer: an estimate for --dry_run only
 
 
@@ -83,6 +89,8 @@ def generate_instruction_following_data(
     num_generated_in_prompt: int = 0,
     seed: int | None = None,
     stable_ties: bool = False,
+    similarity_details: bool = True,
+    exclude: str | None = None,
     extra_body: str | None = None,
     budget: BudgetFlags = NO_BUDGET,
 ) -> None:
@@ -90,7 +98,7 @@ def generate_instruction_following_data(
 
     Args:
         output_dir: Gets regen.json, generation_journal.jsonl (every answer) and generation_report.json.
-        seed_tasks_path: JSONL of tasks with instruction and instances, the source of examples.
+        seed_tasks_path: Tasks that examples are drawn from; any layout that train.py reads, or 2023's with instances.
         num_instructions_to_generate: Tasks to keep in all, those of earlier runs included.
         model_name: A model of the server, or the folder of a model.
         num_prompt_instructions: Examples in a prompt.
@@ -99,15 +107,20 @@ def generate_instruction_following_data(
         top_p: Sample from the likeliest tokens of this probability; None leaves it to the server.
         num_cpus: Threads of the novelty filter.
         prompt_path: The text above the examples; not given, prompt.txt.
-        base_url: Address of the server; not given, OPENAI_BASE_URL or OpenAI.
+        base_url: Address of the server, of several with commas between, or a file with one a line; not given,
+            OPENAI_BASE_URL or OpenAI.
         api: The endpoint: chat, completions or auto.
-        concurrency: Requests to a server at a time, if not request_batch_size.
+        concurrency: Requests to a server at a time, if not request_batch_size. Of several servers each finds its own,
+            up to this.
         parser: original (2023's), robust, or auto: original for completion models, robust for chat.
         max_tokens: Tokens of an answer, at most.
         logit_bias: JSON such as '{"50256": -100}', which 2023 sent; token ids of the model.
         num_generated_in_prompt: Of the examples, how many are tasks generated before (Alpaca: 0, self-instruct: 2).
         seed: Makes the examples and their order the same at any concurrency.
         stable_ties: An order of equally similar instructions that does not depend on the CPU.
+        similarity_details: Write the ten most similar tasks and the mean similarity of each, as in 2023; without them
+            the cost of a task does not grow with their number.
+        exclude: An evaluation set; a task that has 13 words in a row from it, or ROUGE-L above 0.7 to it, is dropped.
         extra_body: JSON object of other fields for every request to a server, such as {"reasoning_effort": "low"}.
 
     Raises:
@@ -133,6 +146,7 @@ def generate_instruction_following_data(
     spent = budget.budget()
     backend = BackendFlags(base_url, api, concurrency, extra_body, request_batch_size)
     backend.check()
+    excluded = read_excluded(exclude) if exclude else ()
     if budget.dry_run:
         draw = random.Random(f"{seed} 0")
         prompt = self_instruct.encode_prompt(draw.sample(seeds, num_prompt_instructions), head)
@@ -148,17 +162,19 @@ def generate_instruction_following_data(
             head,
             num_prompt_instructions,
             num_generated_in_prompt,
+            spent,
             seed,
             num_cpus,
             stable_ties,
+            similarity_details,
+            excluded,
         )
         print(f"Loaded {len(seeds)} human-written seed instructions, {len(state.rows)} machine-generated instructions")
-        known = answered_before(journal, state.next, spent)
-        if answers := state.counts["answers"] + sum(entry["kind"] == "answer" for entry in known.values()):
-            print(f"continuing: {answers:,} answers from the journal", flush=True)
+        if state.answers:
+            print(f"continuing: {state.answers:,} answers from the journal", flush=True)
         run = {"kind": "run", "seed": state.seed, "model": model_name, "time": time.time()}
         run |= {"extra_body": masked(extra_body)} if extra_body else {}
-        runner = RequestRunner(model, journal, spent, backend.at_once, known)
+        runner = RequestRunner(model, journal, spent, backend.at_once, state.known)
         asyncio.run(_generate(state, runner, sampling, parser, num_instructions_to_generate, run))
     runner.refuse_stop_by_cost(len(state.rows), num_instructions_to_generate)
     if len(state.rows) < num_instructions_to_generate:
@@ -173,7 +189,7 @@ async def _generate(
 ) -> None:
     """Ask until `target` tasks are kept, and write what there is then, whatever ends it. A model that cannot be asked
     at all is an error before anything is written."""
-    progress = None
+    progress, costly = None, state.details
     try:
         async with runner:
             state.journal.append(run)
@@ -185,19 +201,43 @@ async def _generate(
             about = {"examples": state.num_examples, "parser": parser}
             more = partial(state.wants, target)
             async for entries in runner.answers(state.requests(), sampling, more, **about):
-                await asyncio.to_thread(state.take, entries)
+                await _in_thread(state.take, entries)
                 progress.show(len(state.rows), runner.asked, getattr(runner.model, "retries", 0))
+                costly = _say_cost(len(state.rows)) if costly and len(state.rows) >= SLOW_DETAILS else costly
     finally:
         if progress is not None:
-            _finish(state, progress, target, run["model"])
+            asked = {"model": run["model"]}
+            if hasattr(runner.model, "by_server"):
+                asked["servers"] = runner.model.by_server()
+            _finish(state, progress, target, asked)
 
 
-def _finish(state: Generation, progress: Progress, target: int, model_name: str) -> None:
-    """Write regen.json and the report, and print what is in them."""
+def _say_cost(tasks: int) -> bool:
+    """Say why it becomes slower. Return that nothing more is to be said of it."""
+    print(
+        f"note: a new task is compared with all {tasks:,} for its similarity scores, which takes longer the more there "
+        "are; --similarity_details False leaves the scores out",
+        flush=True,
+    )
+    return False
+
+
+async def _in_thread(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a thread. A cancellation waits for its end: what is written then has all that it did."""
+    call = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        await asyncio.shield(call)
+    except asyncio.CancelledError:
+        await asyncio.wait([call])
+        raise
+
+
+def _finish(state: Generation, progress: Progress, target: int, asked: dict[str, Any]) -> None:
+    """Write regen.json and the report, and print what is in them. `asked`: what the report says of the model."""
     progress.close()
     state.save()
     report = {
-        "model": model_name,
+        **asked,
         "seed": state.seed,
         "rows": len(state.rows),
         **state.counts,

@@ -142,6 +142,22 @@ class ContextOverflow(RequestFailed):
     """Prompt and max_tokens together are longer than the model's context."""
 
 
+class NoResponse(RequestFailed):
+    """No connection to the server, or none that lasted until an answer came."""
+
+
+class NotNow(RequestFailed):
+    """The server has no room now, or has sent what is no answer. `wait`: seconds, where it says when to ask again."""
+
+    def __init__(self, message: str, wait: float | None = None):
+        super().__init__(message)
+        self.wait = wait
+
+
+class NoServer(ParameterError):
+    """Nobody answers at the address."""
+
+
 def seed_of(seed: int | None, number: int) -> int | None:
     """Return the seed of a request: equal prompts get different answers, whatever is asked beside them."""
     return None if seed is None else random.Random(f"{seed} {number}").randrange(2**62)

@@ -9,9 +9,9 @@ import json
 import math
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from alpaca.common.errors import InputError, UsageError
 from alpaca.common.files import lock, parse_json
@@ -39,6 +39,7 @@ class Journal:
         self.path = Path(path)
         self.output = output or self.path.parent
         self.writing = threading.Lock()
+        self.reader: IO[bytes] | None = None
         made = [folder for folder in (self.path.parent, *self.path.parent.parents) if not folder.exists()]
         self.made = [] if self.path.exists() else [self.path, *made]  # deepest first
         try:
@@ -62,6 +63,8 @@ class Journal:
             except OSError:
                 pass  # somebody has put something there, or taken it away
         self.file.close()
+        if self.reader is not None:
+            self.reader.close()
 
     def _lock(self) -> None:
         if not lock(self.file.fileno(), self.path):
@@ -90,11 +93,12 @@ class Journal:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield all entries so far, read line by line and checked."""
-        try:
-            file = open(self.path, "rb")
-        except OSError as error:
-            raise InputError(f"{self.output}: {self.path} cannot be read ({error.strerror})", self.output) from error
-        with file:
+        return (entry for _, entry in self.scan())
+
+    def scan(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield the byte at which each entry begins, and the entry."""
+        with self.open() as file:
+            at = 0
             for number, line in enumerate(file, 1):
                 try:
                     entry = parse_json(line)
@@ -104,11 +108,25 @@ class Journal:
                     raise UsageError(
                         f"{self.path}, line {number}: is damaged ({error}); delete this line to go on without it"
                     ) from error
-                yield {name: whole_characters(value) if name in TEXTS else value for name, value in entry.items()}
+                yield at, _whole(entry, line)
+                at += len(line)
 
-    def append(self, entry: dict[str, Any]) -> None:
-        """Add a line; it is on the disk when this returns. A full disk is a UsageError, and leaves the journal as it
-        was."""
+    def open(self) -> IO[bytes]:
+        """Open the file to read in it. Raise InputError if that cannot be."""
+        try:
+            return open(self.path, "rb")
+        except OSError as error:
+            raise InputError(f"{self.output}: {self.path} cannot be read ({error.strerror})", self.output) from error
+
+    def read(self, at: int) -> dict[str, Any]:
+        """Return the entry that begins at byte `at`, as `scan` and `append` give it."""
+        if self.reader is None:
+            self.reader = self.open()
+        return read_entry(self.reader, at)
+
+    def append(self, entry: dict[str, Any]) -> int:
+        """Add a line, and return the byte at which it begins; it is on the disk when this returns. A full disk is a
+        UsageError, and leaves the journal as it was."""
         line = json.dumps(entry).encode() + b"\n"
         with self.writing:
             begin = self.file.seek(0, os.SEEK_END)
@@ -119,12 +137,49 @@ class Journal:
             except OSError as error:
                 self._forget(begin)
                 raise InputError(f"{self.output}: cannot be written ({error.strerror})", self.output) from error
+        return begin
 
     def _forget(self, size: int) -> None:
         try:
             os.truncate(self.path, size)
         except OSError:
             pass  # a torn line is cut off next time
+
+
+class AnswersOfJournal(Mapping[int, dict[str, Any]]):
+    """Answers by the key of their request, each read from the disk when it is asked for: a million take the memory of
+    their keys."""
+
+    def __init__(self, journal: Journal, places: Mapping[int, int]):
+        """places: the byte at which each answer begins, by its key; their order is that of the answers."""
+        self.file, self.places = journal.open(), places
+
+    def __getitem__(self, key: int) -> dict[str, Any]:
+        return read_entry(self.file, self.places[key])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __del__(self) -> None:
+        if hasattr(self, "file"):  # not where it could not be opened
+            self.file.close()
+
+
+def read_entry(file: IO[bytes], at: int) -> dict[str, Any]:
+    """Return the entry that begins at byte `at` of a journal, one that was checked before."""
+    file.seek(at)
+    line = file.readline()
+    return _whole(parse_json(line), line)
+
+
+def _whole(entry: dict[str, Any], line: bytes) -> dict[str, Any]:
+    """Return an entry without halves of surrogate pairs, which only an escape in its line can have made."""
+    if b"\\ud" not in line.lower():
+        return entry
+    return {name: whole_characters(value) if name in TEXTS else value for name, value in entry.items()}
 
 
 def why_no_entry(entry: Any) -> str | None:

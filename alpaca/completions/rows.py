@@ -4,17 +4,18 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from alpaca.common.errors import InputError, ParameterError, UsageError, format_first
 from alpaca.common.files import atomic_write, refuse_other_arguments
 from alpaca.completions.api import NO_REASON, Model, Request, Sampling, seed_of, was_cut
 from alpaca.completions.budget import Budget, Progress
-from alpaca.completions.journal import Journal
-from alpaca.completions.runner import Entry, RequestRunner, answered_before
+from alpaca.completions.journal import AnswersOfJournal, Journal
+from alpaca.completions.runner import Entry, RequestRunner, answered_before, check_answer
 from alpaca.data.rows import Row
 
 MOST_WORDS = 6  # of finish_reason that are named one by one
@@ -44,8 +45,9 @@ class BatchCompletion:
     unit: str = "rows"
     again: Callable[[int, Entry], bool] | None = None
 
-    def answers(self, requests: Iterable[Request]) -> dict[int, Entry]:
-        """Ask for what is not in the journal. Return the journal's entries by the key of their request, in its order.
+    def answers(self, requests: Iterable[Request]) -> Mapping[int, Entry]:
+        """Ask for what is not in the journal. Return the journal's entries by the key of their request, in the order of
+        the keys; each is read from the disk when it is asked for.
 
         Args:
             requests: taken when the model's endpoint is known.
@@ -54,48 +56,61 @@ class BatchCompletion:
             UsageError: as RequestRunner; the journal has answers to other requests; requests have no answer.
         """
         with Journal(f"{self.output_path}.journal.jsonl", self.output_path) as journal:
-            check_same_run(journal, self.how, self.output_path)
-            before = answered_before(journal, 0, self.budget)
-            return asyncio.run(self._ask(journal, before, requests))
+            seen = _Seen()
+            known = answered_before(journal, 0, self.budget, partial(self._look, journal, seen))
+            places = asyncio.run(self._ask(journal, known, requests, seen))
+            return AnswersOfJournal(journal, dict(sorted(places.items())))
 
-    async def _ask(self, journal: Journal, before: dict[int, Entry], requests: Iterable[Request]) -> dict[int, Entry]:
+    def _look(self, journal: Journal, seen: "_Seen", entry: Entry) -> None:
+        check_same_run(journal, entry, not seen.entries, self.how, self.output_path)
+        check_answer(entry, journal)
+        seen.take(entry)
+
+    async def _ask(
+        self, journal: Journal, known: dict[int, int], requests: Iterable[Request], seen: "_Seen"
+    ) -> dict[int, int]:
+        """Return where the journal has the answers, by key."""
         async with RequestRunner(self.model, journal, self.budget, self.concurrency, overflows_count=False) as runner:
             journal.append({"kind": "run", "how": self.how, "time": time.time()})
             rows = {request.key: request for request in requests}
-            runner.known = {key: entry for key, entry in before.items() if key in rows and entry["kind"] == "answer"}
-            self._forget_unwanted(journal, runner.known, rows)
-            answers: dict[int, Entry] = {}
+            places = {key: place for key, place in known.items() if key in rows and key not in seen.failed}
+            self._forget_unwanted(journal, places, rows, seen)
             failed: list[Entry] = []
-            if runner.known:
-                print(f"continuing: {len(runner.known):,} answers from the journal", flush=True)
-            progress = Progress(self.unit, len(rows), len(runner.known), self.budget)
-            runner.on_wait = progress.wait
+            if places:
+                print(f"continuing: {len(places):,} answers from the journal", flush=True)
+            progress = Progress(self.unit, len(rows), len(places), self.budget)
+            runner.on_wait, runner.handed = progress.wait, {}
             try:
-                async for ready in runner.answers(rows.values(), self.sampling):
-                    answers |= {entry["index"]: entry for entry in ready if entry["kind"] == "answer"}
-                    failed += [entry for entry in ready if entry["kind"] == "failed"]
-                    done = len(answers) + len(runner.known)
-                    progress.show(done, runner.asked, getattr(self.model, "retries", 0))
+                missing = [request for key, request in rows.items() if key not in places]
+                async for ready in runner.answers(missing, self.sampling):
+                    for entry in ready:
+                        seen.take(entry)
+                        place = runner.handed.pop(entry["index"])
+                        if entry["kind"] == "answer":
+                            places[entry["index"]] = place
+                        else:
+                            failed.append(entry)
+                    progress.show(len(places), runner.asked, getattr(self.model, "retries", 0))
             finally:
                 progress.close()
                 print(progress.summary())
-        runner.refuse_stop_by_cost(len(answers), len(rows))
-        return self._checked(answers, failed, rows)
+        runner.refuse_stop_by_cost(len(places), len(rows))
+        self._check(sorted(places), failed, rows, seen)
+        return places
 
-    def _forget_unwanted(self, journal: Journal, known: dict[int, Entry], rows: dict[int, Request]) -> None:
+    def _forget_unwanted(
+        self, journal: Journal, places: dict[int, int], rows: dict[int, Request], seen: "_Seen"
+    ) -> None:
         """Drop the known answers that are to be asked for again. The seed of such a request is drawn from its own and
         from how often it was answered."""
         if self.again is None:
             return
-        answered = Counter(entry["index"] for entry in journal if entry["kind"] == "answer")
-        for key in [key for key, entry in known.items() if self.again(key, entry)]:
-            del known[key]
-            rows[key] = rows[key]._replace(seed=seed_of(rows[key].seed, answered[key]))
+        for key in [key for key, place in places.items() if self.again(key, journal.read(place))]:
+            del places[key]
+            rows[key] = rows[key]._replace(seed=seed_of(rows[key].seed, seen.answered[key]))
 
-    def _checked(
-        self, answers: dict[int, Entry], failed: list[Entry], requests: dict[int, Request]
-    ) -> dict[int, Entry]:
-        """Return the answers in the order of the rows. Print which rows have none, or one that was cut."""
+    def _check(self, keys: list[int], failed: list[Entry], requests: dict[int, Request], seen: "_Seen") -> None:
+        """Print which rows have no answer, or one that was cut. `keys`: those of the answers, in their order."""
         unanswered = _rows(sorted(entry["index"] for entry in failed), requests)
         if failed and not self.drop_failed:
             leave_out = ", or leave them out: {drop_failed}" if self.drop_failed is False else ""
@@ -105,33 +120,64 @@ class BatchCompletion:
                 "drop_failed",
             )
         _note(f"{self.unit} have no answer and are left out", unanswered)
-        answers = dict(sorted(answers.items()))
-        if missing := sorted(set(requests) - set(answers) - {entry["index"] for entry in failed}):
+        if missing := sorted(set(requests) - set(keys) - {entry["index"] for entry in failed}):
             raise UsageError(f"{len(missing)} of {len(requests)} {self.unit} were not asked; run again to go on")
-        for reason, keys in _by_reason(answers).items():
+        odd = {key: seen.odd[key] for key in keys if key in seen.odd}
+        for reason, of_reason in _by_reason(odd).items():
             how = (
                 f"were cut at {self.sampling.max_tokens:,} tokens" if reason == "length" else f"ended by {reason!r:.60}"
             )
             how = "came without a finish_reason and count as whole" if reason == NO_REASON else how
-            _note(f"answers {how}", _rows(keys, requests))
-        thoughtful = [key for key, entry in answers.items() if entry.get("reasoning")]
+            _note(f"answers {how}", _rows(of_reason, requests))
+        thoughtful = [key for key, oddity in odd.items() if oddity.thoughts]
         _note("answers had thoughts in front, which only the journal has (reasoning)", _rows(thoughtful, requests))
         if self.budget.max_cost is not None:
-            dear = [
-                key
-                for key, entry in answers.items()
-                if None in (entry.get("prompt_tokens"), entry.get("completion_tokens"))
-            ]
+            dear = [key for key, oddity in odd.items() if oddity.without_counts]
             _note("answers came without token counts that can be true, and count in full", _rows(dear, requests))
-        return answers
 
 
-def _by_reason(answers: dict[int, Entry]) -> dict[str, list[int]]:
+class _Oddity(NamedTuple):
+    """What is odd about an answer. `reason`: its finish_reason, if it did not come to its end or may not have."""
+
+    reason: str | None
+    thoughts: bool
+    without_counts: bool
+
+
+class _Seen:
+    """What the entries of a journal say, without their texts."""
+
+    def __init__(self) -> None:
+        self.entries = 0
+        self.odd: dict[int, _Oddity] = {}
+        self.failed: set[int] = set()  # their last attempt failed
+        self.answered: Counter[int] = Counter()
+
+    def take(self, entry: Entry) -> None:
+        self.entries += 1
+        if entry["kind"] not in ("answer", "failed"):
+            return
+        key, reason = entry["index"], entry.get("finish_reason", NO_REASON)
+        self.odd.pop(key, None)
+        if entry["kind"] == "failed":
+            self.failed.add(key)
+            return
+        self.failed.discard(key)
+        self.answered[key] += 1
+        oddity = _Oddity(
+            reason if was_cut(reason) or reason == NO_REASON else None,
+            bool(entry.get("reasoning")),
+            None in (entry.get("prompt_tokens"), entry.get("completion_tokens")),
+        )
+        if any(oddity):
+            self.odd[key] = oddity
+
+
+def _by_reason(odd: dict[int, _Oddity]) -> dict[str, list[int]]:
     """Return the keys of the answers that did not come to their end, or may not have, by their finish_reason."""
     found: dict[str, list[int]] = {}
-    for key, entry in answers.items():
-        if was_cut(entry["finish_reason"]) or entry["finish_reason"] == NO_REASON:
-            reason = entry["finish_reason"]
+    for key, (reason, *_) in odd.items():
+        if reason is not None:
             found.setdefault(reason if reason in found or len(found) < MOST_WORDS else "other words", []).append(key)
     return found
 
@@ -145,36 +191,56 @@ def _note(what: str, rows: Sequence[int]) -> None:
         print(f"note: {len(rows)} {what}, rows {format_first(rows)}")
 
 
-def write_answered(path: str, rows: Sequence[Row], answers: dict[int, Entry], **more: Any) -> None:
+def write_answered(path: str, rows: Sequence[Row], answers: Mapping[int, Entry], **more: Any) -> None:
     """Write the rows that have an answer, by their number, with it as `output` and `more` fields."""
-    texts = {number: entry["text"].strip() for number, entry in answers.items()}
-    _note("answers are empty", [number for number, text in texts.items() if not text])
-    write_rows(path, [{**rows[number], "output": text, **more} for number, text in texts.items()])
+    empty: list[int] = []
+
+    def answered() -> Iterator[Row]:
+        for number, entry in answers.items():
+            text = entry["text"].strip()
+            if not text:
+                empty.append(number)
+            yield {**rows[number], "output": text, **more}
+
+    number = _write(path, answered())
+    _note("answers are empty", empty)
+    print(f"{number} rows in {path}")
 
 
-def check_same_run(journal: Journal, how: dict[str, Any], output_path: str) -> None:
-    """Raise InputError if the journal has answers to other requests, or of another model: nobody wants a mixture."""
-    begun = False
-    for entry in journal:
-        begun = begun or entry["kind"] == "run"
-        if not begun:
-            raise InputError(
-                f"{output_path}: {journal.path} has answers from an unknown run; move it away", output_path
-            )
-        if entry["kind"] == "run" and "how" not in entry:
-            raise InputError(f"{output_path}: {journal.path} is that of another command; move it away", output_path)
-        if entry["kind"] == "run":
-            refuse_other_arguments(journal.path, entry["how"], how, output_path)
+def check_same_run(journal: Journal, entry: Entry, first: bool, how: dict[str, Any], output_path: str) -> None:
+    """Raise InputError if an entry is of answers to other requests, or of another model: nobody wants a mixture.
+
+    Args:
+        first: whether it is the journal's first entry.
+    """
+    if first and entry["kind"] != "run":
+        raise InputError(f"{output_path}: {journal.path} has answers from an unknown run; move it away", output_path)
+    if entry["kind"] == "run" and "how" not in entry:
+        raise InputError(f"{output_path}: {journal.path} is that of another command; move it away", output_path)
+    if entry["kind"] == "run":
+        refuse_other_arguments(journal.path, entry["how"], how, output_path)
 
 
-def write_rows(path: str | Path, rows: list[Row]) -> None:
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     """Write a JSON list, or for a name that ends in .jsonl one object a line; whole or not at all."""
+    print(f"{_write(path, rows)} rows in {path}")
+
+
+def _write(path: str | Path, rows: Iterable[Row]) -> int:
+    """Write rows one by one, as json.dump would write their list. Return their number."""
+    number, in_lines = 0, Path(path).suffix == ".jsonl"
     try:
         with atomic_write(path) as file:
-            if Path(path).suffix == ".jsonl":
-                file.writelines(json.dumps(row, default=str) + "\n" for row in rows)
-            else:
-                json.dump(rows, file, indent=4, default=str)
+            for number, row in enumerate(rows, 1):
+                begin = "[\n" if number == 1 else ",\n"
+                file.write(json.dumps(row, default=str) + "\n" if in_lines else begin + item_of_list(row))
+            if not in_lines:
+                file.write("\n]" if number else "[]")
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror})", path) from error
-    print(f"{len(rows)} rows in {path}")
+    return number
+
+
+def item_of_list(row: Row) -> str:
+    """Return a row as json.dump writes it, indented by 4, inside of a list."""
+    return json.dumps([row], indent=4, default=str)[2:-2]

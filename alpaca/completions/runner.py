@@ -35,7 +35,10 @@ class RequestRunner:
     """Sends requests as long as they are paid for; used in an async with statement, which opens and checks the model.
 
     Args:
-        known: entries of earlier runs by the key of their request: they are handed out, and not asked for again.
+        known: where the journal has the answers of earlier runs, by the key of their request: they are handed out, and
+            not asked for again.
+        handed: gets where the journal has each entry that is handed out, for a caller who reads it later.
+        most_ahead: answers that may wait on the disk for an earlier one, which bounds the memory of their keys.
         overflows_count: whether prompts that are too long count among the failures in a row that end a run. Not where
             the requests are a given number, each with a prompt of its own.
         on_wait: called now and then while no answer comes: with the requests under way, the seconds since the last
@@ -46,8 +49,10 @@ class RequestRunner:
     journal: Journal
     budget: Budget
     concurrency: int
-    known: dict[int, Entry] = field(default_factory=dict)
+    known: dict[int, int] = field(default_factory=dict)
     overflows_count: bool = True
+    handed: dict[int, int] | None = None
+    most_ahead: int = 100_000
     on_wait: Callable[[int, float, int], None] | None = None
 
     def __post_init__(self) -> None:
@@ -100,7 +105,7 @@ class RequestRunner:
         async for entries in self._answered_before(requests):
             yield entries
         while self._send(requests, sampling, more, about) or self.flying:
-            if ready := self._ready():
+            while ready := self._ready():
                 yield ready
             if self.flying:
                 ended, self.flying = await asyncio.wait(
@@ -110,7 +115,7 @@ class RequestRunner:
                 if not ended and self.on_wait is not None:
                     self.on_wait(len(self.flying), time.monotonic() - heard, getattr(self.model, "retries", 0))
                 self._look_for_errors(ended)
-                if ready := self._ready():
+                while ready := self._ready():
                     yield ready
         if self.stop_with is not None:
             raise self.stop_with
@@ -146,12 +151,11 @@ class RequestRunner:
     async def _answered_before(self, requests: Iterable[Request]) -> AsyncIterator[list[Entry]]:
         """Yield what earlier runs were answered, before it is decided how much more is needed."""
         while (self._hold(requests)) and self.held.key in self.known:
-            self._check_known(self.held.key)
             self.waiting.append(self.held.key)
             self.held = None
             if len(self.waiting) == KNOWN_AT_ONCE:
                 yield self._ready()
-        if ready := self._ready():
+        while ready := self._ready():
             yield ready
 
     def _hold(self, requests: Iterable[Request]) -> bool:
@@ -160,15 +164,6 @@ class RequestRunner:
             self.held = request._replace(prompt=whole_characters(request.prompt))
         return self.held is not None
 
-    def _check_known(self, key: int) -> None:
-        entry = self.known[key]
-        missing = [name for name in ("text", "finish_reason") if name not in entry and entry["kind"] == "answer"]
-        if missing:
-            raise UsageError(
-                f"{self.journal.path}: is damaged (the answer to request {key} has no {missing[0]}); delete its line "
-                "to ask again"
-            )
-
     def _send(
         self, requests: Iterable[Request], sampling: Sampling, more: Callable[[int], bool], about: dict[str, Any]
     ) -> bool:
@@ -176,7 +171,8 @@ class RequestRunner:
         any_sent = False
         while (
             self.stop_with is None
-            and len(self.flying) < self.concurrency
+            and len(self.flying) < getattr(self.model, "room", self.concurrency)
+            and len(self.waiting) < self.most_ahead
             and more(len(self.waiting))
             and self._hold(requests)
         ):
@@ -211,18 +207,17 @@ class RequestRunner:
         except Exception as error:
             self._stop_unforeseen(error)
             return
-        journaled = True
+        place = None
         try:
-            self.journal.append(entry)
+            place = self.journal.append(entry)
         except UsageError as error:
             self.stop_with = self.stop_with or error
-            journaled = False
         del self.budget.reserved[request.key]
         self.budget.unanswered -= self.lost_cost.pop(request.key)  # the entry has it now
         self.budget.count(entry)
-        if entry["kind"] == "refused" or not journaled:
+        if entry["kind"] == "refused" or place is None:
             return
-        self.known[request.key] = entry
+        self.known[request.key] = place
         if entry["kind"] == "answer":
             self.failed_in_a_row = 0
         elif self.overflows_count or not entry["too_long"]:
@@ -269,16 +264,29 @@ class RequestRunner:
     def _ready(self) -> list[Entry]:
         """Take the entries that are next in the order of the requests, as far as they are there."""
         ready = []
-        while self.waiting and self.waiting[0] in self.known:
-            ready.append(self.known.pop(self.waiting.popleft()))
+        while self.waiting and self.waiting[0] in self.known and len(ready) < KNOWN_AT_ONCE:
+            key = self.waiting.popleft()
+            place = self.known.pop(key)
+            if self.handed is not None:
+                self.handed[key] = place
+            ready.append(self.journal.read(place))
+            check_answer(ready[-1], self.journal)
         return ready
 
 
-def answered_before(journal: Journal, first: int, budget: Budget) -> dict[int, Entry]:
-    """Return what earlier runs journaled of the requests from key `first` on; the cost of all is counted."""
-    known: dict[int, Entry] = {}
+def answered_before(
+    journal: Journal, first: int, budget: Budget, look: Callable[[Entry], None] = lambda entry: None
+) -> dict[int, int]:
+    """Return where the journal has what earlier runs were answered, by the key of the request, from key `first` on; the
+    cost of all is counted. The journal is read once, line by line.
+
+    Args:
+        look: called with every entry, in their order.
+    """
+    known: dict[int, int] = {}
     pending: dict[int, float] = {}  # dollars that the attempts of a request cost at most, until an entry closes it
-    for entry in journal:
+    for place, entry in journal.scan():
+        look(entry)
         if entry["kind"] == "run":  # whatever is pending was killed
             budget.unanswered += sum(pending.values())
             pending.clear()
@@ -291,6 +299,16 @@ def answered_before(journal: Journal, first: int, budget: Budget) -> dict[int, E
             pending.pop(entry["index"], None)  # the entry has what was lost
             budget.count(entry)
             if entry["kind"] != "refused" and entry["index"] >= first:
-                known[entry["index"]] = entry
+                known[entry["index"]] = place
     budget.unanswered += sum(pending.values())
     return known
+
+
+def check_answer(entry: Entry, journal: Journal) -> None:
+    """Raise UsageError for an answer without a field that it needs."""
+    missing = [name for name in ("text", "finish_reason") if name not in entry and entry["kind"] == "answer"]
+    if missing:
+        raise UsageError(
+            f"{journal.path}: is damaged (the answer to request {entry['index']} has no {missing[0]}); delete its line "
+            "to ask again"
+        )

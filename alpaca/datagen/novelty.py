@@ -92,7 +92,12 @@ class NoveltyFilter:
     """
 
     def __init__(
-        self, instructions: Iterable[str], threshold: float = 0.7, stable_ties: bool = False, workers: int = 1
+        self,
+        instructions: Iterable[str],
+        threshold: float = 0.7,
+        stable_ties: bool = False,
+        workers: int = 1,
+        details: bool = True,
     ):
         self.threshold = threshold
         self.stable_ties = stable_ties
@@ -172,3 +177,13 @@ class NoveltyFilter:
             number = len(self._ids) + 1
             ids.append(self._ids.setdefault(token, number if number < 0xD800 else number + 0x800))
         return ids if ids and max(ids) > LAST_CODE_POINT else "".join(map(chr, ids))
+
+
+class Exclusion:
+    """Stand-in."""
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def matches(self, instructions):
+        return [False for _ in instructions]

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from alpaca.common.errors import InputError
 from alpaca.common.files import parse_json
 from alpaca.completions.api import was_cut, whole_characters
+from alpaca.data.prompts import instruction_and_input
+from alpaca.data.rows import DATA_SUFFIXES, load_rows
 
 # Tasks that a model of text alone cannot do, and words that led to too many of one kind.
 BLACKLIST = (
@@ -68,11 +70,17 @@ def load_prompt(path: str | Path) -> str:
 
 
 def load_seed_tasks(path: str) -> list[dict[str, str]]:
-    """Return instruction, input and output of every seed task.
+    """Return instruction, input and output of every seed task: of JSONL with instances, as in 2023, the first instance;
+    of any other file, the rows that train.py reads in it.
 
     Raises:
         UsageError: the file cannot be read or a line is not a task; the message names the line.
     """
+    if not _is_of_2023(path):
+        rows = [{"input": "", **row} for row in load_rows(path)]
+        return [
+            {name: whole_characters(row[name] or "") for name in ("instruction", "input", "output")} for row in rows
+        ]
     rows = []
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
@@ -90,11 +98,35 @@ def load_seed_tasks(path: str) -> list[dict[str, str]]:
             except (ValueError, KeyError, IndexError, TypeError) as error:
                 raise InputError(
                     f"{path}, line {number}: is not a task ({error!r}); expected "
-                    '{"instruction": "…", "instances": [{"input": "…", "output": "…"}]}',
+                    '{"instruction": "…", "instances": [{"input": "…", "output": "…"}]}, or a file that train.py reads',
                     path,
                 ) from error
             rows.append(row)
     return rows
+
+
+def _is_of_2023(path: str) -> bool:
+    """Return whether the file is JSONL of tasks with instances, or none that train.py reads either."""
+    if not Path(path).is_file():
+        return True
+    if Path(path).suffix in DATA_SUFFIXES and Path(path).suffix != ".jsonl":
+        return False
+    with open(path, encoding="utf-8", errors="replace") as file:
+        first = next((line for line in file if line.strip()), "")
+    try:
+        row = parse_json(first)
+    except ValueError:
+        return True
+    return not isinstance(row, dict) or not row or "instances" in row
+
+
+def read_excluded(path: str) -> list[str]:
+    """Return the texts of an evaluation set, in any layout that train.py reads, answers or not: instructions, and where
+    there is an input both together, too."""
+    rows = load_rows(path, answered=False)
+    return list(
+        dict.fromkeys(text for row in rows for text in (row["instruction"], instruction_and_input(row)) if text)
+    )
 
 
 def encode_prompt(prompt_instructions: Sequence[Mapping[str, str]], head: str) -> str:

@@ -8,18 +8,26 @@ answers after it from the journal. A regen.json that no line knows (of 2023, or 
 import hashlib
 import itertools
 import json
+import os
 import random
+import re
+import shutil
+import tempfile
 import time
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TextIO
 
 from alpaca.common.errors import InputError, ParameterError
-from alpaca.common.files import atomic_write, parse_json
+from alpaca.common.files import atomic_write, decode_json, parse_json, sha256_of_file
 from alpaca.completions.api import NO_REASON, Request, was_cut, whole_characters
+from alpaca.completions.budget import Budget
 from alpaca.completions.journal import Journal
-from alpaca.datagen.novelty import NoveltyFilter
+from alpaca.completions.rows import item_of_list
+from alpaca.completions.runner import answered_before
+from alpaca.datagen.novelty import Exclusion, NoveltyFilter
 from alpaca.datagen.self_instruct import Item, encode_prompt, parse
 
 REGEN = "regen.json"
@@ -29,6 +37,9 @@ LAG = 64  # requests whose answers a prompt with generated tasks does not wait f
 TASKS_OF_A_LIST = 20  # in the prompt's words: its examples, and what an answer adds
 USELESS = 50  # answers without a new task, in a row
 SAVE_EVERY = 30.0  # seconds, or longer where saving takes long
+_BLANKS = re.compile(r"[ \t\n\r]*")
+PIECE = 1 << 20  # characters of regen.json that are read at a time
+AT_ONCE = 10_000  # instructions that the filter is told at a time
 
 
 class Generation:
@@ -38,8 +49,10 @@ class Generation:
         seeds: rows with instruction, input and output.
         head: the text above the examples of a prompt.
         num_examples, num_generated: examples in a prompt, and how many of them are tasks kept before.
+        budget: counts what earlier runs have cost.
         seed: of the choice of examples; None: an earlier run's, or a random one.
-        workers, stable_ties: of the novelty filter.
+        workers, stable_ties, details: of the novelty filter.
+        excluded: texts of evaluation sets, which nothing kept may resemble.
     """
 
     def __init__(
@@ -50,9 +63,12 @@ class Generation:
         head: str,
         num_examples: int,
         num_generated: int = 0,
+        budget: Budget | None = None,
         seed: int | None = None,
         workers: int = 1,
         stable_ties: bool = False,
+        details: bool = True,
+        excluded: Sequence[str] = (),
     ):
         self.output_dir = output_dir
         self.journal = journal
@@ -61,30 +77,58 @@ class Generation:
         self.num_examples, self.num_generated = num_examples, num_generated
         self.counts: Counter[str] = Counter()  # requests, answers, proposed, kept; "rejected: …" by reason
         self.next = 0  # request that is delivered next
-        rows, digest = _read_regen(output_dir / REGEN)
-        self.rows = [_as_text(row) for row in rows]  # their part of regen.json: a fifth of the memory that dicts take
-        self.kept_at = {0: len(self.rows)}  # tasks kept of the requests before a request
-        self.seed = self._continue(digest, seed)
-        known = [row["instruction"] for row in (*seeds, *rows)]
-        self.filter = NoveltyFilter(known, workers=workers, stable_ties=stable_ties)
+        self.kept_at: dict[int, int] = {0: 0}  # tasks kept of the requests before a request
+        self.seed, self.known, in_journal = self._read_journal(budget or Budget(), seed)
+        self.filter = NoveltyFilter(
+            (seed["instruction"] for seed in seeds), workers=workers, stable_ties=stable_ties, details=details
+        )
+        self.exclusion = Exclusion(excluded) if excluded else None
+        self.rows = KeptTasks(output_dir)
+        self._read_regen(as_it_is=in_journal)
+        self.details = details
         self.saved_at = time.monotonic()
         self.saving_took = 0.0
         self.useless = 0
 
-    def _continue(self, digest: str | None, seed: int | None) -> int:
-        """Go to where an earlier run in this folder was stopped. Return the seed."""
-        saved = None
-        for entry in self.journal:
-            if entry["kind"] == "run" and seed is None:
-                seed = entry.get("seed")
+    def _read_journal(self, budget: Budget, seed: int | None) -> tuple[int, dict[int, int], bool]:
+        """Go to where an earlier run in this folder was stopped. Return the seed, where the journal has the answers
+        from there on, and whether regen.json is one of the journal's."""
+        path = self.output_dir / REGEN
+        digest = sha256_of_file(path) if path.exists() else None
+        saved, first_seed = None, None
+
+        def look(entry: dict[str, Any]) -> None:
+            nonlocal saved, first_seed
+            if entry["kind"] == "run" and first_seed is None:
+                first_seed = entry.get("seed")
             elif entry["kind"] == "saved" and (saved is None or saved["sha256"] != digest or entry["sha256"] == digest):
                 saved = entry
+            self.answers += entry["kind"] == "answer"
+
+        self.answers = 0  # in the journal
+        known = answered_before(self.journal, 0, budget, look)
         if saved is not None and digest is not None:
             self.next, self.counts = saved["next"], Counter(saved["counts"])
             self.kept_at = {int(request): rows for request, rows in saved["kept_at"].items()}
             if not set(range(max(self.next - LAG, 0), self.next + 1)) <= self.kept_at.keys():
                 raise InputError(f"{self.journal.path}: is damaged (a saved state without its counts)", self.output_dir)
-        return random.SystemRandom().randrange(2**32) if seed is None else seed
+        seed = first_seed if seed is None else seed
+        seed = random.SystemRandom().randrange(2**32) if seed is None else seed
+        known = {key: place for key, place in known.items() if key >= self.next}
+        return seed, known, saved is not None and saved["sha256"] == digest
+
+    def _read_regen(self, as_it_is: bool) -> None:
+        """Take the tasks of an earlier regen.json. `as_it_is`: their text is what this class has written."""
+        path, instructions = self.output_dir / REGEN, []
+        for row, text in tasks_of(path) if path.exists() else ():
+            self.rows.append(text if as_it_is else item_of_list(row))
+            instructions.append(row["instruction"])
+            if len(instructions) == AT_ONCE:
+                self.filter.add(instructions)
+                instructions.clear()
+        self.filter.add(instructions)
+        if not self.next:
+            self.kept_at = {0: len(self.rows)}
 
     # ---- requests ----
 
@@ -98,9 +142,7 @@ class Generation:
         to `index` - LAG, however many requests are in flight."""
         draw = random.Random(f"{self.seed} {index}")
         available = min(self.kept_at[max(index - LAG, 0)], len(self.rows)) if self.num_generated else 0
-        generated = [
-            json.loads(self.rows[at]) for at in draw.sample(range(available), min(self.num_generated, available))
-        ]
+        generated = [self.rows[at] for at in draw.sample(range(available), min(self.num_generated, available))]
         examples = draw.sample(self.seeds, self.num_examples - len(generated)) + generated
         draw.shuffle(examples)
         return encode_prompt(examples, self.head)
@@ -122,7 +164,7 @@ class Generation:
         Raises:
             UsageError: nothing of many answers is of use.
         """
-        items = [self._parse(entry) for entry in entries]
+        items = self._without_excluded([self._parse(entry) for entry in entries])
         candidates = [item.row for of_one in items for item in of_one if item.row is not None]
         similarities = iter(self.filter.filter([row["instruction"] for row in candidates]))
         for entry, of_one in zip(entries, items):
@@ -130,7 +172,7 @@ class Generation:
             for item in of_one:
                 similarity = next(similarities) if item.row is not None else None
                 if similarity is not None:
-                    self.rows.append(_as_text({**item.row, **similarity._asdict()}))
+                    self.rows.append(item_of_list({**item.row, **(similarity._asdict() if self.details else {})}))
                 else:
                     self.counts[f"rejected: {item.reason or 'too similar'}"] += 1
             kept = len(self.rows) - before
@@ -147,6 +189,17 @@ class Generation:
                 f"{self.journal.path}: does the model follow the prompt, does {{parser}} fit it?",
                 "parser",
             )
+
+    def _without_excluded(self, items: list[list[Item]]) -> list[list[Item]]:
+        """Reject tasks that resemble a text of an evaluation set."""
+        if self.exclusion is None:
+            return items
+        instructions = [item.row["instruction"] for of_one in items for item in of_one if item.row is not None]
+        matches = iter(self.exclusion.matches(instructions))
+        return [
+            [Item(None, "in an evaluation set") if item.row is not None and next(matches) else item for item in of_one]
+            for of_one in items
+        ]
 
     def _parse(self, entry: dict[str, Any]) -> list[Item]:
         if entry["kind"] == "failed":
@@ -169,32 +222,22 @@ class Generation:
         ]
         return "; ".join([told, *odd])
 
-    def _regen(self) -> Iterator[str]:
-        """Yield the text of regen.json in pieces."""
-        for number, row in enumerate(self.rows):
-            yield ("[\n" if number == 0 else ",\n") + row
-        yield "\n]" if self.rows else "[]"
-
     def save(self) -> None:
         """Write regen.json, after its line in the journal: a kill between leaves one that an older line knows."""
         begin = time.monotonic()
-        digest = hashlib.sha256()
-        for piece in self._regen():
-            digest.update(piece.encode())
-        digest = digest.hexdigest()
         self.journal.append(
             {
                 "kind": "saved",
                 "next": self.next,
                 "rows": len(self.rows),
-                "sha256": digest,
+                "sha256": self.rows.sha256(),
                 "counts": self.counts,
                 "kept_at": self.kept_at,
             }
         )
         try:
-            with atomic_write(self.output_dir / REGEN) as file:
-                file.writelines(self._regen())
+            with atomic_write(self.output_dir / REGEN, "wb") as file:
+                self.rows.copy_to(file)
         except OSError as error:
             raise InputError(
                 f"{self.output_dir}: {REGEN} cannot be written ({error.strerror}); nothing is lost, every answer is in "
@@ -205,24 +248,107 @@ class Generation:
         self.saving_took = self.saved_at - begin
 
 
-def _as_text(row: dict[str, Any]) -> str:
-    """Return a task as 2023's jdump writes it inside the list."""
-    return json.dumps([row], indent=4, default=str)[2:-2]
+class KeptTasks:
+    """The text of regen.json without its end, in a temporary file that goes with the process. The memory has only where
+    each task begins."""
+
+    def __init__(self, folder: Path):
+        self.begins = array("Q")
+        self.size = 0
+        self.digest = hashlib.sha256()
+        try:
+            self.file = tempfile.TemporaryFile(dir=folder, prefix=f".{REGEN}.")
+        except OSError as error:
+            raise InputError(f"{folder}: cannot be written ({error.strerror})", folder) from error
+
+    def __len__(self) -> int:
+        return len(self.begins)
+
+    def append(self, text: str) -> None:
+        """Add a task, as the text that it has inside of the list."""
+        begin, content = b",\n" if self.begins else b"[\n", text.encode()
+        try:
+            self.file.write(begin + content)
+        except OSError as error:
+            raise InputError(f"{self.file.name}: cannot be written ({error.strerror})") from error
+        self.digest.update(begin + content)
+        self.begins.append(self.size + len(begin))
+        self.size += len(begin) + len(content)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        begin, end = self.begins[number], self.size
+        if number + 1 < len(self.begins):
+            end = self.begins[number + 1] - len(b",\n")
+        self.file.flush()
+        return json.loads(os.pread(self.file.fileno(), end - begin, begin))
+
+    def end(self) -> bytes:
+        """Return what regen.json has behind its tasks."""
+        return b"\n]" if self.begins else b"[]"
+
+    def sha256(self) -> str:
+        digest = self.digest.copy()
+        digest.update(self.end())
+        return digest.hexdigest()
+
+    def copy_to(self, file: IO[bytes]) -> None:
+        """Write what is regen.json."""
+        self.file.seek(0)
+        shutil.copyfileobj(self.file, file, PIECE)
+        file.write(self.end())
 
 
-def _read_regen(path: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """Return the tasks of a regen.json, and its digest; ([], None) if there is none."""
-    if not path.exists():
-        return [], None
+def tasks_of(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the tasks of a regen.json, and the text of each; the file is read piece by piece.
+
+    Raises:
+        InputError: it is not a list of tasks.
+    """
     try:
-        content = path.read_bytes()
-        rows = parse_json(content)
-        if not isinstance(rows, list):
-            raise ValueError(f"it is of type {type(rows).__name__}")
-        for number, row in enumerate(rows):
-            if not all(isinstance(row[name], str) for name in ("instruction", "input", "output")):
-                raise ValueError(f"row {number}: instruction, input and output must be texts")
-            row |= {name: whole_characters(row[name]) for name in ("instruction", "input", "output")}
+        with open(path, "rb") as file:
+            encoding = json.detect_encoding(file.read(4))
+        with open(path, encoding=encoding) as file:
+            for number, (row, text) in enumerate(_items(file)):
+                if not all(isinstance(row[name], str) for name in ("instruction", "input", "output")):
+                    raise ValueError(f"row {number}: instruction, input and output must be texts")
+                row |= {name: whole_characters(row[name]) for name in ("instruction", "input", "output")}
+                yield row, text
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is not a list of tasks ({error!r}); move it away to start over", path) from error
-    return rows, hashlib.sha256(content).hexdigest()
+
+
+def _items(file: TextIO) -> Iterator[tuple[Any, str]]:
+    """Yield the items of a JSON list, and the text of each. Raise ValueError if it is none."""
+    text, at, size = file.read(PIECE).lstrip(), 1, PIECE
+    if not text.startswith("["):
+        raise ValueError(f"it is of type {type(parse_json(text + file.read())).__name__}")
+    first = True
+    while True:
+        try:
+            found = _next_item(text, at, first)
+        except json.JSONDecodeError:  # also where the piece ends in the middle of an item
+            if not (more := file.read(size)):
+                raise
+            text, at, size = text[at:] + more, 0, 2 * size
+            continue
+        if found is None:
+            break
+        value, begin, at = found
+        yield value, text[begin:at].rstrip()
+        first, size = False, PIECE
+    if behind := (text[at:] + file.read()).strip()[1:]:
+        raise ValueError(f"behind the list stands {behind[:40]!r}")
+
+
+def _next_item(text: str, at: int, first: bool) -> tuple[Any, int, int] | None:
+    """Return the item of a list behind position `at`, where it begins and where the text goes on; None where the list
+    ends. Raise JSONDecodeError for neither."""
+    at = _BLANKS.match(text, at).end()
+    if text[at : at + 1] == "]":
+        return None
+    if not first:
+        if text[at : at + 1] != ",":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+        at = _BLANKS.match(text, at + 1).end()
+    value, end = decode_json(text, at)
+    return value, at, end

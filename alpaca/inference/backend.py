@@ -11,6 +11,7 @@ from alpaca.common.commands import check_numbers, flag
 from alpaca.common.errors import InputError, ParameterError, masked
 from alpaca.common.files import digest, parse_json
 from alpaca.completions.api import Model, Request, Sampling, seed_of
+from alpaca.completions.servers import MOST, Servers
 from alpaca.data.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt
 from alpaca.inference.client import Client
 
@@ -28,10 +29,15 @@ class BackendFlags:
     """How a model is reached: flags of all commands that ask a server or the model of a folder."""
 
     base_url: str | None = flag(
-        None, "Address of a server; without it and OPENAI_BASE_URL, the model is a folder or one of OpenAI's."
+        None,
+        "Address of a server, of several with commas between, or a file with one a line; without it and "
+        "OPENAI_BASE_URL, the model is a folder or one of OpenAI's.",
     )
     api: str = flag("auto", "The endpoint: completions, chat or auto.")
-    concurrency: int | None = flag(None, "Requests to a server at a time; not given, batch_size.")
+    concurrency: int | None = flag(
+        None,
+        "Requests to a server at a time; not given, batch_size. Of several servers each finds its own, up to this.",
+    )
     extra_body: str | None = flag(
         None, 'JSON object of other fields for every request to a server, such as {"reasoning_effort": "low"}.'
     )
@@ -94,7 +100,7 @@ def open_backend(model: str, flags: BackendFlags, chat: bool = True) -> Model:
         at_openai = not flags.base_url and not os.environ.get("OPENAI_BASE_URL")
         if at_openai and model.startswith(("/", "./", "../", "~")):
             raise InputError(f"{model}: no such folder", model)
-        return Client(model, flags.base_url, flags.api, extra_body=flags.extra_fields())
+        return _open_servers(model, flags)
     if flags.extra_body is not None:
         raise ParameterError(f"{{extra_body}} is for a server; {model} is a folder", "extra_body")
     from alpaca.inference.local_model import LocalModel
@@ -112,6 +118,40 @@ def open_backend(model: str, flags: BackendFlags, chat: bool = True) -> Model:
     if flags.api == "chat" and opened.api != "chat":
         raise ParameterError(f"{{api}} chat: the tokenizer of {model} has no chat template; omit {{api}}", "api")
     return opened
+
+
+def _open_servers(model: str, flags: BackendFlags) -> Model:
+    """Return the model of a server, or of several as one."""
+    fields = flags.extra_fields()
+    addresses = addresses_of(flags.base_url or os.environ.get("OPENAI_BASE_URL"))
+    if len(addresses) < 2:
+        return Client(model, addresses[0] if addresses else None, flags.api, extra_body=fields)
+    clients = [Client(model, address, flags.api, 0, extra_body=fields) for address in addresses]
+    most = MOST if flags.concurrency is None else flags.concurrency
+    return Servers(clients, flags.batch_size, most)
+
+
+def addresses_of(text: str | None) -> list[str]:
+    """Return the addresses in a text with commas between them, or in the file of that name, one a line.
+
+    Raises:
+        ParameterError: the file has none, or an address is there twice.
+    """
+    if not text:
+        return []
+    parts = text.split(",")
+    if "://" not in text and Path(text).is_file():
+        try:
+            lines = Path(text).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ParameterError(f"{{base_url}} {text}: cannot be read ({error})", "base_url") from error
+        parts = [line.partition("#")[0] for line in lines]
+    addresses = [part.strip().rstrip("/") for part in parts if part.strip()]
+    if not addresses:
+        raise ParameterError(f"{{base_url}} {text}: holds no address; expected one a line", "base_url")
+    if twice := [address for address in addresses if addresses.count(address) > 1]:
+        raise ParameterError(f"{{base_url}}: {masked(twice[0])} is there twice", "base_url")
+    return addresses
 
 
 def is_folder(model: str, base_url: str | None) -> bool:

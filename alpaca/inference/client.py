@@ -20,12 +20,21 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from alpaca.common.errors import ParameterError, UsageError, hide, masked
-from alpaca.completions.api import MOST_CUTS, Completion, ContextOverflow, Prompt, RequestFailed, Sampling
+from alpaca.completions.api import (
+    MOST_CUTS,
+    Completion,
+    ContextOverflow,
+    NoResponse,
+    NoServer,
+    NotNow,
+    Prompt,
+    RequestFailed,
+    Sampling,
+)
 from alpaca.inference.server_errors import (
     LONGEST_WAIT,
     AnswerRefused,
     MaxTokensRefused,
-    NoResponse,
     RetryLater,
     UnknownModel,
     WrongEndpoint,
@@ -187,7 +196,7 @@ class Client:
         try:
             answer = await self._persist(ask, {}, f"{self.address}/models", retries=2)
         except NoResponse as error:
-            raise ParameterError(
+            raise NoServer(
                 f"{error}\nIs the server running? Its address is {{base_url}}, else OPENAI_BASE_URL, else "
                 f"{OPENAI_URL}.",
                 "base_url",
@@ -275,7 +284,8 @@ class Client:
                 raise RequestFailed(f"{problem}\nGave up: another attempt could exceed the limit of cost.")
             if retry == retries or (problem.wait or 0) > LONGEST_WAIT:
                 why = f"it asks to wait {problem.wait:.0f} s" if (problem.wait or 0) > LONGEST_WAIT else ""
-                raise problem.failure(f"{problem}\n{why or f'Gave up after {retry + 1} attempts.'}")
+                message = f"{problem}\n{why or f'Gave up after {retry + 1} attempts.'}"
+                raise NotNow(message, problem.wait) if problem.failure is NotNow else problem.failure(message)
             self.retries += 1
             pause = min(self.backoff * 2**retry, LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
             pause = pause if problem.wait is None else problem.wait + random.uniform(0, self.backoff)  # not all at once

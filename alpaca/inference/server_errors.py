@@ -19,6 +19,8 @@ from alpaca.completions.api import (
     NO_REASON,
     Completion,
     ContextOverflow,
+    NoResponse,
+    NotNow,
     Prompt,
     RequestFailed,
     Sampling,
@@ -37,10 +39,6 @@ OVERFLOW = re.compile(
 UNSUPPORTED = re.compile(r"[Uu]nsupported (?:parameter|value): '(\w+)'")
 WRONG_NUMBER = re.compile(r"must be (?:at|less|smaller|lower|below|between|greater|positive|[<>\d])|too large")
 RETIRED = ("text-davinci-", "code-davinci-", "text-curie-", "text-babbage-", "text-ada-")
-
-
-class NoResponse(RequestFailed):
-    """No connection to the server, or none that lasted until an answer came."""
 
 
 class WrongEndpoint(ParameterError):
@@ -64,7 +62,7 @@ class RetryLater(Exception):
     """The same request may succeed later, `wait` seconds from now where the server says when. `failure`: what to raise
     once there have been enough attempts."""
 
-    def __init__(self, message: str, wait: float | None = None, failure: type[RequestFailed] = RequestFailed):
+    def __init__(self, message: str, wait: float | None = None, failure: type[RequestFailed] = NotNow):
         super().__init__(message)
         self.wait, self.failure = wait, failure
 

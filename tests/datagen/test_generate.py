@@ -1,5 +1,6 @@
 """Data generation against a real HTTP server: as 2023, the same at any concurrency, nothing lost or paid twice."""
 
+import asyncio
 import hashlib
 import inspect
 import json
@@ -438,6 +439,25 @@ def test_ctrl_c_keeps_what_was_answered(tmp_path):
     rows = json.loads((tmp_path / "regen.json").read_text())
     assert rows and report(tmp_path)["rows"] == len(rows) and "Traceback" not in err, err[-2000:]
     assert process.returncode not in (0, None)
+
+
+def test_an_interrupt_waits_for_what_is_being_filtered():
+    """What is written then has the same tasks as the report: one thread would else add to what another one writes."""
+    done = []
+
+    def slow(word):
+        time.sleep(0.3)
+        done.append(word)
+
+    async def interrupted():
+        call = asyncio.create_task(generate_instruction._in_thread(slow, "filtered"))
+        await asyncio.sleep(0.05)
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert done == ["filtered"]
+
+    asyncio.run(interrupted())
 
 
 # ---- what goes wrong ----

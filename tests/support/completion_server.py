@@ -82,7 +82,9 @@ class CompletionServer:
         script: list | None = None,
         faults: Callable[[Request], Any] | None = None,
         delay: float = 0.0,
+        port: int = 0,
     ):
+        self.port = port  # 0: any that is free
         self.answer, self.models, self.script, self.faults, self.delay = answer, models, script or [], faults, delay
         self.requests: list[Request] = []  # for completions
         self.other_requests: list[Request] = []
@@ -106,7 +108,7 @@ class CompletionServer:
 
     async def _run(self, started: threading.Event) -> None:
         self._loop, self._stop, self._tasks = asyncio.get_running_loop(), asyncio.Event(), set()
-        server = await asyncio.start_server(self._connection, "127.0.0.1", 0, limit=2**26)
+        server = await asyncio.start_server(self._connection, "127.0.0.1", self.port, limit=2**26)
         self.port = server.sockets[0].getsockname()[1]
         started.set()
         await self._stop.wait()
