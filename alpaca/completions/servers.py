@@ -243,25 +243,30 @@ class Servers:
         if server.refused is None:
             server.refused = error
             print(f"{server.address}: is asked no more ({first_line(str(error))})", flush=True)
-        if all(other.refused for other in self.servers):
-            raise error
+        while self.waiting:  # for a server that may be this one, and the last
+            self._wake()
 
     async def _take(self) -> Server:
         """Return the server with most room, by its share, as soon as there is one."""
         while True:
             now = time.monotonic()
+            if all(server.refused for server in self.servers):
+                raise self.servers[0].refused
             free = [(1 - server.busy / limit, server) for server in self.servers if (limit := server.limit_now(now))]
             share, server = max(free, key=lambda pair: pair[0], default=(0.0, None))
             if share > 0:
                 server.take()
                 return server
-            wakes = [server.rests_until - now for server in self.servers if not server.refused] or [0.0]
+            wakes = [server.rests_until - now for server in self.servers if not server.refused]
             if not free and min(wakes) > PATIENCE:
                 raise RequestFailed(f"all servers ask to wait, the first for {min(wakes):.0f} s")
             turn = asyncio.get_running_loop().create_future()
             self.waiting.append(turn)
             resting = [seconds for seconds in wakes if seconds > 0]
-            await asyncio.wait([turn], timeout=min(resting, default=None))
+            try:
+                await asyncio.wait([turn], timeout=min(resting, default=None))
+            finally:
+                turn.cancel()  # nobody is to be woken in its place
 
     def _wake(self) -> None:
         """Let the request that has waited longest look again."""

@@ -320,6 +320,8 @@ def tasks_of(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 def _items(file: TextIO) -> Iterator[tuple[Any, str]]:
     """Yield the items of a JSON list, and the text of each. Raise ValueError if it is none."""
     text, at, size = file.read(PIECE).lstrip(), 1, PIECE
+    while not text and (more := file.read(PIECE)):
+        text = more.lstrip()
     if not text.startswith("["):
         raise ValueError(f"it is of type {type(parse_json(text + file.read())).__name__}")
     first = True

@@ -1,7 +1,6 @@
 """Several servers: the same requests and rows as of one, whatever they do; each gets as much as it answers."""
 
 import asyncio
-import hashlib
 import json
 import os
 import random
@@ -14,7 +13,7 @@ from collections import Counter
 
 import pytest
 from conftest import ROOT
-from support.completion_server import BAD_KEY, DROP, EMPTY, NO_MODEL, TRUNCATED, CompletionServer, Fault, echo
+from support.completion_server import BAD_KEY, DROP, EMPTY, NO_MODEL, TRUNCATED, CompletionServer, Fault, echo, tasks
 
 from alpaca.common.errors import ParameterError, UsageError
 from alpaca.completions import servers as room
@@ -26,8 +25,6 @@ from alpaca.inference.backend import BackendFlags, addresses_of, open_backend
 from alpaca.inference.client import Client
 from generate_instruction import generate_instruction_following_data, generate_responses
 
-VERBS = "Name List Find Describe Compare Explain Choose Rank Sort Invent".split()
-
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
@@ -36,18 +33,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(room, "CHECK", 2.0)
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "OPENAI_ORG"):
         monkeypatch.delenv(name, raising=False)
-
-
-def tasks(prompt, body=None):
-    """Five tasks of words that follow from the prompt."""
-    draw = random.Random(hashlib.sha256(prompt.encode()).hexdigest())
-    parts = []
-    for n in range(4, 9):
-        words = " ".join(f"w{draw.randrange(3000)}" for _ in range(draw.randrange(4, 12)))
-        parts.append(
-            f"{n}. Instruction: {draw.choice(VERBS)} {words}.\n{n}. Input:\n<noinput>\n{n}. Output:\nYes {n}.\n"
-        )
-    return "###\n".join(parts).removeprefix("4. Instruction:")
 
 
 def addresses(servers):

@@ -11,6 +11,7 @@ script, so that a fault can depend on the prompt. Real HTTP/1.1 with keep-alive,
 import asyncio
 import hashlib
 import json
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -72,6 +73,17 @@ class Request:
 def echo(prompt: str, body: dict) -> str:
     """A text that follows from the prompt alone."""
     return f"answer {hashlib.sha256(prompt.encode()).hexdigest()[:8]} to {len(prompt.split())} words"
+
+
+def tasks(prompt: str, body: dict) -> str:
+    """Five tasks for the generator's list, of words that follow from the prompt."""
+    draw = random.Random(hashlib.sha256(prompt.encode()).hexdigest())
+    parts = []
+    for n in range(4, 9):
+        verb = draw.choice("Name List Find Describe Compare Explain Choose Rank Sort Invent".split())
+        words = " ".join(f"w{draw.randrange(3000)}" for _ in range(draw.randrange(4, 12)))
+        parts.append(f"{n}. Instruction: {verb} {words}.\n{n}. Input:\n<noinput>\n{n}. Output:\nYes {n}.\n")
+    return "###\n".join(parts).removeprefix("4. Instruction:")
 
 
 class CompletionServer:
