@@ -203,7 +203,9 @@ ASKING = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flag", ASKING)
+@pytest.mark.parametrize(
+    "flag", [pytest.param(flag, marks=() if "raw" in flag else pytest.mark.stress) for flag in ASKING]
+)
 def test_a_hub_that_cannot_be_reached_is_asked_once(tmp_path, no_hub, flag):
     paths = {"rows": write_rows(tmp_path / "rows.json", 4), "out": tmp_path / "out"}
     words = [word.format(**paths) for word in ASKING[flag]]

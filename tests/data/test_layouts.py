@@ -725,6 +725,7 @@ def test_a_run_on_a_csv_of_ones_own(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.stress
 @pytest.mark.skipif(not (SHARED / "alpaca_data.json").exists(), reason="the 52,002 rows are not there")
 def test_the_original_rows_pass_the_inspection(tmp_path, monkeypatch):
     from scripts import make_tiny_model

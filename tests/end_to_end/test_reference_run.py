@@ -1,5 +1,5 @@
 """The reference run: a curve of its own for a tiny model, a loop in plain transformers beside it, and code broken
-on purpose, which must fall out of the band. On the real model in `make stress`."""
+on purpose, which must fall out of the band. What trains, and the real model, in `make stress`."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SHARED, run
+from conftest import ROOT, SHARED, run, write_rows
 
 from scripts import reference_run
 
@@ -56,7 +56,6 @@ BROKEN = {  # what is wrong: (file, what stands there, what is put there) each
         )
     ],
 }
-IN_SHORT = ("mask, one token too few", "prefix, positions")  # in make test
 
 
 def command(model, rows, folder, *words, root=ROOT, **env):
@@ -118,6 +117,7 @@ def recorded(tiny, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.stress
 def test_the_loss_of_2023_is_that_of_a_plain_loop(recorded):
     """Step by step, of another program."""
     plain, ours = (
@@ -129,6 +129,7 @@ def test_the_loss_of_2023_is_that_of_a_plain_loop(recorded):
 
 
 @pytest.mark.slow
+@pytest.mark.stress
 def test_a_run_within_the_band(recorded, tmp_path):
     model, rows, curves, _ = recorded
     found = json.loads(curves.read_text())["recipes"]["small"]["curves"]
@@ -146,15 +147,15 @@ def falls_out(what, model, rows, tmp_path, *words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "what", [pytest.param(w, marks=[] if w in IN_SHORT else pytest.mark.stress) for w in BROKEN if w != LOST]
-)
+@pytest.mark.stress
+@pytest.mark.parametrize("what", [what for what in BROKEN if what != LOST])
 def test_broken_on_purpose(recorded, what, tmp_path):
     model, rows, curves, _ = recorded
     falls_out(what, model, rows, tmp_path, "--reference", curves)
 
 
 @pytest.mark.slow
+@pytest.mark.stress
 def test_other_weights_and_rows_have_no_verdict(recorded, tiny, tmp_path):
     model, rows, curves, _ = recorded
     told = command(tiny("llama"), rows, tmp_path, "--reference", curves)
@@ -165,6 +166,48 @@ def test_other_weights_and_rows_have_no_verdict(recorded, tiny, tmp_path):
     told = command(model, fewer, tmp_path, "--reference", curves)
     assert told.returncode == reference_run.UNKNOWN and "no expected curve for these rows" in told.stdout
     assert not (tmp_path / "float32").exists()
+
+
+@pytest.fixture
+def written(tiny, tmp_path):
+    """(model, rows, file of curves): recorded from losses that are there, so that nothing is trained."""
+    model, rows, runs = tiny("llama"), write_rows(tmp_path / "rows.json", 20), tmp_path / "runs"
+    setup = reference_run.Setup(str(model), str(rows), "small", runs)
+    flags, losses = reference_run.flags_of("float32", STEPS, setup), [3 - step / 10 for step in range(STEPS)]
+    (runs / "float32").mkdir(parents=True)
+    (runs / "float32" / "curve.json").write_text(json.dumps({"flags": flags, "loss": losses}))
+    words = ["--recipe", "small", "--model", model, "--data_path", rows, "--output_dir", runs, "--runs", "float32"]
+    reference_run.main([*map(str, words), "--record", str(tmp_path / "curves.json"), "--steps", str(STEPS)])
+    return model, rows, tmp_path / "curves.json"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "step, away, verdict", [(11, 0.0029, "within the band in all of"), (7, 0.0031, "OUTSIDE in 1")]
+)
+def test_one_step_decides(written, tmp_path, monkeypatch, capsys, step, away, verdict):
+    """Of losses that are given, what is said of the last step and of one in the middle."""
+    model, rows, curves = written
+    losses = json.loads(curves.read_text())["recipes"]["small"]["curves"]["float32"]["loss"]
+    losses[step] += away
+
+    def train(name, steps, setup):
+        folder = setup.output / name
+        folder.mkdir(parents=True)
+        (folder / "curve.json").write_text(json.dumps({"loss": losses}))
+        return losses[:steps]
+
+    monkeypatch.setattr(reference_run, "train", train)
+    words = ["--recipe", "small", "--runs", "float32", "--model", str(model), "--data_path", str(rows)]
+    words += ["--reference", str(curves), "--output_dir", str(tmp_path / "checked")]
+    try:
+        code = reference_run.main(words) or 0
+    except SystemExit as ended:
+        code = ended.code
+    told = capsys.readouterr().out
+    assert code == (reference_run.OUTSIDE if "OUTSIDE" in verdict else 0)
+    assert f"verdict: float32: {verdict}" in told and ("the first: step 8 has" in told) == bool(code)
+    assert (tmp_path / "checked" / "float32" / "reference.png").stat().st_size > 10_000
 
 
 @pytest.mark.slow
@@ -179,16 +222,16 @@ def test_other_weights_and_rows_have_no_verdict(recorded, tiny, tmp_path):
         (["--recipe", "full"], "--recipe full: the reference has only small"),
     ],
 )
-def test_what_is_asked_for_in_vain(recorded, words, expected, capfd, tmp_path):
-    model, rows, curves, _ = recorded
+def test_what_is_asked_for_in_vain(written, words, expected, capfd, tmp_path):
+    model, rows, curves = written
     words = ["--recipe", "small", *words, "--model", str(model), "--data_path", str(rows), "--reference", str(curves)]
     with pytest.raises(reference_run.UsageError, match=re.escape(expected)):
         reference_run.main([*words, "--output_dir", str(tmp_path)])
 
 
 @pytest.mark.slow
-def test_another_recipe_than_that_of_the_reference_is_said(recorded, tmp_path):
-    model, rows, curves, _ = recorded
+def test_another_recipe_than_that_of_the_reference_is_said(written, tmp_path):
+    model, rows, curves = written
     known = json.loads(curves.read_text())
     known["recipes"]["small"]["flags"]["learning_rate"] = "1e-5"
     (tmp_path / "other.json").write_text(json.dumps(known))

@@ -15,6 +15,7 @@ BESIDE = Path(sys.prefix) / "evaluation"  # where make installs lm-eval
 
 
 @pytest.mark.slow
+@pytest.mark.stress
 def test_tour(tmp_path):
     path = os.pathsep.join(filter(None, [str(BESIDE), os.environ.get("PYTHONPATH")]))
     words = [sys.executable, "-m", "scripts.quickstart", "--tour", "--folder", tmp_path / "tour"]

@@ -31,8 +31,8 @@ def readme_command(**changed):
     "architecture, layer, fsdp",
     [
         ("llama", "LlamaDecoderLayer", "full_shard auto_wrap"),
-        ("llama", "LLaMADecoderLayer", "full_shard auto_wrap offload"),
-        ("opt", "OPTDecoderLayer", "full_shard auto_wrap"),
+        pytest.param("llama", "LLaMADecoderLayer", "full_shard auto_wrap offload", marks=pytest.mark.stress),
+        pytest.param("opt", "OPTDecoderLayer", "full_shard auto_wrap", marks=pytest.mark.stress),
     ],
 )
 def test_readme_command(tiny, tmp_path, architecture, layer, fsdp):
@@ -200,6 +200,7 @@ def test_evaluation_loss_is_the_mean_over_target_tokens(tiny, tmp_path, processe
     assert logged == pytest.approx(total / targets, rel=1e-5)
 
 
+@pytest.mark.stress
 def test_tensorboard_and_wandb_offline(tiny, tmp_path):
     train(
         dict(
@@ -294,12 +295,14 @@ def test_every_recipe_is_tested():
     assert names == {*RECIPES, *LORA_RECIPES, "llama_7b_one_80gb", "llama_7b_2x8"}  # test_multinode.py
 
 
-OTHERS_OF_A_KIND = ("llama_13b", "llama2_7b_alpaca_cleaned", "claude2_alpaca_13b")  # other numbers than another has
+IN_SHORT = ("llama_7b", "humpback_llama_7b", "one_24gb_gpu")  # in make test: one of each kind
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.stress if name in OTHERS_OF_A_KIND else ()) for name in RECIPES]
-)
+def named(recipes):
+    return [pytest.param(name, marks=() if name in IN_SHORT else pytest.mark.stress) for name in recipes]
+
+
+@pytest.mark.parametrize("name", named(RECIPES))
 def test_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
     """Its own flags, a tiny model, one step of its batch; the published values are read back from the run. The first of
     each architecture on 2 sharded ranks, the others, to be quick, on one; one of them by torchrun."""
@@ -328,7 +331,7 @@ def test_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
     assert args.bf16 and bool(args.fsdp) == (env["NPROC"] == "2")
 
 
-@pytest.mark.parametrize("name", LORA_RECIPES)
+@pytest.mark.parametrize("name", named(LORA_RECIPES))
 def test_lora_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
     from conftest import free_port
 
@@ -354,6 +357,7 @@ def test_lora_recipe_in_miniature(tiny, tmp_path, name, monkeypatch):
     assert sorted(adapter["target_modules"]) == layers
 
 
+@pytest.mark.stress
 def test_7b_on_one_gpu_of_80_gb_in_miniature(tiny, tmp_path):
     """AdamW of 8 bits, killed after a checkpoint and continued: the same bits as the run that went through. The packing
     check and the estimate are those of any run."""
@@ -392,7 +396,7 @@ def test_the_saving_function_of_2023_that_forks_import(tiny, tmp_path):
     assert all(torch.equal(saved[name], tensor) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.stress  # test_tour.py runs it in `make test`, with more behind it
+@pytest.mark.stress  # `make test` has its story in test_weight_diff.py: train, publish, recover, ask
 @pytest.mark.parametrize("processes", [1, 2])
 def test_quickstart_in_the_folder_of_an_earlier_one(tmp_path, processes):
     """The whole story; a folder that quickstart did not make is left alone."""

@@ -245,7 +245,14 @@ def test_a_card_that_is_not_ours_stays_as_it_is(card, content, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [dict(backward=True), dict(prompt_boundary="split", model_max_length=40)], ids=str)
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(dict(backward=True), marks=pytest.mark.stress),
+        dict(prompt_boundary="split", model_max_length=40),
+    ],
+    ids=str,
+)
 def test_the_rows_of_a_run_are_measured_as_it_evaluates_them(tiny, tmp_path, monkeypatch, more):
     """Its own eval_loss is what comes out, with its prompts, direction, limit and boundary."""
     (tmp_path / "rows.json").write_text(json.dumps(ALL))

@@ -557,6 +557,7 @@ def test_the_harness_asks_vllm(tiny, tasks, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.stress
 def test_tasks_need_no_group(tiny, tasks, tmp_path, capsys):
     """Those of a folder without one: by name, or all of them. A group is not taken for what it does not list."""
     capitals = TASK.format(name="capitals", folder=tasks, data="small", target="answer", more="")

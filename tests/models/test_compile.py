@@ -79,7 +79,12 @@ def watched(tiny, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [pytest.param({}, marks=pytest.mark.stress), {"gradient_checkpointing": True}, {"batching": "padded"}]
+    "flags",
+    [
+        pytest.param({}, marks=pytest.mark.stress),
+        {"gradient_checkpointing": True},
+        pytest.param({"batching": "padded"}, marks=pytest.mark.stress),
+    ],
 )
 def test_layers_compile_once_and_compute_the_same_gradient(watched, capsys, flags):
     plain = watched(None, **flags)

@@ -30,7 +30,7 @@ def probe(tmp_path, real=False, **flags):
     return [json.loads(file.read_text()) for file in sorted(folder.glob("rank-*.json"))]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "opt"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("opt", marks=pytest.mark.stress)])
 def test_parameters_are_dtensor_shards(tiny, tmp_path, architecture):
     reports = probe(
         tmp_path,

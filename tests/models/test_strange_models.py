@@ -132,7 +132,16 @@ def model_of(folder) -> SimpleNamespace:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["train.py", "-m scripts.generate", "-m scripts.merge_lora", "weight_diff.py"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train.py",
+        *(
+            pytest.param(command, marks=pytest.mark.stress)
+            for command in ("-m scripts.generate", "-m scripts.merge_lora", "weight_diff.py")
+        ),
+    ],
+)
 def test_nothing_is_asked(tiny, tmp_path, command):
     """An answer is waiting on stdin, as from `yes |`: whoever asks gets it, and runs the code."""
     from support.adapters import LLAMA, make_adapter

@@ -191,7 +191,14 @@ def test_the_older_way_is_exact_to_finite_differences():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "ranks, more", [(1, {}), (2, {}), (2, dict(fsdp="full_shard")), (1, dict(batching="padded")), (1, dict(lora_r=4))]
+    "ranks, more",
+    [
+        pytest.param(1, {}, marks=pytest.mark.stress),
+        pytest.param(2, {}, marks=pytest.mark.stress),
+        (2, dict(fsdp="full_shard")),
+        pytest.param(1, dict(batching="padded"), marks=pytest.mark.stress),
+        pytest.param(1, dict(lora_r=4), marks=pytest.mark.stress),
+    ],
 )
 def test_runs_with_a_linear_head_are_the_same(tiny, tmp_path, ranks, more):
     """Packed, padded, with LoRA, on two ranks, sharded over two."""

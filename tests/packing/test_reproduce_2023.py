@@ -52,13 +52,18 @@ def flags_of(name: str, **more) -> dict:
 
 
 FSDP = dict(fsdp="full_shard auto_wrap", max_tokens_per_pack=700)  # several packs a step
+OTHERS = (("llama_1", "padded"), ("llama_2", "packed"), ("llama_2", "padded"))  # in make stress
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name, more",
     [
-        *((name, dict(batching=batching)) for name in CURVE for batching in ("packed", "padded")),
+        *(
+            pytest.param(name, dict(batching=batching), marks=pytest.mark.stress if (name, batching) in OTHERS else ())
+            for name in CURVE
+            for batching in ("packed", "padded")
+        ),
         ("llama_2", FSDP),
         # the same rows where they divide evenly, and the micro-batches of 2023
         ("llama_2", dict(reproduce_2023=False, loss_normalization="microbatch")),

@@ -474,6 +474,7 @@ def test_too_small_a_disk_is_refused_before_training(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.stress
 def test_a_disk_that_fills_in_the_middle_of_a_save_loses_nothing(tiny, tmp_path):
     """`ulimit -f` stands in for the full disk: the system refuses to write on. The optimizer is twice the weights."""
     flags = dict(

@@ -152,7 +152,7 @@ def kill_once(command, out, took, chance, at_a_save) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before, after", [(0, 2), (2, 0), pytest.param(2, "ddp", marks=LONG)])
+@pytest.mark.parametrize("before, after", [(0, 2), *(pytest.param(2, after, marks=LONG) for after in (0, "ddp"))])
 def test_another_number_of_processes_at_the_same_global_batch(tiny, tmp_path, before, after):
     """0 and "ddp" keep the optimizer whole, 2 ranks of FSDP keep it in shards: each continues from the other."""
 
@@ -454,7 +454,7 @@ def test_a_finished_run_started_again_says_so(tiny, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule, processes, fsdp", [("linear", 0, ""), ("cosine", 2, FSDP)])
+@pytest.mark.parametrize("schedule, processes, fsdp", [pytest.param("linear", 0, "", marks=LONG), ("cosine", 2, FSDP)])
 def test_a_run_made_longer_follows_the_longer_schedule_at_once(tiny, tmp_path, schedule, processes, fsdp):
     flags = flags_for(tiny("llama"), tmp_path, lr_scheduler_type=schedule, warmup_steps=2, fsdp=fsdp)
     for name, steps in (("long", 8), ("short", 4)):

@@ -94,6 +94,7 @@ def test_weights_are_as_readable_as_other_files(flags, tmp_path, kind):
     assert all(str(tmp_path / "out") in way for way in ways)
 
 
+@pytest.mark.stress
 def test_a_resumed_run_says_where_it_goes_on(flags, tmp_path):
     saving = flags | {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
     train(saving)

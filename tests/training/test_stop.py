@@ -101,7 +101,7 @@ def undisturbed(tiny, tmp_path_factory):
 @pytest.mark.parametrize(
     "send, number, fsdp",
     [
-        (to_torchrun, signal.SIGTERM, ""),
+        STRESS(to_torchrun, signal.SIGTERM, ""),
         STRESS(to_torchrun, signal.SIGINT, "full_shard auto_wrap"),
         (to_last_rank, signal.SIGTERM, "full_shard auto_wrap"),
         STRESS(to_first_rank, signal.SIGINT, ""),
@@ -129,7 +129,7 @@ def test_two_ranks_stop_at_the_same_step(tiny, tmp_path, undisturbed, send, numb
     [
         (to_torchrun, signal.SIGTERM, {}),  # to the process itself
         STRESS(to_group, signal.SIGTERM, {"dataloader_num_workers": 2}),
-        (to_group, signal.SIGINT, {"save_only_model": True}),
+        STRESS(to_group, signal.SIGINT, {"save_only_model": True}),
         STRESS(to_torchrun, signal.SIGINT, {"gradient_accumulation_steps": 2, "batching": "padded"}),
     ],
 )

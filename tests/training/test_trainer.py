@@ -67,7 +67,7 @@ def not_ahead(tiny, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", AHEAD)
+@pytest.mark.parametrize("way", [pytest.param("ahead", marks=pytest.mark.stress), "worker"])
 def test_steps_that_are_fetched_ahead_change_no_bit(not_ahead, tmp_path, way):
     """By the process itself, as always, or by a worker. Also across a resume."""
     flags, alone = not_ahead
@@ -102,7 +102,7 @@ def test_a_step_is_fetched_before_it_is_due():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.stress), 1])
 def test_a_step_that_fails_ends_the_run_with_its_message(tiny, tmp_path, workers):
     """At once: neither the worker, which leaves signals to the run, nor its copy of the signals' pipe keeps it."""
     flags = dict(model_name_or_path=tiny("llama"), data_path=write_rows(tmp_path / "rows.json", 60), learning_rate=1e30)
