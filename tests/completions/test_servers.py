@@ -5,11 +5,13 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -350,6 +352,86 @@ def test_a_failure_is_counted_once_for_all_that_were_under_way():
     assert server.failures == 1 and server.limit == 1 and server.limit_now(2.0) == 0
     server.failed(3.0, 3.1, NotNow("x", wait=7.0))
     assert server.rests_until == pytest.approx(10.1)
+
+
+# ---- the recipe ----
+
+VLLM = """#!{python}
+# stands in for `vllm serve MODEL --host H --port P …`; the second of the first node dies once
+import os, sys, time
+sys.path[:0] = [{root!r}, {tests!r}]
+from support.completion_server import CompletionServer, tasks
+words = dict(zip(sys.argv[3::2], sys.argv[4::2]))
+node, died = int(os.environ["SLURM_NODEID"]), {died!r}
+print(sys.argv[1:], os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+with CompletionServer(
+    tasks, (sys.argv[2],), delay=0.01, port=int(words["--port"]), host=f"127.0.0.{{node + 1}}"
+) as server:
+    while os.getppid() > 1:
+        if node == 0 and os.environ["CUDA_VISIBLE_DEVICES"] == "2,3" and len(server.requests) > 9:
+            if not os.path.exists(died):
+                open(died, "w").close()
+                os._exit(1)
+        time.sleep(0.05)
+"""
+
+
+def test_the_slurm_script_asks_a_server_on_every_gpu(tmp_path):
+    """recipes/generate_vllm.slurm on two nodes of two servers of two GPUs; vllm and Slurm are stood in for."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1; echo 127.0.0.2\n")
+    (folder / "srun").write_text(
+        "#!/bin/bash\ntrap 'for pid in $pids; do kill -- -$pid; done' TERM\n"
+        'for node in 0 1; do SLURM_NODEID=$node setsid "$@" & pids="$pids $!"; done\nwait\n'
+    )
+    names = {"python": sys.executable, "root": str(ROOT), "tests": str(ROOT / "tests"), "died": str(tmp_path / "died")}
+    (folder / "vllm").write_text(VLLM.format(**names))
+    for file in folder.iterdir():
+        file.chmod(0o755)
+    port = free_port_of_four()
+    env = dict(
+        os.environ,
+        PATH=f"{folder}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        MODEL="org/model",
+        NUMBER="800",
+        OUTPUT=str(tmp_path / "out"),
+        GPUS_PER_SERVER="2",
+        SLURM_GPUS_ON_NODE="4",
+        SLURM_JOB_ID=str(port - 20000),
+        SLURM_JOB_NODELIST="n[0-1]",
+        SLURM_SUBMIT_DIR=str(ROOT),
+    )
+    done = subprocess.run(
+        ["bash", "recipes/generate_vllm.slurm", "--seed", "1", "--similarity_details", "False"],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "out" / "generation_report.json").read_text())
+    urls = [f"http://127.0.0.{node}:{port + n}/v1" for node in (1, 2) for n in (0, 1)]
+    assert [server["address"] for server in report["servers"]] == urls
+    assert all(server["answers"] for server in report["servers"]) and (tmp_path / "died").exists()
+    assert len(json.loads((tmp_path / "out" / "regen.json").read_text())) >= 800
+    log = (tmp_path / "out" / "vllm-0-1.log").read_text().splitlines()
+    words = ["serve", "org/model", "--host", "0.0.0.0", "--port", str(port + 1), "--tensor-parallel-size", "2"]
+    assert log[0] == f"{words} 2,3"
+
+
+def free_port_of_four():
+    """Return a port above 20,000 that is free with its neighbour."""
+    for port in range(21_000, 39_000, 7):
+        try:
+            for at in (port, port + 1):
+                with socket.socket() as probe:
+                    probe.bind(("127.0.0.1", at))
+            return port
+        except OSError:
+            continue
+    raise AssertionError("no port is free")
 
 
 # ---- kills ----

@@ -95,8 +95,9 @@ class CompletionServer:
         faults: Callable[[Request], Any] | None = None,
         delay: float = 0.0,
         port: int = 0,
+        host: str = "127.0.0.1",
     ):
-        self.port = port  # 0: any that is free
+        self.host, self.port = host, port  # 0: any that is free
         self.answer, self.models, self.script, self.faults, self.delay = answer, models, script or [], faults, delay
         self.requests: list[Request] = []  # for completions
         self.other_requests: list[Request] = []
@@ -105,7 +106,7 @@ class CompletionServer:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/v1"
+        return f"http://{self.host}:{self.port}/v1"
 
     def __enter__(self) -> "CompletionServer":
         started = threading.Event()
@@ -120,7 +121,7 @@ class CompletionServer:
 
     async def _run(self, started: threading.Event) -> None:
         self._loop, self._stop, self._tasks = asyncio.get_running_loop(), asyncio.Event(), set()
-        server = await asyncio.start_server(self._connection, "127.0.0.1", self.port, limit=2**26)
+        server = await asyncio.start_server(self._connection, self.host, self.port, limit=2**26)
         self.port = server.sockets[0].getsockname()[1]
         started.set()
         await self._stop.wait()
