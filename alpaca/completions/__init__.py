@@ -5,4 +5,5 @@ runner     many requests at a time, each answered once
 rows       the rows of a file, answered
 journal    answers on disk as they come; a rerun continues
 budget     dollars and progress
+servers    several servers as one model
 """

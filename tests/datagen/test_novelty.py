@@ -6,11 +6,11 @@ from functools import partial
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, ROOT, SHARED
 from rouge_score import rouge_scorer, scoring
 
 from alpaca.datagen import novelty
-from alpaca.datagen.novelty import NoveltyFilter, Similarity, common_tokens
+from alpaca.datagen.novelty import Exclusion, NoveltyFilter, Similarity, common_tokens
 
 ROUGE = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
 GENERATE = GOLDEN / "generate"
@@ -246,3 +246,179 @@ def test_tokens_are_those_of_rouge_score():
     ]
     texts += make_candidates(500, draw) + ["K ſ İ ı ß ﬁ ² ٣ \u2028 \x1c \x85"]
     assert [novelty.tokenize(text) for text in texts] == [ROUGE._tokenizer.tokenize(text) for text in texts]
+
+
+# ---- the index loses nothing ----
+
+
+def decisions_by_scan(known: list[str], candidates: list[str], threshold: float = 0.7) -> list[bool]:
+    """Whether each candidate is kept, by comparing it with all that is known."""
+    numbers: dict[str, int] = {}
+    encode = lambda text: [numbers.setdefault(token, len(numbers) + 1) for token in novelty.tokenize(text)]  # noqa: E731
+    pool, kept = [encode(text) for text in known], []
+    for text in candidates:
+        code = encode(text)
+        common = common_tokens([code], pool, 2)[0] if pool else np.zeros(0, dtype=np.uint16)
+        lengths = np.array([len(other) for other in pool], dtype=np.int64)
+        kept.append(not novelty.f_measures(common, len(code), lengths).max(initial=0.0) > threshold)
+        if kept[-1]:
+            pool.append(code)
+    return kept
+
+
+def changed(text: str, draw: random.Random, words: list[str]) -> str:
+    """The text with tokens replaced, dropped, repeated, moved, or more of them."""
+    tokens = text.split() or ["x"]
+    for _ in range(draw.randrange(1, max(2, len(tokens) // 2))):
+        at, kind = draw.randrange(len(tokens)), draw.randrange(5)
+        if kind == 0:
+            tokens[at] = draw.choice(words)
+        elif kind == 1 and len(tokens) > 1:
+            del tokens[at]
+        elif kind == 2:
+            tokens.insert(at, tokens[draw.randrange(len(tokens))])
+        elif kind == 3:
+            tokens.append(tokens.pop(at))
+        else:
+            tokens += draw.choices(words, k=draw.randrange(1, 4))
+    return " ".join(tokens)
+
+
+def hard_texts(number: int, draw: random.Random, vocabulary: int, longest: int) -> list[str]:
+    """Texts and changed ones of a vocabulary, in which low numbers are frequent."""
+    words = [f"w{i}" for i in range(vocabulary)]
+    made = [""]
+    while len(made) < number:
+        if draw.random() < 0.6:
+            made.append(changed(draw.choice(made), draw, words))
+        else:
+            count = draw.choice([1, 2, 3, 7, 13, draw.randrange(1, longest)])
+            made.append(" ".join(words[int(vocabulary * draw.random() ** 3)] for _ in range(count)))
+        if len(made[-1].split()) > longest:
+            made.pop()
+    return made
+
+
+@pytest.mark.parametrize("details", [False, True])
+@pytest.mark.parametrize("vocabulary, longest", [(1, 40), (3, 25), (30, 20), (300, 20), (3000, 12), (200, 150)])
+@pytest.mark.parametrize("threshold", [0.7, 0.0, 0.5, 1.0])
+def test_decisions_are_those_of_a_full_scan(monkeypatch, vocabulary, longest, threshold, details):
+    """With segments that merge at once, many chunks, and tokens that the ranking does not know."""
+    monkeypatch.setattr(novelty, "SMALL", 40)
+    monkeypatch.setattr(novelty, "CHUNK", 97)
+    monkeypatch.setattr(novelty, "PAIRS", 5)
+    draw = random.Random(f"{vocabulary} {longest} {threshold}")
+    texts = hard_texts(700, draw, vocabulary, longest)
+    known, candidates = texts[:60], texts[60:]
+    expected = decisions_by_scan(known, candidates, threshold)
+    novelty_filter = NoveltyFilter(known[:7], threshold, details=details)
+    novelty_filter.add(known[7:])
+    found, at = [], 0
+    while at < len(candidates):
+        size = draw.choice([1, 3, 50, 300])
+        found += [result is not None for result in novelty_filter.filter(candidates[at : at + size])]
+        at += size
+    assert found == expected
+    assert len(novelty_filter) == 60 + sum(expected)
+
+
+def test_pairs_at_the_very_bound_are_found():
+    """All lengths to 40, as many tokens in common as F above 0.7 needs and one less, at the end of both where only the
+    last places of the index can find them; frequent tokens and rare ones."""
+    words = [f"w{i}" for i in range(120)]
+    noise = [" ".join(words[i % 7 : i % 7 + 4]) for i in range(30)]
+    for m in range(1, 41):
+        for n in range(m, 41):
+            fewest = next((c for c in range(1, m + 1) if scoring.fmeasure(c / n, c / m) > 0.7), m + 1)
+            for common in {fewest, fewest - 1} & set(range(m + 1)):
+                shared = words[40 - common : 40]
+                known, candidate = (
+                    " ".join(words[80 : 80 + n - common] + shared),
+                    " ".join(words[41 : 41 + m - common] + shared),
+                )
+                expected = decisions_by_scan([known, *noise], [candidate])
+                assert [
+                    r is not None for r in NoveltyFilter([known, *noise], details=False).filter([candidate])
+                ] == expected
+
+
+def test_long_texts_without_details():
+    novelty_filter = NoveltyFilter(["a " * 70_000, " ".join(f"w{i}" for i in range(70_000))], details=False)
+    near = " ".join(f"w{i}" for i in range(9_000, 80_000))
+    assert novelty_filter.filter(["a " * 60_000 + "b", near, "a " * 30_000, "b a"]) == [
+        None,
+        None,
+        novelty.NEW,
+        novelty.NEW,
+    ]
+    assert novelty_filter.filter(["a " * 29_000]) == [None]
+
+
+def test_without_details_no_text_is_kept(run_2023):
+    known, candidates, expected = run_2023
+    novelty_filter = NoveltyFilter(known, details=False)
+    results = in_calls_of(novelty_filter, 40, candidates)
+    assert [result is None for result in results] == [result is None for result in expected]
+    assert all(result is None or result._asdict() == {} for result in results)
+    assert novelty_filter._texts == novelty_filter._codes == []
+
+
+def real_instructions() -> list[str]:
+    if not (SHARED / "alpaca_data.json").exists():
+        pytest.skip("the original rows are not here")
+    return [row["instruction"] for row in json.loads((SHARED / "alpaca_data.json").read_text())]
+
+
+def recombined(real: list[str], number: int, draw: random.Random) -> list[str]:
+    """Real instructions, words of which are replaced by other real ones."""
+    words, made = [word for text in real for word in text.split()], []
+    while len(made) < number:
+        tokens = draw.choice(real).split()
+        for _ in range(round(len(tokens) * draw.uniform(0.1, 0.7))):
+            tokens[draw.randrange(len(tokens))] = draw.choice(words)
+        made.append(" ".join(tokens))
+    return made
+
+
+@pytest.mark.parametrize("number", [3_000, pytest.param(200_000, marks=pytest.mark.stress)])
+def test_decisions_on_real_instructions(number):
+    """Beginning with none. The scan of 200,000 takes some minutes."""
+    draw = random.Random(0)
+    real = real_instructions()
+    texts = real[: number // 2] + recombined(real, number - min(number // 2, len(real)), draw)
+    draw.shuffle(texts)
+    found = [r is not None for r in in_calls_of(NoveltyFilter([], details=False), 500, texts)]
+    assert found == decisions_by_scan([], texts) and 0.3 < sum(found) / len(found) < 0.999
+
+
+# ---- evaluation sets ----
+
+
+def excluded_by_scan(texts: list[str], candidate: str, ngram: int = 13) -> bool:
+    tokens, runs = novelty.tokenize(candidate), lambda t: {tuple(t[i : i + ngram]) for i in range(len(t) - ngram + 1)}
+    for text in texts:
+        other = novelty.tokenize(text)
+        if rouge_scorer._score_lcs(other, tokens).fmeasure > 0.7 or runs(other) & runs(tokens):
+            return True
+        if text.split() and text.casefold().split() == candidate.casefold().split():
+            return True
+    return False
+
+
+def test_instructions_of_an_evaluation_set_are_excluded():
+    draw = random.Random(4)
+    words = [f"w{i}" for i in range(400)]
+    texts = hard_texts(150, draw, 400, 40) + ["解释一下 这个", "Ünïcode Über alles", "  "]
+    inside = []
+    for _ in range(300):  # 12 to 14 tokens of a text inside of others
+        source = draw.choice([text for text in texts if len(text.split()) > 15]).split()
+        size = draw.choice([11, 12, 13, 14])
+        at = draw.randrange(len(source) - size)
+        around = [draw.choices(words, k=draw.randrange(5, 40)) for _ in range(2)]
+        inside.append(" ".join(around[0] + source[at : at + size] + around[1]))
+    candidates = inside + [changed(draw.choice(texts), draw, words) for _ in range(400)]
+    candidates += ["解释一下  这个", "解释一下", "ÜNÏCODE über ALLES", "", " ", *texts]
+    expected = [excluded_by_scan(texts, candidate) for candidate in candidates]
+    assert Exclusion(texts).matches(candidates) == expected
+    assert 0.3 < sum(expected) / len(expected) < 0.9
+    assert Exclusion([]).matches(["Name a bird.", ""]) == [False, False] and Exclusion(texts).matches([]) == []
