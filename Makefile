@@ -1,7 +1,7 @@
 # make quickstart   the Alpaca recipe on this machine, in miniature: train, save, reload, answer
 # make tour         the whole story in miniature: generate, train, publish, recover, talk, evaluate
 # make reference    is my loss right? SmolLM2-135M on DATA=alpaca_data.json, compared with the expected curve; STEPS=20
-# make test         the test suite (under 10 minutes on 2 cores); test-fast: under 1; stress: half an hour
+# make test         the test suite (under 10 minutes on 2 cores); test-fast: under 1; stress: 45 or more
 # make test-gpu     what may differ on a GPU; with a torch of your own: TEST_ON_GPU=1 python -m pytest tests/gpu
 # make lint         ruff
 #
