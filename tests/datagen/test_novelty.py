@@ -413,8 +413,8 @@ def test_instructions_of_an_evaluation_set_are_excluded():
     for _ in range(300):  # 12 to 14 tokens of a text inside of others
         source = draw.choice([text for text in texts if len(text.split()) > 15]).split()
         size = draw.choice([11, 12, 13, 14])
-        at = draw.randrange(len(source) - size)
-        around = [draw.choices(words, k=draw.randrange(5, 40)) for _ in range(2)]
+        at = draw.choice([0, len(source) - size, draw.randrange(len(source) - size)])
+        around = [draw.choices(words, k=draw.choice([0, 30])), draw.choices(words, k=draw.choice([0, 30]))]
         inside.append(" ".join(around[0] + source[at : at + size] + around[1]))
     candidates = inside + [changed(draw.choice(texts), draw, words) for _ in range(400)]
     candidates += ["解释一下  这个", "解释一下", "ÜNÏCODE über ALLES", "", " ", *texts]
