@@ -12,9 +12,10 @@ from typing import Any
 from alpaca.common.errors import InputError, ParameterError, UsageError, format_first
 from alpaca.common.files import atomic_write, refuse_other_arguments
 from alpaca.completions.api import NO_REASON, Model, Request, Sampling, seed_of, was_cut
+from alpaca.completions.batch_endpoint import runner_for
 from alpaca.completions.budget import Budget, Progress
 from alpaca.completions.journal import Journal
-from alpaca.completions.runner import Entry, RequestRunner, answered_before
+from alpaca.completions.runner import Entry, answered_before
 from alpaca.data.rows import Row
 
 MOST_WORDS = 6  # of finish_reason that are named one by one
@@ -59,7 +60,7 @@ class BatchCompletion:
             return asyncio.run(self._ask(journal, before, requests))
 
     async def _ask(self, journal: Journal, before: dict[int, Entry], requests: Iterable[Request]) -> dict[int, Entry]:
-        async with RequestRunner(self.model, journal, self.budget, self.concurrency, overflows_count=False) as runner:
+        async with runner_for(self.model, journal, self.budget, self.concurrency, overflows_count=False) as runner:
             journal.append({"kind": "run", "how": self.how, "time": time.time()})
             rows = {request.key: request for request in requests}
             runner.known = {key: entry for key, entry in before.items() if key in rows and entry["kind"] == "answer"}

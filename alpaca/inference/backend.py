@@ -11,9 +11,11 @@ from alpaca.common.commands import check_numbers, flag
 from alpaca.common.errors import InputError, ParameterError, masked
 from alpaca.common.files import digest, parse_json
 from alpaca.completions.api import Model, Request, Sampling, seed_of
+from alpaca.completions.budget import BATCH_RATE
 from alpaca.data.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt
-from alpaca.inference.client import Client
+from alpaca.inference.client import Client, api_by_name
 
+NOWHERE = "http://localhost/v1"  # an address that is not asked
 OF_THE_COMMAND = {  # fields of a request that --extra_body may not set, and what sets them
     **dict.fromkeys(("model", "messages", "prompt", "stop", "seed", "logit_bias"), "the command itself sets it"),
     **dict.fromkeys(("stream", "stream_options"), "answers are not streamed"),
@@ -39,6 +41,10 @@ class BackendFlags:
     base: str | None = flag(None, "The base model of a folder with an adapter or a diff.")
     load_in_8bit: bool = flag(False, "Quantize a folder's weights with bitsandbytes.")
     load_in_4bit: bool = flag(False, "Quantize a folder's weights with bitsandbytes.")
+    batch: bool = flag(False, "Ask through the server's batch endpoint (OpenAI: half price, within 24 hours).")
+    batch_dir: str | None = flag(
+        None, "Folder for files of vLLM's run-batch: requests are written there, answers read; no server is asked."
+    )
 
     def check(self) -> None:
         """Raise UsageError for a value that no model takes."""
@@ -46,6 +52,18 @@ class BackendFlags:
             raise ParameterError(f"{{api}} {self.api}: expected auto, chat or completions", "api")
         check_numbers(batch_size=self.batch_size, concurrency=self.at_once)
         self.extra_fields()
+        if self.batch and self.batch_dir is not None:
+            raise ParameterError("{batch} asks a server, and {batch_dir} none: give one of them", "batch", "batch_dir")
+        if self.batch_dir is not None and self.base_url is not None:
+            message = "{batch_dir} asks no server: omit {base_url}, or ask its batch endpoint with {batch}"
+            raise ParameterError(message, "batch", "batch_dir", "base_url")
+        if self.batch_dir is not None and (not self.batch_dir.strip() or Path(self.batch_dir).is_file()):
+            raise ParameterError(f"{{batch_dir}} {self.batch_dir}: expected a folder", "batch_dir")
+
+    @property
+    def rate(self) -> float:
+        """Return which part of the prices is paid."""
+        return BATCH_RATE if self.batch else 1.0
 
     def extra_fields(self) -> dict[str, Any]:
         """Return the fields of `extra_body`. Raise ParameterError if it is no JSON object, or sets what the command
@@ -86,6 +104,11 @@ def open_backend(model: str, flags: BackendFlags, chat: bool = True) -> Model:
         UsageError: a flag that does not fit, a folder that cannot be opened, a bad address.
     """
     flags.check()
+    if flags.batch_dir is not None:
+        api = api_by_name(model) if flags.api == "auto" else flags.api
+        client = Client(model, NOWHERE, api, extra_body=flags.extra_fields())
+        client.batch_dir = flags.batch_dir
+        return client
     if not is_folder(model, flags.base_url):
         for name in ("base", "load_in_8bit", "load_in_4bit"):
             if getattr(flags, name):
@@ -94,7 +117,11 @@ def open_backend(model: str, flags: BackendFlags, chat: bool = True) -> Model:
         at_openai = not flags.base_url and not os.environ.get("OPENAI_BASE_URL")
         if at_openai and model.startswith(("/", "./", "../", "~")):
             raise InputError(f"{model}: no such folder", model)
-        return Client(model, flags.base_url, flags.api, extra_body=flags.extra_fields())
+        client = Client(model, flags.base_url, flags.api, extra_body=flags.extra_fields())
+        client.batch = flags.batch
+        return client
+    if flags.batch:
+        raise ParameterError(f"{{batch}} is for a server; {model} is a folder", "batch")
     if flags.extra_body is not None:
         raise ParameterError(f"{{extra_body}} is for a server; {model} is a folder", "extra_body")
     from alpaca.inference.local_model import LocalModel
