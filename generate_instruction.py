@@ -32,6 +32,7 @@ from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, masked, reported
 from alpaca.common.files import parse_json, refuse_overwriting_input
 from alpaca.completions.api import Request, Sampling, SamplingFlags
+from alpaca.completions.batch_endpoint import runner_for
 from alpaca.completions.budget import BudgetFlags, Progress, estimate
 from alpaca.completions.journal import Journal
 from alpaca.completions.rows import BatchCompletion, write_answered, write_rows
@@ -92,6 +93,8 @@ def generate_instruction_following_data(
     similarity_details: bool = True,
     exclude: str | None = None,
     extra_body: str | None = None,
+    batch: bool = False,
+    batch_dir: str | None = None,
     budget: BudgetFlags = NO_BUDGET,
 ) -> None:
     """Generate tasks until num_instructions_to_generate are kept, into regen.json; a rerun continues.
@@ -122,6 +125,8 @@ def generate_instruction_following_data(
             the cost of a task does not grow with their number.
         exclude: An evaluation set; a task that has 13 words in a row from it, or ROUGE-L above 0.7 to it, is dropped.
         extra_body: JSON object of other fields for every request to a server, such as {"reasoning_effort": "low"}.
+        batch: Ask through the server's batch endpoint (OpenAI: half price, within 24 hours).
+        batch_dir: Folder for files of vLLM's run-batch: requests are written there, answers read; no server is asked.
 
     Raises:
         UsageError: a bad flag, file, key, address or model, before anything is asked, or the limit of cost.
@@ -143,9 +148,9 @@ def generate_instruction_following_data(
         raise UsageError(f"--parser {parser}: expected auto, original or robust")
     sampling = SamplingFlags(temperature, top_p, max_tokens).sampling()
     sampling = replace(sampling, logit_bias=_read_bias(logit_bias))
-    spent = budget.budget()
-    backend = BackendFlags(base_url, api, concurrency, extra_body, request_batch_size)
+    backend = BackendFlags(base_url, api, concurrency, extra_body, request_batch_size, batch=batch, batch_dir=batch_dir)
     backend.check()
+    spent = budget.budget(backend.rate)
     excluded = read_excluded(exclude) if exclude else ()
     if budget.dry_run:
         draw = random.Random(f"{seed} 0")
@@ -174,7 +179,7 @@ def generate_instruction_following_data(
             print(f"continuing: {state.answers:,} answers from the journal", flush=True)
         run = {"kind": "run", "seed": state.seed, "model": model_name, "time": time.time()}
         run |= {"extra_body": masked(extra_body)} if extra_body else {}
-        runner = RequestRunner(model, journal, spent, backend.at_once, state.known)
+        runner = runner_for(model, journal, spent, backend.at_once, state.known)
         asyncio.run(_generate(state, runner, sampling, parser, num_instructions_to_generate, run))
     runner.refuse_stop_by_cost(len(state.rows), num_instructions_to_generate)
     if len(state.rows) < num_instructions_to_generate:
@@ -275,7 +280,7 @@ def generate_responses(
     Raises:
         UsageError: a bad flag, file, key, address or model, the limit of cost, or rows without an answer.
     """
-    spent, answerer = budget.budget(), ModelBackend(model, sampling.sampling(), backend)
+    spent, answerer = budget.budget(backend.rate), ModelBackend(model, sampling.sampling(), backend)
     refuse_overwriting_input(output_path, data_path)
     if prompt not in ("auto", "plain", "alpaca"):
         raise UsageError(f"--prompt {prompt}: expected auto, plain or alpaca")

@@ -167,7 +167,7 @@ def augment(
         keep_cut: Keep instructions that were cut at max_new_tokens; else they are left out, and counted.
         drop_failed: Leave out texts that the model does not answer; else they are an error at the end.
     """
-    spent, answerer = budget.budget(), ModelBackend(model, sampling.sampling(), backend, seed)
+    spent, answerer = budget.budget(backend.rate), ModelBackend(model, sampling.sampling(), backend, seed)
     if backend.api == "auto":
         raise UsageError("--api auto: expected completions, or chat")
     refuse_overwriting_input(output_path, data_path)
@@ -280,7 +280,7 @@ def curate(
     if data_path is None:
         curation = Curation(raw_rows(ratings_path), ratings_path)
     else:
-        spent, rater = budget.budget(), ModelBackend(model, sampling.sampling(), backend, seed)
+        spent, rater = budget.budget(backend.rate), ModelBackend(model, sampling.sampling(), backend, seed)
         if ratings > 1 and sampling.temperature == 0:
             raise UsageError(f"--ratings {ratings}: at --temperature 0 they are all the same")
         templates = load_prompt_template(prompt_template) if prompt_template else None

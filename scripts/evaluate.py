@@ -176,7 +176,7 @@ def win_rate(
     Raises:
         UsageError: a bad flag, file, key, address or model, the limit of cost, or pairs without a verdict.
     """
-    spent, judging = budget.budget(), ModelBackend(judge, sampling.sampling(), backend, known_as="judge")
+    spent, judging = budget.budget(backend.rate), ModelBackend(judge, sampling.sampling(), backend, known_as="judge")
     if orders not in ("both", "one"):
         raise UsageError(f"--orders {orders}: expected both or one")
     result_path = output_path or f"{data_path.removesuffix('.json')}.win_rate.json"

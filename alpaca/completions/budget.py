@@ -15,6 +15,7 @@ from alpaca.completions.api import whole_characters
 
 FIRST_LINE = 30.0  # seconds without an answer until a log says so; the next line comes after twice as many
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # the rate is in the postfix
+BATCH_RATE = 0.5  # of the prices, at OpenAI's batch endpoint
 ENVELOPE = 256  # tokens that a chat template may add to a prompt, at most
 
 
@@ -29,15 +30,19 @@ class Budget:
     completion_tokens: int = 0
     unanswered: float = 0.0  # dollars that answers may have cost which did not arrive, or came without token counts
     reserved: dict[int, float] = field(default_factory=dict)  # by request in flight
+    rate: float = 1.0  # of the prices, for what is asked now
+    spared: list[float] = field(default_factory=lambda: [0.0, 0.0])  # tokens in and out that lower rates took off
 
     @property
     def cost(self) -> float:
-        tokens = self.prompt_tokens * self.price_in + self.completion_tokens * self.price_out
+        tokens = (self.prompt_tokens - self.spared[0]) * self.price_in
+        tokens += (self.completion_tokens - self.spared[1]) * self.price_out
         return tokens / 1e6 + self.unanswered
 
     def max_cost_of(self, prompt: str, max_tokens: int) -> float:
         """Return the dollars that a request can cost at most: no tokenizer makes more tokens than a text has bytes."""
-        return ((len(prompt.encode(errors="replace")) + ENVELOPE) * self.price_in + max_tokens * self.price_out) / 1e6
+        tokens_in = len(prompt.encode(errors="replace")) + ENVELOPE
+        return self.rate * (tokens_in * self.price_in + max_tokens * self.price_out) / 1e6
 
     def allows(self, amount: float) -> bool:
         return self.max_cost is None or self.cost + sum(self.reserved.values()) + amount <= self.max_cost
@@ -46,6 +51,8 @@ class Budget:
         self.prompt_tokens += entry.get("prompt_tokens") or 0
         self.completion_tokens += entry.get("completion_tokens") or 0
         self.unanswered += entry.get("unanswered") or 0.0
+        for at, name in enumerate(("prompt_tokens", "completion_tokens")):
+            self.spared[at] += (1.0 - entry.get("rate", 1.0)) * (entry.get(name) or 0)
 
 
 @dataclass(frozen=True)
@@ -59,15 +66,18 @@ class BudgetFlags:
     )
     dry_run: bool = flag(False, "Print one prompt and an estimate of tokens and cost, and ask nothing.")
 
-    def budget(self) -> Budget:
-        """Return the budget. Raise ParameterError for prices below 0 and a limit that is none."""
+    def budget(self, rate: float = 1.0) -> Budget:
+        """Return the budget, with a `rate` of the prices. Raise ParameterError for prices below 0 and a limit that is
+        none."""
         names = ("price_in", "price_out", "max_cost")
         if not all(0 <= price < math.inf for price in (self.price_in, self.price_out)):
             raise ParameterError("{price_in}, {price_out}: expected dollars per million tokens, at least 0", *names)
         if self.max_cost is not None and not (0 < self.max_cost < math.inf and self.price_in + self.price_out > 0):
             expected = "expected dollars above 0, with {price_in} and {price_out}"
             raise ParameterError(f"{{max_cost}} {self.max_cost}: {expected}", *names)
-        return Budget(self.price_in, self.price_out, self.max_cost)
+        if rate == BATCH_RATE and self.price_in + self.price_out > 0:
+            print("prices are halved, as for OpenAI's batches", flush=True)
+        return Budget(self.price_in, self.price_out, self.max_cost, rate=rate)
 
 
 class Progress:
@@ -141,7 +151,7 @@ def estimate(prompts: list[str], requests: int, max_tokens: int, budget: Budget)
     one."""
     prompts = list(map(whole_characters, prompts))
     tokens = round(fmean(len(prompt.encode()) for prompt in prompts) / 4)
-    likely = requests * (tokens * budget.price_in + max_tokens // 2 * budget.price_out) / 1e6
+    likely = budget.rate * requests * (tokens * budget.price_in + max_tokens // 2 * budget.price_out) / 1e6
     most = requests * fmean(budget.max_cost_of(prompt, max_tokens) for prompt in prompts)
     cost = f": about ${likely:.2f}, at most ${most:.2f}" if most else "; without prices nothing is known of the cost"
     return (

@@ -20,11 +20,15 @@ from alpaca.completions.api import whole_characters
 NEEDED = {  # fields of an entry, by its kind
     **dict.fromkeys(("sent", "lost"), ("index", "most")),
     **dict.fromkeys(("answer", "failed", "refused"), ("index",)),
+    "batch": ("number", "token", "state"),
     "saved": ("next", "rows", "sha256", "counts", "kept_at"),
 }
-TEXTS = ("kind", "text", "finish_reason", "reasoning", "error", "parser", "sha256", "model")
+TEXTS = ("kind", "text", "finish_reason", "reasoning", "error", "parser", "sha256", "model", "token", "state", "by")
+TEXTS += ("file", "file_id", "id")  # of a batch
 COUNTS = ("index", "next", "rows", "examples", "prompt_tokens", "completion_tokens")
-DOLLARS = ("most", "unanswered")
+COUNTS += ("number", "batch", "requests", "first", "last")  # of a batch
+DOLLARS = ("most", "unanswered", "rate")
+CLOSED = ("collected", "failed")  # states of a batch that nothing more is expected of
 
 
 class Journal:
@@ -40,6 +44,7 @@ class Journal:
         self.output = output or self.path.parent
         self.writing = threading.Lock()
         self.reader: IO[bytes] | None = None
+        self.batches: dict[int, dict[str, Any]] = {}  # what was noted of each, by its number; filled by reading
         made = [folder for folder in (self.path.parent, *self.path.parent.parents) if not folder.exists()]
         self.made = [] if self.path.exists() else [self.path, *made]  # deepest first
         try:
@@ -108,6 +113,7 @@ class Journal:
                     raise UsageError(
                         f"{self.path}, line {number}: is damaged ({error}); delete this line to go on without it"
                     ) from error
+                self._note(entry)
                 yield at, _whole(entry, line)
                 at += len(line)
 
@@ -137,7 +143,16 @@ class Journal:
             except OSError as error:
                 self._forget(begin)
                 raise InputError(f"{self.output}: cannot be written ({error.strerror})", self.output) from error
+        self._note(entry)
         return begin
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        """Remember what became of a batch, and while it is open which of its requests have an entry, of which kind."""
+        if entry["kind"] == "batch":
+            known = {} if entry["state"] in CLOSED else self.batches.get(entry["number"], {})
+            self.batches[entry["number"]] = known | entry
+        elif (batch := self.batches.get(entry.get("batch", -1))) is not None and batch["state"] not in CLOSED:
+            batch.setdefault("done", {})[entry["index"]] = entry["kind"]
 
     def _forget(self, size: int) -> None:
         try:
@@ -204,7 +219,7 @@ def _is_written_as(name: str, value: Any) -> bool:
         return (value is None and name.endswith("_tokens")) or (type(value) is int and 0 <= value < 2**53)
     if name in DOLLARS:
         return type(value) in (int, float) and 0 <= value < math.inf
-    if name == "how":
+    if name in ("how", "about"):
         return isinstance(value, dict)
     if name == "seed":
         return type(value) is int

@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 from alpaca.common.errors import InputError, ParameterError, UsageError, format_first
 from alpaca.common.files import atomic_write, refuse_other_arguments
 from alpaca.completions.api import NO_REASON, Model, Request, Sampling, seed_of, was_cut
+from alpaca.completions.batch_endpoint import runner_for
 from alpaca.completions.budget import Budget, Progress
 from alpaca.completions.journal import AnswersOfJournal, Journal
-from alpaca.completions.runner import Entry, RequestRunner, answered_before, check_answer
+from alpaca.completions.runner import Entry, answered_before, check_answer
 from alpaca.data.rows import Row
 
 MOST_WORDS = 6  # of finish_reason that are named one by one
@@ -70,7 +71,7 @@ class BatchCompletion:
         self, journal: Journal, known: dict[int, int], requests: Iterable[Request], seen: "_Seen"
     ) -> dict[int, int]:
         """Return where the journal has the answers, by key."""
-        async with RequestRunner(self.model, journal, self.budget, self.concurrency, overflows_count=False) as runner:
+        async with runner_for(self.model, journal, self.budget, self.concurrency, overflows_count=False) as runner:
             journal.append({"kind": "run", "how": self.how, "time": time.time()})
             rows = {request.key: request for request in requests}
             places = {key: place for key, place in known.items() if key in rows and key not in seen.failed}

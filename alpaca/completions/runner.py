@@ -11,6 +11,7 @@ from typing import Any
 
 from alpaca.common.errors import ParameterError, UsageError, masked
 from alpaca.completions.api import (
+    Completion,
     ContextOverflow,
     Model,
     Request,
@@ -242,20 +243,7 @@ class RequestRunner:
             sampling = replace(sampling, seed=request.seed)
         try:
             answer = await self.model.complete(request.prompt, sampling, on_lost_response)
-            text, thought = split_reasoning(answer.text)
-            entry = {
-                "kind": "answer",
-                **about,
-                "text": whole_characters(text),
-                "finish_reason": answer.finish_reason,
-                "prompt_tokens": answer.prompt_tokens,
-                "completion_tokens": answer.completion_tokens,
-                "seconds": round(time.time() - begin, 3),
-            }
-            if reasoning := "\n\n".join(filter(None, (answer.reasoning, thought))):
-                entry["reasoning"] = reasoning
-            if answer.prompt_tokens is None or answer.completion_tokens is None:
-                entry["unanswered"] = most
+            entry = entry_of(answer, about, begin, most)
         except RequestFailed as error:
             entry = {"kind": "failed", "error": masked(str(error)), "too_long": isinstance(error, ContextOverflow)}
         entry["unanswered"] = entry.get("unanswered", 0.0) + self.lost_cost[request.key]
@@ -272,6 +260,25 @@ class RequestRunner:
             ready.append(self.journal.read(place))
             check_answer(ready[-1], self.journal)
         return ready
+
+
+def entry_of(answer: Completion, about: dict[str, Any], begin: float, most: float) -> Entry:
+    """Return what a journal holds of an answer to a request that was sent at `begin` and costs `most`, at most."""
+    text, thought = split_reasoning(answer.text)
+    entry = {
+        "kind": "answer",
+        **about,
+        "text": whole_characters(text),
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": answer.completion_tokens,
+        "seconds": round(time.time() - begin, 3),
+    }
+    if reasoning := "\n\n".join(filter(None, (answer.reasoning, thought))):
+        entry["reasoning"] = reasoning
+    if answer.prompt_tokens is None or answer.completion_tokens is None:
+        entry["unanswered"] = most
+    return entry
 
 
 def answered_before(

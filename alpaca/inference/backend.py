@@ -11,10 +11,12 @@ from alpaca.common.commands import check_numbers, flag
 from alpaca.common.errors import InputError, ParameterError, masked
 from alpaca.common.files import digest, parse_json
 from alpaca.completions.api import Model, Request, Sampling, seed_of
+from alpaca.completions.budget import BATCH_RATE
 from alpaca.completions.servers import MOST, Servers
 from alpaca.data.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt
-from alpaca.inference.client import Client
+from alpaca.inference.client import Client, api_by_name
 
+NOWHERE = "http://localhost/v1"  # an address that is not asked
 OF_THE_COMMAND = {  # fields of a request that --extra_body may not set, and what sets them
     **dict.fromkeys(("model", "messages", "prompt", "stop", "seed", "logit_bias"), "the command itself sets it"),
     **dict.fromkeys(("stream", "stream_options"), "answers are not streamed"),
@@ -45,6 +47,10 @@ class BackendFlags:
     base: str | None = flag(None, "The base model of a folder with an adapter or a diff.")
     load_in_8bit: bool = flag(False, "Quantize a folder's weights with bitsandbytes.")
     load_in_4bit: bool = flag(False, "Quantize a folder's weights with bitsandbytes.")
+    batch: bool = flag(False, "Ask through the server's batch endpoint (OpenAI: half price, within 24 hours).")
+    batch_dir: str | None = flag(
+        None, "Folder for files of vLLM's run-batch: requests are written there, answers read; no server is asked."
+    )
 
     def check(self) -> None:
         """Raise UsageError for a value that no model takes."""
@@ -52,6 +58,18 @@ class BackendFlags:
             raise ParameterError(f"{{api}} {self.api}: expected auto, chat or completions", "api")
         check_numbers(batch_size=self.batch_size, concurrency=self.at_once)
         self.extra_fields()
+        if self.batch and self.batch_dir is not None:
+            raise ParameterError("{batch} asks a server, and {batch_dir} none: give one of them", "batch", "batch_dir")
+        if self.batch_dir is not None and self.base_url is not None:
+            message = "{batch_dir} asks no server: omit {base_url}, or ask its batch endpoint with {batch}"
+            raise ParameterError(message, "batch", "batch_dir", "base_url")
+        if self.batch_dir is not None and (not self.batch_dir.strip() or Path(self.batch_dir).is_file()):
+            raise ParameterError(f"{{batch_dir}} {self.batch_dir}: expected a folder", "batch_dir")
+
+    @property
+    def rate(self) -> float:
+        """Return which part of the prices is paid."""
+        return BATCH_RATE if self.batch else 1.0
 
     def extra_fields(self) -> dict[str, Any]:
         """Return the fields of `extra_body`. Raise ParameterError if it is no JSON object, or sets what the command
@@ -92,6 +110,11 @@ def open_backend(model: str, flags: BackendFlags, chat: bool = True) -> Model:
         UsageError: a flag that does not fit, a folder that cannot be opened, a bad address.
     """
     flags.check()
+    if flags.batch_dir is not None:
+        api = api_by_name(model) if flags.api == "auto" else flags.api
+        client = Client(model, NOWHERE, api, extra_body=flags.extra_fields())
+        client.batch_dir = flags.batch_dir
+        return client
     if not is_folder(model, flags.base_url):
         for name in ("base", "load_in_8bit", "load_in_4bit"):
             if getattr(flags, name):
@@ -101,6 +124,8 @@ def open_backend(model: str, flags: BackendFlags, chat: bool = True) -> Model:
         if at_openai and model.startswith(("/", "./", "../", "~")):
             raise InputError(f"{model}: no such folder", model)
         return _open_servers(model, flags)
+    if flags.batch:
+        raise ParameterError(f"{{batch}} is for a server; {model} is a folder", "batch")
     if flags.extra_body is not None:
         raise ParameterError(f"{{extra_body}} is for a server; {model} is a folder", "extra_body")
     from alpaca.inference.local_model import LocalModel
@@ -125,7 +150,11 @@ def _open_servers(model: str, flags: BackendFlags) -> Model:
     fields = flags.extra_fields()
     addresses = addresses_of(flags.base_url or os.environ.get("OPENAI_BASE_URL"))
     if len(addresses) < 2:
-        return Client(model, addresses[0] if addresses else None, flags.api, extra_body=fields)
+        client = Client(model, addresses[0] if addresses else None, flags.api, extra_body=fields)
+        client.batch = flags.batch
+        return client
+    if flags.batch:
+        raise ParameterError("{batch} asks one server: {base_url} names several", "batch", "base_url")
     clients = [Client(model, address, flags.api, 0, extra_body=fields) for address in addresses]
     most = MOST if flags.concurrency is None else flags.concurrency
     return Servers(clients, flags.batch_size, most)

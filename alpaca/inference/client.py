@@ -39,10 +39,13 @@ from alpaca.inference.server_errors import (
     UnknownModel,
     WrongEndpoint,
     classify_error,
+    download,
     limit_answer,
     never_connected,
     read_completion,
     read_json,
+    read_line,
+    refused_line,
     shown,
     unknown_model,
 )
@@ -65,6 +68,10 @@ class Client:
     timeout: seconds for a whole request, from the connection to the last byte of its answer.
     extra_body: fields for every request, such as {"reasoning_effort": "low"}.
     """
+
+    batch = False  # whether requests go through the batch endpoint (alpaca/completions/batch_endpoint.py)
+    batch_dir: str | None = None  # or through files of this folder
+    read_line, download = staticmethod(read_line), staticmethod(download)
 
     def __init__(
         self,
@@ -89,13 +96,13 @@ class Client:
         self.extra_body = dict(extra_body or {})
         self.token_parameter = "max_tokens"
         self.retries = 0  # of all requests: for the caller's report
-        self._openai = _connect(self.base_url, timeout)
+        self.server = _connect(self.base_url, timeout)
 
     async def __aenter__(self) -> "Client":
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        await self._openai.close()
+        await self.server.close()
 
     async def check(self) -> str:
         """Ask the server for its models and, if that leaves a question, for a few tokens. Settles `api`.
@@ -107,7 +114,7 @@ class Client:
             offered = await self._offered()
             how = "as asked"
             if self.api == "auto" and is_openai(self.base_url):
-                self.api = "completions" if any(part in self.model for part in COMPLETION_MODELS) else "chat"
+                self.api = api_by_name(self.model)
                 how = "by the model's name"
             if self.api == "auto":
                 how = await self._choose_api()
@@ -191,10 +198,10 @@ class Client:
         import httpx2
 
         async def ask() -> Any:
-            return read_json((await self._openai.get("/models", cast_to=httpx2.Response)).content)
+            return read_json((await self.server.get("/models", cast_to=httpx2.Response)).content)
 
         try:
-            answer = await self._persist(ask, {}, f"{self.address}/models", retries=2)
+            answer = await self.persist(ask, {}, f"{self.address}/models", retries=2)
         except NoResponse as error:
             raise NoServer(
                 f"{error}\nIs the server running? Its address is {{base_url}}, else OPENAI_BASE_URL, else "
@@ -221,10 +228,10 @@ class Client:
         body = self._body(api, prompt, sampling)
 
         async def ask() -> Completion:
-            answer = await self._openai.post(PATHS[api], body=body, cast_to=httpx2.Response)
+            answer = await self.server.post(PATHS[api], body=body, cast_to=httpx2.Response)
             return read_completion(read_json(answer.content), sampling, prompt)
 
-        return await self._persist(ask, body, self.address + PATHS[api], retries, on_lost_response)
+        return await self.persist(ask, body, self.address + PATHS[api], retries, on_lost_response)
 
     def _body(self, api: str, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -245,13 +252,33 @@ class Client:
             raise ParameterError(f"{{extra_body}}: {min(twice)!r} is set by the command itself; omit it", "extra_body")
         return body | dict(sampling.extra) | self.extra_body
 
-    async def _persist(
+    def request_of(self, prompt: Prompt, sampling: Sampling) -> tuple[str, dict[str, Any]]:
+        """Return the path, as a line of a batch has it, and the body of a request."""
+        if self.batch and self.api == "chat" and is_openai(self.base_url):
+            self.token_parameter = "max_completion_tokens"  # all of OpenAI's take it, the newer ones nothing else
+        return f"/v1{PATHS[self.api]}", self._body(self.api, prompt, sampling)
+
+    def refusal(self, status: int, said: Any, sent: Mapping[str, Any]) -> Exception:
+        """Return what a refusal in a batch means: ContextOverflow, UsageError, or RequestFailed: to be asked again."""
+        problem = refused_line(status, said, self.model, sent)
+        if isinstance(problem, MaxTokensRefused):
+            self.token_parameter = "max_completion_tokens"
+            return RequestFailed(str(problem))
+        return problem if isinstance(problem, RequestFailed | UsageError) else RequestFailed(str(problem))
+
+    def renamed(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the body of a request with the name that max_tokens has by now."""
+        new = self.token_parameter if "messages" in body else "max_tokens"
+        return {new if name == "max_tokens" else name: value for name, value in body.items()}
+
+    async def persist(
         self,
         ask: Callable[[], Awaitable[Any]],
         body: Mapping,
         url: str,
         retries: int,
         on_lost_response: Callable[[], bool] | None = None,
+        timeout: float | None = None,
     ) -> Any:
         """Call `ask` until it answers, `retries` times more at most. Not with openai's own retries: those know nothing
         of answers that are cut off or empty, and the count is to be one."""
@@ -259,9 +286,9 @@ class Client:
 
         for retry in range(retries + 1):
             try:
-                return await asyncio.wait_for(ask(), self.timeout)
+                return await asyncio.wait_for(ask(), timeout or self.timeout)
             except asyncio.TimeoutError:
-                late = f"no whole answer from {url} in {self.timeout:g} s"
+                late = f"no whole answer from {url} in {timeout or self.timeout:g} s"
                 problem, charged = RetryLater(late, failure=NoResponse), True
             except RetryLater as error:
                 problem, charged = RetryLater(f"{url}: {error}", error.wait), True
@@ -278,7 +305,7 @@ class Client:
                 charged = problem.failure is NoResponse and not never_connected(error)
             except Exception as error:  # of the HTTP library, whose kinds are many
                 problem, charged = RetryLater(f"no answer from {url}: {shown(repr(error))}", failure=NoResponse), True
-            if self._openai.is_closed():  # the run ends; in Python 3.11 wait_for may swallow that this was cancelled
+            if self.server.is_closed():  # the run ends; in Python 3.11 wait_for may swallow that this was cancelled
                 raise asyncio.CancelledError
             if charged and on_lost_response is not None and not on_lost_response():
                 raise RequestFailed(f"{problem}\nGave up: another attempt could exceed the limit of cost.")
@@ -319,6 +346,10 @@ def _why_no_address(url: str) -> str | None:
     if parts.fragment:
         return " (omit what follows '#')"
     return "" if parts.scheme not in ("http", "https") or not host or port == 0 else None
+
+
+def api_by_name(model: str) -> str:
+    return "completions" if any(part in model for part in COMPLETION_MODELS) else "chat"
 
 
 def is_openai(url: str) -> bool:

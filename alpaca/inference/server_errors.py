@@ -11,6 +11,9 @@ import re
 import time
 import zlib
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from alpaca.common.errors import InputError, ParameterError, UsageError, format_bytes, masked
@@ -31,6 +34,7 @@ from alpaca.completions.api import (
 from alpaca.completions.budget import ENVELOPE
 
 LARGEST_ANSWER = 16 * 2**20  # bytes of a body, unpacked
+LARGEST_FILE = 16 * 2**30  # bytes of a batch's answers
 LONGEST_WORD = 60  # characters of a finish_reason
 LONGEST_WAIT = 120.0  # s; a server that asks for more has no room today: the user should know, not wait
 OVERFLOW = re.compile(
@@ -38,6 +42,7 @@ OVERFLOW = re.compile(
 )
 UNSUPPORTED = re.compile(r"[Uu]nsupported (?:parameter|value): '(\w+)'")
 WRONG_NUMBER = re.compile(r"must be (?:at|less|smaller|lower|below|between|greater|positive|[<>\d])|too large")
+downloading: ContextVar[bool] = ContextVar("downloading", default=False)
 RETIRED = ("text-davinci-", "code-davinci-", "text-curie-", "text-babbage-", "text-ada-")
 
 
@@ -188,7 +193,8 @@ def _connection_problem(error: Exception) -> str:
 
 
 async def limit_answer(response: Any) -> None:
-    """Make reading `response`, of the HTTP library, end at LARGEST_ANSWER bytes, unpacked. Nothing packed is asked for.
+    """Make reading `response`, of the HTTP library, end at LARGEST_ANSWER bytes, unpacked; a file's at LARGEST_FILE.
+    Nothing packed is asked for.
 
     Raises: AnswerRefused: it is packed in a way that cannot be unpacked bit by bit.
     """
@@ -216,19 +222,19 @@ async def limit_answer(response: Any) -> None:
 
 
 async def _unpacked(stream: Any, packed: str | None) -> AsyncIterator[bytes]:
-    unpacker, total = None, 0
+    unpacker, total, largest = None, 0, LARGEST_FILE if downloading.get() else LARGEST_ANSWER
     async for part in stream:
         if packed and part:
             if unpacker is None:  # a bare deflate stream has no header
                 header = packed == "deflate" and part[0] & 15 == 8
                 unpacker = zlib.decompressobj(15 if header else -15 if packed == "deflate" else 31)
             try:
-                part = unpacker.decompress(part, LARGEST_ANSWER + 1 - total)
+                part = unpacker.decompress(part, largest + 1 - total)
             except zlib.error as error:
                 raise RetryLater(f"an answer that cannot be unpacked ({error})") from None
         total += len(part)
-        if total > LARGEST_ANSWER:
-            raise AnswerRefused(f"the answer is larger than {format_bytes(LARGEST_ANSWER)}, the most that is read")
+        if total > largest:
+            raise AnswerRefused(f"the answer is larger than {format_bytes(largest)}, the most that is read")
         yield part
 
 
@@ -269,6 +275,34 @@ def read_completion(answer: Any, sampling: Sampling, prompt: Prompt) -> Completi
     completion_tokens = _count(usage.get("completion_tokens"), int(written), sampling.max_tokens)
     reasoning = "\n\n".join(filter(None, (thought, said)))
     return Completion(text, reason, prompt_tokens, completion_tokens, logprobs, reasoning)
+
+
+async def download(server: Any, file_id: str, path: Path) -> None:
+    """Write a file of the server's to `path`, as it comes."""
+    token = downloading.set(True)
+    try:
+        async with server.files.with_streaming_response.content(file_id) as response:
+            with open(path, "wb") as file:
+                async for part in response.iter_bytes():
+                    file.write(part)
+    finally:
+        downloading.reset(token)
+
+
+def read_line(answer: Any, sampling: Sampling, prompt: Prompt) -> Completion:
+    """Return the completion in a line of a batch's answers. Raise RequestFailed if there is none."""
+    try:
+        return read_completion(answer, sampling, prompt)
+    except RetryLater as error:
+        raise RequestFailed(str(error)) from None
+
+
+def refused_line(status: int, said: Any, model: str, sent: Mapping[str, Any]) -> Exception:
+    """Return what `classify_error` makes of a request of a batch that was refused."""
+    said = said.get("error") or said if isinstance(said, dict) else said
+    named = {name: said.get(name) if isinstance(said, dict) else None for name in ("code", "type", "param")}
+    error = SimpleNamespace(status_code=status, body=said, response=SimpleNamespace(headers={}), **named)
+    return classify_error(error, "the batch", model, sent)
 
 
 def _plain(content: Any) -> str:
