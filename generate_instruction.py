@@ -32,7 +32,7 @@ from alpaca.common.commands import check_numbers
 from alpaca.common.errors import UsageError, masked, reported
 from alpaca.common.files import parse_json, refuse_overwriting_input
 from alpaca.completions.api import Request, Sampling, SamplingFlags
-from alpaca.completions.batch_endpoint import runner_for
+from alpaca.completions.batch_runner import runner_for
 from alpaca.completions.budget import BudgetFlags, Progress, estimate
 from alpaca.completions.journal import Journal
 from alpaca.completions.rows import BatchCompletion, write_answered, write_rows

@@ -1,61 +1,34 @@
-"""Many requests in a file, answered within a day: OpenAI's batch endpoint at half the price, or a folder of files for
-vLLM's `run-batch`.
+"""A file of requests, and its way through OpenAI's batch endpoint: uploaded, made a batch, looked at, and its answers
+downloaded.
 
-A file of requests is written beside the journal, then a line of the journal says so, then it is sent; each further step
-is a line of the journal as well. A run that was killed finds its batch again by the token in the batch's metadata, by
-the file or by its id, so that nothing is asked twice. Requests without an answer go into the next file.
+    endpoint = BatchEndpoint(client)
+    await endpoint.submit(batch, note)      # note(batch, "uploaded", file_id=…), note(batch, "created", id=…)
+    state = await endpoint.look(batch)
+    paths = await endpoint.download(batch, state)
+
+A batch has its token in its metadata, and is found again by it or by its file: a run that was killed between two steps
+asks for nothing twice. The format of the file is also that of vLLM's `run-batch`.
 """
 
-import asyncio
-import hashlib
 import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
-from itertools import chain
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alpaca.common.errors import InputError, ParameterError, UsageError, masked
-from alpaca.common.files import atomic_write, parse_json, sha256_of_file, sync_folder
-from alpaca.completions.api import ContextOverflow, Model, Request, RequestFailed, Sampling, whole_characters
-from alpaca.completions.budget import Budget
-from alpaca.completions.journal import CLOSED, Journal
-from alpaca.completions.runner import GIVE_UP, HEARTBEAT, Entry, RequestRunner, entry_of
+from alpaca.common.errors import ParameterError, UsageError, masked
+from alpaca.completions.api import Model, RequestFailed, Sampling, whole_characters
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # of a file, at OpenAI
-ROUNDS = 3  # in which a request is asked
-FIRST_POLL, LONGEST_POLL = 2.0, 60.0  # seconds between two looks at the batches
 SLOWEST = 4 * 3600.0  # seconds for a file on its way
 MOST_PAGES = 1000  # of a list of batches
 ENDED = ("completed", "failed", "expired", "cancelled")
 DEAD = ("failed", "cancelling", "cancelled")
 ID = re.compile(r"\w[\w.:=+-]{0,499}")
 COUNTED = ("completed", "failed", "total")
-NEXT = -1  # key of what the next file sets aside; file n has -1 - n
-
-
-def runner_for(
-    model: Model, journal: Journal, budget: Budget, concurrency: int, known: dict[int, int] | None = None, **more: Any
-) -> RequestRunner:
-    """Return what asks the model: in batches, where it is set to. The journal has been read.
-
-    Raises:
-        ParameterError: another run has left batches that this one cannot collect, and would pay for again.
-    """
-    kind = "batch_dir" if getattr(model, "batch_dir", None) else "batch" if getattr(model, "batch", False) else None
-    for number, batch in journal.batches.items():
-        if batch["state"] not in CLOSED and batch.get("by") != kind:
-            raise ParameterError(
-                f"{journal.path}: batch {number} is under way, and what it answers would be asked for twice. Run again "
-                f"with {{{batch.get('by')}}}, which collects it",
-                "batch",
-                "batch_dir",
-            )
-    make = BatchRunner if kind else RequestRunner
-    return make(model, journal, budget, concurrency, known if known is not None else {}, **more)
 
 
 class Line(NamedTuple):
@@ -122,207 +95,15 @@ class Batch:
             return json.loads(file.readline())
 
 
-class BatchRunner(RequestRunner):
-    """As RequestRunner, by files: requests are taken as long as they are wanted and paid for, then all are waited for,
-    and so on."""
+class BatchEndpoint:
+    """The batch endpoint of a server. `model`: the client that asks it."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.folder = Path(self.model.batch_dir) if self.model.batch_dir else None
-        self.open: dict[int, Batch] = {}
-        self.under_way: set[int] = set()  # keys of the requests in them
-        self.again: list[Question] = []
+    def __init__(self, model: Model):
+        self.model = model
 
-    async def __aenter__(self) -> "BatchRunner":
-        if self.folder is None:
-            await super().__aenter__()
-        else:
-            print(f"asking {self.model.model} by files in {self.folder}, {self.model.api} endpoint", flush=True)
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, *exception: Any) -> None:
-        await super().__aexit__(kind, *exception)
-        if kind is not None and (sent := [batch.name for batch in self.open.values() if batch.id]):
-            print(f"note: under way: {', '.join(sent)}; the same command, run again, collects the answers", flush=True)
-
-    async def answers(
-        self,
-        requests: Iterable[Request],
-        sampling: Sampling,
-        more: Callable[[int], bool] = lambda in_flight: True,
-        **about: Any,
-    ) -> AsyncIterator[list[Entry]]:
-        """Yield the journal entries of the requests, in their order, as RequestRunner does."""
-        requests = iter(requests)
-        self._resume()
-        async for entries in self._answered_before(requests):
-            yield entries
-        while self.stop_with is None and (self._take(requests, sampling, more, about) or self.open):
-            while ready := self._ready():
-                yield ready
-            async for batch, files in self._ended():
-                self._collect(batch, files)
-                while ready := self._ready():
-                    yield ready
-        if self.stop_with is not None:
-            raise self.stop_with
-        if self.waiting and not self.stopped_by_cost:
-            raise RuntimeError(f"{len(self.waiting)} requests were sent and have no entry")
-
-    # ---- files of requests ----
-
-    def _take(
-        self, requests: Iterator[Request], sampling: Sampling, more: Callable[[int], bool], about: dict[str, Any]
-    ) -> bool:
-        """Write the files of a round: what is asked again, then new requests. Return whether there was anything, be it
-        only an answer of an earlier run."""
-        again, self.again = sorted(self.again, key=lambda one: json.dumps(one.about, sort_keys=True)), []
-        taken, batch = len(self.waiting), None
-        self.stopped_by_cost = False
-        for one in chain(again, self._wanted(requests, sampling, more, about)):
-            if batch is None or not batch.takes(one):
-                self._write(batch)
-                batch = Batch(self._next_number(), Path(), one.about, one.url)
-            batch.add(one)
-        self._write(batch)
-        self.budget.reserved.pop(NEXT, None)
-        self.stopped_by_cost &= not self.open  # those may turn out cheaper than what is set aside
-        return bool(again) or len(self.waiting) > taken
-
-    def _wanted(
-        self, requests: Iterator[Request], sampling: Sampling, more: Callable[[int], bool], about: dict[str, Any]
-    ) -> Iterator[Question]:
-        while more(len(self.waiting)) and self._hold(requests):
-            request, one = self.held, None
-            if request.key not in self.known and request.key not in self.under_way:
-                most = self.budget.max_cost_of(request.prompt, sampling.max_tokens)
-                if not self.budget.allows(most):
-                    self.stopped_by_cost = True
-                    return
-                self._set_aside(NEXT, most)
-                own = sampling if request.seed is None else replace(sampling, seed=request.seed)
-                one = Question(about, Line(request.key, 1, most), *self.model.request_of(request.prompt, own))
-            self.waiting.append(request.key)
-            self.held = None
-            if one is not None:
-                yield one
-
-    def _set_aside(self, number: int, dollars: float) -> None:
-        self.budget.reserved[number] = self.budget.reserved.get(number, 0.0) + dollars
-
-    def _next_number(self) -> int:
-        number = max(self.journal.batches, default=0) + 1
-        while self.folder is not None and (self._path(number).exists() or self._answers_of(number).exists()):
-            number += 1  # of another command
-        return number
-
-    def _path(self, number: int) -> Path:
-        if self.folder is not None:
-            return self.folder / f"requests-{number:04}.jsonl"
-        return self.journal.path.with_name(f"{self.journal.path.name}.batch-{number:04}")
-
-    def _answers_of(self, number: int) -> Path:
-        return self.folder / f"answers-{number:04}.jsonl"
-
-    def _write(self, batch: Batch | None) -> None:
-        """Write the file, then its line of the journal: from here on a rerun knows it."""
-        if batch is None:
-            return
-        batch.path = self._path(batch.number)
-        try:
-            with atomic_write(batch.path, "wb") as file:
-                file.writelines(batch.content)
-            sync_folder(batch.path.parent, files=False)
-        except OSError as error:
-            raise InputError(f"{batch.path}: cannot be written ({error.strerror})", batch.path) from error
-        digest, batch.content = hashlib.sha256(b"".join(batch.content)).hexdigest(), []
-        most, keys = sum(line.most for line in batch.lines.values()), [line.key for line in batch.lines.values()]
-        noted = {"by": "batch" if self.folder is None else "batch_dir", "file": batch.path.name, "sha256": digest}
-        noted |= {"about": batch.about, "requests": len(keys), "first": min(keys), "last": max(keys), "most": most}
-        self._note(batch, "written", **noted, time=batch.began)
-        self._set_aside(NEXT, -most)
-        self._set_aside(NEXT - batch.number, most)
-        self.asked += len(keys)
-        self.open[batch.number] = batch
-        self.under_way.update(keys)
-
-    def _note(self, batch: Batch, state: str, **more: Any) -> None:
-        self.journal.append({"kind": "batch", "number": batch.number, "token": batch.token, "state": state, **more})
-
-    def _resume(self) -> None:
-        """Take over what an earlier run has left open; what it costs at most is set aside."""
-        for number, noted in sorted(self.journal.batches.items()):
-            if noted["state"] in CLOSED:
-                continue
-            path = (self.folder or self.journal.path.parent) / noted["file"]
-            if not path.is_file() or sha256_of_file(path) != noted["sha256"]:
-                raise InputError(
-                    f"{path}: is missing, or was changed, and the answers of batch {number} are read with it. Put it "
-                    f"back; or, to give them up, delete the lines of {self.journal.path} that have "
-                    f'"kind": "batch", "number": {number}',
-                    path,
-                )
-            batch = Batch(number, path, noted["about"], "", noted["token"], began=noted["time"])
-            batch.file_id, batch.id, done = noted.get("file_id"), noted.get("id"), noted.get("done", {})
-            batch.lost = {key for key, kind in done.items() if kind == "lost"}
-            with open(path, "rb") as file:
-                for content in file:
-                    sent = json.loads(content)
-                    _, round, key = sent["custom_id"].split("-")
-                    if done.get(int(key), "lost") == "lost":
-                        prompt, sampling = _terms(sent["body"])
-                        most = self.budget.max_cost_of(prompt, sampling.max_tokens)
-                        batch.lines[sent["custom_id"]] = Line(int(key), int(round), most, batch.size)
-                    batch.size += len(content)
-            self._set_aside(NEXT - number, sum(line.most for line in batch.lines.values()))
-            self.open[number] = batch
-            self.under_way.update(line.key for line in batch.lines.values())
-            print(f"continuing: {batch.name} of an earlier run, {len(batch.lines):,} requests", flush=True)
-
-    # ---- the way to the server ----
-
-    async def _ended(self) -> AsyncIterator[tuple[Batch, list[Path]]]:
-        """Send what is not sent, and yield the batches as they end, each with the files of its answers."""
-        if self.folder is not None:
-            for batch in list(self.open.values()):
-                if (path := self._answers_of(batch.number)).is_file():
-                    yield batch, [path]
-            if self.open:
-                raise self._to_be_run()
-            return
-        for batch in list(self.open.values()):
-            await self._submit(batch)
-        pause, heard = FIRST_POLL, time.monotonic()
-        while self.open:
-            for batch in list(self.open.values()):
-                state = await self._call(f"/batches/{batch.id}", lambda at=batch.id: self._get(f"/batches/{at}"))
-                if (said := _progress(batch, state)) != batch.said:
-                    print(said, flush=True)
-                    batch.said, heard = said, time.monotonic()
-                if state.get("status") == "failed":
-                    self._close(batch, "failed")
-                    raise UsageError(f"{batch.name} was refused as a whole: {_errors(state)}")
-                if state.get("status") in ENDED:
-                    files = await self._download(batch, state)
-                    yield batch, files
-                    heard = time.monotonic()
-            until = time.monotonic() + pause
-            while self.open and (left := until - time.monotonic()) > 0:
-                await asyncio.sleep(min(left, HEARTBEAT))
-                if self.on_wait is not None:
-                    self.on_wait(len(self.under_way), time.monotonic() - heard, self.model.retries)
-            pause = min(pause * 1.5, LONGEST_POLL)
-
-    def _to_be_run(self) -> UsageError:
-        """Return what says how to answer the files."""
-        lines = [f"{sum(len(batch.lines) for batch in self.open.values()):,} requests wait for answers. Run"]
-        for batch in self.open.values():
-            output = self._answers_of(batch.number)
-            lines.append(f"    vllm run-batch -i {batch.path} -o {output} --model {self.model.model}")
-        return UsageError("\n".join([*lines, "and then this command again, which reads the answers and goes on."]))
-
-    async def _submit(self, batch: Batch) -> None:
-        """Upload the file and create the batch, unless an earlier attempt or run has done it."""
+    async def submit(self, batch: Batch, note: Callable[..., None]) -> None:
+        """Upload the file and create the batch, unless an earlier attempt or run has done it. `note` writes each step
+        down."""
         if batch.id is not None:
             return
         tried = batch.file_id is not None  # and journaled before the batch was created: it may be there
@@ -334,25 +115,26 @@ class BatchRunner(RequestRunner):
                     return _id((await self.model.server.files.create(file=(name, file), purpose="batch")).id)
 
             batch.file_id = await self._call("/files", upload)
-            self._note(batch, "uploaded", file_id=batch.file_id)
+            note(batch, "uploaded", file_id=batch.file_id)
 
         async def create() -> str:
             nonlocal tried
             if tried and (found := await self._find(batch)) is not None:
                 return found
             tried = True
-            wanted = {"input_file_id": batch.file_id, "endpoint": batch.url or self._url(batch)}
+            wanted = {"input_file_id": batch.file_id, "endpoint": batch.url or batch.sent(Line(0, 0, 0.0))["url"]}
             wanted |= {"completion_window": "24h", "metadata": {"alpaca_token": batch.token}}
             headers = {"Idempotency-Key": batch.token}
             made = await self.model.server.post("/batches", body=wanted, cast_to=object, options={"headers": headers})
             return _id(made["id"])
 
         batch.id = await self._call("/batches", create)
-        self._note(batch, "created", id=batch.id)
+        note(batch, "created", id=batch.id)
         print(f"{batch.name}: {len(batch.lines):,} requests sent", flush=True)
 
-    def _url(self, batch: Batch) -> str:
-        return batch.sent(Line(0, 0, 0.0))["url"]
+    async def look(self, batch: Batch) -> dict[str, Any]:
+        """Return what the server says of a batch."""
+        return await self._call(f"/batches/{batch.id}", lambda: self._get(f"/batches/{batch.id}"))
 
     async def _find(self, batch: Batch) -> str | None:
         """Return the id of a batch of ours at the server. Of several, which another attempt may have made, all but one
@@ -380,7 +162,7 @@ class BatchRunner(RequestRunner):
     async def _get(self, path: str, **query: Any) -> dict[str, Any]:
         answer = await self.model.server.get(path, cast_to=object, options={"params": query})
         if not isinstance(answer, dict):
-            raise ValueError(f"an answer that is no object: {_words(answer)}")
+            raise ValueError(f"an answer that is no object: {words_of(answer)}")
         return answer
 
     async def _call(self, path: str, ask: Callable[[], Any]) -> Any:
@@ -394,7 +176,7 @@ class BatchRunner(RequestRunner):
             message = f"{error.message}\nIf the server has no batch endpoint, omit {{batch}}."
             raise ParameterError(message, *error.parameters, "batch") from error
 
-    async def _download(self, batch: Batch, state: dict[str, Any]) -> list[Path]:
+    async def download(self, batch: Batch, state: dict[str, Any]) -> list[Path]:
         """Return the files with the answers and with the errors, as far as there are any."""
         paths, counts = [], state.get("request_counts")
         for name, counted in (("output_file_id", "completed"), ("error_file_id", "failed")):
@@ -416,105 +198,8 @@ class BatchRunner(RequestRunner):
             paths.append(path)
         return paths
 
-    # ---- answers ----
 
-    def _collect(self, batch: Batch, files: list[Path]) -> None:
-        """Journal the answers, and put what has none on the list of what is asked again, or give it up."""
-        before, problems, ignored = len(batch.lines), {}, 0
-        for path in files:
-            with open(path, "rb") as file:
-                ignored += sum(not self._read(batch, line, problems) for line in file if line.strip())
-        missing, failed = 0, []
-        answered = before - len(batch.lines)
-        for name, line in list(batch.lines.items()):
-            missing += name not in problems
-            problem = problems.get(name) or RequestFailed(f"{batch.name} ended without an answer to this request")
-            if isinstance(problem, UsageError):
-                self.stop_with = self.stop_with or problem
-            elif isinstance(problem, ContextOverflow) or line.round >= ROUNDS or not self.budget.allows(0.0):
-                too_long = isinstance(problem, ContextOverflow)
-                entry = {"kind": "failed", "error": masked(str(problem)), "too_long": too_long}
-                failed += [entry] * (self.overflows_count or not too_long)
-                self._keep(batch, name, entry)
-            else:
-                sent = batch.sent(line)
-                again = Line(line.key, line.round + 1, line.most)
-                self.again.append(Question(batch.about, again, sent["url"], self.model.renamed(sent["body"])))
-                self._set_aside(NEXT, line.most)
-        told = [f"{n:,} {what}" for n, what in ((answered, "answered"), (missing, "missing")) if n]
-        told += [f"{len(problems):,} refused"] * bool(problems)
-        told += [f"{ignored:,} lines ignored that are no answer to a request of it"] * bool(ignored)
-        print(f"{batch.name}: {', '.join(told) or 'nothing answered'}", flush=True)
-        self.failed_in_a_row = 0 if answered else self.failed_in_a_row + len(failed)
-        if self.failed_in_a_row >= GIVE_UP and self.stop_with is None:
-            message = f"{self.failed_in_a_row} requests in a row failed: {failed[-1]['error']}"
-            self.stop_with = UsageError(f"{message}\nThe same command, run again, continues.")
-        self._close(batch, "collected")
-
-    def _read(self, batch: Batch, content: bytes, problems: dict[str, Exception]) -> bool:
-        """Journal the answer in a line, or note what it says went wrong. Return whether it is of a request of the batch
-        that has no answer yet."""
-        try:
-            said = parse_json(content)
-            name, response, error = said["custom_id"], said.get("response"), said.get("error")
-            line = batch.lines.get(name)
-        except (ValueError, TypeError, KeyError, AttributeError):  # torn, or anything
-            return False
-        if line is None:
-            return False
-        body = batch.sent(line)["body"]
-        prompt, sampling = _terms(body)
-        response = response if isinstance(response, dict) else {}
-        status, answer = response.get("status_code"), response.get("body")
-        if status == 200 and not error:
-            try:
-                entry = entry_of(self.model.read_line(answer, sampling, prompt), batch.about, batch.began, line.most)
-            except RequestFailed as problem:
-                self._lose(batch, line)
-                problems[name] = problem
-            else:
-                self._keep(batch, name, entry)
-                problems.pop(name, None)
-        elif type(status) is int and status >= 400:
-            problems.setdefault(name, self.model.refusal(status, answer or error, body))
-        else:
-            problems.setdefault(name, RequestFailed(f"{batch.name} answered: {_words(error or answer)}"))
-        return True
-
-    def _lose(self, batch: Batch, line: Line) -> None:
-        """Count an answer that cannot be read, and may be charged: once, however often it is downloaded."""
-        if line.most and line.key not in batch.lost:
-            batch.lost.add(line.key)
-            self.journal.append({"kind": "lost", "index": line.key, "most": line.most, "batch": batch.number})
-            self.lost_cost[line.key] = self.lost_cost.get(line.key, 0.0) + line.most
-            self.budget.unanswered += line.most
-
-    def _keep(self, batch: Batch, name: str, entry: Entry) -> None:
-        """Journal what became of a request, and have it handed out."""
-        line, rate = batch.lines[name], {"rate": self.budget.rate} if self.budget.rate != 1.0 else {}
-        lost = self.lost_cost.get(line.key, 0.0)
-        entry = {"index": line.key, **entry, **rate, "batch": batch.number}
-        entry["unanswered"] = entry.get("unanswered", 0.0) + lost
-        place = self.journal.append(entry)
-        self.lost_cost.pop(line.key, None)
-        self.budget.unanswered -= lost
-        self.budget.count(entry)
-        self._set_aside(NEXT - batch.number, -line.most)
-        del batch.lines[name]
-        self.under_way.discard(line.key)
-        self.known[line.key] = place
-
-    def _close(self, batch: Batch, state: str) -> None:
-        self._note(batch, state)
-        del self.open[batch.number]
-        self.budget.reserved.pop(NEXT - batch.number, None)
-        self.under_way.difference_update(line.key for line in batch.lines.values())
-        if self.folder is None:
-            for ending in ("", ".completed", ".failed"):
-                batch.path.with_name(batch.path.name + ending).unlink(missing_ok=True)
-
-
-def _terms(body: dict[str, Any]) -> tuple[str, Sampling]:
+def terms(body: dict[str, Any]) -> tuple[str, Sampling]:
     """Return the prompt of a request, and what its answer is to be read with."""
     most = body.get("max_completion_tokens", body.get("max_tokens"))
     prompt = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
@@ -524,27 +209,27 @@ def _terms(body: dict[str, Any]) -> tuple[str, Sampling]:
 def _id(value: Any) -> str:
     """Return an id of the server's. Raise ValueError if it cannot be part of an address."""
     if not isinstance(value, str) or not ID.fullmatch(value):
-        raise ValueError(f"an answer without a usable id: {_words(value)}")
+        raise ValueError(f"an answer without a usable id: {words_of(value)}")
     return value
 
 
-def _progress(batch: Batch, state: dict[str, Any]) -> str:
+def progress_of(batch: Batch, state: dict[str, Any]) -> str:
     counts = state.get("request_counts")
     done, failed, total = (counts.get(name) if isinstance(counts, dict) else None for name in COUNTED)
-    words = f"{batch.name}: {_words(state.get('status'))}"
+    words = f"{batch.name}: {words_of(state.get('status'))}"
     numbers = all(type(number) is int for number in (done, failed, total))
     return f"{words}, {done:,} of {total:,} answered, {failed:,} failed" if numbers and total else words
 
 
-def _errors(state: dict[str, Any]) -> str:
+def errors_of(state: dict[str, Any]) -> str:
     """Return the server's words about a batch that it has refused."""
     found = state.get("errors")
     found = found.get("data") if isinstance(found, dict) else found
     first = found[0] if isinstance(found, list) and found else found
-    return _words(first.get("message") if isinstance(first, dict) and first.get("message") else first)
+    return words_of(first.get("message") if isinstance(first, dict) and first.get("message") else first)
 
 
-def _words(value: Any) -> str:
+def words_of(value: Any) -> str:
     """Return what a server says for a message."""
     value = value.get("message") or value if isinstance(value, dict) else value
     text = masked(whole_characters(str(value)[:2000]))

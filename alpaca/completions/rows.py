@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from alpaca.common.errors import InputError, ParameterError, UsageError, format_first
 from alpaca.common.files import atomic_write, refuse_other_arguments
 from alpaca.completions.api import NO_REASON, Model, Request, Sampling, seed_of, was_cut
-from alpaca.completions.batch_endpoint import runner_for
+from alpaca.completions.batch_runner import runner_for
 from alpaca.completions.budget import Budget, Progress
 from alpaca.completions.journal import AnswersOfJournal, Journal
 from alpaca.completions.runner import Entry, answered_before, check_answer
