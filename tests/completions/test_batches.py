@@ -349,6 +349,22 @@ def test_answers_that_cannot_be_read_count_once_at_the_highest_price(rows):
     assert spent_before(rows) == pytest.approx(paid + 0.5 * Budget(1.0, 2.0).max_cost_of("Say 0.", 100))
 
 
+def test_an_answer_that_cannot_be_read_is_lost_once_however_often_it_is_downloaded(rows):
+    prices = {"price_in": 1.0, "price_out": 2.0, "max_new_tokens": 100}
+    with BatchServer() as server:
+        good = server.answered
+        server.line = lambda request, line, number: (
+            ok(line, {"choices": []}) if len(server.batches) == 1 and number == 0 else good(request, line, number)
+        )
+        flags = [word for name, value in prices.items() for word in (f"--{name}", str(value))]
+        kill_while_collecting(rows, server, 17, *flags)
+        assert [entry["kind"] for entry in journal(rows)].count("lost") == 1
+        assert respond(rows, server, **prices) == expected()
+    entries = [entry for entry in journal(rows) if entry["kind"] == "answer"]
+    paid = sum(entry["prompt_tokens"] + 2 * entry["completion_tokens"] for entry in entries) / 1e6 / 2
+    assert spent_before(rows) == pytest.approx(paid + 0.5 * Budget(1.0, 2.0).max_cost_of("Say 0.", 100))
+
+
 # ---- what another run has left ----
 
 
@@ -514,9 +530,9 @@ def test_a_kill_while_answers_are_journaled(rows):
     assert sorted(indices) == list(range(ROWS)), "each is journaled once"
 
 
-def kill_while_collecting(rows, server, after):
+def kill_while_collecting(rows, server, after, *flags):
     """Run the command, which kills itself once it has journaled so many answers."""
-    words = command(rows, server)
+    words = [*command(rows, server), *flags]
     words[2] += (
         "import os, generate_instruction\nfrom alpaca.completions.journal import Journal\n"
         "append, n = Journal.append, [0]\n"
