@@ -352,11 +352,9 @@ class NoveltyFilter:
 
     def _similarity(self, scores: np.ndarray) -> Similarity:
         """Return the similarity of a kept candidate; scores: its F with the first n known instructions, float64 [n]."""
-        top = most_similar(scores, self.stable_ties)
         # As in 2023, a text that is among them several times stands at its first place.
-        return Similarity(
-            {self._texts[i]: float(scores[i]) for i in top}, float(np.mean(scores)) if len(scores) else 0.0
-        )
+        scores_of = {self._texts[i]: float(scores[i]) for i in most_similar(scores, self.stable_ties)}
+        return Similarity(scores_of, float(np.mean(scores)) if len(scores) else 0.0)
 
     def _extend(self, texts: list[str], codes: list[Codes]) -> None:
         self._texts += texts
