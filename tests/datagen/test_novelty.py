@@ -1,16 +1,21 @@
 """The novelty filter: every decision, score and order of 2023's loop over rouge_score."""
 
 import json
+import os
 import random
+import tracemalloc
 from functools import partial
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, ROOT, SHARED
+from rapidfuzz.distance import LCSseq
+from rapidfuzz.process import cpdist
 from rouge_score import rouge_scorer, scoring
 
 from alpaca.datagen import novelty
-from alpaca.datagen.novelty import NoveltyFilter, Similarity, common_tokens
+from alpaca.datagen.novelty import Exclusion, NoveltyFilter, Similarity, common_tokens
+from benchmarks.novelty import full_scan, recombined
 
 ROUGE = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
 GENERATE = GOLDEN / "generate"
@@ -246,3 +251,250 @@ def test_tokens_are_those_of_rouge_score():
     ]
     texts += make_candidates(500, draw) + ["K ſ İ ı ß ﬁ ² ٣ \u2028 \x1c \x85"]
     assert [novelty.tokenize(text) for text in texts] == [ROUGE._tokenizer.tokenize(text) for text in texts]
+
+
+# ---- the index: decisions without a full scan ----
+
+
+def rejections(known: list[str], candidates: list[str], threshold: float = 0.7) -> list[bool]:
+    """What a loop over everything decides, in the words of rouge_score."""
+    pool, answers = [novelty.tokenize(text) for text in known], []
+    for text in candidates:
+        tokens = novelty.tokenize(text)
+        scores = [0.0]
+        for other in pool if tokens else ():
+            common = LCSseq.similarity(tokens, other)
+            scores.append(scoring.fmeasure(common / len(other), common / len(tokens)) if other else 0.0)
+        answers.append(max(scores) > threshold)
+        if not answers[-1]:
+            pool.append(tokens)
+    return answers
+
+
+def edited(text: list[str], times: int, words: list[str], draw: random.Random) -> list[str]:
+    text = list(text)
+    for _ in range(times):
+        at, kind = draw.randrange(len(text) + 1), draw.randrange(3)
+        text[at : at + (kind > 0)] = [] if kind == 2 else [draw.choice(words)]
+    return text
+
+
+def texts_of(kind: str, draw: random.Random) -> list[str]:
+    """Texts that are hard on an index: some 200, many of them close to the threshold with one before."""
+    words = [f"w{i}" for i in range(60)]
+    made: list[list[str]] = []
+    if kind == "three words":
+        made = [draw.choices(words[:3], k=draw.randrange(15)) for _ in range(200)]
+    elif kind == "repetitions":
+        made = [[w for w in draw.sample(words[:8], 3) for _ in range(draw.randrange(1, 8))] for _ in range(200)]
+        made += [[draw.choice(words[:3])] * draw.randrange(40) for _ in range(50)]
+    elif kind == "permutations":
+        made = [draw.sample(words[:10], draw.randrange(5, 11)) for _ in range(200)]
+        made += [sorted(text)[::step] for text in made[:60] for step in (1, -1)]
+    elif kind == "near":
+        for _ in range(220):
+            old = draw.choice(made) if made and draw.random() < 0.8 else draw.choices(words, k=draw.randrange(1, 25))
+            made.append(edited(old, draw.randrange(1, 10), words, draw))
+    elif kind == "exactly at the threshold":  # 7 / 13 and 13 / 7 among them
+        for c, m, n in [(7 * k, 7 * k, 13 * k) for k in range(1, 4)] + [(7 * k, 10 * k, 10 * k) for k in range(1, 4)]:
+            for difference in (-1, 0, 1):
+                own = iter(f"x{draw.random()}".replace(".", "y") for _ in range(200))
+                common = [next(own) for _ in range(c + difference)]
+                pair = [edited(common, 0, words, draw) for _ in range(2)]
+                for text, length in zip(pair, draw.sample([m, n], 2)):
+                    while len(text) < length:
+                        text.insert(draw.randrange(len(text) + 1), next(own))
+                made += pair
+    elif kind == "long":
+        for _ in range(70):
+            old = draw.choice(made) if made and draw.random() < 0.8 else draw.choices(words * 5, k=draw.randrange(300))
+            made.append(edited(old, draw.randrange(1, 5 + len(old) // 2), words, draw))
+    elif kind == "short":
+        made = [draw.choices(words[:12], k=draw.randrange(4)) for _ in range(200)]
+    elif kind == "ever new words":
+        for i in range(200):
+            made.append(edited(draw.choice(made) if i % 2 else [], 1 + i % 3, [f"n{i}a", f"n{i}b"], draw))
+            made[-1] += [f"n{i}c"] * (i % 2 == 0) * 3 + ["the"]
+    return [" ".join(text) for text in made]
+
+
+KINDS = ["three words", "repetitions", "permutations", "near", "exactly at the threshold", "long", "short"]
+KINDS += ["ever new words"]
+
+
+@pytest.fixture(params=["as it is", "tiny"])
+def limits(request, monkeypatch):
+    """With tiny ones there are many segments, merged and built anew, and many chunks; from 20 tokens on texts are
+    `long`."""
+    if request.param == "tiny":
+        tiny = {"SMALL": 1, "MERGE": 2, "CHUNK": 70, "PAIRS": 5, "BATCH": 6, "LONGEST": 20}
+        tiny["EDGES"] = np.array([1, 2, 3, 5, 6, 7, 8, 12, 13, 20, 1 << 40])
+        for name, value in tiny.items():
+            monkeypatch.setattr(novelty, name, value)
+
+
+@pytest.mark.parametrize("threshold", [0.7, 0.5, 0.0, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_pair_is_lost(kind, threshold, limits):
+    draw = random.Random(f"{kind} {threshold}")
+    texts = texts_of(kind, draw)
+    known, candidates = texts[: len(texts) // 3], ["", *texts[len(texts) // 3 :], "", texts[0]]
+    expected = rejections(known, candidates, threshold)
+    assert any(expected) == (threshold < 1) and not all(expected)
+    for size in (1, 50, len(candidates)):
+        without = NoveltyFilter(known, threshold, details=False)
+        assert [result is None for result in in_calls_of(without, size, candidates)] == expected
+    assert [result is None for result in NoveltyFilter(known, threshold).filter(candidates)] == expected
+    grown = NoveltyFilter([], threshold, details=False)
+    for text in known:
+        grown.add([text])
+    assert [result is None for result in grown.filter(candidates)] == expected
+    assert len(grown) == len(known) + expected.count(False)
+
+
+def test_without_details_a_row_has_neither_key(run_2023):
+    known, candidates, expected = run_2023
+    novelty_filter = NoveltyFilter(iter(known), details=False)
+    results = novelty_filter.filter(candidates)
+    assert {result is novelty.NEW for result in results if result} == {True}
+    assert [result is None for result in results] == [result is None for result in expected]
+    assert novelty.NEW._asdict() == {} and novelty.NEW
+
+
+@pytest.mark.parametrize("threshold, rejected", [(-0.1, True), (1.5, False), (3.0, False)])
+def test_thresholds_that_f_never_reaches(threshold, rejected):
+    for details in (True, False):
+        assert (NoveltyFilter(["a b"], threshold, details=details).filter(["a b"]) == [None]) == rejected
+
+
+def test_a_segment_is_ranked_anew_as_the_pool_doubles():
+    draw = random.Random(5)
+    novelty_filter, ranked = NoveltyFilter([], details=False), []
+    for text in make_candidates(300, draw):
+        novelty_filter.add([text])
+        ranked.append(novelty_filter._index._ranked)
+    assert set(ranked) == {1, 2, 4, 8, 16, 32, 64, 128, 256}
+
+
+def test_a_row_without_details_takes_few_bytes():
+    draw = random.Random(6)
+    words = [f"w{i}" for i in range(5000)]
+    texts = [" ".join(draw.choices(words, k=12)) for _ in range(20_000)]
+    novelty_filter = NoveltyFilter(texts[:1], details=False)
+    tracemalloc.start()
+    try:
+        results = novelty_filter.filter(texts)
+        kept = sum(result is not None for result in results)
+        del results
+        size = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert kept > 19_900 and size / kept < 300
+
+
+def test_of_a_thousand_equal_texts_few_are_compared(monkeypatch):
+    novelty_filter, compared = NoveltyFilter(["one two three four five six"] * 50_000, details=False), []
+    monkeypatch.setattr(novelty, "cpdist", lambda a, *rest, **more: compared.append(len(a)) or cpdist(a, *rest, **more))
+    assert novelty_filter.filter(["one two three four five six", "six five four three two one"]) == [None, novelty.NEW]
+    assert max(compared) <= novelty.PAIRS
+
+
+def test_a_text_of_one_token_repeated():
+    known = ["a " * 70_000, "b " * 65_535, "c " * 65_534 + "d", "e e e"]
+    candidates = ["a " * 40_000, "a " * 37_000, "b " * 35_289, "b " * 35_288, "c " * 40_000, "e e", "e"]
+    expected = rejections(known, candidates)
+    assert expected == [True, False, True, False, True, True, False]
+    assert [result is None for result in NoveltyFilter(known, details=False).filter(candidates)] == expected
+
+
+@pytest.fixture(scope="module")
+def real_instructions() -> list[str]:
+    if not (SHARED / "alpaca_data.json").is_file():
+        pytest.skip("the original alpaca_data.json is not at hand")
+    return [row["instruction"] for row in json.loads((SHARED / "alpaca_data.json").read_text(encoding="utf-8"))]
+
+
+def decided(novelty_filter: NoveltyFilter, texts: list[str]) -> list[bool]:
+    return [result is None for result in in_calls_of(novelty_filter, 85, texts)]
+
+
+def test_real_instructions_and_variants_of_them(real_instructions):
+    texts = real_instructions[::10]
+    texts += recombined(texts, 3000, seed=7)
+    expected = full_scan([], texts)
+    assert 30 < sum(expected) < 1000
+    assert decided(NoveltyFilter([], details=False), texts) == expected
+
+
+@pytest.mark.stress
+def test_200_000_real_and_generated_instructions(real_instructions):
+    texts = real_instructions + recombined(real_instructions, 200_000 - len(real_instructions), seed=8)
+    expected = full_scan([], texts, os.cpu_count() or 1)
+    assert sum(expected) > 1000
+    assert decided(NoveltyFilter([], details=False), texts) == expected
+
+
+# ---- exclusion of evaluation sets ----
+
+
+def excluded(texts: list[str], instruction: str, ngram: int) -> bool:
+    """The plain loop: a run of tokens in common, ROUGE-L F above 0.7, or the same but for case and spaces."""
+
+    def runs(tokens: list[str]) -> set[tuple[str, ...]]:
+        return {tuple(tokens[i : i + ngram]) for i in range(len(tokens) - ngram + 1)}
+
+    tokens, words = novelty.tokenize(instruction), instruction.casefold().split()
+    for text in texts:
+        other = novelty.tokenize(text)
+        same = words and words == text.casefold().split()
+        if same or runs(tokens) & runs(other) or rejections([text], [instruction]) == [True]:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("ngram", [1, 4, 13])
+def test_exclusion_is_that_of_a_double_loop(ngram, limits):
+    draw = random.Random(ngram)
+    words = [f"w{i}" for i in range(200)]
+    texts = [draw.choices(words, k=draw.choice([0, 1, 5, ngram - 1, ngram, 12, 40, 90])) for _ in range(40)]
+    candidates = [draw.choices(words, k=draw.randrange(40)) for _ in range(40)]
+    for text in texts:
+        candidates.append(edited(text, draw.randrange(6), words, draw))
+        for length in (ngram - 1, ngram, ngram + 3):  # at the start, inside, at the end
+            at = draw.choice([0, draw.randrange(len(text) + 1), max(0, len(text) - length)])
+            run, new = text[at : at + length], [f"new{i}" for i in range(60)]
+            candidates.append(new[: draw.randrange(30)] + run + new[30 : 30 + draw.randrange(30)])
+    made = [" ".join(text) for text in candidates] + ["new" + " new" * 40]
+    known = [" ".join(text) for text in texts]
+    expected = [excluded(known, text, ngram) for text in made]
+    assert 10 < sum(expected) < len(made)
+    exclusion = Exclusion(iter(known), ngram=ngram)
+    assert exclusion.matches(made) == expected == [exclusion.matches([text])[0] for text in made]
+
+
+def test_a_run_of_13_tokens_is_excluded_and_one_of_12_is_not():
+    question = "Which of the following is the body cavity that contains the pituitary gland? Abdominal or cranial?"
+    tokens = novelty.tokenize(question)
+    exclusion = Exclusion([question, "Name the capital of France."])
+    around = "Write a long story about a doctor, a nurse and many other people, in which somebody asks: {} And then?"
+    for start in range(len(tokens) - 12):
+        assert exclusion.matches([around.format(" ".join(tokens[start : start + 13]).upper())]) == [True]
+        assert exclusion.matches([around.format(" ".join(tokens[start : start + 12]))]) == [False]
+    assert exclusion.matches(["Name the capital of Spain.", "name the CAPITAL of France!"]) == [True, True]
+    assert exclusion.matches([around.format("Name the capital of France."), "Name a bird.", ""]) == [False] * 3
+    joined = Exclusion([" ".join(tokens[:7]), " ".join(tokens[7:])])  # a run does not go on in the next text
+    assert joined.matches([around.format(question)]) == [False] and exclusion.matches([]) == []
+
+
+def test_texts_without_tokens_are_excluded_verbatim():
+    exclusion = Exclusion(["解释一下  光合作用。", "Ünïcödé", "", " \n"])
+    assert exclusion.matches(["解释一下 光合作用。\n", "ÜNÏCÖDÉ"]) == [True, True]
+    assert exclusion.matches(["解释一下", "", "  "]) == [False, False, False]
+    assert Exclusion([]).matches(["", "Name a bird."]) == [False, False]
+
+
+def test_an_exclusion_learns_nothing_from_candidates():
+    exclusion = Exclusion(["Name a bird.", "What is the name of a bird?"])
+    before = len(exclusion._ids), len(exclusion._index.ends)
+    assert exclusion.matches(["Entirely different tokens here", "name an entirely different bird"]) == [False, False]
+    assert (len(exclusion._ids), len(exclusion._index.ends)) == before
