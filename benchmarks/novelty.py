@@ -11,21 +11,33 @@ earlier one.
 
 The whole run, from the seed tasks to `total` kept instructions, is run with ours. For 2023 it is not run but integrated
 from its measured milliseconds: straight lines between pool sizes, below the smallest that one's.
+
+    python -m benchmarks.novelty --growth --data alpaca_data.json --output benchmarks/results/novelty_million_cpu.json
+    python -m benchmarks.novelty --plot benchmarks/results/novelty_million_cpu.json assets/novelty_cost.svg
+
+How the cost of a candidate grows with the pool, with details and without, to 1,000,000 known instructions. --data: a
+file of Alpaca's rows; what it has too few of is made of their words, so that tokens are as frequent as there, one in
+eight a variant of an earlier one. Each pool is measured in a process of its own; memory is what the process has more
+once the filter is made, and at most while it is made. Decisions on all candidates are compared with those of a full
+scan. `exclusion` is the cost of testing candidates against 14,000 made texts of about 60 tokens.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import random
+import re
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 from rouge_score import rouge_scorer
 
-from alpaca.datagen.novelty import NoveltyFilter, Similarity
+from alpaca.datagen.novelty import Exclusion, NoveltyFilter, Similarity, Vocabulary, common_tokens, f_measures_by_table
 from benchmarks.machine import ROOT, write_result
 
 CALL = 85
@@ -143,6 +155,122 @@ def whole_run(total: int, rows: list[dict]) -> dict:
     return result
 
 
+def recombined(real: list[str], number: int, seed: int) -> list[str]:
+    """Instructions made of the words of real ones, as long as those, one in eight a variant of an earlier one."""
+    words, draw = [word for text in real for word in text.split()], random.Random(seed)
+    made: list[str] = []
+    while len(made) < number:
+        if made and draw.random() < 1 / 8:
+            text = draw.choice(made).split()
+            for _ in range(draw.randrange(1, 5)):
+                text[draw.randrange(len(text))] = draw.choice(words)
+        else:
+            text = draw.choices(words, k=max(1, len(draw.choice(real).split())))
+        made.append(" ".join(text))
+    return made
+
+
+def full_scan(known: list[str], candidates: list[str], workers: int = 1) -> list[bool]:
+    """Whether each candidate is too similar to a known one or to one kept before it: compared with all of them."""
+    ids = Vocabulary()
+    texts = ids.encode(known)
+    codes, lengths = texts.codes(), list(texts.lengths)
+    rejected: list[bool] = []
+    for start in range(0, len(candidates), CALL):
+        new = ids.encode(candidates[start : start + CALL]).codes()
+        common, among = common_tokens(new, codes, workers), common_tokens(new, new, 1)
+        before, kept = np.array(lengths, dtype=np.int64), []
+        for i, code in enumerate(new):
+            scores = f_measures_by_table(common[i], len(code), before)
+            own = f_measures_by_table(among[i, kept], len(code), np.array([len(new[k]) for k in kept], dtype=np.int64))
+            rejected.append(max(scores.max(initial=0.0), own.max(initial=0.0)) > 0.7)
+            kept += [] if rejected[-1] else [i]
+        codes += [new[i] for i in kept]
+        lengths += [len(new[i]) for i in kept]
+    return rejected
+
+
+def resident(kind: str) -> int:
+    """Bytes of this process by /proc: VmRSS now, VmHWM at most."""
+    return int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def instructions_of(data: Path | None, number: int) -> list[str]:
+    if data is None:
+        return make_instructions(number, seed=0)
+    real = [row["instruction"] for row in json.loads(data.read_text(encoding="utf-8"))]
+    return (real + recombined(real, number - len(real), seed=0))[:number]
+
+
+def measure_growth(data: Path | None, size: int, details: bool, candidates: int, repeats: int) -> dict:
+    known = instructions_of(data, size)
+    new = (
+        make_instructions(candidates * repeats, seed=1) if data is None else recombined(known, candidates * repeats, 1)
+    )
+    for i in range(0, len(new), 10):
+        new[i] = f"Please {known[i * 97 % size]}"
+    Path("/proc/self/clear_refs").write_text("5")  # what VmHWM says begins anew
+    before = resident("VmRSS")
+    seconds, novelty_filter = timed(lambda: NoveltyFilter(iter(known), workers=os.cpu_count() or 1, details=details))
+    row = {"pool": size, "details": details, "seconds_to_add": round(seconds, 1)}
+    if size >= 100_000:  # a smaller one fits into what was freed before
+        row["bytes_per_row"] = round((resident("VmRSS") - before) / size)
+        row["bytes_per_row_peak"] = round((resident("VmHWM") - before) / size)
+    times, answers = [], []
+    for start in range(0, len(new), candidates):
+        calls = [new[i : min(i + CALL, start + candidates)] for i in range(start, start + candidates, CALL)]
+        seconds, results = timed(lambda c=calls: [result for call in c for result in novelty_filter.filter(call)])
+        times.append(round(seconds / candidates * 1e3, 4))
+        answers += [result is None for result in results]
+    row |= {"milliseconds": statistics.median(times), "all_milliseconds": times, "load": round(os.getloadavg()[0], 1)}
+    assert answers == full_scan(known, new, os.cpu_count() or 1), "decisions differ from the full scan"
+    return row | {"decisions_compared_equal": len(new), "rejected": sum(answers)}
+
+
+def measure_exclusion(data: Path | None, texts: int = 14_000, number: int = 20_000) -> dict:
+    """The cost of testing candidates against an evaluation set; its texts are some instructions in a row."""
+    parts = instructions_of(data, 5 * texts)
+    known = [" ".join(parts[5 * i : 5 * i + 5]) for i in range(texts)]
+    candidates = parts[:1000] + recombined(parts, number - 1000, seed=4)
+    seconds, exclusion = timed(lambda: Exclusion(known))
+    row = {"texts": texts, "candidates": number, "seconds_to_make": round(seconds, 2)}
+    seconds, excluded = timed(exclusion.matches, candidates)
+    return row | {"milliseconds": round(seconds / number * 1e3, 4), "excluded": sum(excluded)}
+
+
+def growth(options: argparse.Namespace) -> None:
+    rows = []
+    for details in (False, True):
+        for size in options.growth_sizes:
+            if details and size > options.most_with_details:
+                continue
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                words = options.data, size, details, options.candidates, options.repeats
+                rows.append(process.submit(measure_growth, *words).result())
+            print(json.dumps(rows[-1]), flush=True)
+    result = {"data": options.data and options.data.name, "candidates_per_call": CALL, "pools": rows}
+    result["exclusion"] = measure_exclusion(options.data)
+    write_result(result, ("numpy", "rapidfuzz"), options.output)
+
+
+def plot(result: Path, picture: Path) -> None:
+    """Draw milliseconds per candidate by pool size, with details and without."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = json.loads(result.read_text())["pools"]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "novelty", "font.size": 9}):
+        figure = Figure((6, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for details, label, marker in ((True, "with details", "s"), (False, "--similarity_details False", "o")):
+            points = sorted((row["pool"], row["milliseconds"]) for row in rows if row["details"] is details)
+            axes.loglog(*zip(*points), marker=marker, label=label)
+        axes.set(xlabel="known instructions", ylabel="milliseconds per candidate")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        figure.savefig(picture, metadata={"Date": None})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1_000, 10_000, 52_000], help="pools of both sides")
@@ -152,7 +280,16 @@ def main() -> None:
     parser.add_argument("--slow", type=int, default=8, help="candidates of 2023's algorithm")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--growth", action="store_true", help="how the cost grows with the pool, instead")
+    parser.add_argument("--growth_sizes", type=int, nargs="+", default=[10_000, 52_002, 200_000, 500_000, 1_000_000])
+    parser.add_argument("--most_with_details", type=int, default=200_000)
+    parser.add_argument("--data", type=Path, help="a file of Alpaca's rows for --growth")
+    parser.add_argument("--plot", type=Path, nargs=2, metavar=("RESULT", "PICTURE"))
     options = parser.parse_args()
+    if options.plot:
+        return plot(*options.plot)
+    if options.growth:
+        return growth(options)
     known = make_instructions(max(options.sizes + options.ours_only), seed=0)
     lengths = [len(SCORER._tokenizer.tokenize(text)) for text in known]
     vocabulary = {token for text in known for token in SCORER._tokenizer.tokenize(text)}

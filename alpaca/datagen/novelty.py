@@ -1,14 +1,14 @@
 """The novelty filter of self-instruct: an instruction is kept when no known one is too similar to it by ROUGE-L.
 
-Decisions, scores and their order are those of the 2023 code, bit for bit: rouge_score's tokens and F measure (floats in
-the order of operations), the ten most similar by the same np.argsort. The longest common subsequences are rapidfuzz's:
-of a candidate and the few texts that an index finds; for scores, of what is kept and all that is known.
+Decisions, scores and their order are those of the 2023 code, bit for bit: the tokens and the F measure (floats in the
+order of operations) of rouge_score, the ten most similar by the same np.argsort. The longest common subsequences come
+from rapidfuzz: of a candidate and the few texts that an index finds; for scores, of what is kept and all that is known.
 
-The index loses no pair with F above t, which has at least t (la + lb) / 2 tokens in common, la and lb being their
-numbers. Let the tokens of every text be sorted, rare ones first: behind the first common one, at places i and j, stand
-all others, so la - i and lb - j are at least that number. Only such places of a text are indexed and looked up, each
-with the text's length; what is found is compared by signatures, 64 bits of which each token sets one (all-pairs
-similarity search: Bayardo 2007; PPJoin: Xiao 2008).
+The index loses no pair with F above t: it has at least t (la + lb) / 2 tokens in common, la and lb being the numbers of
+tokens. Let the tokens of every text be sorted, rare ones first. The first common one stands at places i and j and the
+others behind it, so la - i and lb - j are at least that number. Only the first places of a text are indexed and looked
+up, each with the text's length; what is found is compared by signatures of 64 bits, one set by each token. (All-pairs
+similarity search: Bayardo 2007; PPJoin: Xiao 2008.)
 """
 
 import math
@@ -29,7 +29,8 @@ BATCH = 256  # candidates compared at once; beyond some 100 more of them save no
 CELLS = 1 << 23  # batch x pool: 16 MB of subsequence lengths and 64 MB of scores, however large the pool
 THREADS_FROM = 1 << 19  # batch x pool: with fewer, starting threads takes longer than they save
 LAST_CODE_POINT = 0x10FFFF
-MERGE, SMALL = 4, 1 << 14  # a segment of the index is MERGE times as large as the next, or has SMALL entries at least
+MERGE = 4  # a segment of the index is that many times as large as the next
+SMALL = 1 << 14  # entries: smaller segments grow by whatever comes
 CHUNK = 1 << 18  # ranges, entries or tokens handled at once, some 10 MB
 PAIRS = 1 << 12  # compared at once: a candidate found to be too similar is not compared further
 LONGEST = 0xFFFF  # tokens that a key of the index can say: of longer texts it does not say length and place
@@ -58,8 +59,8 @@ def f_measures(common: np.ndarray, length: int | np.ndarray, lengths: np.ndarray
     """Return the ROUGE-L F (Lin 2004) of one text with each of n: float64 [n], 0.0 where a text has no tokens.
 
     common: tokens in the longest common subsequences, integer [n]; length, lengths [n]: tokens of the one and of the n.
-    rouge_score's order matters: with 7 of 7 and of 13 tokens in common F is 0.7, but these floats make it
-    0.7000000000000001 and the candidate too similar.
+    The order of operations is rouge_score's. It matters: with 7 of 7 and of 13 tokens in common F is 0.7, but these
+    floats make it 0.7000000000000001 and the candidate too similar.
     """
     precision, recall = common / np.maximum(lengths, 1), common / np.maximum(length, 1)
     total = precision + recall
@@ -170,8 +171,7 @@ class Index:
     """Says which texts have ROUGE-L F above `threshold` with a known one."""
 
     def __init__(self, threshold: float):
-        self.threshold = threshold
-        self._bound = min(max(threshold, 0.0), 1.0)  # F is never above 1
+        self.threshold, self._bound = threshold, min(max(threshold, 0.0), 1.0)  # F is never above 1
         self._numbers, self.ends = array("I"), array("q", [0])  # of known texts; numpy's views of them must not stay
         self._segments: list[Segment] = []
         self._ranks, self._ranked = np.zeros(0, dtype=np.int64), 0  # of tokens, low for frequent ones; texts by then
@@ -326,9 +326,9 @@ class NoveltyFilter:
     def _filter_batch(self, instructions: list[str]) -> list[Similarity | SimpleNamespace | None]:
         texts = self._ids.encode(instructions)
         codes, lengths = texts.codes(), texts.lengths
-        rejected, kept = self._index.too_similar(texts, codes), []
         among = f_measures(common_tokens(codes, codes, 1), lengths[:, None], lengths)
-        for i in np.flatnonzero(~rejected).tolist():
+        kept: list[int] = []
+        for i in np.flatnonzero(~self._index.too_similar(texts, codes)).tolist():
             kept += [] if among[i, kept].max(initial=0.0) > self.threshold else [i]
         which = np.isin(np.arange(len(lengths)), kept)
         self._index.add(Texts(texts.numbers[np.repeat(which, lengths)], lengths[which]))
@@ -342,19 +342,19 @@ class NoveltyFilter:
         """Make kept candidates known; return how similar each is to what was before it. among: F between them."""
         workers = self.workers if len(codes) * len(self._texts) >= THREADS_FROM else 1
         common = common_tokens(codes, self._codes, workers)
-        rows = [f_measures_by_table(row, len(code), self._lengths) for row, code in zip(common, codes)]
+        rows = [f_measures_by_table(common[i], len(code), self._lengths) for i, code in enumerate(codes)]
         rows = [np.append(row, among[i, :i]) for i, row in enumerate(rows)]
         self._extend(instructions, codes)
+        if workers == 1:
+            return list(map(self._similarity, rows))
         with ThreadPoolExecutor(workers) as threads:  # numpy sorts without Python's lock
             return list(threads.map(self._similarity, rows))
 
     def _similarity(self, scores: np.ndarray) -> Similarity:
         """Return the similarity of a kept candidate; scores: its F with the first n known instructions, float64 [n]."""
-        if len(scores) == 0:
-            return Similarity({}, 0.0)
-        top = most_similar(scores, self.stable_ties)
-        # a text that is among them several times stands at its first place, as in 2023
-        return Similarity({self._texts[i]: float(scores[i]) for i in top}, float(np.mean(scores)))
+        # As in 2023, a text that is among them several times stands at its first place.
+        scores_of = {self._texts[i]: float(scores[i]) for i in most_similar(scores, self.stable_ties)}
+        return Similarity(scores_of, float(np.mean(scores)) if len(scores) else 0.0)
 
     def _extend(self, texts: list[str], codes: list[Codes]) -> None:
         self._texts += texts
@@ -366,8 +366,9 @@ class Exclusion:
     """The texts of an evaluation set, and the test whether an instruction repeats one of them.
 
     An instruction is excluded that has `ngram` tokens in a row in common with a text, or ROUGE-L F above `threshold`
-    with it. Tokens are those of `tokenize`: a text in Chinese has none, so an instruction is excluded also if it is one
-    of the texts, but for upper and lower case and spaces.
+    with it; a text of fewer tokens is known by ROUGE-L alone. Tokens are those of `tokenize`: a text in Chinese has
+    none, one with a single English word has that word. So an instruction is excluded also if it is one of the texts,
+    but for upper and lower case and spaces. A text of spaces alone excludes nothing.
     """
 
     def __init__(self, texts: Iterable[str], ngram: int = 13, threshold: float = 0.7):
@@ -389,12 +390,10 @@ class Exclusion:
         for start in range(0, len(instructions), BATCH):
             batch = instructions[start : start + BATCH]
             texts = self._ids.encode(batch, learn=False)
-            similar = self._index.too_similar(texts, texts.codes()).tolist()
-            for text, runs, excluded in zip(batch, self._runs_of(texts), similar):
-                found.append(excluded or normal(text) in self._normal or not self._runs.isdisjoint(runs))
+            for text, runs, excluded in zip(batch, self._runs_of(texts), self._index.too_similar(texts, texts.codes())):
+                found.append(bool(excluded) or normal(text) in self._normal or not self._runs.isdisjoint(runs))
         return found
 
 
 def normal(text: str) -> str:
-    """Return the text in one case, with one space between its words."""
     return " ".join(text.casefold().split())

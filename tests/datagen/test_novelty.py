@@ -1,16 +1,21 @@
 """The novelty filter: every decision, score and order of 2023's loop over rouge_score."""
 
 import json
+import os
 import random
+import tracemalloc
 from functools import partial
 
 import numpy as np
 import pytest
 from conftest import GOLDEN, ROOT, SHARED
+from rapidfuzz.distance import LCSseq
+from rapidfuzz.process import cpdist
 from rouge_score import rouge_scorer, scoring
 
 from alpaca.datagen import novelty
 from alpaca.datagen.novelty import Exclusion, NoveltyFilter, Similarity, common_tokens
+from benchmarks.novelty import full_scan, recombined
 
 ROUGE = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
 GENERATE = GOLDEN / "generate"
@@ -248,177 +253,248 @@ def test_tokens_are_those_of_rouge_score():
     assert [novelty.tokenize(text) for text in texts] == [ROUGE._tokenizer.tokenize(text) for text in texts]
 
 
-# ---- the index loses nothing ----
+# ---- the index: decisions without a full scan ----
 
 
-def decisions_by_scan(known: list[str], candidates: list[str], threshold: float = 0.7) -> list[bool]:
-    """Whether each candidate is kept, by comparing it with all that is known."""
-    numbers: dict[str, int] = {}
-    encode = lambda text: [numbers.setdefault(token, len(numbers) + 1) for token in novelty.tokenize(text)]  # noqa: E731
-    pool, kept = [encode(text) for text in known], []
+def rejections(known: list[str], candidates: list[str], threshold: float = 0.7) -> list[bool]:
+    """What a loop over everything decides, in the words of rouge_score."""
+    pool, answers = [novelty.tokenize(text) for text in known], []
     for text in candidates:
-        code = encode(text)
-        common = common_tokens([code], pool, 2)[0] if pool else np.zeros(0, dtype=np.uint16)
-        lengths = np.array([len(other) for other in pool], dtype=np.int64)
-        kept.append(not novelty.f_measures(common, len(code), lengths).max(initial=0.0) > threshold)
-        if kept[-1]:
-            pool.append(code)
-    return kept
+        tokens = novelty.tokenize(text)
+        scores = [0.0]
+        for other in pool if tokens else ():
+            common = LCSseq.similarity(tokens, other)
+            scores.append(scoring.fmeasure(common / len(other), common / len(tokens)) if other else 0.0)
+        answers.append(max(scores) > threshold)
+        if not answers[-1]:
+            pool.append(tokens)
+    return answers
 
 
-def changed(text: str, draw: random.Random, words: list[str]) -> str:
-    """The text with tokens replaced, dropped, repeated, moved, or more of them."""
-    tokens = text.split() or ["x"]
-    for _ in range(draw.randrange(1, max(2, len(tokens) // 2))):
-        at, kind = draw.randrange(len(tokens)), draw.randrange(5)
-        if kind == 0:
-            tokens[at] = draw.choice(words)
-        elif kind == 1 and len(tokens) > 1:
-            del tokens[at]
-        elif kind == 2:
-            tokens.insert(at, tokens[draw.randrange(len(tokens))])
-        elif kind == 3:
-            tokens.append(tokens.pop(at))
-        else:
-            tokens += draw.choices(words, k=draw.randrange(1, 4))
-    return " ".join(tokens)
+def edited(text: list[str], times: int, words: list[str], draw: random.Random) -> list[str]:
+    text = list(text)
+    for _ in range(times):
+        at, kind = draw.randrange(len(text) + 1), draw.randrange(3)
+        text[at : at + (kind > 0)] = [] if kind == 2 else [draw.choice(words)]
+    return text
 
 
-def hard_texts(number: int, draw: random.Random, vocabulary: int, longest: int) -> list[str]:
-    """Texts and changed ones of a vocabulary, in which low numbers are frequent."""
-    words = [f"w{i}" for i in range(vocabulary)]
-    made = [""]
-    while len(made) < number:
-        if draw.random() < 0.6:
-            made.append(changed(draw.choice(made), draw, words))
-        else:
-            count = draw.choice([1, 2, 3, 7, 13, draw.randrange(1, longest)])
-            made.append(" ".join(words[int(vocabulary * draw.random() ** 3)] for _ in range(count)))
-        if len(made[-1].split()) > longest:
-            made.pop()
-    return made
+def texts_of(kind: str, draw: random.Random) -> list[str]:
+    """Texts that are hard on an index: some 200, many of them close to the threshold with one before."""
+    words = [f"w{i}" for i in range(60)]
+    made: list[list[str]] = []
+    if kind == "three words":
+        made = [draw.choices(words[:3], k=draw.randrange(15)) for _ in range(200)]
+    elif kind == "repetitions":
+        made = [[w for w in draw.sample(words[:8], 3) for _ in range(draw.randrange(1, 8))] for _ in range(200)]
+        made += [[draw.choice(words[:3])] * draw.randrange(40) for _ in range(50)]
+    elif kind == "permutations":
+        made = [draw.sample(words[:10], draw.randrange(5, 11)) for _ in range(200)]
+        made += [sorted(text)[::step] for text in made[:60] for step in (1, -1)]
+    elif kind == "near":
+        for _ in range(220):
+            old = draw.choice(made) if made and draw.random() < 0.8 else draw.choices(words, k=draw.randrange(1, 25))
+            made.append(edited(old, draw.randrange(1, 10), words, draw))
+    elif kind == "exactly at the threshold":  # 7 / 13 and 13 / 7 among them
+        for c, m, n in [(7 * k, 7 * k, 13 * k) for k in range(1, 4)] + [(7 * k, 10 * k, 10 * k) for k in range(1, 4)]:
+            for difference in (-1, 0, 1):
+                own = iter(f"x{draw.random()}".replace(".", "y") for _ in range(200))
+                common = [next(own) for _ in range(c + difference)]
+                pair = [edited(common, 0, words, draw) for _ in range(2)]
+                for text, length in zip(pair, draw.sample([m, n], 2)):
+                    while len(text) < length:
+                        text.insert(draw.randrange(len(text) + 1), next(own))
+                made += pair
+    elif kind == "long":
+        for _ in range(70):
+            old = draw.choice(made) if made and draw.random() < 0.8 else draw.choices(words * 5, k=draw.randrange(300))
+            made.append(edited(old, draw.randrange(1, 5 + len(old) // 2), words, draw))
+    elif kind == "short":
+        made = [draw.choices(words[:12], k=draw.randrange(4)) for _ in range(200)]
+    elif kind == "ever new words":
+        for i in range(200):
+            made.append(edited(draw.choice(made) if i % 2 else [], 1 + i % 3, [f"n{i}a", f"n{i}b"], draw))
+            made[-1] += [f"n{i}c"] * (i % 2 == 0) * 3 + ["the"]
+    return [" ".join(text) for text in made]
 
 
-@pytest.mark.parametrize("details", [False, True])
-@pytest.mark.parametrize("vocabulary, longest", [(1, 40), (3, 25), (30, 20), (300, 20), (3000, 12), (200, 150)])
-@pytest.mark.parametrize("threshold", [0.7, 0.0, 0.5, 1.0])
-def test_decisions_are_those_of_a_full_scan(monkeypatch, vocabulary, longest, threshold, details):
-    """With segments that merge at once, many chunks, and tokens that the ranking does not know."""
-    monkeypatch.setattr(novelty, "SMALL", 40)
-    monkeypatch.setattr(novelty, "CHUNK", 97)
-    monkeypatch.setattr(novelty, "PAIRS", 5)
-    draw = random.Random(f"{vocabulary} {longest} {threshold}")
-    texts = hard_texts(700, draw, vocabulary, longest)
-    known, candidates = texts[:60], texts[60:]
-    expected = decisions_by_scan(known, candidates, threshold)
-    novelty_filter = NoveltyFilter(known[:7], threshold, details=details)
-    novelty_filter.add(known[7:])
-    found, at = [], 0
-    while at < len(candidates):
-        size = draw.choice([1, 3, 50, 300])
-        found += [result is not None for result in novelty_filter.filter(candidates[at : at + size])]
-        at += size
-    assert found == expected
-    assert len(novelty_filter) == 60 + sum(expected)
+KINDS = ["three words", "repetitions", "permutations", "near", "exactly at the threshold", "long", "short"]
+KINDS += ["ever new words"]
 
 
-def test_pairs_at_the_very_bound_are_found():
-    """All lengths to 40, as many tokens in common as F above 0.7 needs and one less, at the end of both where only the
-    last places of the index can find them; frequent tokens and rare ones."""
-    words = [f"w{i}" for i in range(120)]
-    noise = [" ".join(words[i % 7 : i % 7 + 4]) for i in range(30)]
-    for m in range(1, 41):
-        for n in range(m, 41):
-            fewest = next((c for c in range(1, m + 1) if scoring.fmeasure(c / n, c / m) > 0.7), m + 1)
-            for common in {fewest, fewest - 1} & set(range(m + 1)):
-                shared = words[40 - common : 40]
-                known, candidate = (
-                    " ".join(words[80 : 80 + n - common] + shared),
-                    " ".join(words[41 : 41 + m - common] + shared),
-                )
-                expected = decisions_by_scan([known, *noise], [candidate])
-                assert [
-                    r is not None for r in NoveltyFilter([known, *noise], details=False).filter([candidate])
-                ] == expected
+@pytest.fixture(params=["as it is", "tiny"])
+def limits(request, monkeypatch):
+    """With tiny ones there are many segments, merged and built anew, and many chunks; from 20 tokens on texts are
+    `long`."""
+    if request.param == "tiny":
+        tiny = {"SMALL": 1, "MERGE": 2, "CHUNK": 70, "PAIRS": 5, "BATCH": 6, "LONGEST": 20}
+        tiny["EDGES"] = np.array([1, 2, 3, 5, 6, 7, 8, 12, 13, 20, 1 << 40])
+        for name, value in tiny.items():
+            monkeypatch.setattr(novelty, name, value)
 
 
-def test_long_texts_without_details():
-    novelty_filter = NoveltyFilter(["a " * 70_000, " ".join(f"w{i}" for i in range(70_000))], details=False)
-    near = " ".join(f"w{i}" for i in range(9_000, 80_000))
-    assert novelty_filter.filter(["a " * 60_000 + "b", near, "a " * 30_000, "b a"]) == [
-        None,
-        None,
-        novelty.NEW,
-        novelty.NEW,
-    ]
-    assert novelty_filter.filter(["a " * 29_000]) == [None]
+@pytest.mark.parametrize("threshold", [0.7, 0.5, 0.0, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_pair_is_lost(kind, threshold, limits):
+    draw = random.Random(f"{kind} {threshold}")
+    texts = texts_of(kind, draw)
+    known, candidates = texts[: len(texts) // 3], ["", *texts[len(texts) // 3 :], "", texts[0]]
+    expected = rejections(known, candidates, threshold)
+    assert any(expected) == (threshold < 1) and not all(expected)
+    for size in (1, 50, len(candidates)):
+        without = NoveltyFilter(known, threshold, details=False)
+        assert [result is None for result in in_calls_of(without, size, candidates)] == expected
+    assert [result is None for result in NoveltyFilter(known, threshold).filter(candidates)] == expected
+    grown = NoveltyFilter([], threshold, details=False)
+    for text in known:
+        grown.add([text])
+    assert [result is None for result in grown.filter(candidates)] == expected
+    assert len(grown) == len(known) + expected.count(False)
 
 
-def test_without_details_no_text_is_kept(run_2023):
+def test_without_details_a_row_has_neither_key(run_2023):
     known, candidates, expected = run_2023
-    novelty_filter = NoveltyFilter(known, details=False)
-    results = in_calls_of(novelty_filter, 40, candidates)
+    novelty_filter = NoveltyFilter(iter(known), details=False)
+    results = novelty_filter.filter(candidates)
+    assert {result is novelty.NEW for result in results if result} == {True}
     assert [result is None for result in results] == [result is None for result in expected]
-    assert all(result is None or result._asdict() == {} for result in results)
-    assert novelty_filter._texts == novelty_filter._codes == []
+    assert novelty.NEW._asdict() == {} and novelty.NEW
 
 
+@pytest.mark.parametrize("threshold, rejected", [(-0.1, True), (1.5, False), (3.0, False)])
+def test_thresholds_that_f_never_reaches(threshold, rejected):
+    for details in (True, False):
+        assert (NoveltyFilter(["a b"], threshold, details=details).filter(["a b"]) == [None]) == rejected
+
+
+def test_a_segment_is_ranked_anew_as_the_pool_doubles():
+    draw = random.Random(5)
+    novelty_filter, ranked = NoveltyFilter([], details=False), []
+    for text in make_candidates(300, draw):
+        novelty_filter.add([text])
+        ranked.append(novelty_filter._index._ranked)
+    assert set(ranked) == {1, 2, 4, 8, 16, 32, 64, 128, 256}
+
+
+def test_a_row_without_details_takes_few_bytes():
+    draw = random.Random(6)
+    words = [f"w{i}" for i in range(5000)]
+    texts = [" ".join(draw.choices(words, k=12)) for _ in range(20_000)]
+    novelty_filter = NoveltyFilter(texts[:1], details=False)
+    tracemalloc.start()
+    try:
+        results = novelty_filter.filter(texts)
+        kept = sum(result is not None for result in results)
+        del results
+        size = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert kept > 19_900 and size / kept < 300
+
+
+def test_of_a_thousand_equal_texts_few_are_compared(monkeypatch):
+    novelty_filter, compared = NoveltyFilter(["one two three four five six"] * 50_000, details=False), []
+    monkeypatch.setattr(novelty, "cpdist", lambda a, *rest, **more: compared.append(len(a)) or cpdist(a, *rest, **more))
+    assert novelty_filter.filter(["one two three four five six", "six five four three two one"]) == [None, novelty.NEW]
+    assert max(compared) <= novelty.PAIRS
+
+
+def test_a_text_of_one_token_repeated():
+    known = ["a " * 70_000, "b " * 65_535, "c " * 65_534 + "d", "e e e"]
+    candidates = ["a " * 40_000, "a " * 37_000, "b " * 35_289, "b " * 35_288, "c " * 40_000, "e e", "e"]
+    expected = rejections(known, candidates)
+    assert expected == [True, False, True, False, True, True, False]
+    assert [result is None for result in NoveltyFilter(known, details=False).filter(candidates)] == expected
+
+
+@pytest.fixture(scope="module")
 def real_instructions() -> list[str]:
-    if not (SHARED / "alpaca_data.json").exists():
-        pytest.skip("the original rows are not here")
-    return [row["instruction"] for row in json.loads((SHARED / "alpaca_data.json").read_text())]
+    if not (SHARED / "alpaca_data.json").is_file():
+        pytest.skip("the original alpaca_data.json is not at hand")
+    return [row["instruction"] for row in json.loads((SHARED / "alpaca_data.json").read_text(encoding="utf-8"))]
 
 
-def recombined(real: list[str], number: int, draw: random.Random) -> list[str]:
-    """Real instructions, words of which are replaced by other real ones."""
-    words, made = [word for text in real for word in text.split()], []
-    while len(made) < number:
-        tokens = draw.choice(real).split()
-        for _ in range(round(len(tokens) * draw.uniform(0.1, 0.7))):
-            tokens[draw.randrange(len(tokens))] = draw.choice(words)
-        made.append(" ".join(tokens))
-    return made
+def decided(novelty_filter: NoveltyFilter, texts: list[str]) -> list[bool]:
+    return [result is None for result in in_calls_of(novelty_filter, 85, texts)]
 
 
-@pytest.mark.parametrize("number", [3_000, pytest.param(200_000, marks=pytest.mark.stress)])
-def test_decisions_on_real_instructions(number):
-    """Beginning with none. The scan of 200,000 takes some minutes."""
-    draw = random.Random(0)
-    real = real_instructions()
-    texts = real[: number // 2] + recombined(real, number - min(number // 2, len(real)), draw)
-    draw.shuffle(texts)
-    found = [r is not None for r in in_calls_of(NoveltyFilter([], details=False), 500, texts)]
-    assert found == decisions_by_scan([], texts) and 0.3 < sum(found) / len(found) < 0.999
+def test_real_instructions_and_variants_of_them(real_instructions):
+    texts = real_instructions[::10]
+    texts += recombined(texts, 3000, seed=7)
+    expected = full_scan([], texts)
+    assert 30 < sum(expected) < 1000
+    assert decided(NoveltyFilter([], details=False), texts) == expected
 
 
-# ---- evaluation sets ----
+@pytest.mark.stress
+def test_200_000_real_and_generated_instructions(real_instructions):
+    texts = real_instructions + recombined(real_instructions, 200_000 - len(real_instructions), seed=8)
+    expected = full_scan([], texts, os.cpu_count() or 1)
+    assert sum(expected) > 1000
+    assert decided(NoveltyFilter([], details=False), texts) == expected
 
 
-def excluded_by_scan(texts: list[str], candidate: str, ngram: int = 13) -> bool:
-    tokens, runs = novelty.tokenize(candidate), lambda t: {tuple(t[i : i + ngram]) for i in range(len(t) - ngram + 1)}
+# ---- exclusion of evaluation sets ----
+
+
+def excluded(texts: list[str], instruction: str, ngram: int) -> bool:
+    """The plain loop: a run of tokens in common, ROUGE-L F above 0.7, or the same but for case and spaces."""
+
+    def runs(tokens: list[str]) -> set[tuple[str, ...]]:
+        return {tuple(tokens[i : i + ngram]) for i in range(len(tokens) - ngram + 1)}
+
+    tokens, words = novelty.tokenize(instruction), instruction.casefold().split()
     for text in texts:
         other = novelty.tokenize(text)
-        if rouge_scorer._score_lcs(other, tokens).fmeasure > 0.7 or runs(other) & runs(tokens):
-            return True
-        if text.split() and text.casefold().split() == candidate.casefold().split():
+        same = words and words == text.casefold().split()
+        if same or runs(tokens) & runs(other) or rejections([text], [instruction]) == [True]:
             return True
     return False
 
 
-def test_instructions_of_an_evaluation_set_are_excluded():
-    draw = random.Random(4)
-    words = [f"w{i}" for i in range(400)]
-    texts = hard_texts(150, draw, 400, 40) + ["解释一下 这个", "Ünïcode Über alles", "  "]
-    inside = []
-    for _ in range(300):  # 12 to 14 tokens of a text inside of others
-        source = draw.choice([text for text in texts if len(text.split()) > 15]).split()
-        size = draw.choice([11, 12, 13, 14])
-        at = draw.choice([0, len(source) - size, draw.randrange(len(source) - size)])
-        around = [draw.choices(words, k=draw.choice([0, 30])), draw.choices(words, k=draw.choice([0, 30]))]
-        inside.append(" ".join(around[0] + source[at : at + size] + around[1]))
-    candidates = inside + [changed(draw.choice(texts), draw, words) for _ in range(400)]
-    candidates += ["解释一下  这个", "解释一下", "ÜNÏCODE über ALLES", "", " ", *texts]
-    expected = [excluded_by_scan(texts, candidate) for candidate in candidates]
-    assert Exclusion(texts).matches(candidates) == expected
-    assert 0.3 < sum(expected) / len(expected) < 0.9
-    assert Exclusion([]).matches(["Name a bird.", ""]) == [False, False] and Exclusion(texts).matches([]) == []
+@pytest.mark.parametrize("ngram", [1, 4, 13])
+def test_exclusion_is_that_of_a_double_loop(ngram, limits):
+    draw = random.Random(ngram)
+    words = [f"w{i}" for i in range(200)]
+    texts = [draw.choices(words, k=draw.choice([0, 1, 5, ngram - 1, ngram, 12, 40, 90])) for _ in range(40)]
+    candidates = [draw.choices(words, k=draw.randrange(40)) for _ in range(40)]
+    for text in texts:
+        candidates.append(edited(text, draw.randrange(6), words, draw))
+        for length in (ngram - 1, ngram, ngram + 3):  # at the start, inside, at the end
+            at = draw.choice([0, draw.randrange(len(text) + 1), max(0, len(text) - length)])
+            run, new = text[at : at + length], [f"new{i}" for i in range(60)]
+            candidates.append(new[: draw.randrange(30)] + run + new[30 : 30 + draw.randrange(30)])
+    made = [" ".join(text) for text in candidates] + ["new" + " new" * 40]
+    known = [" ".join(text) for text in texts]
+    expected = [excluded(known, text, ngram) for text in made]
+    assert 10 < sum(expected) < len(made)
+    exclusion = Exclusion(iter(known), ngram=ngram)
+    assert exclusion.matches(made) == expected == [exclusion.matches([text])[0] for text in made]
+
+
+def test_a_run_of_13_tokens_is_excluded_and_one_of_12_is_not():
+    question = "Which of the following is the body cavity that contains the pituitary gland? Abdominal or cranial?"
+    tokens = novelty.tokenize(question)
+    exclusion = Exclusion([question, "Name the capital of France."])
+    around = "Write a long story about a doctor, a nurse and many other people, in which somebody asks: {} And then?"
+    for start in range(len(tokens) - 12):
+        assert exclusion.matches([around.format(" ".join(tokens[start : start + 13]).upper())]) == [True]
+        assert exclusion.matches([around.format(" ".join(tokens[start : start + 12]))]) == [False]
+    assert exclusion.matches(["Name the capital of Spain.", "name the CAPITAL of France!"]) == [True, True]
+    assert exclusion.matches([around.format("Name the capital of France."), "Name a bird.", ""]) == [False] * 3
+    joined = Exclusion([" ".join(tokens[:7]), " ".join(tokens[7:])])  # a run does not go on in the next text
+    assert joined.matches([around.format(question)]) == [False] and exclusion.matches([]) == []
+
+
+def test_texts_without_tokens_are_excluded_verbatim():
+    exclusion = Exclusion(["解释一下  光合作用。", "Ünïcödé", "", " \n"])
+    assert exclusion.matches(["解释一下 光合作用。\n", "ÜNÏCÖDÉ"]) == [True, True]
+    assert exclusion.matches(["解释一下", "", "  "]) == [False, False, False]
+    assert Exclusion([]).matches(["", "Name a bird."]) == [False, False]
+
+
+def test_an_exclusion_learns_nothing_from_candidates():
+    exclusion = Exclusion(["Name a bird.", "What is the name of a bird?"])
+    before = len(exclusion._ids), len(exclusion._index.ends)
+    assert exclusion.matches(["Entirely different tokens here", "name an entirely different bird"]) == [False, False]
+    assert (len(exclusion._ids), len(exclusion._index.ends)) == before
