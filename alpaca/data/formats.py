@@ -155,7 +155,7 @@ def choose_layout(read: Sequence[Any], data_path: str, columns: str | None = Non
         return ALPACA
     layout = _conversation(known) or _pairs(known, QUESTIONS, ANSWERS, OTHER_PAIRS)
     if layout is None and not answered:
-        layout = _pairs(known, (*QUESTIONS, "input", "inputs", "problem"), (), ())
+        layout = _pairs(known, QUESTIONS, (), ()) or _pairs(known, ("input", "inputs", "problem"), (), ())
     if layout is None and isinstance(known.example("text"), str):
         layout = Layout("Guanaco", known.of(turns="text"))
     return layout or ALPACA
@@ -167,8 +167,8 @@ def _pairs(
     """Return the one layout of a question with its answer, or of a question alone."""
     found = [pair for pair in product(questions, answers or ("",)) if all(name in known for name in pair if name)]
     found = found or [pair for pair in others if all(name in known for name in pair)]
-    if ("instruction", "output") in found:
-        found = [("instruction", "output")]
+    if plain := [pair for pair in found if pair in (("instruction", "output"), ("instruction", ""))]:
+        found = plain
     if len(found) > 1:
         raise known.error(f"fits several layouts ({', '.join('/'.join(filter(None, pair)) for pair in found)})")
     if not found:

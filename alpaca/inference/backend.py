@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from alpaca.common.commands import check_numbers, flag
-from alpaca.common.errors import InputError, ParameterError, masked
+from alpaca.common.errors import InputError, ParameterError, UsageError, masked
 from alpaca.common.files import digest, parse_json
-from alpaca.completions.api import Model, Request, Sampling, seed_of
+from alpaca.completions.api import Model, Prompt, Request, RequestFailed, Sampling, seed_of
 from alpaca.completions.budget import BATCH_RATE
 from alpaca.completions.servers import MOST, Servers
 from alpaca.data.prompts import PROMPT_DICT, TEMPLATE_FILE, format_prompt
-from alpaca.inference.client import Client, api_by_name
+from alpaca.inference.client import PATHS, Client, api_by_name, is_openai
+from alpaca.inference.server_errors import MaxTokensRefused, download, read_line, refused_line
 
 NOWHERE = "http://localhost/v1"  # an address that is not asked
 OF_THE_COMMAND = {  # fields of a request that --extra_body may not set, and what sets them
@@ -97,6 +98,33 @@ class BackendFlags:
         return self.batch_size if self.concurrency is None else self.concurrency
 
 
+class BatchClient(Client):
+    """A server's model, asked through its batch endpoint or, with `batch_dir`, through files of that folder."""
+
+    batch = True
+    batch_dir: str | None = None
+    read_line, download = staticmethod(read_line), staticmethod(download)
+
+    def request_of(self, prompt: Prompt, sampling: Sampling) -> tuple[str, dict[str, Any]]:
+        """Return the path, as a line of a batch has it, and the body of a request."""
+        if self.batch_dir is None and self.api == "chat" and is_openai(self.base_url):
+            self.token_parameter = "max_completion_tokens"  # all of OpenAI's take it, the newer ones nothing else
+        return f"/v1{PATHS[self.api]}", self.body_of(self.api, prompt, sampling)
+
+    def refusal(self, status: int, said: Any, sent: Mapping[str, Any]) -> Exception:
+        """Return what a refusal in a batch means: ContextOverflow, UsageError, or RequestFailed: to be asked again."""
+        problem = refused_line(status, said, self.model, sent)
+        if isinstance(problem, MaxTokensRefused):
+            self.token_parameter = "max_completion_tokens"
+            return RequestFailed(str(problem))
+        return problem if isinstance(problem, RequestFailed | UsageError) else RequestFailed(str(problem))
+
+    def renamed(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Return the body of a request with the name that max_tokens has by now."""
+        new = self.token_parameter if "messages" in body else "max_tokens"
+        return {new if name == "max_tokens" else name: value for name, value in body.items()}
+
+
 def open_backend(model: str, flags: BackendFlags, chat: bool = True) -> Model:
     """Return the model of a folder (a checkpoint, an adapter or a diff), unless there is a base URL; else a server's.
 
@@ -112,7 +140,7 @@ def open_backend(model: str, flags: BackendFlags, chat: bool = True) -> Model:
     flags.check()
     if flags.batch_dir is not None:
         api = api_by_name(model) if flags.api == "auto" else flags.api
-        client = Client(model, NOWHERE, api, extra_body=flags.extra_fields())
+        client = BatchClient(model, NOWHERE, api, extra_body=flags.extra_fields())
         client.batch_dir = flags.batch_dir
         return client
     if not is_folder(model, flags.base_url):
@@ -150,9 +178,8 @@ def _open_servers(model: str, flags: BackendFlags) -> Model:
     fields = flags.extra_fields()
     addresses = addresses_of(flags.base_url or os.environ.get("OPENAI_BASE_URL"))
     if len(addresses) < 2:
-        client = Client(model, addresses[0] if addresses else None, flags.api, extra_body=fields)
-        client.batch = flags.batch
-        return client
+        make = BatchClient if flags.batch else Client
+        return make(model, addresses[0] if addresses else None, flags.api, extra_body=fields)
     if flags.batch:
         raise ParameterError("{batch} asks one server: {base_url} names several", "batch", "base_url")
     clients = [Client(model, address, flags.api, 0, extra_body=fields) for address in addresses]

@@ -39,13 +39,10 @@ from alpaca.inference.server_errors import (
     UnknownModel,
     WrongEndpoint,
     classify_error,
-    download,
     limit_answer,
     never_connected,
     read_completion,
     read_json,
-    read_line,
-    refused_line,
     shown,
     unknown_model,
 )
@@ -68,10 +65,6 @@ class Client:
     timeout: seconds for a whole request, from the connection to the last byte of its answer.
     extra_body: fields for every request, such as {"reasoning_effort": "low"}.
     """
-
-    batch = False  # whether requests go through the batch endpoint (alpaca/completions/batch_endpoint.py)
-    batch_dir: str | None = None  # or through files of this folder
-    read_line, download = staticmethod(read_line), staticmethod(download)
 
     def __init__(
         self,
@@ -177,21 +170,19 @@ class Client:
         """Ask for a few tokens, with nothing but that limit and the user's extra fields: no parameter that nobody
         chose."""
         sampling = Sampling(max_tokens=16, temperature=None, top_p=None)
-        try:
-            await self._ask(api, "Hi", sampling, retries=1)
-        except MaxTokensRefused:
-            self.token_parameter = "max_completion_tokens"
-            await self._try_again(api, sampling)
-        except RequestFailed as error:
-            if OUT_OF_LIMIT not in str(error):
-                raise
-
-    async def _try_again(self, api: str, sampling: Sampling) -> None:
-        try:
-            await self._ask(api, "Hi", sampling, retries=1)
-        except RequestFailed as error:
-            if OUT_OF_LIMIT not in str(error):
-                raise
+        for again in (False, True):
+            try:
+                await self._ask(api, "Hi", sampling, retries=1)
+            except MaxTokensRefused:
+                if again:
+                    raise
+                self.token_parameter = "max_completion_tokens"
+            except RequestFailed as error:
+                if OUT_OF_LIMIT not in str(error):
+                    raise
+                return
+            else:
+                return
 
     async def _offered(self) -> list[str] | None:
         """Return the names of the server's models, or None if it does not tell."""
@@ -225,7 +216,7 @@ class Client:
     ) -> Completion:
         import httpx2
 
-        body = self._body(api, prompt, sampling)
+        body = self.body_of(api, prompt, sampling)
 
         async def ask() -> Completion:
             answer = await self.server.post(PATHS[api], body=body, cast_to=httpx2.Response)
@@ -233,7 +224,8 @@ class Client:
 
         return await self.persist(ask, body, self.address + PATHS[api], retries, on_lost_response)
 
-    def _body(self, api: str, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
+    def body_of(self, api: str, prompt: Prompt, sampling: Sampling) -> dict[str, Any]:
+        """Return what is sent."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if api == "completions" and not isinstance(prompt, str):
             raise ParameterError(
@@ -251,25 +243,6 @@ class Client:
         if twice := body.keys() & self.extra_body.keys():
             raise ParameterError(f"{{extra_body}}: {min(twice)!r} is set by the command itself; omit it", "extra_body")
         return body | dict(sampling.extra) | self.extra_body
-
-    def request_of(self, prompt: Prompt, sampling: Sampling) -> tuple[str, dict[str, Any]]:
-        """Return the path, as a line of a batch has it, and the body of a request."""
-        if self.batch and self.api == "chat" and is_openai(self.base_url):
-            self.token_parameter = "max_completion_tokens"  # all of OpenAI's take it, the newer ones nothing else
-        return f"/v1{PATHS[self.api]}", self._body(self.api, prompt, sampling)
-
-    def refusal(self, status: int, said: Any, sent: Mapping[str, Any]) -> Exception:
-        """Return what a refusal in a batch means: ContextOverflow, UsageError, or RequestFailed: to be asked again."""
-        problem = refused_line(status, said, self.model, sent)
-        if isinstance(problem, MaxTokensRefused):
-            self.token_parameter = "max_completion_tokens"
-            return RequestFailed(str(problem))
-        return problem if isinstance(problem, RequestFailed | UsageError) else RequestFailed(str(problem))
-
-    def renamed(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the body of a request with the name that max_tokens has by now."""
-        new = self.token_parameter if "messages" in body else "max_tokens"
-        return {new if name == "max_tokens" else name: value for name, value in body.items()}
 
     async def persist(
         self,

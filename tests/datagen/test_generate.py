@@ -1,6 +1,7 @@
 """Data generation against a real HTTP server: as 2023, the same at any concurrency, nothing lost or paid twice."""
 
 import asyncio
+import csv
 import hashlib
 import inspect
 import json
@@ -458,6 +459,65 @@ def test_an_interrupt_waits_for_what_is_being_filtered():
         assert done == ["filtered"]
 
     asyncio.run(interrupted())
+
+
+# ---- evaluation sets, details, seeds ----
+
+
+def test_tasks_of_an_evaluation_set_are_dropped_and_counted(tmp_path):
+    """One is in it nearly word by word, one has thirteen words in a row of a longer one, with an input."""
+    with CompletionServer(answer=tasks) as server:
+        rows = generate(tmp_path / "all", server)
+        one = rows[7]
+        words = [f"v{n}" for n in range(20)]
+        excluded = [
+            {"instruction": f"{one['instruction']} Please."},
+            {"instruction": "Do it.", "input": " ".join(words)},
+        ]
+        (tmp_path / "evaluation.json").write_text(json.dumps(excluded))
+        run = " ".join(["so", *words[2:15], "so"])
+        more = f"###\n19. Instruction: Read this: {run}.\n19. Input:\n<noinput>\n19. Output:\nYes.\n"
+        server.answer = lambda prompt, body: tasks(prompt).partition("###\n19. ")[0] + more
+        kept = generate(tmp_path / "kept", server, exclude=str(tmp_path / "evaluation.json"))
+    assert one["instruction"] in {row["instruction"] for row in rows} - {row["instruction"] for row in kept}
+    assert not any("v5 v6" in row["instruction"] for row in kept)
+    counted = report(tmp_path / "kept")["rejected: in an evaluation set"]
+    assert counted == 1 + len(journal(tmp_path / "kept"))
+
+
+def test_without_details_the_same_tasks_are_kept(tmp_path):
+    with CompletionServer(answer=tasks) as server:
+        rows = generate(tmp_path / "with", server, 200)
+        bare = generate(tmp_path / "without", server, 200, similarity_details=False)
+        more = generate(tmp_path / "without", server, 230, similarity_details=False)
+    fields = ("instruction", "input", "output")
+    assert [list(row) for row in bare] == [list(fields)] * len(bare)
+    assert bare == [{name: row[name] for name in fields} for row in rows][: len(bare)]
+    assert more[: len(bare)] == bare, "a rerun goes on from them"
+
+
+@pytest.mark.parametrize("name", ["seeds.json", "seeds.jsonl", "seeds.csv", "turns.json"])
+def test_seed_tasks_of_any_layout(tmp_path, name):
+    rows = [json.loads(line) for line in SEEDS.read_text().splitlines()]
+    rows = [{"instruction": row["instruction"], **row["instances"][0]} for row in rows]
+    path = tmp_path / name
+    if name == "turns.json":
+        path.write_text(json.dumps([{"question": row["instruction"], "answer": row["output"]} for row in rows]))
+    elif name.endswith(".csv"):
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, ("instruction", "input", "output"))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        path.write_text(json.dumps(rows) if name.endswith(".json") else "\n".join(map(json.dumps, rows)))
+    flags = dict(model_name="tiny", api="completions", seed=1, num_cpus=1)
+    with CompletionServer(answer=tasks) as server:
+        generate_instruction_following_data(str(tmp_path), str(path), 50, base_url=server.url, **flags)
+        asked = server.requests[0].prompt
+        server.requests.clear()
+        generate(tmp_path / "2023", server, 50)
+        of_2023 = server.requests[0].prompt
+    assert (asked == of_2023) == (name != "turns.json") and asked.count("Output:") == of_2023.count("Output:")
 
 
 # ---- what goes wrong ----

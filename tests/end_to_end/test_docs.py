@@ -25,7 +25,10 @@ BLOCKS = [block for file in FILES for block in re.findall(r"```bash\n(.*?)```", 
 
 # A phrase of a block: the test that runs it.
 ELSEWHERE = {
-    "vllm serve": "test_client.py, with `transformers serve`; test_local_model.py",
+    "generate_vllm.slurm": "test_servers.py",
+    "--batch_dir": "test_batches.py: a batch endpoint, and a stand-in for vllm run-batch",
+    "--exclude": "test_generate.py; benchmarks/generation.py with a million",
+    "vllm serve Qwen": "test_client.py, with `transformers serve`; test_local_model.py",
     "backtranslate augment": "test_backtranslate.py: a model of random weights rates nothing",
     "scripts.demo": "test_demo.py, in a browser; the harness: test_evaluate.py, as its data are on the hub",
     "scores --batch_size auto": "test_evaluate.py, test_tour.py",

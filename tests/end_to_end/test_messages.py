@@ -15,7 +15,7 @@ from alpaca.common.errors import UsageError
 
 INPUTS = (
     "path_raw path_tuned path_diff model base compare adapter data_path eval_data_path seed_path augmented_path "
-    "regen_path seed_tasks_path ratings_path prompt_path model_name_or_path prompt_template reference_path"
+    "regen_path seed_tasks_path ratings_path prompt_path model_name_or_path prompt_template reference_path exclude"
 ).split()
 OUTPUTS = "output_path output_dir".split()
 # What a command needs beside the path that is broken; {…} is a file or folder of the test.
