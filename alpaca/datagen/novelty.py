@@ -282,7 +282,7 @@ class NoveltyFilter:
     details: say of a kept candidate how similar it is to what is known. It is compared with all that is known then: the
         cost grows with the pool, which takes some 600 bytes an instruction. Without details a kept candidate gets NEW,
         whose `_asdict()` is empty (both keys are left out of its row), the cost hardly grows with the pool, and that
-        takes some 250 bytes an instruction: texts are not kept.
+        takes some 300 bytes an instruction (450 while many are added): texts are not kept.
     Filtering takes up to some 100 MB more, however large the pool.
     """
 
