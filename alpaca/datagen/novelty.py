@@ -7,8 +7,7 @@ from rapidfuzz: of a candidate and the few texts that an index finds; for scores
 The index loses no pair with F above t: it has at least t (la + lb) / 2 tokens in common, la and lb being the numbers of
 tokens. Let the tokens of every text be sorted, rare ones first. The first common one stands at places i and j and the
 others behind it, so la - i and lb - j are at least that number. Only the first places of a text are indexed and looked
-up, each with the text's length; what is found is compared by signatures of 64 bits, one set by each token. (All-pairs
-similarity search: Bayardo 2007; PPJoin: Xiao 2008.)
+up, each with the text's length; what is found is compared by signatures of 64 bits, one set by each token (PPJoin).
 """
 
 import math
@@ -231,15 +230,18 @@ class Index:
     def too_similar(self, texts: Texts, codes: list[Codes]) -> np.ndarray:
         """Return of each text whether a known one has F above the threshold with it."""
         found, absent = np.full(len(codes), self.threshold < 0), ~texts.signatures()
+        done = np.zeros(0, dtype=np.int64)  # pairs compared, of texts that may come again: they come in their order
         for text, first, last, lacks, has in self._ranges(texts):
             for segment in self._segments:
                 start = np.searchsorted(segment.keys, first)
                 counts = np.maximum(np.searchsorted(segment.keys, last, "right") - start, 0)
                 for which, entry in expand(counts, start):
+                    latest = text[which[-1]] << 32
                     few = np.bitwise_count(segment.signatures[entry] & absent[text[which]]) <= has[which]
                     which, entry = which[few], entry[few]
                     few = np.bitwise_count(~(segment.signatures[entry] | absent[text[which]])) <= lacks[which]
-                    pairs = np.unique(text[which[few]] << 32 | segment.rows[entry[few]])
+                    pairs = np.setdiff1d(text[which[few]] << 32 | segment.rows[entry[few]], done)
+                    done = np.append(done[done >= latest], pairs[pairs >= latest])
                     self._compare(texts, codes, pairs >> 32, pairs & 0xFFFFFFFF, found)
         return found
 
@@ -277,12 +279,11 @@ class NoveltyFilter:
 
     instructions: those known at the start, in the order of 2023: seed tasks first, then what was generated before.
     threshold: a candidate is too similar if its ROUGE-L F with a known instruction is above this.
-    stable_ties: see `most_similar`.
-    workers: threads, used where there is much to compare.
+    stable_ties: see `most_similar`; workers: threads, used where there is much to compare.
     details: say of a kept candidate how similar it is to what is known. It is compared with all that is known then: the
         cost grows with the pool, which takes some 600 bytes an instruction. Without details a kept candidate gets NEW,
         whose `_asdict()` is empty (both keys are left out of its row), the cost hardly grows with the pool, and that
-        takes some 250 bytes an instruction: texts are not kept.
+        takes some 300 bytes an instruction (450 while many are added): texts are not kept.
     Filtering takes up to some 100 MB more, however large the pool.
     """
 

@@ -399,6 +399,22 @@ def test_of_a_thousand_equal_texts_few_are_compared(monkeypatch):
     assert max(compared) <= novelty.PAIRS
 
 
+def test_no_pair_is_compared_twice(limits, monkeypatch):
+    draw, pairs = random.Random(8), []
+    words = [f"w{i}" for i in range(150)]
+    texts = [" ".join(draw.sample(words, draw.randrange(90, 110))) for _ in range(60)]
+    novelty_filter = NoveltyFilter(texts[:40], details=False)
+
+    def compared(a, b, **more):
+        pairs.extend(zip(a, b))
+        return cpdist(a, b, **more)
+
+    monkeypatch.setattr(novelty, "cpdist", compared)
+    monkeypatch.setattr(novelty, "CHUNK", 400)
+    assert novelty_filter.filter(texts[40:]) == [novelty.NEW] * 20
+    assert len(pairs) == len(set(pairs)) > 200
+
+
 def test_a_text_of_one_token_repeated():
     known = ["a " * 70_000, "b " * 65_535, "c " * 65_534 + "d", "e e e"]
     candidates = ["a " * 40_000, "a " * 37_000, "b " * 35_289, "b " * 35_288, "c " * 40_000, "e e", "e"]
