@@ -9,6 +9,7 @@ one after a connection that broke. A server that fails rests, longer each time, 
 """
 
 import asyncio
+import math
 import random
 import time
 from collections import deque
@@ -25,6 +26,7 @@ HOLDS = 2.0  # a token may take so many times as long as at the best rate
 REST, LONGEST_REST = 0.5, 30.0  # seconds after the first failure, doubled with each in a row
 PATIENCE = 120.0  # seconds; where all servers rest for longer, a request fails
 CHECK = 60.0  # seconds until a server that has said nothing counts as one that is not there yet
+BETWEEN_LINES = 60.0  # seconds, about one server
 ATTEMPTS = 9  # of a request that may be charged; as many at each server where none can be
 
 
@@ -45,6 +47,7 @@ class Server:
         self.refused: UsageError | None = None  # for good
         self.failures = 0  # in a row
         self.failed_at = self.rests_until = -1.0
+        self.told_at = -math.inf
         self.answers = self.all_failures = self.busiest = 0
         self.seconds = 0.0
         self.doubling = True
@@ -113,7 +116,14 @@ class Server:
         self.rests_until = now + wait
         return True
 
+    def tell(self, what: str) -> None:
+        """Print what happens to the server, once a minute at most."""
+        if (now := time.monotonic()) - self.told_at > BETWEEN_LINES:
+            self.told_at = now
+            print(f"{self.address}: {what}", flush=True)
+
     def report(self) -> dict[str, Any]:
+        """Return what it has answered, for a report."""
         return {
             "address": self.address,
             "answers": self.answers,
@@ -225,10 +235,8 @@ class Servers:
                 self._set_aside(server, error)
             except (NoResponse, NotNow) as error:
                 self.given_back += 1
-                if server.failed(began, time.monotonic(), error) and server.failures == 1:
-                    print(
-                        f"{server.address}: rests, its requests go to the others ({first_line(str(error))})", flush=True
-                    )
+                if server.failed(began, time.monotonic(), error):
+                    server.tell(f"rests, its requests go to the others ({first_line(str(error))})")
                 if attempt.are_enough(len(self.servers)):
                     raise RequestFailed(f"{error}\nGave up after {attempt.number} attempts at all servers.") from error
             else:
@@ -239,7 +247,7 @@ class Servers:
                 self._wake()
 
     def _set_aside(self, server: Server, error: UsageError) -> None:
-        """Ask a server nothing more. Raise its error if it is the last one."""
+        """Ask a server nothing more."""
         if server.refused is None:
             server.refused = error
             print(f"{server.address}: is asked no more ({first_line(str(error))})", flush=True)
