@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from support.completion_server import BAD_KEY, DROP, EMPTY, NO_MODEL, TRUNCATED, CompletionServer, Fault, echo, tasks
+from support.llama_cpp import INSTALLED, running
 
 from alpaca.common.errors import ParameterError, UsageError
 from alpaca.completions import servers as room
@@ -26,6 +27,7 @@ from alpaca.completions.servers import Server, Servers
 from alpaca.inference.backend import BackendFlags, addresses_of, open_backend
 from alpaca.inference.client import Client
 from generate_instruction import generate_instruction_following_data, generate_responses
+from scripts.export import export
 
 
 @pytest.fixture(autouse=True)
@@ -475,3 +477,27 @@ def answered_of_torn(folder):
     path = folder / "generation_journal.jsonl"
     lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     return [entry["index"] for entry in map(json.loads, lines) if entry["kind"] == "answer"]
+
+
+@pytest.mark.stress
+@pytest.mark.skipif(not INSTALLED, reason="xllamacpp is not installed")
+def test_two_servers_of_llama_cpp_answer_as_one(tiny, tmp_path):
+    """Real ones, each with one place; one is killed in the middle."""
+    export(tiny("llama"), str(tmp_path / "gguf"), dtype="F32")
+    rows = [{"instruction": f"Say {n}.", "input": "", "output": ""} for n in range(60)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    flags = {"api": "completions", "temperature": 0.0, "max_new_tokens": 24, "batch_size": 1}
+    with running(tmp_path / "gguf" / "model.gguf") as a, running(tmp_path / "gguf" / "model.gguf") as b:
+        words = (str(tmp_path / "rows.json"), str(tmp_path / "one.json"), "model")
+        generate_responses(*words, base_url=f"{a.address}/v1", **flags)
+        words = (str(tmp_path / "rows.json"), str(tmp_path / "two.json"), "model")
+        threading.Thread(target=kill_after, args=(b, tmp_path / "two.json.journal.jsonl", 10)).start()
+        generate_responses(*words, base_url=f"{a.address}/v1,{b.address}/v1", **flags)
+    assert (tmp_path / "one.json").read_text() == (tmp_path / "two.json").read_text()
+
+
+def kill_after(server, journal, answers):
+    """Kill the process of a server when the journal has so many lines."""
+    while not journal.exists() or len(journal.read_bytes().splitlines()) < answers:
+        time.sleep(0.01)
+    server.process.kill()

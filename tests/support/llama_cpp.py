@@ -34,10 +34,10 @@ def serve(path: str) -> None:
 
 
 class LlamaCpp:
-    """Asks the server at `address`."""
+    """Asks the server at `address`, which `process` is."""
 
-    def __init__(self, address: str):
-        self.address = address
+    def __init__(self, address: str, process: subprocess.Popen | None = None):
+        self.address, self.process = address, process
 
     def post(self, path: str, **body):
         request = urllib.request.Request(
@@ -70,7 +70,7 @@ def running(path):
     try:
         address = process.stdout.readline().strip()
         assert address.startswith("http"), f"no server for {path}"
-        yield LlamaCpp(address)
+        yield LlamaCpp(address, process)
     finally:
         process.stdin.close()
         process.wait(timeout=30)
