@@ -27,6 +27,8 @@ from alpaca.inference.backend import BackendFlags, open_backend
 from generate_instruction import generate_instruction_following_data, generate_responses
 from scripts import backtranslate, evaluate
 
+pytestmark = pytest.mark.slow  # many small cases
+
 ROWS = 40
 CREATE, UPLOAD, LOOK, FETCH = "POST /batches", "POST /files", "GET /batches/ID", "GET /files/ID/content"
 

@@ -16,6 +16,8 @@ from alpaca.completions.runner import answered_before
 from alpaca.datagen.state import KeptTasks, tasks_of
 from generate_instruction import generate_instruction_following_data, generate_responses
 
+pytestmark = pytest.mark.slow  # many small cases
+
 ROWS = 20_000
 TEXT = 'A long answer with "quotes" and a line.\n' * 50  # 2 kB, as answers are
 

@@ -29,6 +29,8 @@ from alpaca.inference.client import Client
 from generate_instruction import generate_instruction_following_data, generate_responses
 from scripts.export import export
 
+pytestmark = pytest.mark.slow  # many small cases
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):

@@ -83,7 +83,7 @@ FRONT_AND_BEHIND = {  # how to make it; what it puts in front and behind
 }
 
 
-NAMES = [pytest.param(name, marks=pytest.mark.slow if "python only" in name else ()) for name in FRONT_AND_BEHIND]
+NAMES = [pytest.param(name, marks=pytest.mark.stress if "python only" in name else ()) for name in FRONT_AND_BEHIND]
 
 
 @pytest.mark.parametrize("name", NAMES)

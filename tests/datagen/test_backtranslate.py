@@ -349,6 +349,7 @@ def test_mistakes_fail_before_work(tmp_path, step, flags, message):
 # ---- the loop ----
 
 
+@pytest.mark.stress
 @pytest.mark.slow
 def test_the_loop_through_m1(tiny, tmp_path, capsys):
     """In miniature, with the commands of the README; M0 also learns from the seed data what a rating looks like."""

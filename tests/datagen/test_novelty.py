@@ -333,6 +333,7 @@ def limits(request, monkeypatch):
             monkeypatch.setattr(novelty, name, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.7, 0.5, 0.0, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_pair_is_lost(kind, threshold, limits):

@@ -36,6 +36,7 @@ def launcher_of_a_node(port):
     return [*torchrun, *meeting, "train.py"]
 
 
+@pytest.mark.stress
 def test_two_launchers_train_as_one_process_does(tiny, tmp_path):
     flags = dict(
         model_name_or_path=tiny("llama"),

@@ -78,6 +78,7 @@ def check_model_card(out, tokenizer):
     assert names["inputs"]["input_ids"].tolist() == [prompt["input_ids"]] and names["answer"]
 
 
+@pytest.mark.stress
 def test_plain_line_per_step(tiny, tmp_path):
     result = train(
         dict(
@@ -228,6 +229,7 @@ def test_tensorboard_and_wandb_offline(tiny, tmp_path):
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
 
 
+@pytest.mark.stress
 def test_bf16_on_a_cpu_is_close_to_float32(tiny, tmp_path):
     for name, bf16 in (("bf16", True), ("fp32", False)):
         train(

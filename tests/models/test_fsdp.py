@@ -123,7 +123,8 @@ def test_one_process_ddp_fsdp_and_offload_agree(tiny, tmp_path):
         assert largest_difference(tmp_path / name, tmp_path / "one") < 2e-5, name
 
 
-@pytest.mark.parametrize("architecture", ["opt", pytest.param("gpt2", marks=pytest.mark.stress)])
+@pytest.mark.stress
+@pytest.mark.parametrize("architecture", ["opt", "gpt2"])
 def test_tied_embeddings_train_alike_sharded_and_not(tiny, tmp_path, architecture):
     """Dropout is on, with the same random numbers on both. SGD: Adam would blow up the noise of zero gradients."""
     data = write_rows(tmp_path / "rows.json", 12)

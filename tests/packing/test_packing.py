@@ -329,6 +329,7 @@ def test_prefixes_are_not_shared_with_dropout_and_packs_not_made_where_told_so(t
     assert "pack" not in capsys.readouterr().out
 
 
+@pytest.mark.stress
 @pytest.mark.slow
 def test_models_whose_rows_cannot_be_packed_are_padded(tiny, real_rows, tmp_path, capsys):
     """By what is known of them, or because they fail: with the loss of padded rows."""

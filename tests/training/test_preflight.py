@@ -170,6 +170,7 @@ def test_inspection_as_lora_sees_the_rows(tmp_path, capsys):
     assert code == 0 and "note: no pad token -> rows are padded with <unk>" in output and " 41 tokens" in output
 
 
+@pytest.mark.stress
 @pytest.mark.slow
 def test_inspection_from_the_command_line(tmp_path):
     write_rows(tmp_path / "rows.json", 3)
