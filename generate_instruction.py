@@ -151,7 +151,7 @@ def generate_instruction_following_data(
     backend = BackendFlags(base_url, api, concurrency, extra_body, request_batch_size, batch=batch, batch_dir=batch_dir)
     backend.check()
     spent = budget.budget(backend.rate)
-    excluded = read_excluded(exclude) if exclude else ()
+    excluded = () if exclude is None else read_excluded(exclude)
     if budget.dry_run:
         draw = random.Random(f"{seed} 0")
         prompt = self_instruct.encode_prompt(draw.sample(seeds, num_prompt_instructions), head)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alpaca.common.errors import ParameterError, UsageError, masked
+from alpaca.common.errors import ParameterError, UsageError, first_line, masked
 from alpaca.completions.api import Model, RequestFailed, Sampling, whole_characters
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # of a file, at OpenAI
@@ -173,6 +173,11 @@ class BatchEndpoint:
         except RequestFailed as error:
             raise UsageError(f"{error}\nNothing is lost: the same command, run again, goes on.") from error
         except ParameterError as error:  # no such route
+            if path.startswith(("/batches/", "/files/")):
+                raise UsageError(
+                    f"{first_line(error.message)}\nThe batch was made with another key, at another server, or is gone. "
+                    "To give up its answers, delete the lines of the journal that have its number"
+                ) from error
             message = f"{error.message}\nIf the server has no batch endpoint, omit {{batch}}."
             raise ParameterError(message, *error.parameters, "batch") from error
 

@@ -9,6 +9,7 @@ the file or by its id, so that nothing is asked twice. Requests without an answe
 import asyncio
 import hashlib
 import json
+import shlex
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import replace
@@ -49,10 +50,15 @@ def runner_for(
     """
     kind = "batch_dir" if getattr(model, "batch_dir", None) else "batch" if getattr(model, "batch", False) else None
     for number, batch in journal.batches.items():
-        if batch["state"] not in CLOSED and batch.get("by") != kind:
+        if batch["state"] not in CLOSED and "file" not in batch:
+            raise UsageError(
+                f"{journal.path}: is damaged (batch {number} without its first line); put the line back, or delete the "
+                "others of this batch to give up its answers"
+            )
+        if batch["state"] not in CLOSED and batch["by"] != kind:
             raise ParameterError(
                 f"{journal.path}: batch {number} is under way, and what it answers would be asked for twice. Run again "
-                f"with {{{batch.get('by')}}}, which collects it",
+                f"with {{{batch['by']}}}, which collects it",
                 "batch",
                 "batch_dir",
             )
@@ -151,9 +157,22 @@ class BatchRunner(RequestRunner):
 
     def _next_number(self) -> int:
         number = max(self.journal.batches, default=0) + 1
-        while self.folder is not None and (self._path(number).exists() or self._answers_of(number).exists()):
-            number += 1  # of another command
+        while self.folder is not None and not self._reserve(number):
+            number += 1  # of another command, which may run at the same time
         return number
+
+    def _reserve(self, number: int) -> bool:
+        """Make the file of requests, unless there is one, or one of answers. Return whether it was made."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self._answers_of(number).exists():
+                return False
+            self._path(number).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise InputError(f"{self.folder}: cannot be written ({error.strerror})", self.folder) from error
+        return True
 
     def _path(self, number: int) -> Path:
         if self.folder is not None:
@@ -245,6 +264,10 @@ class BatchRunner(RequestRunner):
                     files = await self.endpoint.download(batch, state)
                     yield batch, files
                     heard = time.monotonic()
+                    if state["status"] == "cancelled":  # by somebody who wants to spend no more
+                        again = "run again to ask for what it has not answered"
+                        self.stop_with = self.stop_with or UsageError(f"{batch.name} was cancelled; {again}")
+                        return
             until = time.monotonic() + pause
             while self.open and (left := until - time.monotonic()) > 0:
                 await asyncio.sleep(min(left, HEARTBEAT))
@@ -257,7 +280,8 @@ class BatchRunner(RequestRunner):
         lines = [f"{sum(len(batch.lines) for batch in self.open.values()):,} requests wait for answers. Run"]
         for batch in self.open.values():
             output = self._answers_of(batch.number)
-            lines.append(f"    vllm run-batch -i {batch.path} -o {output} --model {self.model.model}")
+            files = f"-i {shlex.quote(str(batch.path))} -o {shlex.quote(str(output))}"
+            lines.append(f"    vllm run-batch {files} --model {shlex.quote(self.model.model)}")
         return UsageError("\n".join([*lines, "and then this command again, which reads the answers and goes on."]))
 
     # ---- answers ----

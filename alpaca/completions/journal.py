@@ -28,6 +28,7 @@ TEXTS += ("file", "file_id", "id")  # of a batch
 COUNTS = ("index", "next", "rows", "examples", "prompt_tokens", "completion_tokens")
 COUNTS += ("number", "batch", "requests", "first", "last")  # of a batch
 DOLLARS = ("most", "unanswered", "rate")
+OF_A_BATCH = ("by", "file", "sha256", "about", "time")  # in its first line
 CLOSED = ("collected", "failed")  # states of a batch that nothing more is expected of
 
 
@@ -201,7 +202,9 @@ def why_no_entry(entry: Any) -> str | None:
     """Return why a value is no entry of a journal: a field is missing, or of a type that nobody writes."""
     if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
         return "no entry of a journal"
-    missing = [name for name in NEEDED.get(entry["kind"], ()) if name not in entry]
+    written = entry["kind"] == "batch" and entry.get("state") == "written"
+    needed = (*NEEDED.get(entry["kind"], ()), *(OF_A_BATCH if written else ()))
+    missing = [name for name in needed if name not in entry]
     if entry["kind"] == "run" and "how" not in entry and "seed" not in entry:
         missing = ["how"]
     if missing:

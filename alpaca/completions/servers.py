@@ -24,8 +24,9 @@ MOST = 512
 BETTER = 1.1  # a rate that is so much higher is worth more requests
 HOLDS = 2.0  # a token may take so many times as long as at the best rate
 REST, LONGEST_REST = 0.5, 30.0  # seconds after the first failure, doubled with each in a row
-PATIENCE = 120.0  # seconds; where all servers rest for longer, a request fails
-CHECK = 60.0  # seconds until a server that has said nothing counts as one that is not there yet
+LONGEST_WAIT = 24 * 3600.0  # seconds, whatever a server asks for
+PATIENCE = 120.0  # seconds; a request fails where all servers rest for longer, or none has answered for so long
+CHECK = 120.0  # seconds until a server that has said nothing counts as one that is not there yet
 BETWEEN_LINES = 60.0  # seconds, about one server
 ATTEMPTS = 9  # of a request that may be charged; as many at each server where none can be
 
@@ -113,7 +114,7 @@ class Server:
         wait = getattr(error, "wait", None)
         if wait is None:
             wait = min(REST * 2 ** (self.failures - 1), LONGEST_REST) * random.uniform(0.5, 1.0)
-        self.rests_until = now + wait
+        self.rests_until = now + min(wait, LONGEST_WAIT)
         return True
 
     def tell(self, what: str) -> None:
@@ -146,6 +147,7 @@ class Servers:
         self.servers = [Server(model, start, most) for model in models]
         self.api = models[0].api
         self.given_back = 0
+        self.heard = time.monotonic()  # when a server has answered
         self.waiting: deque[asyncio.Future] = deque()
 
     @property
@@ -182,6 +184,7 @@ class Servers:
             UsageError: none answers, one refuses, or they are asked in different ways.
         """
         found = await asyncio.gather(*map(self._check, self.servers))
+        self.heard = time.monotonic()
         there = [server for server in self.servers if server.checked]
         if not there:
             raise next(error for error in found if error is not None)
@@ -204,13 +207,25 @@ class Servers:
             await asyncio.wait_for(server.model.check(), CHECK)
         except NoServer as error:
             problem = error
+        except UsageError as error:
+            if not isinstance(error.__cause__, NoResponse | NotNow):
+                raise
+            problem = NoServer(str(error), "base_url")  # it answers, but still loads its model
         except asyncio.TimeoutError:
             problem = NoServer(f"{server.address}: has said nothing in {CHECK:.0f} s", "base_url")
         else:
             server.checked = True
             return None
-        server.failed(time.monotonic(), time.monotonic(), NoResponse(str(problem)))
+        self._rest(server, time.monotonic(), NoResponse(str(problem)))
         return problem
+
+    def _rest(self, server: Server, began: float, error: NoResponse | NotNow) -> bool:
+        """Let a server rest, and those who wait for it look again when it has. Return whether this is news."""
+        news = server.failed(began, now := time.monotonic(), error)
+        asyncio.get_running_loop().call_later(server.rests_until - now + 0.001, self._wake)
+        if server.rests_until - now > PATIENCE or self._are_dead():
+            self._wake_all()  # they may give up
+        return news
 
     async def complete(
         self, prompt: str, sampling: Sampling, on_lost_response: Callable[[], bool] | None = None
@@ -235,11 +250,12 @@ class Servers:
                 self._set_aside(server, error)
             except (NoResponse, NotNow) as error:
                 self.given_back += 1
-                if server.failed(began, time.monotonic(), error):
+                if self._rest(server, began, error):
                     server.tell(f"rests, its requests go to the others ({first_line(str(error))})")
-                if attempt.are_enough(len(self.servers)):
+                if attempt.are_enough(len(self.servers)) or self._are_dead():
                     raise RequestFailed(f"{error}\nGave up after {attempt.number} attempts at all servers.") from error
             else:
+                self.heard = time.monotonic()
                 server.succeeded(began, time.monotonic(), completion.completion_tokens)
                 return completion
             finally:
@@ -251,8 +267,12 @@ class Servers:
         if server.refused is None:
             server.refused = error
             print(f"{server.address}: is asked no more ({first_line(str(error))})", flush=True)
-        while self.waiting:  # for a server that may be this one, and the last
-            self._wake()
+        self._wake_all()
+
+    def _are_dead(self) -> bool:
+        """Return whether no server that is still asked has answered for a while, and each failed when it was tried."""
+        asked = [server for server in self.servers if not server.refused]
+        return time.monotonic() - self.heard > PATIENCE and all(server.failures for server in asked)
 
     async def _take(self) -> Server:
         """Return the server with most room, by its share, as soon as there is one."""
@@ -268,21 +288,30 @@ class Servers:
             wakes = [server.rests_until - now for server in self.servers if not server.refused]
             if not free and min(wakes) > PATIENCE:
                 raise RequestFailed(f"all servers ask to wait, the first for {min(wakes):.0f} s")
+            if not free and self._are_dead():
+                raise RequestFailed(f"none of the servers has answered for {now - self.heard:.0f} s")
             turn = asyncio.get_running_loop().create_future()
             self.waiting.append(turn)
-            resting = [seconds for seconds in wakes if seconds > 0]
             try:
-                await asyncio.wait([turn], timeout=min(resting, default=None))
+                await turn
             finally:
                 turn.cancel()  # nobody is to be woken in its place
 
     def _wake(self) -> None:
-        """Let the request that has waited longest look again."""
-        while self.waiting:
+        """Let the requests that have waited longest look again, as many as there is room for."""
+        now = time.monotonic()
+        free = sum(max(0, server.limit_now(now) - server.busy) for server in self.servers)
+        while self.waiting and free > 0:
             turn = self.waiting.popleft()
             if not turn.done():
                 turn.set_result(None)
-                return
+                free -= 1
+
+    def _wake_all(self) -> None:
+        for turn in self.waiting:
+            if not turn.done():
+                turn.set_result(None)
+        self.waiting.clear()
 
 
 class _Attempts:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alpaca.common.errors import InputError
+from alpaca.common.errors import InputError, ParameterError
 from alpaca.common.files import parse_json
 from alpaca.completions.api import was_cut, whole_characters
 from alpaca.data.prompts import instruction_and_input
@@ -123,10 +123,13 @@ def _is_of_2023(path: str) -> bool:
 def read_excluded(path: str) -> list[str]:
     """Return the texts of an evaluation set, in any layout that train.py reads, answers or not: instructions, and where
     there is an input both together, too."""
+    if not path.strip():
+        raise ParameterError("{exclude}: needs a file; omit it to exclude nothing", "exclude")
     rows = load_rows(path, answered=False)
-    return list(
-        dict.fromkeys(text for row in rows for text in (row["instruction"], instruction_and_input(row)) if text)
-    )
+    texts = [text for row in rows for text in (row["instruction"], instruction_and_input(row))]
+    if not any(text.strip() for text in texts):
+        raise InputError(f"{path}: holds no instruction to exclude", path)
+    return list(dict.fromkeys(texts))
 
 
 def encode_prompt(prompt_instructions: Sequence[Mapping[str, str]], head: str) -> str:

@@ -5,13 +5,13 @@ for each regen.json, by its SHA-256, up to which request it goes. A rerun takes 
 answers after it from the journal. A regen.json that no line knows (of 2023, or edited since) is taken as it is.
 """
 
+import errno
 import hashlib
 import itertools
 import json
 import os
 import random
 import re
-import shutil
 import tempfile
 import time
 from array import array
@@ -83,7 +83,7 @@ class Generation:
             (seed["instruction"] for seed in seeds), workers=workers, stable_ties=stable_ties, details=details
         )
         self.exclusion = Exclusion(excluded) if excluded else None
-        self.rows = KeptTasks(output_dir)
+        self.rows, self.kept_excluded = KeptTasks(output_dir), 0
         self._read_regen(as_it_is=in_journal)
         self.details = details
         self.saved_at = time.monotonic()
@@ -121,14 +121,25 @@ class Generation:
         """Take the tasks of an earlier regen.json. `as_it_is`: their text is what this class has written."""
         path, instructions = self.output_dir / REGEN, []
         for row, text in tasks_of(path) if path.exists() else ():
-            self.rows.append(text if as_it_is else item_of_list(row))
+            self.rows.append(f"    {text}" if as_it_is else item_of_list(row))
             instructions.append(row["instruction"])
             if len(instructions) == AT_ONCE:
-                self.filter.add(instructions)
+                self._know(instructions)
                 instructions.clear()
-        self.filter.add(instructions)
+        self._know(instructions)
+        if self.kept_excluded:
+            print(
+                f"note: {self.kept_excluded:,} of the {len(self.rows):,} tasks kept before resemble an evaluation set; "
+                f"they stay. Delete {path} to filter all answers again: nothing is paid for twice",
+                flush=True,
+            )
         if not self.next:
             self.kept_at = {0: len(self.rows)}
+
+    def _know(self, instructions: list[str]) -> None:
+        """Tell the filter of tasks that were kept before."""
+        self.filter.add(instructions)
+        self.kept_excluded += sum(self.exclusion.matches(instructions)) if self.exclusion else 0
 
     # ---- requests ----
 
@@ -253,11 +264,10 @@ class KeptTasks:
     each task begins."""
 
     def __init__(self, folder: Path):
-        self.begins = array("Q")
-        self.size = 0
+        self.folder, self.begins, self.size = folder, array("Q"), 0
         self.digest = hashlib.sha256()
         try:
-            self.file = tempfile.TemporaryFile(dir=folder, prefix=f".{REGEN}.")
+            self.file = tempfile.TemporaryFile(dir=folder, prefix=f".{REGEN}.", buffering=0)
         except OSError as error:
             raise InputError(f"{folder}: cannot be written ({error.strerror})", folder) from error
 
@@ -266,20 +276,21 @@ class KeptTasks:
 
     def append(self, text: str) -> None:
         """Add a task, as the text that it has inside of the list."""
-        begin, content = b",\n" if self.begins else b"[\n", text.encode()
-        try:
-            self.file.write(begin + content)
+        begin = b",\n" if self.begins else b"[\n"
+        content = begin + text.encode()
+        try:  # always at the end of what is whole: a part of a task that did not fit is written over
+            if os.pwrite(self.file.fileno(), content, self.size) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            raise InputError(f"{self.file.name}: cannot be written ({error.strerror})") from error
-        self.digest.update(begin + content)
+            raise InputError(f"{self.folder}: cannot be written ({error.strerror})", self.folder) from error
+        self.digest.update(content)
         self.begins.append(self.size + len(begin))
-        self.size += len(begin) + len(content)
+        self.size += len(content)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         begin, end = self.begins[number], self.size
         if number + 1 < len(self.begins):
             end = self.begins[number + 1] - len(b",\n")
-        self.file.flush()
         return json.loads(os.pread(self.file.fileno(), end - begin, begin))
 
     def end(self) -> bytes:
@@ -293,8 +304,8 @@ class KeptTasks:
 
     def copy_to(self, file: IO[bytes]) -> None:
         """Write what is regen.json."""
-        self.file.seek(0)
-        shutil.copyfileobj(self.file, file, PIECE)
+        for begin in range(0, self.size, PIECE):
+            file.write(os.pread(self.file.fileno(), min(PIECE, self.size - begin), begin))
         file.write(self.end())
 
 

@@ -64,7 +64,7 @@ class BackendFlags:
         if self.batch_dir is not None and self.base_url is not None:
             message = "{batch_dir} asks no server: omit {base_url}, or ask its batch endpoint with {batch}"
             raise ParameterError(message, "batch", "batch_dir", "base_url")
-        if self.batch_dir is not None and (not self.batch_dir.strip() or Path(self.batch_dir).is_file()):
+        if self.batch_dir is not None and (not self.batch_dir.strip() or is_file(self.batch_dir)):
             raise ParameterError(f"{{batch_dir}} {self.batch_dir}: expected a folder", "batch_dir")
 
     @property
@@ -196,18 +196,26 @@ def addresses_of(text: str | None) -> list[str]:
     if not text:
         return []
     parts = text.split(",")
-    if "://" not in text and Path(text).is_file():
+    if "://" not in text and is_file(text):
         try:
-            lines = Path(text).read_text(encoding="utf-8").splitlines()
+            lines = Path(text).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ParameterError(f"{{base_url}} {text}: cannot be read ({error})", "base_url") from error
-        parts = [line.partition("#")[0] for line in lines]
+        parts = [part for line in lines for part in line.partition("#")[0].split(",")]
     addresses = [part.strip().rstrip("/") for part in parts if part.strip()]
     if not addresses:
         raise ParameterError(f"{{base_url}} {text}: holds no address; expected one a line", "base_url")
     if twice := [address for address in addresses if addresses.count(address) > 1]:
         raise ParameterError(f"{{base_url}}: {masked(twice[0])} is there twice", "base_url")
     return addresses
+
+
+def is_file(text: str) -> bool:
+    """Return whether a text is the path of a file; one that is too long for a path is none."""
+    try:
+        return Path(text).is_file()
+    except OSError:
+        return False
 
 
 def is_folder(model: str, base_url: str | None) -> bool:

@@ -284,7 +284,8 @@ class Client:
                 raise RequestFailed(f"{problem}\nGave up: another attempt could exceed the limit of cost.")
             if retry == retries or (problem.wait or 0) > LONGEST_WAIT:
                 why = f"it asks to wait {problem.wait:.0f} s" if (problem.wait or 0) > LONGEST_WAIT else ""
-                message = f"{problem}\n{why or f'Gave up after {retry + 1} attempts.'}"
+                why = why or (f"Gave up after {retry + 1} attempts." if retries else "")
+                message = f"{problem}\n{why}".rstrip()
                 raise NotNow(message, problem.wait) if problem.failure is NotNow else problem.failure(message)
             self.retries += 1
             pause = min(self.backoff * 2**retry, LONGEST_BACKOFF) * random.uniform(0.5, 1.0)

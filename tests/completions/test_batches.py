@@ -370,6 +370,42 @@ def test_an_answer_that_cannot_be_read_is_lost_once_however_often_it_is_download
 # ---- what another run has left ----
 
 
+def test_a_batch_that_somebody_cancels_is_not_made_again_at_once(rows):
+    with BatchServer() as server:
+        good, server.ends = server.answered, "cancelled"
+        server.line = lambda request, line, number: good(request, line, number) if number < 9 else None
+        with pytest.raises(UsageError, match="batch_1 was cancelled; run again"):
+            respond(rows, server)
+        assert len(server.batches) == 1 and sum(entry["kind"] == "answer" for entry in journal(rows)) == 9
+        server.ends, server.line = "completed", good
+        assert respond(rows, server) == expected() and set(server.paid.values()) == {1}
+
+
+def test_a_batch_that_the_server_does_not_know(rows):
+    with BatchServer() as server:
+        server.scripts[LOOK] = [DROP] * 9
+        with pytest.raises(UsageError):
+            respond(rows, server)
+        server.batches.clear()
+        with pytest.raises(UsageError, match="made with another key, at another server, or is gone"):
+            respond(rows, server)
+
+
+def test_a_journal_without_the_first_line_of_a_batch(rows):
+    with BatchServer() as server:
+        server.scripts[LOOK] = [DROP] * 9
+        with pytest.raises(UsageError):
+            respond(rows, server)
+        path = Path(rows).with_name("out.json.journal.jsonl")
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if '"written"' not in line))
+        with pytest.raises(UsageError, match="is damaged .batch 1 without its first line"):
+            respond(rows, server)
+        path.write_text("".join(line.replace('"about": {}, ', "") for line in lines))
+        with pytest.raises(UsageError, match="is damaged .batch without about"):
+            respond(rows, server)
+
+
 def test_batches_under_way_are_not_asked_for_online(rows):
     with BatchServer() as server:
         server.scripts[LOOK] = [DROP] * 9
@@ -455,6 +491,16 @@ def test_rows_through_files_some_of_which_fail(rows, tmp_path):
         run()
     run_batch(folder / "requests-0002.jsonl", folder / "answers-0002.jsonl", echo)
     assert run() == expected()
+
+
+def test_two_commands_at_a_time_may_use_a_folder(rows, tmp_path):
+    (tmp_path / "b").mkdir()
+    runners = []
+    for name in ("one", "two"):
+        model = open_backend("tiny", BackendFlags(api="chat", batch_dir=str(tmp_path / "b")))
+        with Journal(tmp_path / name) as file:
+            runners.append(batch_runner.runner_for(model, file, Budget(), 1))
+            assert runners[-1]._next_number() == len(runners), "it is taken at once"
 
 
 # ---- kills ----

@@ -1,13 +1,14 @@
 """A rerun reads its journal once, and what it reads stays on the disk, however much there is."""
 
 import json
+import os
 import tracemalloc
 
 import pytest
 from conftest import ROOT
 from support.completion_server import CompletionServer, tasks
 
-from alpaca.common.errors import UsageError
+from alpaca.common.errors import InputError, UsageError
 from alpaca.completions.api import Request, Sampling
 from alpaca.completions.budget import Budget
 from alpaca.completions.journal import AnswersOfJournal, Journal
@@ -185,6 +186,34 @@ def test_what_is_no_list_of_tasks(tmp_path, monkeypatch, piece, text):
     (tmp_path / "regen.json").write_bytes(text.encode(errors="surrogateescape"))
     with pytest.raises(UsageError, match="regen.json is not a list of tasks"):
         list(tasks_of(tmp_path / "regen.json"))
+
+
+def test_a_rerun_leaves_the_bytes_as_they_were(tmp_path):
+    with CompletionServer(answer=tasks) as server:
+        flags = {"base_url": server.url, "api": "completions", "seed": 1, "model_name": "tiny"}
+        words = (str(tmp_path), str(ROOT / "seed_tasks.jsonl"))
+        generate_instruction_following_data(*words, 30, **flags)
+        first = (tmp_path / "regen.json").read_bytes()
+        assert first.decode() == json.dumps(json.loads(first), indent=4)
+        generate_instruction_following_data(*words, 30, **flags)
+        assert (tmp_path / "regen.json").read_bytes() == first
+        generate_instruction_following_data(*words, 60, **flags)
+        more = (tmp_path / "regen.json").read_bytes()
+    assert more.startswith(first[:-2]) and more.decode() == json.dumps(json.loads(more), indent=4)
+
+
+def test_a_task_that_did_not_fit_leaves_no_part_of_it(tmp_path, monkeypatch):
+    kept, pwrite = KeptTasks(tmp_path), os.pwrite
+    kept.append(json.dumps([TASK], indent=4)[2:-2])
+    monkeypatch.setattr(os, "pwrite", lambda handle, content, at: pwrite(handle, content[:50], at))
+    with pytest.raises(InputError, match="cannot be written .No space left"):
+        kept.append(json.dumps([TASK | {"output": "y" * 9000}], indent=4)[2:-2])
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    for expected in ([TASK], [TASK, TASK]):
+        with open(tmp_path / "regen.json", "wb") as file:
+            kept.copy_to(file)
+        assert json.loads((tmp_path / "regen.json").read_text()) == expected
+        kept.append(json.dumps([TASK], indent=4)[2:-2])
 
 
 def test_kept_tasks_are_a_file_as_json_writes_it(tmp_path):

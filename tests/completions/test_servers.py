@@ -165,6 +165,59 @@ def test_all_servers_die(tmp_path, monkeypatch):
             generate(tmp_path, addresses([a, b]), 4000)
 
 
+def test_all_servers_are_gone_for_good(tmp_path, monkeypatch):
+    """However many requests wait: none is tried at each server for hours."""
+    monkeypatch.setattr(room, "PATIENCE", 0.5)
+    with CompletionServer(answer=tasks) as a, CompletionServer(answer=tasks) as b:
+        a.faults = b.faults = lambda request: DROP if len(a.requests) > 200 else None
+        begin = time.monotonic()
+        with pytest.raises(UsageError, match="20 requests in a row failed"):
+            generate(tmp_path, addresses([a, b]), 40_000)
+    assert time.monotonic() - begin < 60, "at nine attempts each it would take many minutes"
+
+
+@pytest.mark.parametrize("wait", ["3600", "inf"])
+def test_all_servers_ask_to_wait_for_long(tmp_path, wait):
+    with CompletionServer(answer=tasks, delay=0.01) as a, CompletionServer(answer=tasks, delay=0.01) as b:
+        full = Fault(429, headers={"Retry-After": wait})
+        a.faults = b.faults = lambda request: full if len(a.requests) > 200 else None
+        with pytest.raises(UsageError, match="20 requests in a row failed"):
+            generate(tmp_path, addresses([a, b]), 40_000)
+
+
+def test_a_server_that_loads_its_model_is_tried_again(tmp_path, monkeypatch):
+    """As llama.cpp answers 503 then: at the start, and when it comes back."""
+    monkeypatch.setattr("alpaca.inference.client.LONGEST_BACKOFF", 0.01)
+    with CompletionServer(answer=tasks) as a, CompletionServer(answer=tasks, models=()) as b:
+        loading = Fault(503, {"message": "Loading model"})
+        b.faults = lambda request: loading if len(a.requests) < 30 else None
+        rows = generate(tmp_path, addresses([a, b]), 600)
+        assert len(rows) >= 600 and len(b.requests) > 10
+
+
+def test_after_a_blip_of_all_servers_they_are_filled_again():
+    """Two servers of two thousand waiting requests: each gets more than one at a time again."""
+    down = [False]
+    models = [FakeModel(name, lambda n: NotNow("busy") if down[0] else None, 0.01) for name in "ab"]
+    pool, most = Servers(models, 16), []
+
+    async def run():
+        for server in pool.servers:
+            server.checked, server.limit = True, 128.0
+        requests = [asyncio.create_task(pool.complete("x", Sampling())) for _ in range(2000)]
+        await asyncio.sleep(0.03)
+        down[0] = True
+        await asyncio.sleep(0.05)
+        down[0] = False
+        while not all(request.done() for request in requests):
+            most.append(sum(server.busy for server in pool.servers))
+            await asyncio.sleep(0.01)
+        assert all(request.result().text for request in requests)
+
+    asyncio.run(run())
+    assert max(most[len(most) // 2 :]) > 8
+
+
 def test_what_is_wrong_before_anything_is_asked(tmp_path):
     with CompletionServer(answer=tasks) as a, CompletionServer(answer=tasks, models=("other",)) as b:
         b.faults = lambda request: NO_MODEL
@@ -193,6 +246,11 @@ def test_addresses(tmp_path):
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     assert addresses_of("http://a/v1, http://b/v1/ ,") == ["http://a/v1", "http://b/v1"]
     assert addresses_of(None) == addresses_of("") == []
+    (tmp_path / "some.txt").write_bytes(b"\xef\xbb\xbfhttp://a/v1, http://b/v1  # two\r\n\r\nhttp://c/v1\r\n")
+    assert addresses_of(str(tmp_path / "some.txt")) == ["http://a/v1", "http://b/v1", "http://c/v1"]
+    many = ",".join(f"node{n:03}.cluster.example:8000" for n in range(12))
+    with pytest.raises(ParameterError, match="expected an address such as"):
+        open_backend("tiny", BackendFlags(many))
     for text, problem in (
         (str(tmp_path / "none.txt"), "holds no address"),
         (str(tmp_path / "bytes"), "cannot be read"),
@@ -228,8 +286,8 @@ def test_rows_of_a_file_by_several_servers(tmp_path, monkeypatch):
 class FakeModel:
     api, retries = "completions", 0
 
-    def __init__(self, name, outcomes):
-        self.address, self.outcomes, self.asked = name, outcomes, 0
+    def __init__(self, name, outcomes, seconds=0.0):
+        self.address, self.outcomes, self.asked, self.seconds = name, outcomes, 0, seconds
 
     async def __aenter__(self):
         return self
@@ -243,7 +301,7 @@ class FakeModel:
     async def complete(self, prompt, sampling, on_lost_response):
         self.asked += 1
         outcome = self.outcomes(self.asked)
-        await asyncio.sleep(0)
+        await asyncio.sleep(self.seconds)
         if outcome == "lost":
             if not on_lost_response():
                 raise RequestFailed("the limit of cost")

@@ -485,6 +485,27 @@ def test_tasks_of_an_evaluation_set_are_dropped_and_counted(tmp_path):
     assert counted == 1 + len(journal(tmp_path / "kept"))
 
 
+@pytest.mark.parametrize("text", ["", "[]", '[{"instruction": " "}]'])
+def test_an_evaluation_set_of_nothing_is_an_error(tmp_path, text):
+    path = tmp_path / "evaluation.json"
+    path.write_text(text)
+    with CompletionServer(answer=tasks) as server:
+        with pytest.raises(UsageError):
+            generate(tmp_path / "out", server, exclude=str(path))
+        with pytest.raises(UsageError, match="--exclude: needs a file"):
+            generate(tmp_path / "out", server, exclude="")
+    assert not server.requests
+
+
+def test_tasks_kept_before_that_are_excluded_now_are_told(tmp_path, capsys):
+    with CompletionServer(answer=tasks) as server:
+        rows = generate(tmp_path, server, 50)
+        (tmp_path / "evaluation.json").write_text(json.dumps(rows[:3]))
+        capsys.readouterr()
+        assert generate(tmp_path, server, 50, exclude=str(tmp_path / "evaluation.json")) == rows
+        assert f"note: 3 of the {len(rows)} tasks kept before resemble an evaluation set" in capsys.readouterr().out
+
+
 def test_without_details_the_same_tasks_are_kept(tmp_path):
     with CompletionServer(answer=tasks) as server:
         rows = generate(tmp_path / "with", server, 200)
