@@ -173,6 +173,7 @@ class Client:
         for again in (False, True):
             try:
                 await self._ask(api, "Hi", sampling, retries=1)
+                return
             except MaxTokensRefused:
                 if again:
                     raise
@@ -180,8 +181,6 @@ class Client:
             except RequestFailed as error:
                 if OUT_OF_LIMIT not in str(error):
                     raise
-                return
-            else:
                 return
 
     async def _offered(self) -> list[str] | None:
@@ -283,8 +282,8 @@ class Client:
             if charged and on_lost_response is not None and not on_lost_response():
                 raise RequestFailed(f"{problem}\nGave up: another attempt could exceed the limit of cost.")
             if retry == retries or (problem.wait or 0) > LONGEST_WAIT:
-                why = f"it asks to wait {problem.wait:.0f} s" if (problem.wait or 0) > LONGEST_WAIT else ""
-                why = why or (f"Gave up after {retry + 1} attempts." if retries else "")
+                why = f"Gave up after {retry + 1} attempts." if retries else ""
+                why = f"it asks to wait {problem.wait:.0f} s" if (problem.wait or 0) > LONGEST_WAIT else why
                 message = f"{problem}\n{why}".rstrip()
                 raise NotNow(message, problem.wait) if problem.failure is NotNow else problem.failure(message)
             self.retries += 1
