@@ -16,6 +16,8 @@ from alpaca.training import memory, preflight
 from alpaca.training.metrics import Cost
 from scripts.make_tiny_model import make_tiny_model
 
+STRESS = pytest.mark.stress
+
 
 def train_here(tmp_path, **flags):
     """train.py in this process."""
@@ -90,9 +92,9 @@ def test_sharded_packed_and_resumed_equals_alone_and_padded(tiny, tmp_path):
 @pytest.mark.parametrize(
     "architecture, flags",
     [
-        ("gpt2", dict(load_in_8bit=True, lora_target_modules="c_attn", pad_token="!")),
+        pytest.param("gpt2", dict(load_in_8bit=True, lora_target_modules="c_attn", pad_token="!"), marks=STRESS),
         ("llama", dict(load_in_4bit=True)),
-        ("gpt2", dict(load_in_4bit=True, bf16=True, lora_dropout=0.05)),
+        pytest.param("gpt2", dict(load_in_4bit=True, bf16=True, lora_dropout=0.05), marks=STRESS),
     ],
 )
 def test_a_quantized_base_is_trained_and_loads(tmp_path, architecture, flags):
@@ -297,7 +299,7 @@ def test_estimate_counts_what_a_real_forward_pass_keeps(tiny, architecture):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture, added", [("llama", True), ("gpt2", False)])
+@pytest.mark.parametrize("architecture, added", [("llama", True), pytest.param("gpt2", False, marks=STRESS)])
 def test_merged_and_published(tiny, tmp_path, architecture, added):
     """train.py --lora_r, merge_lora, make_diff, recover: bit for bit, and it answers as base and adapter do."""
     import weight_diff

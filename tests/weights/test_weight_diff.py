@@ -709,7 +709,7 @@ def test_flags_as_fire_reads_them(llama, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "2023" / "config.json").exists() and (tmp_path / "a,b" / "config.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_a_model_of_train_py_from_opt(tiny, tmp_path):
     """The story of the README: train, publish, recover, verify, ask."""
     train(
