@@ -57,7 +57,7 @@ class BatchCompletion:
             UsageError: as RequestRunner; the journal has answers to other requests; requests have no answer.
         """
         with Journal(f"{self.output_path}.journal.jsonl", self.output_path) as journal:
-            seen = _Seen()
+            seen = _Seen(counts=self.again is not None)
             known = answered_before(journal, 0, self.budget, partial(self._look, journal, seen))
             places = asyncio.run(self._ask(journal, known, requests, seen))
             return AnswersOfJournal(journal, dict(sorted(places.items())))
@@ -146,9 +146,10 @@ class _Oddity(NamedTuple):
 
 
 class _Seen:
-    """What the entries of a journal say, without their texts."""
+    """What the entries of a journal say, without their texts. `counts`: also how often each request was answered."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: bool) -> None:
+        self.counts = counts
         self.entries = 0
         self.odd: dict[int, _Oddity] = {}
         self.failed: set[int] = set()  # their last attempt failed
@@ -164,7 +165,8 @@ class _Seen:
             self.failed.add(key)
             return
         self.failed.discard(key)
-        self.answered[key] += 1
+        if self.counts:
+            self.answered[key] += 1
         oddity = _Oddity(
             reason if was_cut(reason) or reason == NO_REASON else None,
             bool(entry.get("reasoning")),
