@@ -53,6 +53,10 @@ ROOT = Path(__file__).resolve().parent
 STOP_OF_2023 = ("\n20", "20.", "20.")  # the list has 20 tasks
 NO_BUDGET, SAMPLING, ANY_BACKEND = BudgetFlags(), SamplingFlags(), BackendFlags()
 SLOW_DETAILS = 100_000  # tasks from which on the scores of another one take more time than all else
+COSTLY = (
+    "note: a new task is compared with all {:,} for its similarity scores, which takes longer the more there are; "
+    "--similarity_details False leaves the scores out"
+)
 EXPECTED = 12  # tasks kept of an answer: an estimate for --dry_run only
 
 
@@ -108,7 +112,7 @@ def generate_instruction_following_data(
         request_batch_size: Requests to a server at a time; for a folder, prompts in a batch.
         temperature: Sampling temperature; None leaves it to the server.
         top_p: Sample from the likeliest tokens of this probability; None leaves it to the server.
-        num_cpus: Threads of the novelty filter.
+        num_cpus: Threads that compute similarity scores.
         prompt_path: The text above the examples; not given, prompt.txt.
         base_url: Address of the server, of several with commas between, or a file with one a line; not given,
             OPENAI_BASE_URL or OpenAI.
@@ -146,6 +150,10 @@ def generate_instruction_following_data(
         )
     if parser not in ("auto", *self_instruct.PARSERS):
         raise UsageError(f"--parser {parser}: expected auto, original or robust")
+    if stable_ties and not similarity_details:
+        raise UsageError(
+            "--stable_ties: orders the scores that --similarity_details False leaves out; omit one of both"
+        )
     sampling = SamplingFlags(temperature, top_p, max_tokens).sampling()
     sampling = replace(sampling, logit_bias=_read_bias(logit_bias))
     backend = BackendFlags(base_url, api, concurrency, extra_body, request_batch_size, batch=batch, batch_dir=batch_dir)
@@ -194,7 +202,7 @@ async def _generate(
 ) -> None:
     """Ask until `target` tasks are kept, and write what there is then, whatever ends it. A model that cannot be asked
     at all is an error before anything is written."""
-    progress, costly = None, state.details
+    progress, costly = None, state.filter.details
     try:
         async with runner:
             state.journal.append(run)
@@ -208,23 +216,15 @@ async def _generate(
             async for entries in runner.answers(state.requests(), sampling, more, **about):
                 await _in_thread(state.take, entries)
                 progress.show(len(state.rows), runner.asked, getattr(runner.model, "retries", 0))
-                costly = _say_cost(len(state.rows)) if costly and len(state.rows) >= SLOW_DETAILS else costly
+                if costly and len(state.rows) >= SLOW_DETAILS:
+                    print(COSTLY.format(len(state.rows)), flush=True)
+                    costly = False
     finally:
         if progress is not None:
             asked = {"model": run["model"]}
             if hasattr(runner.model, "by_server"):
                 asked["servers"] = runner.model.by_server()
             _finish(state, progress, target, asked)
-
-
-def _say_cost(tasks: int) -> bool:
-    """Say why it becomes slower. Return that nothing more is to be said of it."""
-    print(
-        f"note: a new task is compared with all {tasks:,} for its similarity scores, which takes longer the more there "
-        "are; --similarity_details False leaves the scores out",
-        flush=True,
-    )
-    return False
 
 
 async def _in_thread(function: Callable[..., None], *arguments: Any) -> None:

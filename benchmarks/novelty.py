@@ -53,6 +53,14 @@ def seed_tasks() -> list[dict]:
     return [json.loads(line) for line in (ROOT / "seed_tasks.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def variant(text: str, words: list[str], draw: random.Random) -> list[str]:
+    """The words of a text, up to four of them replaced."""
+    changed = text.split()
+    for _ in range(draw.randrange(1, 5)):
+        changed[draw.randrange(len(changed))] = draw.choice(words)
+    return changed
+
+
 def make_instructions(number: int, seed: int) -> list[str]:
     """Instructions of about Alpaca's length, 11 tokens on average."""
     words = " ".join(f"{task['instruction']} {task['instances'][0]['output']}" for task in seed_tasks()).split()
@@ -61,9 +69,7 @@ def make_instructions(number: int, seed: int) -> list[str]:
     made: list[str] = []
     while len(made) < number:
         if made and draw.random() < 1 / 8:
-            text = draw.choice(made).split()
-            for _ in range(draw.randrange(1, 5)):
-                text[draw.randrange(len(text))] = draw.choice(words)
+            text = variant(draw.choice(made), words, draw)
         else:
             text = [draw.choice(words) for _ in range(max(3, round(draw.gauss(10.5, 4))))]
             text = [word.strip(".,") + draw.choice(endings) if draw.random() < 0.4 else word for word in text]
@@ -161,9 +167,7 @@ def recombined(real: list[str], number: int, seed: int) -> list[str]:
     made: list[str] = []
     while len(made) < number:
         if made and draw.random() < 1 / 8:
-            text = draw.choice(made).split()
-            for _ in range(draw.randrange(1, 5)):
-                text[draw.randrange(len(text))] = draw.choice(words)
+            text = variant(draw.choice(made), words, draw)
         else:
             text = draw.choices(words, k=max(1, len(draw.choice(real).split())))
         made.append(" ".join(text))

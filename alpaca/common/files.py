@@ -18,6 +18,7 @@ from alpaca.common.errors import InputError, format_bytes, loading
 MARKER = ".incomplete"  # in a folder that is being written
 ROOM = 10**8  # bytes on the disk for what stands beside the tensors: tokenizer, configuration, manifest
 AUX_SUFFIXES = (".json", ".jinja", ".model", ".py", ".tiktoken", ".txt")
+_decoder = functools.cache(lambda pairs: json.JSONDecoder(object_pairs_hook=pairs))
 _SPACE = re.compile(r"[ \t\n\r]*")  # as JSON has it
 OF_A_CHECKPOINT = (*".safetensors .bin .sha256 .png .md .yaml .gitattributes LICENSE".split(), *AUX_SUFFIXES)
 
@@ -105,11 +106,6 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("is nested too deeply") from None
 
 
-@functools.cache
-def _decoder(pairs: Callable | None) -> json.JSONDecoder:
-    return json.JSONDecoder(object_pairs_hook=pairs)
-
-
 def decode_json(text: str, at: int = 0, pairs: Callable | None = None) -> tuple[Any, int]:
     """Return the JSON value that begins at `at`, and where the text goes on behind it, with `pairs` as json's
     object_pairs_hook. Raise JSONDecodeError for whatever is wrong with it."""
@@ -119,26 +115,29 @@ def decode_json(text: str, at: int = 0, pairs: Callable | None = None) -> tuple[
     except json.JSONDecodeError:
         raise
     except (RecursionError, ValueError) as error:  # ValueError: an integer of more than 4,300 digits
-        deep = isinstance(error, RecursionError)
-        problem = "the value is nested too deeply" if deep else str(error).partition(";")[0]
+        problem = str(error).partition(";")[0] if isinstance(error, ValueError) else "the value is nested too deeply"
         raise json.JSONDecodeError(problem, text, at) from None
     return value, _SPACE.match(text, end).end()
 
 
 def json_items(text: str, pairs: Callable | None = None) -> Iterator[Any]:
     """Yield the items of a JSON list. Raise JSONDecodeError as `decode_json`, also for what follows the list."""
-    at = _SPACE.match(text, text.index("[") + 1).end()
-    while text[at : at + 1] != "]":
-        value, at = decode_json(text, at, pairs)
+    at, first = text.index("[") + 1, True
+    while (found := next_json_item(text, at, first, pairs)) is not None:
+        (value, at), first = found, False
         yield value
-        if text[at : at + 1] not in (",", "]"):
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-        if text[at] == ",":
-            at = _SPACE.match(text, at + 1).end()
-            if text[at : at + 1] == "]":
-                raise json.JSONDecodeError("Expecting value", text, at)
-    if (end := _SPACE.match(text, at + 1).end()) < len(text):
+    if (end := _SPACE.match(text, text.index("]", at) + 1).end()) < len(text):
         raise json.JSONDecodeError("Extra data", text, end)
+
+
+def next_json_item(text: str, at: int, first: bool, pairs: Callable | None = None) -> tuple[Any, int] | None:
+    """Return what `decode_json` does of the list's item behind `at`; None where the list ends. Raise as it does."""
+    at = _SPACE.match(text, at).end()
+    if text[at : at + 1] == "]":
+        return None
+    if not first and text[at : at + 1] != ",":
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+    return decode_json(text, at + (not first), pairs)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

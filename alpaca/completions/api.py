@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from alpaca.common.commands import check_numbers, flag
-from alpaca.common.errors import ParameterError
+from alpaca.common.errors import ParameterError, masked
 
 ENDS = ("stop", "eos", "eos_token", "stop_sequence", "end_turn")  # words for an answer that came to its end
 NO_REASON = "unknown"  # finish_reason of an answer that came without one
@@ -134,6 +134,12 @@ def whole_characters(text: str) -> str:
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
+def shown(text: str, most: int = 200) -> str:
+    """Return somebody else's text for a message: short, on one line, without secrets and control characters."""
+    text = masked(whole_characters(text[:20_000]))
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:most]
+
+
 class RequestFailed(RuntimeError):
     """This request got no completion and the message says why. Another prompt, or another hour, may have more luck."""
 
@@ -142,16 +148,16 @@ class ContextOverflow(RequestFailed):
     """Prompt and max_tokens together are longer than the model's context."""
 
 
-class NoResponse(RequestFailed):
-    """No connection to the server, or none that lasted until an answer came."""
-
-
 class NotNow(RequestFailed):
     """The server has no room now, or has sent what is no answer. `wait`: seconds, where it says when to ask again."""
 
     def __init__(self, message: str, wait: float | None = None):
         super().__init__(message)
         self.wait = wait
+
+
+class NoResponse(NotNow):
+    """No connection to the server, or none that lasted until an answer came."""
 
 
 class NoServer(ParameterError):

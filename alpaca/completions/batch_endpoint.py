@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from alpaca.common.errors import ParameterError, UsageError, first_line, masked
-from alpaca.completions.api import Model, RequestFailed, Sampling, whole_characters
+from alpaca.common.errors import ParameterError, UsageError, first_line
+from alpaca.completions.api import Model, RequestFailed, Sampling, shown
 
 MOST_REQUESTS, MOST_BYTES = 50_000, 200_000_000  # of a file, at OpenAI
 SLOWEST = 4 * 3600.0  # seconds for a file on its way
@@ -71,22 +71,18 @@ class Batch:
     def name(self) -> str:
         return f"batch {self.id or self.number}"
 
-    def takes(self, one: Question) -> bool:
-        """Return whether the request may go into this file."""
+    def add(self, one: Question) -> bool:
+        """Add a request, if it may go into this file; the first one may. Return whether it did."""
+        name = f"{self.token[:16]}-{one.line.round}-{one.line.key}"  # no other request of any run has it
+        content = json.dumps({"custom_id": name, "method": "POST", "url": one.url, "body": one.body}).encode() + b"\n"
         alike = (self.about, self.url) == (one.about, one.url)
-        return alike and len(self.lines) < MOST_REQUESTS and self.size + len(self._as_bytes(one)[1]) <= MOST_BYTES
-
-    def add(self, one: Question) -> None:
-        name, content = self._as_bytes(one)
+        fits = len(self.lines) < MOST_REQUESTS and self.size + len(content) <= MOST_BYTES
+        if self.lines and not (alike and fits):
+            return False
         self.lines[name] = one.line._replace(at=self.size)
         self.content.append(content)
         self.size += len(content)
-
-    def _as_bytes(self, one: Question) -> tuple[str, bytes]:
-        """Return the custom_id, which no other request of any run has, and the line."""
-        name = f"{self.token[:16]}-{one.line.round}-{one.line.key}"
-        line = {"custom_id": name, "method": "POST", "url": one.url, "body": one.body}
-        return name, json.dumps(line).encode() + b"\n"
+        return True
 
     def sent(self, line: Line) -> dict[str, Any]:
         """Return what was sent of a request: a line of the file."""
@@ -122,7 +118,7 @@ class BatchEndpoint:
             if tried and (found := await self._find(batch)) is not None:
                 return found
             tried = True
-            wanted = {"input_file_id": batch.file_id, "endpoint": batch.url or batch.sent(Line(0, 0, 0.0))["url"]}
+            wanted = {"input_file_id": batch.file_id, "endpoint": batch.url}
             wanted |= {"completion_window": "24h", "metadata": {"alpaca_token": batch.token}}
             headers = {"Idempotency-Key": batch.token}
             made = await self.model.server.post("/batches", body=wanted, cast_to=object, options={"headers": headers})
@@ -192,7 +188,7 @@ class BatchEndpoint:
 
             async def download(name=name, path=path, expected=expected) -> None:
                 nonlocal tries
-                await self.model.download(self.model.server, _id(state[name]), path)
+                await self.model.download(_id(state[name]), path)
                 tries += 1
                 with open(path, "rb") as file:
                     lines = sum(1 for line in file if line.endswith(b"}\n") or line.endswith(b"}"))
@@ -219,6 +215,7 @@ def _id(value: Any) -> str:
 
 
 def progress_of(batch: Batch, state: dict[str, Any]) -> str:
+    """Return how far the server is with a batch."""
     counts = state.get("request_counts")
     done, failed, total = (counts.get(name) if isinstance(counts, dict) else None for name in COUNTED)
     words = f"{batch.name}: {words_of(state.get('status'))}"
@@ -236,6 +233,4 @@ def errors_of(state: dict[str, Any]) -> str:
 
 def words_of(value: Any) -> str:
     """Return what a server says for a message."""
-    value = value.get("message") or value if isinstance(value, dict) else value
-    text = masked(whole_characters(str(value)[:2000]))
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:300]
+    return shown(str(value.get("message") or value if isinstance(value, dict) else value), 300)

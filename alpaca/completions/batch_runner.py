@@ -11,13 +11,13 @@ import hashlib
 import json
 import shlex
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from alpaca.common.errors import InputError, ParameterError, UsageError, masked
+from alpaca.common.errors import InputError, ParameterError, UsageError
 from alpaca.common.files import atomic_write, parse_json, sha256_of_file, sync_folder
 from alpaca.completions.api import ContextOverflow, Model, Request, RequestFailed, Sampling
 from alpaca.completions.batch_endpoint import (
@@ -33,7 +33,7 @@ from alpaca.completions.batch_endpoint import (
 )
 from alpaca.completions.budget import Budget
 from alpaca.completions.journal import CLOSED, Journal
-from alpaca.completions.runner import GIVE_UP, HEARTBEAT, Entry, RequestRunner, entry_of
+from alpaca.completions.runner import HEARTBEAT, Entry, RequestRunner, entry_of, entry_of_failure
 
 ROUNDS = 3  # in which a request is asked
 FIRST_POLL, LONGEST_POLL = 2.0, 60.0  # seconds between two looks at the batches
@@ -48,7 +48,7 @@ def runner_for(
     Raises:
         ParameterError: another run has left batches that this one cannot collect, and would pay for again.
     """
-    kind = "batch_dir" if getattr(model, "batch_dir", None) else "batch" if getattr(model, "batch", False) else None
+    kind = getattr(model, "batched_by", None)
     for number, batch in journal.batches.items():
         if batch["state"] not in CLOSED and "file" not in batch:
             raise UsageError(
@@ -90,18 +90,10 @@ class BatchRunner(RequestRunner):
         if kind is not None and (sent := [batch.name for batch in self.open.values() if batch.id]):
             print(f"note: under way: {', '.join(sent)}; the same command, run again, collects the answers", flush=True)
 
-    async def answers(
-        self,
-        requests: Iterable[Request],
-        sampling: Sampling,
-        more: Callable[[int], bool] = lambda in_flight: True,
-        **about: Any,
+    async def _answered_now(
+        self, requests: Iterator[Request], sampling: Sampling, more: Callable[[int], bool], about: dict[str, Any]
     ) -> AsyncIterator[list[Entry]]:
-        """Yield the journal entries of the requests, in their order, as RequestRunner does."""
-        requests = iter(requests)
         self._resume()
-        async for entries in self._answered_before(requests):
-            yield entries
         while self.stop_with is None and (self._take(requests, sampling, more, about) or self.open):
             while ready := self._ready():
                 yield ready
@@ -109,10 +101,6 @@ class BatchRunner(RequestRunner):
                 self._collect(batch, files)
                 while ready := self._ready():
                     yield ready
-        if self.stop_with is not None:
-            raise self.stop_with
-        if self.waiting and not self.stopped_by_cost:
-            raise RuntimeError(f"{len(self.waiting)} requests were sent and have no entry")
 
     # ---- files of requests ----
 
@@ -125,10 +113,10 @@ class BatchRunner(RequestRunner):
         taken, batch = len(self.waiting), None
         self.stopped_by_cost = False
         for one in chain(again, self._wanted(requests, sampling, more, about)):
-            if batch is None or not batch.takes(one):
+            if batch is None or not batch.add(one):
                 self._write(batch)
                 batch = Batch(self._next_number(), Path(), one.about, one.url)
-            batch.add(one)
+                batch.add(one)
         self._write(batch)
         self.budget.reserved.pop(NEXT, None)
         self.stopped_by_cost &= not self.open  # those may turn out cheaper than what is set aside
@@ -195,7 +183,7 @@ class BatchRunner(RequestRunner):
             raise InputError(f"{batch.path}: cannot be written ({error.strerror})", batch.path) from error
         digest, batch.content = hashlib.sha256(b"".join(batch.content)).hexdigest(), []
         most, keys = sum(line.most for line in batch.lines.values()), [line.key for line in batch.lines.values()]
-        noted = {"by": "batch" if self.folder is None else "batch_dir", "file": batch.path.name, "sha256": digest}
+        noted = {"by": self.model.batched_by, "file": batch.path.name, "sha256": digest}
         noted |= {"about": batch.about, "requests": len(keys), "first": min(keys), "last": max(keys), "most": most}
         self._note(batch, "written", **noted, time=batch.began)
         self._set_aside(NEXT, -most)
@@ -226,7 +214,7 @@ class BatchRunner(RequestRunner):
             with open(path, "rb") as file:
                 for content in file:
                     sent = json.loads(content)
-                    _, round, key = sent["custom_id"].split("-")
+                    batch.url, (_, round, key) = sent["url"], sent["custom_id"].split("-")
                     if done.get(int(key), "lost") == "lost":
                         prompt, sampling = terms(sent["body"])
                         most = self.budget.max_cost_of(prompt, sampling.max_tokens)
@@ -300,10 +288,8 @@ class BatchRunner(RequestRunner):
             if isinstance(problem, UsageError):
                 self.stop_with = self.stop_with or problem
             elif isinstance(problem, ContextOverflow) or line.round >= ROUNDS or not self.budget.allows(0.0):
-                too_long = isinstance(problem, ContextOverflow)
-                entry = {"kind": "failed", "error": masked(str(problem)), "too_long": too_long}
-                failed += [entry] * (self.overflows_count or not too_long)
-                self._keep(batch, name, entry)
+                failed.append(entry_of_failure(problem))
+                self._keep(batch, name, failed[-1])
             else:
                 sent = batch.sent(line)
                 again = Line(line.key, line.round + 1, line.most)
@@ -313,10 +299,10 @@ class BatchRunner(RequestRunner):
         told += [f"{len(problems):,} refused"] * bool(problems)
         told += [f"{ignored:,} lines ignored that are no answer to a request of it"] * bool(ignored)
         print(f"{batch.name}: {', '.join(told) or 'nothing answered'}", flush=True)
-        self.failed_in_a_row = 0 if answered else self.failed_in_a_row + len(failed)
-        if self.failed_in_a_row >= GIVE_UP and self.stop_with is None:
-            message = f"{self.failed_in_a_row} requests in a row failed: {failed[-1]['error']}"
-            self.stop_with = UsageError(f"{message}\nThe same command, run again, continues.")
+        if answered:
+            self.failed_in_a_row = 0
+        else:
+            self._count_failures(failed)
         self._close(batch, "collected")
 
     def _read(self, batch: Batch, content: bytes, problems: dict[str, Exception]) -> bool:

@@ -192,8 +192,9 @@ def read_entry(file: IO[bytes], at: int) -> dict[str, Any]:
 
 
 def _whole(entry: dict[str, Any], line: bytes) -> dict[str, Any]:
-    """Return an entry without halves of surrogate pairs, which only an escape in its line can have made."""
-    if b"\\ud" not in line.lower():
+    """Return an entry without halves of surrogate pairs, which an escape can have made, or bytes that nobody here
+    writes."""
+    if line.isascii() and b"\\ud" not in line.lower():
         return entry
     return {name: whole_characters(value) if name in TEXTS else value for name, value in entry.items()}
 

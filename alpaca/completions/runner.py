@@ -4,7 +4,7 @@ import asyncio
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -102,9 +102,20 @@ class RequestRunner:
             UsageError: a mistake that every request would meet. What was sent is waited for and handed out before.
         """
         requests = iter(requests)
-        heard = time.monotonic()
         async for entries in self._answered_before(requests):
             yield entries
+        async for entries in self._answered_now(requests, sampling, more, about):
+            yield entries
+        if self.stop_with is not None:
+            raise self.stop_with
+        if self.waiting and not self.stopped_by_cost:
+            raise RuntimeError(f"{len(self.waiting)} requests were sent and have no entry")
+
+    async def _answered_now(
+        self, requests: Iterator[Request], sampling: Sampling, more: Callable[[int], bool], about: dict[str, Any]
+    ) -> AsyncIterator[list[Entry]]:
+        """Yield what the model answers, until nothing more is wanted or `stop_with` says why it ends."""
+        heard = time.monotonic()
         while self._send(requests, sampling, more, about) or self.flying:
             while ready := self._ready():
                 yield ready
@@ -118,10 +129,6 @@ class RequestRunner:
                 self._look_for_errors(ended)
                 while ready := self._ready():
                     yield ready
-        if self.stop_with is not None:
-            raise self.stop_with
-        if self.waiting and not self.stopped_by_cost:
-            raise RuntimeError(f"{len(self.waiting)} requests were sent and have no entry")
 
     def _look_for_errors(self, ended: Iterable[asyncio.Task]) -> None:
         """Let what a task has raised end the run. Nobody else would hear of it."""
@@ -221,11 +228,16 @@ class RequestRunner:
         self.known[request.key] = place
         if entry["kind"] == "answer":
             self.failed_in_a_row = 0
-        elif self.overflows_count or not entry["too_long"]:
-            self.failed_in_a_row += 1
-        if self.failed_in_a_row >= GIVE_UP:
-            message = f"{GIVE_UP} requests in a row failed: {entry['error']}\nThe same command, run again, continues."
-            self.stop_with = self.stop_with or UsageError(message)
+        else:
+            self._count_failures([entry])
+
+    def _count_failures(self, entries: Sequence[Entry]) -> None:
+        """Count requests that failed, and let too many in a row end the run."""
+        entries = [entry for entry in entries if self.overflows_count or not entry["too_long"]]
+        self.failed_in_a_row += len(entries)
+        if entries and self.failed_in_a_row >= GIVE_UP:
+            message = f"{self.failed_in_a_row} requests in a row failed: {entries[-1]['error']}"
+            self.stop_with = self.stop_with or UsageError(f"{message}\nThe same command, run again, continues.")
 
     async def _answer(self, request: Request, sampling: Sampling, about: dict[str, Any]) -> Entry:
         begin, most = time.time(), self.budget.reserved[request.key]
@@ -245,7 +257,7 @@ class RequestRunner:
             answer = await self.model.complete(request.prompt, sampling, on_lost_response)
             entry = entry_of(answer, about, begin, most)
         except RequestFailed as error:
-            entry = {"kind": "failed", "error": masked(str(error)), "too_long": isinstance(error, ContextOverflow)}
+            entry = entry_of_failure(error)
         entry["unanswered"] = entry.get("unanswered", 0.0) + self.lost_cost[request.key]
         return {"index": request.key, **entry}
 
@@ -279,6 +291,11 @@ def entry_of(answer: Completion, about: dict[str, Any], begin: float, most: floa
     if answer.prompt_tokens is None or answer.completion_tokens is None:
         entry["unanswered"] = most
     return entry
+
+
+def entry_of_failure(error: RequestFailed) -> Entry:
+    """Return what a journal holds of a request that got no answer."""
+    return {"kind": "failed", "error": masked(str(error)), "too_long": isinstance(error, ContextOverflow)}
 
 
 def answered_before(

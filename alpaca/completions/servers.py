@@ -24,7 +24,7 @@ MOST = 512
 BETTER = 1.1  # a rate that is so much higher is worth more requests
 HOLDS = 2.0  # a token may take so many times as long as at the best rate
 REST, LONGEST_REST = 0.5, 30.0  # seconds after the first failure, doubled with each in a row
-LONGEST_WAIT = 24 * 3600.0  # seconds, whatever a server asks for
+MOST_REST = 24 * 3600.0  # seconds, whatever a server asks for
 PATIENCE = 120.0  # seconds; a request fails where all servers rest for longer, or none has answered for so long
 CHECK = 120.0  # seconds until a server that has said nothing counts as one that is not there yet
 BETWEEN_LINES = 60.0  # seconds, about one server
@@ -64,6 +64,7 @@ class Server:
         return 0 if self.refused or now < self.rests_until else int(self.limit)
 
     def take(self) -> None:
+        """Count a request that it gets."""
         self.busy += 1
         self.busiest = max(self.busiest, self.busy)
         self.was_full |= self.busy >= int(self.limit)
@@ -100,7 +101,7 @@ class Server:
         self.doubling &= better
         self.limit = min(self.limit, self.most)
 
-    def failed(self, began: float, now: float, error: NoResponse | NotNow) -> bool:
+    def failed(self, began: float, now: float, error: NotNow) -> bool:
         """Let the server rest. Return whether this is news: requests that were under way fail together."""
         self.all_failures += 1
         if began <= self.failed_at:
@@ -111,10 +112,10 @@ class Server:
         self.limit = 1.0 if self.doubling else max(1.0, self.limit / 2)
         self.best_rate = 0.0
         self._begin_round(now)
-        wait = getattr(error, "wait", None)
+        wait = error.wait
         if wait is None:
             wait = min(REST * 2 ** (self.failures - 1), LONGEST_REST) * random.uniform(0.5, 1.0)
-        self.rests_until = now + min(wait, LONGEST_WAIT)
+        self.rests_until = now + min(wait, MOST_REST)
         return True
 
     def tell(self, what: str) -> None:
@@ -208,7 +209,7 @@ class Servers:
         except NoServer as error:
             problem = error
         except UsageError as error:
-            if not isinstance(error.__cause__, NoResponse | NotNow):
+            if not isinstance(error.__cause__, NotNow):
                 raise
             problem = NoServer(str(error), "base_url")  # it answers, but still loads its model
         except asyncio.TimeoutError:
@@ -219,7 +220,7 @@ class Servers:
         self._rest(server, time.monotonic(), NoResponse(str(problem)))
         return problem
 
-    def _rest(self, server: Server, began: float, error: NoResponse | NotNow) -> bool:
+    def _rest(self, server: Server, began: float, error: NotNow) -> bool:
         """Let a server rest, and those who wait for it look again when it has. Return whether this is news."""
         news = server.failed(began, now := time.monotonic(), error)
         asyncio.get_running_loop().call_later(server.rests_until - now + 0.001, self._wake)
@@ -248,7 +249,7 @@ class Servers:
                 if attempt.stop is not None:
                     raise
                 self._set_aside(server, error)
-            except (NoResponse, NotNow) as error:
+            except NotNow as error:
                 self.given_back += 1
                 if self._rest(server, began, error):
                     server.tell(f"rests, its requests go to the others ({first_line(str(error))})")

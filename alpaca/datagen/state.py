@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import random
-import re
 import tempfile
 import time
 from array import array
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, TextIO
 
 from alpaca.common.errors import InputError, ParameterError
-from alpaca.common.files import atomic_write, decode_json, parse_json, sha256_of_file
+from alpaca.common.files import atomic_write, next_json_item, parse_json, sha256_of_file
 from alpaca.completions.api import NO_REASON, Request, was_cut, whole_characters
 from alpaca.completions.budget import Budget
 from alpaca.completions.journal import Journal
@@ -37,7 +36,6 @@ LAG = 64  # requests whose answers a prompt with generated tasks does not wait f
 TASKS_OF_A_LIST = 20  # in the prompt's words: its examples, and what an answer adds
 USELESS = 50  # answers without a new task, in a row
 SAVE_EVERY = 30.0  # seconds, or longer where saving takes long
-_BLANKS = re.compile(r"[ \t\n\r]*")
 PIECE = 1 << 20  # characters of regen.json that are read at a time
 AT_ONCE = 10_000  # instructions that the filter is told at a time
 
@@ -85,7 +83,6 @@ class Generation:
         self.exclusion = Exclusion(excluded) if excluded else None
         self.rows, self.kept_excluded = KeptTasks(output_dir), 0
         self._read_regen(as_it_is=in_journal)
-        self.details = details
         self.saved_at = time.monotonic()
         self.saving_took = 0.0
         self.useless = 0
@@ -183,7 +180,7 @@ class Generation:
             for item in of_one:
                 similarity = next(similarities) if item.row is not None else None
                 if similarity is not None:
-                    self.rows.append(item_of_list({**item.row, **(similarity._asdict() if self.details else {})}))
+                    self.rows.append(item_of_list({**item.row, **similarity._asdict()}))
                 else:
                     self.counts[f"rejected: {item.reason or 'too similar'}"] += 1
             kept = len(self.rows) - before
@@ -298,6 +295,7 @@ class KeptTasks:
         return b"\n]" if self.begins else b"[]"
 
     def sha256(self) -> str:
+        """Return that of regen.json."""
         digest = self.digest.copy()
         digest.update(self.end())
         return digest.hexdigest()
@@ -318,7 +316,7 @@ def tasks_of(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     try:
         with open(path, "rb") as file:
             encoding = json.detect_encoding(file.read(4))
-        with open(path, encoding=encoding) as file:
+        with open(path, encoding=encoding, errors="surrogatepass") as file:
             for number, (row, text) in enumerate(_items(file)):
                 if not all(isinstance(row[name], str) for name in ("instruction", "input", "output")):
                     raise ValueError(f"row {number}: instruction, input and output must be texts")
@@ -338,7 +336,7 @@ def _items(file: TextIO) -> Iterator[tuple[Any, str]]:
     first = True
     while True:
         try:
-            found = _next_item(text, at, first)
+            found = next_json_item(text, at, first)
         except json.JSONDecodeError:  # also where the piece ends in the middle of an item
             if not (more := file.read(size)):
                 raise
@@ -346,22 +344,8 @@ def _items(file: TextIO) -> Iterator[tuple[Any, str]]:
             continue
         if found is None:
             break
-        value, begin, at = found
-        yield value, text[begin:at].rstrip()
-        first, size = False, PIECE
+        (value, end), begin = found, at
+        yield value, text[begin:end].strip(", \t\n\r")
+        first, at, size = False, end, PIECE
     if behind := (text[at:] + file.read()).strip()[1:]:
         raise ValueError(f"behind the list stands {behind[:40]!r}")
-
-
-def _next_item(text: str, at: int, first: bool) -> tuple[Any, int, int] | None:
-    """Return the item of a list behind position `at`, where it begins and where the text goes on; None where the list
-    ends. Raise JSONDecodeError for neither."""
-    at = _BLANKS.match(text, at).end()
-    if text[at : at + 1] == "]":
-        return None
-    if not first:
-        if text[at : at + 1] != ",":
-            raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-        at = _BLANKS.match(text, at + 1).end()
-    value, end = decode_json(text, at)
-    return value, at, end

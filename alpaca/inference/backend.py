@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,19 @@ class BackendFlags:
         self.extra_fields()
         if self.batch and self.batch_dir is not None:
             raise ParameterError("{batch} asks a server, and {batch_dir} none: give one of them", "batch", "batch_dir")
+        if (self.batch or self.batch_dir is not None) and self.concurrency is not None:
+            raise ParameterError("{concurrency}: a batch has all requests at once; omit it", "concurrency")
         if self.batch_dir is not None and self.base_url is not None:
             message = "{batch_dir} asks no server: omit {base_url}, or ask its batch endpoint with {batch}"
             raise ParameterError(message, "batch", "batch_dir", "base_url")
         if self.batch_dir is not None and (not self.batch_dir.strip() or is_file(self.batch_dir)):
             raise ParameterError(f"{{batch_dir}} {self.batch_dir}: expected a folder", "batch_dir")
+
+    def refuse_for_folders(self, why: str) -> None:
+        """Raise ParameterError for a flag of the model of a folder."""
+        for name in ("base", "load_in_8bit", "load_in_4bit"):
+            if getattr(self, name):
+                raise ParameterError(f"{{{name}}} is for the model of a folder; {why}", name)
 
     @property
     def rate(self) -> float:
@@ -101,9 +109,17 @@ class BackendFlags:
 class BatchClient(Client):
     """A server's model, asked through its batch endpoint or, with `batch_dir`, through files of that folder."""
 
-    batch = True
     batch_dir: str | None = None
-    read_line, download = staticmethod(read_line), staticmethod(download)
+    read_line = staticmethod(read_line)
+
+    @property
+    def batched_by(self) -> str:
+        """Return the flag that says so."""
+        return "batch" if self.batch_dir is None else "batch_dir"
+
+    async def download(self, file_id: str, path: Path) -> None:
+        """Write a file of the server's to `path`."""
+        await download(self.server, file_id, path)
 
     def request_of(self, prompt: Prompt, sampling: Sampling) -> tuple[str, dict[str, Any]]:
         """Return the path, as a line of a batch has it, and the body of a request."""
@@ -139,15 +155,13 @@ def open_backend(model: str, flags: BackendFlags, chat: bool = True) -> Model:
     """
     flags.check()
     if flags.batch_dir is not None:
+        flags.refuse_for_folders(f"{model} is asked by files")
         api = api_by_name(model) if flags.api == "auto" else flags.api
         client = BatchClient(model, NOWHERE, api, extra_body=flags.extra_fields())
         client.batch_dir = flags.batch_dir
         return client
     if not is_folder(model, flags.base_url):
-        for name in ("base", "load_in_8bit", "load_in_4bit"):
-            if getattr(flags, name):
-                server = masked(flags.base_url or "OPENAI_BASE_URL, or OpenAI")
-                raise ParameterError(f"{{{name}}} is for the model of a folder; {model} is a server's ({server})", name)
+        flags.refuse_for_folders(f"{model} is a server's ({masked(flags.base_url or 'OPENAI_BASE_URL, or OpenAI')})")
         at_openai = not flags.base_url and not os.environ.get("OPENAI_BASE_URL")
         if at_openai and model.startswith(("/", "./", "../", "~")):
             raise InputError(f"{model}: no such folder", model)
@@ -212,8 +226,12 @@ def addresses_of(text: str | None) -> list[str]:
 
 def is_file(text: str) -> bool:
     """Return whether a text is the path of a file; one that is too long for a path is none."""
+    return _is(Path.is_file, text)
+
+
+def _is(kind: Callable[[Path], bool], text: str) -> bool:
     try:
-        return Path(text).is_file()
+        return kind(Path(text).expanduser())
     except OSError:
         return False
 
@@ -221,7 +239,7 @@ def is_file(text: str) -> bool:
 def is_folder(model: str, base_url: str | None) -> bool:
     """Return whether `model` is a folder to open. A base URL, of the environment too, wins: servers such as vLLM call
     their models by the folder they came from."""
-    return not base_url and not os.environ.get("OPENAI_BASE_URL") and Path(model).expanduser().is_dir()
+    return not base_url and not os.environ.get("OPENAI_BASE_URL") and _is(Path.is_dir, model)
 
 
 @dataclass(frozen=True)

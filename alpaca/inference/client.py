@@ -26,10 +26,10 @@ from alpaca.completions.api import (
     ContextOverflow,
     NoResponse,
     NoServer,
-    NotNow,
     Prompt,
     RequestFailed,
     Sampling,
+    shown,
 )
 from alpaca.inference.server_errors import (
     LONGEST_WAIT,
@@ -43,7 +43,6 @@ from alpaca.inference.server_errors import (
     never_connected,
     read_completion,
     read_json,
-    shown,
     unknown_model,
 )
 
@@ -285,7 +284,7 @@ class Client:
                 why = f"Gave up after {retry + 1} attempts." if retries else ""
                 why = f"it asks to wait {problem.wait:.0f} s" if (problem.wait or 0) > LONGEST_WAIT else why
                 message = f"{problem}\n{why}".rstrip()
-                raise NotNow(message, problem.wait) if problem.failure is NotNow else problem.failure(message)
+                raise problem.failure(message, problem.wait)
             self.retries += 1
             pause = min(self.backoff * 2**retry, LONGEST_BACKOFF) * random.uniform(0.5, 1.0)
             pause = pause if problem.wait is None else problem.wait + random.uniform(0, self.backoff)  # not all at once

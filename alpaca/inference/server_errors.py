@@ -28,6 +28,7 @@ from alpaca.completions.api import (
     RequestFailed,
     Sampling,
     cut_at_stop,
+    shown,
     split_reasoning,
     whole_characters,
 )
@@ -67,7 +68,7 @@ class RetryLater(Exception):
     """The same request may succeed later, `wait` seconds from now where the server says when. `failure`: what to raise
     once there have been enough attempts."""
 
-    def __init__(self, message: str, wait: float | None = None, failure: type[RequestFailed] = NotNow):
+    def __init__(self, message: str, wait: float | None = None, failure: type[NotNow] = NotNow):
         super().__init__(message)
         self.wait, self.failure = wait, failure
 
@@ -159,12 +160,6 @@ def _said(error: Exception) -> str:
     if isinstance(body, dict):
         body = body.get("message") or body.get("detail") or body
     return shown(str(body or error), 500)
-
-
-def shown(text: str, most: int = 200) -> str:
-    """Return somebody else's text for a message: short, on one line, without secrets and control characters."""
-    text = masked(whole_characters(text[:20_000]))
-    return " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())[:most]
 
 
 def never_connected(error: Exception) -> bool:

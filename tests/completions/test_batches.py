@@ -56,6 +56,13 @@ def respond(rows, server, name="out.json", **flags):
     return [row["output"] for row in json.loads(output.read_text())]
 
 
+def leave_open(rows, server, **flags):
+    """Send a batch, and end since the server cannot be asked how far it is."""
+    server.scripts[LOOK] = [DROP] * 9
+    with pytest.raises(UsageError, match="same command, run again, goes on"):
+        respond(rows, server, **flags)
+
+
 def expected(numbers=range(ROWS)):
     return [echo(f"Say {n}.", {}) for n in numbers]
 
@@ -284,9 +291,7 @@ def test_a_server_without_the_endpoint(rows):
 
 def test_a_server_that_is_down_in_the_middle(rows):
     with BatchServer() as server:
-        server.scripts[LOOK] = [DROP] * 9
-        with pytest.raises(UsageError, match="same command, run again, goes on"):
-            respond(rows, server)
+        leave_open(rows, server)
         assert respond(rows, server) == expected()
         assert len(server.batches) == 1 and set(server.paid.values()) == {1}
 
@@ -321,9 +326,7 @@ def test_a_limit_lets_as_many_go_as_it_pays_for(rows):
 def test_an_open_batch_counts_in_the_limit_of_the_next_run(rows):
     prices = {"price_in": 1.0, "price_out": 2.0, "max_new_tokens": 100}
     with BatchServer() as server:
-        server.scripts[LOOK] = [DROP] * 9
-        with pytest.raises(UsageError):
-            respond(rows, server, **prices)
+        leave_open(rows, server, **prices)
         flags = {"base_url": server.url, "api": "chat", "batch": True, **prices}
         model = open_backend("tiny", BackendFlags(server.url, "chat", batch=True))
         with Journal(Path(rows).with_name("out.json.journal.jsonl")) as file:
@@ -383,9 +386,7 @@ def test_a_batch_that_somebody_cancels_is_not_made_again_at_once(rows):
 
 def test_a_batch_that_the_server_does_not_know(rows):
     with BatchServer() as server:
-        server.scripts[LOOK] = [DROP] * 9
-        with pytest.raises(UsageError):
-            respond(rows, server)
+        leave_open(rows, server)
         server.batches.clear()
         with pytest.raises(UsageError, match="made with another key, at another server, or is gone"):
             respond(rows, server)
@@ -393,9 +394,7 @@ def test_a_batch_that_the_server_does_not_know(rows):
 
 def test_a_journal_without_the_first_line_of_a_batch(rows):
     with BatchServer() as server:
-        server.scripts[LOOK] = [DROP] * 9
-        with pytest.raises(UsageError):
-            respond(rows, server)
+        leave_open(rows, server)
         path = Path(rows).with_name("out.json.journal.jsonl")
         lines = path.read_text().splitlines(keepends=True)
         path.write_text("".join(line for line in lines if '"written"' not in line))
@@ -408,9 +407,7 @@ def test_a_journal_without_the_first_line_of_a_batch(rows):
 
 def test_batches_under_way_are_not_asked_for_online(rows):
     with BatchServer() as server:
-        server.scripts[LOOK] = [DROP] * 9
-        with pytest.raises(UsageError):
-            respond(rows, server)
+        leave_open(rows, server)
         with pytest.raises(ParameterError, match="batch 1 is under way.*Run again with --batch"):
             respond(rows, server, batch=False)
         assert not server.requests
@@ -418,9 +415,7 @@ def test_batches_under_way_are_not_asked_for_online(rows):
 
 def test_a_file_of_requests_that_was_changed(rows):
     with BatchServer() as server:
-        server.scripts[LOOK] = [DROP] * 9
-        with pytest.raises(UsageError):
-            respond(rows, server)
+        leave_open(rows, server)
         [path] = Path(rows).parent.glob("*.batch-0001")
         content = path.read_bytes()
         path.write_bytes(content.replace(b"Say 3", b"Say 4"))
@@ -436,6 +431,10 @@ def test_flags_that_do_not_go_together(rows, tmp_path):
         ({"batch_dir": "x", "base_url": "http://a/v1"}, "asks no server"),
         ({"batch_dir": rows}, "expected a folder"),
         ({"batch": True, "base_url": "http://a/v1,http://b/v1"}, "asks one server"),
+        ({"batch": True, "concurrency": 4}, "a batch has all requests at once"),
+        ({"batch_dir": "x", "concurrency": 4}, "a batch has all requests at once"),
+        ({"batch_dir": "x", "load_in_4bit": True}, "is for the model of a folder; tiny is asked by files"),
+        ({"batch_dir": "x", "base": "y"}, "is for the model of a folder; tiny is asked by files"),
     ):
         with pytest.raises(ParameterError, match=problem):
             open_backend("tiny", BackendFlags(**flags))

@@ -7,6 +7,7 @@ import tracemalloc
 import pytest
 from conftest import ROOT
 from support.completion_server import CompletionServer, tasks
+from support.fake_model import FakeModel
 
 from alpaca.common.errors import InputError, UsageError
 from alpaca.completions.api import Request, Sampling
@@ -87,7 +88,7 @@ def test_the_memory_does_not_follow_the_journal(tmp_path):
     write_journal(path, ROWS)
     assert path.stat().st_size > 40e6
     batch = BatchCompletion(
-        model=Silent(), sampling=Sampling(), output_path=str(tmp_path / "out.json"), how={}, concurrency=1
+        model=FakeModel(), sampling=Sampling(), output_path=str(tmp_path / "out.json"), how={}, concurrency=1
     )
     requests = [Request("", key) for key in range(ROWS)]
     rows = [{"instruction": "", "input": ""}] * ROWS
@@ -104,21 +105,6 @@ def test_the_memory_does_not_follow_the_journal(tmp_path):
     assert [row["output"] for row in written] == [f"{n} {TEXT}".strip() for n in range(ROWS)]
 
 
-class Silent:
-    """A model that nothing is to be asked."""
-
-    api = "chat"
-
-    async def __aenter__(self):
-        return self
-
-    async def __aexit__(self, *exception):
-        pass
-
-    async def check(self):
-        return "nothing"
-
-
 def test_the_last_answer_of_a_key_counts(tmp_path):
     with Journal(tmp_path / "journal") as journal:
         for text, kind in (("first", "answer"), ("", "failed"), ("last", "answer")):
@@ -130,8 +116,10 @@ def test_the_last_answer_of_a_key_counts(tmp_path):
         assert AnswersOfJournal(journal, places)[3]["text"] == "last"
 
 
-def test_halves_of_characters_are_replaced_wherever_a_line_is_read(tmp_path):
-    (tmp_path / "journal").write_text('{"kind": "answer", "index": 0, "text": "a\\uD800b", "finish_reason": "stop"}\n')
+@pytest.mark.parametrize("half", ["\\uD800", "\\ud800", "\ud800"], ids=["escaped", "lower case", "as bytes"])
+def test_halves_of_characters_are_replaced_wherever_a_line_is_read(tmp_path, half):
+    line = f'{{"kind": "answer", "index": 0, "text": "a{half}b", "finish_reason": "stop"}}\n'
+    (tmp_path / "journal").write_text(line, encoding="utf-8", errors="surrogatepass")
     with Journal(tmp_path / "journal") as journal:
         places = answered_before(journal, 0, Budget())
         texts = [
@@ -171,6 +159,8 @@ def test_pieces_give_the_tasks_of_the_whole(tmp_path, monkeypatch, piece, indent
         for text in (json.dumps(tasks, indent=indent), f" \n{json.dumps(tasks, indent=indent, ensure_ascii=False)}\n "):
             (tmp_path / "regen.json").write_bytes(text.encode(encoding))
             assert [row for row, _ in tasks_of(tmp_path / "regen.json")] == tasks
+    (tmp_path / "regen.json").write_bytes(json.dumps([TASK]).replace("it", "\ud800").encode(errors="surrogatepass"))
+    assert [row["instruction"] for row, _ in tasks_of(tmp_path / "regen.json")] == ["Name \ufffd."]
     (tmp_path / "regen.json").write_text("[]")
     assert list(tasks_of(tmp_path / "regen.json")) == []
 

@@ -5,6 +5,7 @@ import json
 import signal
 
 import pytest
+from support.fake_model import FakeModel
 
 from alpaca.common.errors import InputError, UsageError
 from alpaca.completions.api import Completion, Request, RequestFailed, Sampling
@@ -20,22 +21,11 @@ ANSWER = Completion("Yes.", "stop", prompt_tokens=10, completion_tokens=5)
 REFUSED = UsageError("/completions answered 401: no such key")
 
 
-class FakeModel:
+class LosingModel(FakeModel):
     """Loses answers of the first request, then returns `end`, or raises it; all others get ANSWER."""
-
-    api = "completions"
 
     def __init__(self, lost, end):
         self.lost, self.end, self.asked = lost, end, 0
-
-    async def __aenter__(self):
-        return self
-
-    async def __aexit__(self, *exception):
-        pass
-
-    async def check(self):
-        return "a fake model"
 
     async def complete(self, prompt, sampling, on_lost_response):
         self.asked += 1
@@ -54,7 +44,7 @@ class FakeModel:
 
 def ask(folder, lost=0, end=ANSWER, max_cost=1.0, requests=1):
     """Run until the end, or until `end` is raised. Return the model and what this run counts as spent."""
-    model, budget = FakeModel(lost, end), Budget(1.0, 2.0, max_cost)
+    model, budget = LosingModel(lost, end), Budget(1.0, 2.0, max_cost)
     batch = BatchCompletion(model, SAMPLING, str(folder / "out.json"), {}, 1, budget)
     wanted = [Request(PROMPT, key) for key in range(requests)]
     if isinstance(end, BaseException):
@@ -104,7 +94,7 @@ def test_lost_answers_hold_up_a_rerun(tmp_path):
     """Three attempts are what the limit leaves room for: another run may not send a fourth."""
     limit = 3.5 * MOST
     ask(tmp_path, lost=2, end=KeyboardInterrupt(), max_cost=limit)
-    model = FakeModel(0, ANSWER)
+    model = LosingModel(0, ANSWER)
     batch = BatchCompletion(model, SAMPLING, str(tmp_path / "out.json"), {}, 1, Budget(1.0, 2.0, limit))
     with pytest.raises(UsageError, match="stopped with 0 of 1"):
         batch.answers([Request(PROMPT, 0)])
@@ -197,7 +187,7 @@ GOOD = {"kind": "answer", "index": 0, "text": "Yes.", "finish_reason": "stop", "
 def test_a_damaged_line_is_named(tmp_path, line, told):
     path = tmp_path / "out.json.journal.jsonl"
     path.write_bytes(b'{"kind": "run", "how": {}}\n' + line + b"\n")
-    batch = BatchCompletion(FakeModel(0, ANSWER), SAMPLING, str(tmp_path / "out.json"), {}, 1)
+    batch = BatchCompletion(LosingModel(0, ANSWER), SAMPLING, str(tmp_path / "out.json"), {}, 1)
     with pytest.raises(UsageError, match="is damaged") as raised:
         batch.answers([Request(PROMPT, 0)])
     assert told in str(raised.value)
@@ -208,7 +198,7 @@ def test_a_journal_of_an_unknown_kind_of_entry_is_read(tmp_path):
     path = tmp_path / "out.json.journal.jsonl"
     lines = [{"kind": "run", "how": {}}, {"kind": "of tomorrow", "text": "x"}, GOOD]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    batch = BatchCompletion(FakeModel(0, ANSWER), SAMPLING, str(tmp_path / "out.json"), {}, 1)
+    batch = BatchCompletion(LosingModel(0, ANSWER), SAMPLING, str(tmp_path / "out.json"), {}, 1)
     assert batch.answers([Request(PROMPT, 0)])[0]["text"] == "Yes."
     path.unlink()
     path.mkdir()
@@ -224,7 +214,7 @@ def test_what_was_sent_counts_for_a_later_limit(tmp_path):
 
 @pytest.mark.parametrize("prompt", ["half \ud83d", "\ude00", "\ud83d\ude00 and \ud800"])
 def test_half_a_character_of_a_prompt_is_replaced(tmp_path, prompt):
-    model, asked = FakeModel(0, ANSWER), []
+    model, asked = LosingModel(0, ANSWER), []
     complete = model.complete
     model.complete = lambda prompt, *more: asked.append(prompt) or complete(prompt, *more)
     BatchCompletion(model, SAMPLING, str(tmp_path / "out.json"), {}, 1, Budget(1.0)).answers([Request(prompt, 0)])

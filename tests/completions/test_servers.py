@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from support.completion_server import BAD_KEY, DROP, EMPTY, NO_MODEL, TRUNCATED, CompletionServer, Fault, echo, tasks
+from support.fake_model import FakeModel
 from support.llama_cpp import INSTALLED, running
+from support.slurm import stand_ins
 
 from alpaca.common.errors import ParameterError, UsageError
 from alpaca.completions import servers as room
@@ -24,7 +26,7 @@ from alpaca.completions.api import Completion, NoResponse, NoServer, NotNow, Req
 from alpaca.completions.budget import Budget
 from alpaca.completions.rows import BatchCompletion
 from alpaca.completions.servers import Server, Servers
-from alpaca.inference.backend import BackendFlags, addresses_of, open_backend
+from alpaca.inference.backend import BackendFlags, addresses_of, is_folder, open_backend
 from alpaca.inference.client import Client
 from generate_instruction import generate_instruction_following_data, generate_responses
 from scripts.export import export
@@ -188,17 +190,17 @@ def test_all_servers_ask_to_wait_for_long(tmp_path, wait):
 def test_a_server_that_loads_its_model_is_tried_again(tmp_path, monkeypatch):
     """As llama.cpp answers 503 then: at the start, and when it comes back."""
     monkeypatch.setattr("alpaca.inference.client.LONGEST_BACKOFF", 0.01)
-    with CompletionServer(answer=tasks) as a, CompletionServer(answer=tasks, models=()) as b:
+    with CompletionServer(answer=tasks, delay=0.02) as a, CompletionServer(answer=tasks, models=()) as b:
         loading = Fault(503, {"message": "Loading model"})
         b.faults = lambda request: loading if len(a.requests) < 30 else None
-        rows = generate(tmp_path, addresses([a, b]), 600)
-        assert len(rows) >= 600 and len(b.requests) > 10
+        rows = generate(tmp_path, addresses([a, b]), 1500, concurrency=4)
+        assert len(rows) >= 1500 and len(b.requests) > 10
 
 
 def test_after_a_blip_of_all_servers_they_are_filled_again():
     """Two servers of two thousand waiting requests: each gets more than one at a time again."""
     down = [False]
-    models = [FakeModel(name, lambda n: NotNow("busy") if down[0] else None, 0.01) for name in "ab"]
+    models = [ScriptedModel(name, lambda n: NotNow("busy") if down[0] else None, 0.01) for name in "ab"]
     pool, most = Servers(models, 16), []
 
     async def run():
@@ -265,6 +267,8 @@ def test_addresses(tmp_path):
 def test_one_address_of_a_file_is_a_plain_client(tmp_path):
     (tmp_path / "one.txt").write_text("http://127.0.0.1:9/v1\n")
     assert isinstance(open_backend("tiny", BackendFlags(str(tmp_path / "one.txt"))), Client)
+    assert isinstance(open_backend("a" * 300, BackendFlags("http://127.0.0.1:9/v1")), Client)
+    assert not is_folder("a" * 300, None), "a name that is too long for a path"
 
 
 def test_rows_of_a_file_by_several_servers(tmp_path, monkeypatch):
@@ -283,20 +287,11 @@ def test_rows_of_a_file_by_several_servers(tmp_path, monkeypatch):
 # ---- the cost, by a model whose answers are lost ----
 
 
-class FakeModel:
-    api, retries = "completions", 0
+class ScriptedModel(FakeModel):
+    """Answers, loses or fails, as `outcomes` says of its number."""
 
     def __init__(self, name, outcomes, seconds=0.0):
         self.address, self.outcomes, self.asked, self.seconds = name, outcomes, 0, seconds
-
-    async def __aenter__(self):
-        return self
-
-    async def __aexit__(self, *exception):
-        pass
-
-    async def check(self):
-        return self.address
 
     async def complete(self, prompt, sampling, on_lost_response):
         self.asked += 1
@@ -318,7 +313,7 @@ def ask(folder, models, requests, budget):
 
 def test_lost_answers_of_all_servers_count_once(tmp_path):
     most, answer = Budget(1.0, 2.0).max_cost_of("A prompt.", 100), (10 + 2 * 5) / 1e6
-    models = [FakeModel("a", lambda n: None), FakeModel("b", lambda n: "lost" if n % 2 else None)]
+    models = [ScriptedModel("a", lambda n: None), ScriptedModel("b", lambda n: "lost" if n % 2 else None)]
     budget = Budget(1.0, 2.0, 1.0)
     ask(tmp_path, models, 40, budget)
     lost = (models[1].asked + 1) // 2
@@ -329,7 +324,7 @@ def test_the_limit_of_cost_is_that_of_all_servers(tmp_path):
     most = Budget(1.0, 2.0).max_cost_of("A prompt.", 100)
     budget = Budget(1.0, 2.0, 6.5 * most)
     with pytest.raises(UsageError, match="stopped with 0 of 40|no answer"):
-        ask(tmp_path, [FakeModel("a", lambda n: "lost"), FakeModel("b", lambda n: "lost")], 40, budget)
+        ask(tmp_path, [ScriptedModel("a", lambda n: "lost"), ScriptedModel("b", lambda n: "lost")], 40, budget)
     assert budget.cost <= 6.5 * most
 
 
@@ -346,7 +341,7 @@ def test_a_journal_that_cannot_be_written_sets_no_server_aside(tmp_path, monkeyp
         return append(journal, entry)
 
     monkeypatch.setattr(Journal, "append", full)
-    models = [FakeModel("a", lambda n: "lost"), FakeModel("b", lambda n: "lost")]
+    models = [ScriptedModel("a", lambda n: "lost"), ScriptedModel("b", lambda n: "lost")]
     with pytest.raises(UsageError, match="No space left"):
         ask(tmp_path, models, 1, Budget(1.0, 2.0, 1.0))
     assert sum(model.asked for model in models) == 1
@@ -358,7 +353,7 @@ def test_a_journal_that_cannot_be_written_sets_no_server_aside(tmp_path, monkeyp
 def simulate(seconds_at, answers=20_000, refuses_above=None, most=512):
     """Return the limits of a server that is always full, in the order of its answers. `seconds_at`: of an answer of ten
     tokens, by the number of requests that it has."""
-    server, now, limits = Server(FakeModel("a", None), 8, most), 1000.0, []
+    server, now, limits = Server(ScriptedModel("a", None), 8, most), 1000.0, []
     server._begin_round(now)
     flying = []  # (ends, begins, refused)
     for _ in range(answers):
@@ -409,7 +404,7 @@ def test_the_limit_is_never_above_the_users():
 
 
 def test_a_failure_is_counted_once_for_all_that_were_under_way():
-    server = Server(FakeModel("a", None), 8, 512)
+    server = Server(ScriptedModel("a", None), 8, 512)
     assert server.failed(1.0, 2.0, NoResponse("x")) and not server.failed(1.5, 2.1, NoResponse("x"))
     assert server.failures == 1 and server.limit == 1 and server.limit_now(2.0) == 0
     server.failed(3.0, 3.1, NotNow("x", wait=7.0))
@@ -440,17 +435,10 @@ with CompletionServer(
 
 def test_the_slurm_script_asks_a_server_on_every_gpu(tmp_path):
     """recipes/generate_vllm.slurm on two nodes of two servers of two GPUs; vllm and Slurm are stood in for."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1; echo 127.0.0.2\n")
-    (folder / "srun").write_text(
-        "#!/bin/bash\ntrap 'for pid in $pids; do kill -- -$pid; done' TERM\n"
-        'for node in 0 1; do SLURM_NODEID=$node setsid "$@" & pids="$pids $!"; done\nwait\n'
-    )
+    folder = stand_ins(tmp_path / "bin")
     names = {"python": sys.executable, "root": str(ROOT), "tests": str(ROOT / "tests"), "died": str(tmp_path / "died")}
     (folder / "vllm").write_text(VLLM.format(**names))
-    for file in folder.iterdir():
-        file.chmod(0o755)
+    (folder / "vllm").chmod(0o755)
     port = free_port_of_four()
     env = dict(
         os.environ,

@@ -517,6 +517,13 @@ def test_without_details_the_same_tasks_are_kept(tmp_path):
     assert more[: len(bare)] == bare, "a rerun goes on from them"
 
 
+def test_an_order_of_scores_needs_scores(tmp_path):
+    with CompletionServer(answer=tasks) as server:
+        with pytest.raises(UsageError, match="--stable_ties: orders the scores"):
+            generate(tmp_path / "out", server, stable_ties=True, similarity_details=False)
+    assert not server.requests
+
+
 @pytest.mark.parametrize("name", ["seeds.json", "seeds.jsonl", "seeds.csv", "turns.json"])
 def test_seed_tasks_of_any_layout(tmp_path, name):
     rows = [json.loads(line) for line in SEEDS.read_text().splitlines()]

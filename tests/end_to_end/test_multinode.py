@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, fork, free_port, largest_difference, run, train, write_rows
+from support.slurm import stand_ins
 
 pytestmark = pytest.mark.slow
 
@@ -99,15 +100,7 @@ def test_what_the_ranks_disagree_about_is_named(monkeypatch, other_seen, other_r
 def test_the_slurm_script_shards_inside_a_node_and_replicates_over_nodes(tiny, tmp_path):
     """recipes/llama_7b_2x8.slurm, which starts llama_7b_2x8.sh on every node: two nodes of two processes, 128 rows a
     step. Slurm's two commands are stood in for; everything they start is real."""
-    bin_folder = tmp_path / "bin"
-    bin_folder.mkdir()
-    (bin_folder / "scontrol").write_text("#!/bin/sh\necho 127.0.0.1; echo 127.0.0.2\n")
-    (bin_folder / "srun").write_text(
-        '#!/bin/bash\nshift\nfor node in 0 1; do SLURM_NODEID=$node "$@" & pids="$pids $!"; done\n'
-        "for pid in $pids; do wait $pid || exit 1; done\n"
-    )
-    for file in bin_folder.iterdir():
-        file.chmod(0o755)
+    bin_folder = stand_ins(tmp_path / "bin")
     data, model = write_rows(tmp_path / "rows.json", 140), tiny("llama")
     path = f"{bin_folder}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     slurm = dict(

@@ -46,39 +46,6 @@ class BatchServer(CompletionServer):
 
     # ---- HTTP ----
 
-    async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        self._tasks.add(task)
-        try:
-            while (request := await self._read(reader)) is not None:
-                if not await self._respond(request, writer):
-                    break
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-            pass
-        finally:
-            self._tasks.discard(task)
-            writer.close()
-
-    async def _read(self, reader: asyncio.StreamReader) -> Request | None:
-        try:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-        except asyncio.IncompleteReadError:
-            return None
-        headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:]) if name}
-        if "chunked" in headers.get("transfer-encoding", ""):
-            content = b""
-            while size := int(await reader.readline(), 16):
-                content += await reader.readexactly(size)
-                await reader.readline()
-            await reader.readline()
-        else:
-            content = await reader.readexactly(int(headers.get("content-length", 0)))
-        method, path = head[0].split()[:2]
-        multipart = "multipart" in headers.get("content-type", "")
-        request = Request(path, headers, content if multipart else json.loads(content or b"{}"), 0.0)
-        request.method = method
-        return request
-
     async def _respond(self, request: Request, writer: asyncio.StreamWriter) -> bool:
         path = urlsplit(request.path).path.removeprefix("/v1")
         if not path.startswith(("/files", "/batches")):

@@ -62,8 +62,9 @@ MAX_TOKENS_REFUSED = openai_error(
 class Request:
     path: str
     headers: dict[str, str]
-    body: dict
+    body: Any
     time: float
+    method: str = "POST"
 
     @property
     def prompt(self) -> str:
@@ -216,13 +217,23 @@ def completion(request: Request, answer: str | tuple[str, str]) -> dict:
 
 
 async def read_request(reader: asyncio.StreamReader) -> Request | None:
+    """Return a request; the body of a form, which a file is sent in, as bytes."""
     try:
         head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
     except asyncio.IncompleteReadError:
         return None
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:]) if name}
-    content = await reader.readexactly(int(headers.get("content-length", 0)))
-    return Request(head[0].split()[1], headers, json.loads(content) if content else {}, time.monotonic())
+    if "chunked" in headers.get("transfer-encoding", ""):
+        content = b""
+        while size := int(await reader.readline(), 16):
+            content += await reader.readexactly(size)
+            await reader.readline()
+        await reader.readline()
+    else:
+        content = await reader.readexactly(int(headers.get("content-length", 0)))
+    method, path = head[0].split()[:2]
+    body = content if "multipart" in headers.get("content-type", "") else json.loads(content or b"{}")
+    return Request(path, headers, body, time.monotonic(), method)
 
 
 async def reply(writer: asyncio.StreamWriter, status: int, body: Any, headers=None, length: int | None = None) -> bool:
